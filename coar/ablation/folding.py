@@ -1,0 +1,148 @@
+"""Ablations made permanent in the weights, so that the edited model needs nothing of this package."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coar.ablation.gates import Gates, reads_own_weight
+from coar.components import TRANSPOSED_CONVOLUTIONS, Component, Components, check_components, output_channels
+from coar.errors import EditError
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+AGREEMENT = 1e-3  # of the largest output: how near folded and gated outputs must be for a batch norm to take constants
+
+
+def fold(
+    model: nn.Module, components: Iterable[Component], values: Iterable[float], *, batch_norms: Mapping[str, str]
+) -> None:
+    """Replace components by constants for good, in place.
+
+    A component's weights are zeroed. Its constant then goes into the layer's own bias; where there is none, into the
+    running mean of the batch norm that follows, which keeps the state dict's keys; where there is neither, into a new
+    bias of zeros.
+
+    Args:
+        model: The model to change.
+        components: What to replace.
+        values: One constant per component; for zero weight, its bias.
+        batch_norms: Path of the batch norm that follows a site without bias, see `following_batch_norms`.
+
+    Raises:
+        ComponentError: When a component is not part of the model.
+        EditError: When a weight is shared with another module or computed, so that zeroing it would do something else.
+    """
+    chosen = list(zip(components, values, strict=True))
+    if chosen:
+        check_components(model, Components(component for component, _ in chosen))
+    with torch.no_grad():
+        for component, value in chosen:
+            if component.side == "parameter":
+                parameter = model.get_parameter(component.site)
+                parameter.narrow(component.axis, component.position, component.size).zero_()
+            else:
+                _fold_output(model, component, value, batch_norms.get(component.site))
+
+
+def _fold_output(model: nn.Module, component: Component, value: float, batch_norm: str | None) -> None:
+    layer = model.get_submodule(component.site)
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise EditError(
+            f"the weight of {component.site!r} is computed from other parameters; bake it in first, for example with "
+            f"torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    owners = [name for name, module in model.named_modules() if any(p is weight for p in module._parameters.values())]
+    if len(owners) > 1:
+        raise EditError(
+            f"the weight of {component.site!r} is shared by {', '.join(owners)}; zeroing it would change them all: "
+            f"untie the weights first"
+        )
+    position = component.position
+    weight[_filter_index(layer, position)] = 0
+    if isinstance(layer.bias, Tensor):
+        layer.bias[position] = value
+    elif value != 0:
+        if batch_norm is not None:
+            model.get_submodule(batch_norm).running_mean[position] -= value  # type: ignore[operator, index]
+        else:
+            layer.bias = nn.Parameter(weight.new_zeros(output_channels(layer)))
+            layer.bias[position] = value
+
+
+def _filter_index(layer: nn.Module, position: int) -> tuple[slice | int, ...]:
+    """Index the part of a layer's weight that makes output channel `position`."""
+    if not isinstance(layer, TRANSPOSED_CONVOLUTIONS):
+        return (position,)
+    inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+    group = position // outputs
+    return slice(group * inputs, (group + 1) * inputs), position % outputs
+
+
+def following_batch_norms(
+    model: nn.Module, components: Components, values: Tensor, *, run: Callable[[nn.Module], Tensor]
+) -> dict[str, str]:
+    """Find, for sites without a bias, the batch norm that alone consumes their output.
+
+    A batch norm is a candidate when the very tensor that the site returned is its input. Since a model may also read
+    that tensor elsewhere, a candidate counts only if a copy with constants folded into it gives the outputs that gates
+    give.
+
+    Args:
+        model: The model in evaluation mode.
+        components: The components of the study.
+        values: (components,) their replacement constants.
+        run: Runs a model on some examples and returns its outputs, of any shape.
+
+    Returns:
+        Path of the batch norm by path of the site.
+    """
+    candidates = _candidates(model, components, run)
+
+    def agrees(pairs: dict[str, str]) -> bool:
+        rows = [i for i, row in enumerate(components) if row.site in pairs and row.position % 2 == 0]
+        keep = torch.ones(len(components), dtype=torch.bool, device=next(model.parameters()).device)
+        keep[rows] = False
+        with Gates(model, components, values) as gates:
+            gates.set(keep)
+            gated = run(model)
+        folded = deepcopy(model)
+        fold(folded, [components[i] for i in rows], values[rows].tolist(), batch_norms=pairs)
+        return bool((run(folded) - gated).abs().max() <= AGREEMENT * gated.abs().max())
+
+    if not candidates or agrees(candidates):
+        return candidates
+    return {site: name for site, name in candidates.items() if agrees({site: name})}
+
+
+def _candidates(model: nn.Module, components: Components, run: Callable[[nn.Module], Tensor]) -> dict[str, str]:
+    sites = {
+        site
+        for (site, side, _) in components.sites()
+        if side == "output" and reads_own_weight(layer := model.get_submodule(site)) and layer.bias is None
+    }
+    returned: list[tuple[Tensor, str]] = []  # the tensors are held, so that no other takes their identity
+    pairs: list[tuple[str, str]] = []
+
+    def record(site: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _module, _args, y: returned.append((y, site))
+
+    def match(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def compare(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            pairs.extend((site, name) for y, site in returned if args and args[0] is y)
+
+        return compare
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name in sites:
+                stack.callback(module.register_forward_hook(record(name)).remove)
+            if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
+                stack.callback(module.register_forward_pre_hook(match(name)).remove)
+        run(model)
+    once = {site for _, site in returned if sum(other == site for _, other in returned) == 1}
+    norms = [name for _, name in pairs]
+    return {site: name for site, name in pairs if site in once and norms.count(name) == 1}

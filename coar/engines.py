@@ -1,0 +1,273 @@
+"""Where workers run: here, in this process, one unit after another, able to stop and go on at any unit."""
+
+import dataclasses
+import logging
+import math
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from coar.ablation import following_batch_norms
+from coar.errors import MismatchError, OutputError, SettingsError
+from coar.sampling import Split
+from coar.store import Plan, Run, Unit
+from coar.store.arrays import sweep
+from coar.store.run import needs_creation
+from coar.study import Study
+from coar.worker import CHOICES, Block, Worker, choose_device, choose_precision, compare_precisions, device_copy
+
+log = logging.getLogger(__name__)
+
+MASK_BLOCK = 64  # masks per unit: seconds of work, so that an interruption costs little
+EXAMPLE_BLOCK = 512  # examples per unit at most
+CHECK_MASKS = 16  # masks on which precisions are compared
+CHECK_EXAMPLES = 32  # examples on which batch norms are told to follow a site
+
+
+def collect(
+    study: Study,
+    path: str | Path,
+    *,
+    masks: int,
+    test_masks: int = 0,
+    validation_masks: int = 0,
+    test_fractions: Sequence[float] = (),
+    device: str = "auto",
+    precision: str = "float32",
+    precision_tolerance: float = 0.05,
+    batch_size: int | None = None,
+    mask_block: int = MASK_BLOCK,
+    example_block: int | None = None,
+    progress: bool = True,
+) -> Run:
+    """Record the outputs of every example under random masks; go on with, or extend, the run when it exists.
+
+    Args:
+        study: What is examined.
+        path: The run: a path that does not exist yet, or a run of the same study.
+        masks: Training masks the run shall have; those it already has count.
+        test_masks: Held-out masks at the sampler's fraction, for `coar.evaluate`.
+        validation_masks: Masks kept apart for choices made along the way.
+        test_fractions: Further ablated fractions, at each of which `test_masks` held-out masks are drawn.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        precision: `float32`, `bf16` (automatic mixed precision), or `auto`, which takes bfloat16 when it is faster and
+            within the tolerance on the first unit.
+        precision_tolerance: Largest root mean square difference that bfloat16 may make, in units of the outputs'
+            standard deviation over masks.
+        batch_size: Most examples per forward pass; by default 128 on a CPU and 512 on a GPU.
+        mask_block: Masks per unit of work; fixed when the run is created.
+        example_block: Examples per unit of work; fixed when the run is created; by default at most 512.
+        progress: Show a progress bar.
+
+    Returns:
+        The complete run.
+
+    Raises:
+        SettingsError: When a setting is out of range.
+        MismatchError: When the run was made for another study.
+        OutputError: When an output is not finite; it names the mask and the example, and the unit is not stored.
+        KeyboardInterrupt: After Ctrl-C, once the current unit is stored.
+    """
+    _check_settings(masks, test_masks, precision, precision_tolerance, batch_size, mask_block, example_block)
+    fractions = {study.sampler.ablated_fraction, *test_fractions}
+    wanted: dict[tuple[Split, float], int] = {("test", fraction): test_masks for fraction in sorted(fractions)}
+    wanted |= {
+        ("validation", study.sampler.ablated_fraction): validation_masks,
+        ("train", study.sampler.ablated_fraction): masks,
+    }
+    target = choose_device(device)
+    fingerprint = study.fingerprint()
+    model = device_copy(study.model, target)
+    if needs_creation(path):
+        plan = Plan().extended(wanted)
+        blocks = (mask_block, example_block or _balanced(len(study.examples)))
+        run = _create(study, path, model, fingerprint, plan, blocks, batch_size, precision, precision_tolerance)
+    else:
+        run = Run.open(path)
+    _check_same(run, fingerprint, precision)
+    with run.lock():
+        for stray in sweep(run.path):
+            log.info("removed %s, left by a writer that was killed", stray)
+        plan = run.plan.extended(wanted)
+        if plan != run.plan or not run.rows_intact():
+            run.extend(plan)
+        worker = _worker(study, run, model, batch_size)
+        _collect_units(study, run, worker, progress=progress)
+    return run
+
+
+def _collect_units(study: Study, run: Run, worker: Worker, *, progress: bool) -> None:
+    missing = run.missing_units()
+    total, done = len(run.plan), len(run.units()) - len(missing)
+    share = {unit: _share(run, unit) for unit in run.units()}
+    stored = sum(share.values()) - sum(share[unit] for unit in missing)
+    block: Block | None = None
+    loaded = -1
+    with (
+        _interrupts() as stopped,
+        tqdm(total=total, initial=round(stored, 1), unit="mask", desc="collect", disable=not progress) as bar,
+    ):
+        for unit in missing:
+            rows, examples = run.rows_of(unit)
+            if block is None or loaded != unit.example_block:
+                block, loaded = worker.load(study.examples, examples.start, examples.stop), unit.example_block
+            outputs = worker.outputs(block, run.plan.masks(run.sampler, len(run.components), rows.start, rows.stop))
+            base = worker.base_output(block) if unit.mask_block == 0 else None
+            _check_finite(study, run, unit, outputs, base)
+            run.write_unit(unit, outputs, base)
+            done += 1
+            bar.update(share[unit])
+            if stopped.is_set() and done < len(share):
+                raise KeyboardInterrupt(
+                    f"stopped after unit {done} of {len(share)}; everything so far is stored in {run.path}: run the "
+                    f"same command again to go on"
+                )
+
+
+def _share(run: Run, unit: Unit) -> float:
+    """Return a unit's size in masks over all examples."""
+    rows, examples = run.rows_of(unit)
+    return (rows.stop - rows.start) * (examples.stop - examples.start) / run.n_examples
+
+
+def _check_finite(study: Study, run: Run, unit: Unit, outputs: np.ndarray, base: np.ndarray | None) -> None:
+    rows, examples = run.rows_of(unit)
+    if base is not None and not np.isfinite(base).all():
+        example = examples.start + int((~np.isfinite(base)).argmax())
+        raise OutputError(
+            f"the unablated model gives {base[example - examples.start]} for example {_identity(study, example)}; mend "
+            f"that input or leave it out"
+        )
+    bad = np.argwhere(~np.isfinite(outputs))
+    if len(bad):
+        row, example = rows.start + int(bad[0, 0]), examples.start + int(bad[0, 1])
+        raise OutputError(
+            f"{run.plan.label(row)} gives {outputs[tuple(bad[0])]} for example {_identity(study, example)} ({len(bad)} "
+            f"of {outputs.size} outputs in this unit are not finite); nothing of the unit was stored: use float32, a "
+            f"smaller ablated fraction, or leave the example out in a new run"
+        )
+
+
+def _identity(study: Study, example: int) -> str:
+    identifier = np.asarray(study.examples.metadata["id"])[example]
+    return f"{example} (id {identifier})"
+
+
+def _create(
+    study: Study,
+    path: str | Path,
+    model: nn.Module,
+    fingerprint: dict[str, Any],
+    plan: Plan,
+    blocks: tuple[int, int],
+    batch_size: int | None,
+    precision: str,
+    tolerance: float,
+) -> Run:
+    """Measure what a run keeps for good (constants, precision, batch norms), then create it."""
+    worker = Worker(model, study.components, torch.zeros(len(study.components)), study.output, batch_size=batch_size)
+    constants = study.ablation.replacements(model, study.components, batch_size=worker.batch_size)
+    facts: dict[str, Any] = {"precision": {"name": "float32"}}
+    parts = (model, study.components, constants, study.output)
+    block = worker.load(study.examples, 0, min(blocks[1], len(study.examples)))
+    if precision != "float32":
+        plain = Worker(*parts, batch_size=batch_size)
+        low = Worker(*parts, precision="bf16", batch_size=batch_size)
+        masks = plan.masks(study.sampler, len(study.components), 0, min(CHECK_MASKS, blocks[0]))
+        check = compare_precisions(plain, low, block, masks, tolerance)
+        facts["precision"] = {"name": choose_precision(precision, check), **dataclasses.asdict(check)}
+        log.info("precision %s: %s", facts["precision"]["name"], check)
+    facts["batch_norms"] = _batch_norms(study, model, constants)
+    return Run.create(
+        path,
+        components=study.components,
+        metadata={name: np.asarray(column) for name, column in study.examples.metadata.items()},
+        replacements=constants.numpy(),
+        fingerprint=fingerprint,
+        facts=facts,
+        blocks=blocks,
+    )
+
+
+def _batch_norms(study: Study, model: nn.Module, constants: Tensor) -> dict[str, str]:
+    def outputs(variant: nn.Module) -> Tensor:
+        worker = Worker(variant, study.components, constants, study.output, batch_size=CHECK_EXAMPLES)
+        block = worker.load(study.examples, 0, min(CHECK_EXAMPLES, len(study.examples)))
+        return torch.from_numpy(worker.base_output(block))
+
+    return following_batch_norms(model, study.components, constants, run=outputs)
+
+
+def _worker(study: Study, run: Run, model: nn.Module, batch_size: int | None) -> Worker:
+    return Worker(
+        model,
+        run.components,
+        torch.from_numpy(run.replacements),
+        study.output,
+        precision=run.facts["precision"]["name"],
+        batch_size=batch_size,
+    )
+
+
+def _check_same(run: Run, fingerprint: dict[str, Any], precision: str) -> None:
+    run.check(fingerprint)
+    kept = run.facts["precision"]["name"]
+    if precision not in ("auto", kept):
+        raise MismatchError(
+            f"the run at {run.path} was collected in {kept}, now {precision} is asked for; use {kept} or auto to go on, "
+            f"or collect into a new path"
+        )
+
+
+def _balanced(examples: int) -> int:
+    return math.ceil(examples / math.ceil(examples / EXAMPLE_BLOCK))
+
+
+def _check_settings(
+    masks: int,
+    test_masks: int,
+    precision: str,
+    tolerance: float,
+    batch_size: int | None,
+    mask_block: int,
+    example_block: int | None,
+) -> None:
+    if masks + test_masks < 1:
+        raise SettingsError("zero masks were asked for; ask for at least 2, better several thousand")
+    if precision not in CHOICES:
+        raise SettingsError(f"unknown precision {precision!r}; choose one of {', '.join(CHOICES)}")
+    if not tolerance > 0:
+        raise SettingsError(f"precision tolerance {tolerance} is not above 0; 0.05 is usual")
+    sizes = {"batch size": batch_size, "mask block": mask_block, "example block": example_block}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise SettingsError(f"{name} {size} is below 1; give a whole number above 0")
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event, so that a unit is finished; a second one interrupts at once."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def first(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        stopped.set()
+        log.warning("stopping after the current unit; press Ctrl-C again to stop at once")
+
+    before = signal.signal(signal.SIGINT, first)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)

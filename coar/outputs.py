@@ -1,0 +1,96 @@
+"""Which scalar is read off the model for each example."""
+
+from abc import abstractmethod
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from torch.nn import functional
+
+from coar.errors import OutputError
+
+
+class Output(BaseModel):
+    """Base of all output functions: settings that turn a model's result into one number per example."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @abstractmethod
+    def __call__(self, result: Any, targets: Tensor) -> Tensor:
+        """Return (examples,) outputs from the model's result and the (examples, ...) targets."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name and settings that identify this function in a run's fingerprint."""
+        return {"name": type(self).__name__, **self.model_dump(mode="json")}
+
+
+class CorrectClassMargin(Output):
+    """Logit of the correct class minus what the other classes offer against it.
+
+    Attributes:
+        against: `logsumexp` of the other logits, which is smooth and is the log-odds of the correct class; or the
+            `largest` of them, as published (Shah et al. 2024, section 3), positive exactly where the class is
+            predicted.
+    """
+
+    against: Literal["logsumexp", "largest"] = "logsumexp"
+
+    def __call__(self, result: Any, targets: Tensor) -> Tensor:
+        """Return (examples,) margins."""
+        logits = class_logits(result, targets)
+        column = targets[:, None]
+        others = logits.scatter(1, column, -torch.inf)
+        rival = others.logsumexp(1) if self.against == "logsumexp" else others.amax(1)
+        return logits.gather(1, column)[:, 0] - rival
+
+
+class ClassLogit(Output):
+    """Logit of one class.
+
+    Attributes:
+        label: The class to read; by default each example's own target.
+    """
+
+    label: int | None = None
+
+    def __call__(self, result: Any, targets: Tensor) -> Tensor:
+        """Return (examples,) logits."""
+        labels = targets if self.label is None else torch.full_like(targets, self.label)
+        return class_logits(result, labels).gather(1, labels[:, None])[:, 0]
+
+
+class CrossEntropy(Output):
+    """Cross-entropy loss of the target class, in nats."""
+
+    def __call__(self, result: Any, targets: Tensor) -> Tensor:
+        """Return (examples,) losses."""
+        return functional.cross_entropy(class_logits(result, targets), targets, reduction="none")
+
+
+def class_logits(result: Any, targets: Tensor) -> Tensor:
+    """Return (examples, classes) float32 logits from a model's result, checked against the targets.
+
+    Raises:
+        OutputError: When the result holds no such logits, or a target is not one of their classes.
+    """
+    logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise OutputError(
+            f"the model returned a {type(result).__name__} without logits; a tensor or an object with a 'logits' "
+            f"tensor was expected: wrap the model so that it returns one of the two"
+        )
+    if logits.ndim != 2 or len(logits) != len(targets) or targets.ndim != 1:
+        raise OutputError(
+            f"the model's logits have shape {tuple(logits.shape)} and the targets {tuple(targets.shape)}; "
+            f"(examples, classes) and (examples,) were expected: choose another output function, or wrap the model"
+        )
+    if targets.is_floating_point():
+        raise OutputError(f"the targets are {targets.dtype}; class labels must be whole numbers: use targets.long()")
+    wrong = ((targets < 0) | (targets >= logits.shape[1])).nonzero()
+    if len(wrong):
+        raise OutputError(
+            f"label {int(targets[wrong[0, 0]])} is outside the model's {logits.shape[1]} classes (0 to "
+            f"{logits.shape[1] - 1}), first at position {int(wrong[0, 0])} of this batch; correct the targets"
+        )
+    return logits.float()

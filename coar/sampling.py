@@ -1,0 +1,111 @@
+"""Which masks are drawn: each one a pure function of (seed, split, index), so that any worker can make any mask."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from coar.errors import SettingsError
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+class Sampler(BaseModel):
+    """Base of the samplers: True keeps a component, False ablates it.
+
+    Attributes:
+        ablated_fraction: Expected share of ablated components in a mask, between 0 and 1 (the paper's alpha).
+        seed: Seed of all masks, 0 to 2**63 - 1.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ablated_fraction: float = 0.10
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise SettingsError(f"{type(self).__name__} cannot be made: {problems}; correct these settings") from None
+
+    @field_validator("ablated_fraction")
+    @classmethod
+    def _inside(cls, value: float) -> float:
+        return check_fraction(value)
+
+    @abstractmethod
+    def _mask(self, numbers: np.ndarray, fraction: float) -> np.ndarray:
+        """Turn (components,) uniform 32-bit numbers into a (components,) boolean mask."""
+
+    def masks(
+        self, split: Split, indices: Iterable[int], components: int, *, ablated_fraction: float | None = None
+    ) -> np.ndarray:
+        """Return (indices, components) boolean masks.
+
+        Masks of the same split and index at different fractions share their random numbers, so the smaller fraction's
+        ablated set lies (for Bernoulli and fixed-size masks alike) inside the larger one's.
+
+        Args:
+            split: `train`, `validation` or `test`; the splits' random numbers are disjoint.
+            indices: Which masks of the split.
+            components: Number of components.
+            ablated_fraction: Another fraction than the sampler's own.
+        """
+        fraction = self.ablated_fraction if ablated_fraction is None else check_fraction(ablated_fraction)
+        rows = [self._mask(self._numbers(split, index, components), fraction) for index in indices]
+        return np.stack(rows) if rows else np.zeros((0, components), dtype=bool)
+
+    def _numbers(self, split: Split, index: int, count: int) -> np.ndarray:
+        """Draw from Philox4x64 with key (seed, split) and the mask's index in the counter's second word."""
+        generator = np.random.Philox(
+            key=np.array([self.seed, SPLITS.index(split)], dtype=np.uint64),
+            counter=np.array([0, index, 0, 0], dtype=np.uint64),
+        )
+        words = generator.random_raw(-(-count // 2)).astype("<u8")
+        return words.view("<u4")[:count]  # two numbers a word, low half first, on every machine
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name and settings that identify this sampler in a run's fingerprint."""
+        return {"name": type(self).__name__, **self.model_dump(mode="json")}
+
+
+class BernoulliSampler(Sampler):
+    """Ablates each component independently with probability `ablated_fraction` (to within 2**-33)."""
+
+    def _mask(self, numbers: np.ndarray, fraction: float) -> np.ndarray:
+        return numbers >= np.uint32(min(round(fraction * 2**32), 2**32 - 1))  # type: ignore[no-any-return]
+
+
+class FixedSizeSampler(Sampler):
+    """Ablates a uniformly random set of `round(ablated_fraction * components)` components, at least one, never all."""
+
+    def _mask(self, numbers: np.ndarray, fraction: float) -> np.ndarray:
+        count = min(max(round(fraction * len(numbers)), 1), max(len(numbers) - 1, 1))
+        mask = np.ones(len(numbers), dtype=bool)
+        mask[np.argsort(numbers, kind="stable")[:count]] = False
+        return mask
+
+
+SAMPLERS: dict[str, type[Sampler]] = {cls.__name__: cls for cls in (BernoulliSampler, FixedSizeSampler)}
+
+
+def sampler_from_settings(settings: dict[str, Any]) -> Sampler:
+    """Rebuild a sampler from `Sampler.settings()`; raise `SettingsError` for an unknown name."""
+    values = dict(settings)
+    name = values.pop("name", None)
+    if name not in SAMPLERS:
+        raise SettingsError(f"unknown sampler {name!r}; this version knows {', '.join(SAMPLERS)}")
+    return SAMPLERS[name](**values)
+
+
+def check_fraction(value: float) -> float:
+    """Return the fraction, or raise `SettingsError` when it is not strictly between 0 and 1."""
+    if not (math.isfinite(value) and 0 < value < 1):
+        raise SettingsError(f"ablated fraction {value} is outside (0, 1); 0.05 to 0.10 is usual")
+    return value

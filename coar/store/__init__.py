@@ -1,0 +1,7 @@
+"""A run on disk: its Zarr layout, its units of work, and its integrity."""
+
+from coar.store.integrity import Problem, repair, verify
+from coar.store.plan import Plan, Segment, Unit
+from coar.store.run import Run
+
+__all__ = ["Plan", "Problem", "Run", "Segment", "Unit", "repair", "verify"]

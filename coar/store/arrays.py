@@ -1,0 +1,171 @@
+"""Zarr arrays with what a run needs of them: checksums, whole chunks, errors that name the chunk."""
+
+import asyncio
+import errno
+import itertools
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import zarr
+from zarr.abc.store import Store
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from coar.errors import CorruptRunError, StorageError
+
+Chunk = tuple[int, ...]
+T = TypeVar("T")
+
+
+def create_array(
+    group: zarr.Group,
+    name: str,
+    *,
+    shape: Sequence[int],
+    chunks: Sequence[int],
+    dtype: Any,
+    dimensions: Sequence[str],
+    overwrite: bool = False,
+) -> zarr.Array[Any]:
+    """Create an array: NaN fill for floats, every chunk stored, zstd and then crc32c."""
+    floating = dtype is not str and np.dtype(dtype).kind == "f"
+    with storage_errors(group.store_path):
+        return group.create_array(
+            name,
+            shape=tuple(shape),
+            chunks=tuple(max(1, c) for c in chunks),
+            dtype=dtype,
+            fill_value=float("nan") if floating else None,
+            compressors=[ZstdCodec(level=1), Crc32cCodec()],
+            dimension_names=tuple(dimensions),
+            config={"write_empty_chunks": True},
+            overwrite=overwrite,
+        )
+
+
+def open_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    """Open an array of a run; raise `CorruptRunError` when it is missing or its description is damaged."""
+    try:
+        found = group[name]
+    except (KeyError, ValueError, TypeError) as error:
+        raise CorruptRunError(
+            f"array {name!r} of {group.store_path} is missing or its zarr.json is damaged ({error}); restore it from a "
+            f"copy, or collect into a new path"
+        ) from error
+    if not isinstance(found, zarr.Array):
+        raise CorruptRunError(f"{name!r} of {group.store_path} is not an array; collect into a new path")
+    return found.with_config({"write_empty_chunks": True})
+
+
+def read(array: zarr.Array[Any], *slices: slice) -> np.ndarray:
+    """Read a region; raise `CorruptRunError`, naming the chunk, when a checksum or a decoder fails."""
+    try:
+        return np.asarray(array[slices])
+    except (ValueError, RuntimeError, TypeError) as error:
+        bad = [key for key in chunks_of(array, slices) if not readable(array, key)]
+        keys = ", ".join(chunk_path(array, key) for key in bad) or array.path
+        raise CorruptRunError(
+            f"chunk {keys} of {array.store} is damaged ({error}); 'coar verify --repair' deletes damaged chunks, and "
+            f"the next collect or fit makes them again"
+        ) from error
+
+
+def write(array: zarr.Array[Any], values: np.ndarray, *slices: slice) -> None:
+    """Write a region of whole chunks; raise `StorageError` when the disk refuses."""
+    with storage_errors(array.store_path):
+        array[slices] = values
+
+
+def write_all(group: zarr.Group, name: str, values: np.ndarray, dimension: str) -> None:
+    """Create or replace a one-dimensional array of a single chunk."""
+    text = values.dtype.kind in "UT"
+    array = create_array(
+        group,
+        name,
+        shape=values.shape,
+        chunks=values.shape,
+        dtype=str if text else values.dtype,
+        dimensions=(dimension,),
+        overwrite=True,
+    )
+    write(array, values.astype(object) if text else values, slice(None))
+
+
+def stored_chunks(array: zarr.Array[Any]) -> set[Chunk]:
+    """Return the keys of the chunks that are in the store, by one listing."""
+    prefix = f"{array.path}/c/"
+    names = _wait(_list(array.store, prefix))
+    return {
+        tuple(int(part) for part in name.removeprefix(prefix).split("/"))
+        for name in names
+        if name.removeprefix(prefix).replace("/", "").isdigit()
+    }
+
+
+def all_chunks(array: zarr.Array[Any]) -> list[Chunk]:
+    """Return the keys of all chunks that the array's shape calls for."""
+    return list(itertools.product(*(range(-(-n // c)) for n, c in zip(array.shape, array.chunks, strict=True))))
+
+
+def chunks_of(array: zarr.Array[Any], slices: Iterable[slice]) -> list[Chunk]:
+    """Return the keys of the chunks that a region touches."""
+    ranges = []
+    for part, n, c in zip(slices, array.shape, array.chunks, strict=True):
+        start, stop, _ = part.indices(n)
+        ranges.append(range(start // c, -(-stop // c)))
+    return list(itertools.product(*ranges))
+
+
+def readable(array: zarr.Array[Any], key: Chunk) -> bool:
+    """Say whether one chunk decodes and passes its checksum; a missing chunk reads as fill values."""
+    try:
+        array[tuple(slice(i * c, (i + 1) * c) for i, c in zip(key, array.chunks, strict=True))]
+    except (ValueError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+def delete_chunk(array: zarr.Array[Any], key: Chunk) -> None:
+    """Remove one chunk from the store."""
+    _wait(array.store.delete(chunk_path(array, key)))
+
+
+def chunk_path(array: zarr.Array[Any], key: Chunk) -> str:
+    """Return a chunk's path inside the run."""
+    return "/".join([array.path, "c", *map(str, key)])
+
+
+@contextmanager
+def storage_errors(place: object) -> Iterator[None]:
+    """Turn the disk's refusals into `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        raise StorageError(
+            f"cannot write to {place}: {reason}; what was stored before is intact: mend it and run the same command "
+            f"again to go on",
+        ) from error
+
+
+def sweep(root: Path) -> list[Path]:
+    """Delete temporary files that a killed writer left in a run; only for the run's single writer to call."""
+    stray = [path for path in root.rglob("*.partial") if path.is_file()]
+    for path in stray:
+        path.unlink()
+    return stray
+
+
+def _wait(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in a thread of its own, since a notebook already runs an event loop in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
+async def _list(store: Store, prefix: str) -> list[str]:
+    return [name async for name in store.list_prefix(prefix)]

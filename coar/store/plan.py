@@ -1,0 +1,115 @@
+"""Which rows a run has, in order, and how they are cut into units of work."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from coar.errors import SettingsError
+from coar.sampling import SPLITS, Sampler, Split, check_fraction
+
+
+class Segment(NamedTuple):
+    """Consecutive rows of the mask axis: masks `first` up to `first + count` of one split at one fraction."""
+
+    split: Split
+    ablated_fraction: float
+    first: int
+    count: int
+
+
+class Unit(NamedTuple):
+    """The smallest piece of work: one block of masks on one block of examples, one chunk of `outputs`."""
+
+    mask_block: int
+    example_block: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of the mask axis, in the order in which they were asked for; it only ever grows at its end.
+
+    Attributes:
+        segments: All rows, as consecutive segments.
+        extents: Number of rows after each time the run was created or extended, in ascending order.
+    """
+
+    segments: tuple[Segment, ...] = ()
+    extents: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(segment.count for segment in self.segments)
+
+    def count(self, split: Split, ablated_fraction: float) -> int:
+        """Return how many masks of a split and fraction there are."""
+        return sum(s.count for s in self.segments if (s.split, s.ablated_fraction) == (split, ablated_fraction))
+
+    def extended(self, wanted: dict[tuple[Split, float], int]) -> "Plan":
+        """Return the plan that has at least the wanted number of masks per (split, fraction); nothing is removed."""
+        more = []
+        for (split, fraction), count in wanted.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise SettingsError(f"{count!r} {split} masks were asked for; give a whole number, 0 or more")
+            have = self.count(split, check_fraction(fraction))
+            if count > have:
+                more.append(Segment(split, fraction, have, count - have))
+        if not more:
+            return self
+        total = len(self) + sum(segment.count for segment in more)
+        return Plan(self.segments + tuple(more), (*self.extents, total))
+
+    def rows(self, split: Split, ablated_fraction: float) -> np.ndarray:
+        """Return the row numbers of a split and fraction, in ascending order."""
+        parts, start = [np.zeros(0, dtype=np.int64)], 0
+        for segment in self.segments:
+            if (segment.split, segment.ablated_fraction) == (split, ablated_fraction):
+                parts.append(np.arange(start, start + segment.count))
+            start += segment.count
+        return np.concatenate(parts)
+
+    def fractions(self, split: Split) -> list[float]:
+        """Return the ablated fractions at which a split has masks, in the order of the rows."""
+        return list(dict.fromkeys(segment.ablated_fraction for segment in self.segments if segment.split == split))
+
+    def pieces(self, start: int, stop: int) -> Iterator[Segment]:
+        """Yield what rows `start` up to `stop` are, as segments."""
+        at = 0
+        for segment in self.segments:
+            low, high = max(start, at), min(stop, at + segment.count)
+            if low < high:
+                yield segment._replace(first=segment.first + low - at, count=high - low)
+            at += segment.count
+
+    def masks(self, sampler: Sampler, components: int, start: int, stop: int) -> np.ndarray:
+        """Return the (rows, components) boolean masks of rows `start` up to `stop`."""
+        parts = [
+            sampler.masks(
+                piece.split,
+                range(piece.first, piece.first + piece.count),
+                components,
+                ablated_fraction=piece.ablated_fraction,
+            )
+            for piece in self.pieces(start, stop)
+        ]
+        return np.concatenate(parts) if parts else np.zeros((0, components), dtype=bool)
+
+    def label(self, row: int) -> str:
+        """Name a row for people, such as `train mask 17`."""
+        piece = next(self.pieces(row, row + 1))
+        return f"{piece.split} mask {piece.first} at ablated fraction {piece.ablated_fraction:g}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain lists."""
+        return {"segments": [list(segment) for segment in self.segments], "extents": list(self.extents)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Plan":
+        """Rebuild a plan from `to_json`; raise `ValueError` or `TypeError` for anything else."""
+        segments = tuple(Segment(str(s), float(a), int(f), int(c)) for s, a, f, c in data["segments"])  # type: ignore[arg-type]
+        if any(s.split not in SPLITS or s.count < 1 or s.first < 0 for s in segments):
+            raise ValueError("a segment is out of range")
+        plan = cls(segments, tuple(int(extent) for extent in data["extents"]))
+        if (plan.extents[-1] if plan.extents else 0) != len(plan):
+            raise ValueError("segments and extents disagree")
+        return plan

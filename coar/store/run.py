@@ -1,0 +1,350 @@
+"""One run: a Zarr group that is created once, filled unit by unit, and read by everything after it."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import zarr
+
+from coar.components import Component, Components
+from coar.errors import CorruptRunError, IncompleteRunError, MismatchError, RunError, SettingsError
+from coar.sampling import Sampler, sampler_from_settings
+from coar.store import arrays
+from coar.store.plan import Plan, Unit
+
+FORMAT = 1
+ATTRIBUTE = "coar"
+COMPONENT_FIELDS = Component._fields
+ROW_COLUMNS = ("split", "ablated_fraction")
+
+
+class Run:
+    """A run's Zarr group; make one with `Run.create` or `Run.open`.
+
+    Attributes:
+        path: Where the run is.
+        group: The Zarr group itself.
+    """
+
+    def __init__(self, path: Path, group: zarr.Group, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.group = group
+        self._manifest = manifest
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        components: Components,
+        metadata: Mapping[str, np.ndarray],
+        replacements: np.ndarray,
+        fingerprint: dict[str, Any],
+        facts: dict[str, Any],
+        blocks: tuple[int, int],
+    ) -> Self:
+        """Create an empty run, or start again on one whose creation was cut short.
+
+        Args:
+            path: A path that does not exist yet, an empty folder, or a run cut short in its creation.
+            components: The component table.
+            metadata: Columns over the examples.
+            replacements: (components,) float32 constants of the ablation.
+            fingerprint: What the run is made from; a study must agree with it to go on.
+            facts: What else is known of the run: precision, batch norms that follow a site.
+            blocks: Masks and examples per unit of work.
+
+        Raises:
+            RunError: When the path holds something else.
+            StorageError: When the disk refuses.
+        """
+        root = local_path(path)
+        state = _state(root)
+        if state not in ("nothing", "creating"):
+            raise RunError(f"{root} already holds {'a run' if state == 'ready' else state}; choose another path")
+        manifest = {"format": FORMAT, "state": "creating"}
+        examples = len(next(iter(metadata.values())))
+        with arrays.storage_errors(root):
+            group = zarr.create_group(root, overwrite=True, attributes={ATTRIBUTE: manifest})
+        _create_arrays(group, len(components), examples, blocks)
+        for field, values in zip(COMPONENT_FIELDS, zip(*components, strict=True), strict=True):
+            arrays.write_all(group, f"component/{field}", np.asarray(values), "component")
+        arrays.write_all(group, "component/replacement", replacements.astype(np.float32), "component")
+        for name, column in metadata.items():
+            arrays.write_all(group, f"example/{name}", np.asarray(column), "example")
+        manifest |= {"state": "ready", "fingerprint": fingerprint, "facts": facts, "plan": Plan().to_json()}
+        with arrays.storage_errors(root):
+            group.attrs[ATTRIBUTE] = manifest
+        return cls.open(root)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open an existing run.
+
+        Raises:
+            RunError: When the path holds no run, one of a newer format, or one cut short in its creation.
+            CorruptRunError: When the run's description is damaged.
+        """
+        root = local_path(path)
+        state = _state(root)
+        if state == "nothing":
+            raise RunError(f"there is no run at {root}; check the path, or make one with 'coar collect'")
+        if state == "creating":
+            raise RunError(f"the run at {root} was cut short in its creation; run 'coar collect' again on it")
+        if state != "ready":
+            raise RunError(f"{root} holds {state}, not a run; check the path")
+        group = zarr.open_group(root, mode="r+")
+        manifest: dict[str, Any] = group.attrs[ATTRIBUTE]  # type: ignore[assignment]
+        if manifest["format"] > FORMAT:
+            raise RunError(
+                f"the run at {root} has format {manifest['format']}, and this version reads up to {FORMAT}; update coar"
+            )
+        try:
+            Plan.from_json(manifest["plan"])
+            sampler_from_settings(manifest["fingerprint"]["sampler"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptRunError(
+                f"the attributes of the run at {root} are damaged ({error!r}); restore its zarr.json from a copy"
+            ) from error
+        return cls(root, group, manifest)
+
+    @property
+    def plan(self) -> Plan:
+        """The rows of the mask axis."""
+        return Plan.from_json(self._manifest["plan"])
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the run was made from."""
+        return dict(self._manifest["fingerprint"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What else is known: the precision as measured, and the batch norms that follow a site."""
+        return dict(self._manifest["facts"])
+
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler that made the masks."""
+        return sampler_from_settings(self._manifest["fingerprint"]["sampler"])
+
+    @cached_property
+    def components(self) -> Components:
+        """The component table."""
+        columns = [self.column(f"component/{field}").tolist() for field in COMPONENT_FIELDS]
+        table = Components(Component(*row) for row in zip(*columns, strict=True))
+        if table.fingerprint() != self._manifest["fingerprint"].get("components"):
+            raise CorruptRunError(f"the component table of {self.path} is not the one it was made with; restore a copy")
+        return table
+
+    @cached_property
+    def replacements(self) -> np.ndarray:
+        """(components,) float32 constants of the ablation."""
+        return self.column("component/replacement")
+
+    @cached_property
+    def metadata(self) -> dict[str, np.ndarray]:
+        """Columns over the examples."""
+        group = self.group["example"]
+        return {name: self.column(f"example/{name}") for name in sorted(group.array_keys())}  # type: ignore[union-attr]
+
+    @property
+    def n_examples(self) -> int:
+        """Number of examples."""
+        return self.array("base_output").shape[0]
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Masks and examples per unit of work."""
+        masks, examples = self.array("outputs").chunks
+        return masks, examples
+
+    def array(self, name: str) -> zarr.Array[Any]:
+        """Return one of the run's arrays."""
+        return arrays.open_array(self.group, name)
+
+    def column(self, name: str) -> np.ndarray:
+        """Read a one-dimensional array whole; raise `CorruptRunError` when a chunk of it is missing."""
+        array = self.array(name)
+        missing = set(arrays.all_chunks(array)) - arrays.stored_chunks(array)
+        if missing:
+            chunk = arrays.chunk_path(array, min(missing))
+            raise CorruptRunError(f"chunk {chunk} of {self.path} is missing; restore it from a copy")
+        values = arrays.read(array, slice(None))
+        return np.array(values.tolist()) if values.dtype.kind in "OT" else values
+
+    def check(self, fingerprint: dict[str, Any]) -> None:
+        """Raise `MismatchError`, with both values of everything that differs, unless the fingerprints agree."""
+        mine = self.fingerprint
+        differing = [key for key in sorted({*mine, *fingerprint}) if mine.get(key) != fingerprint.get(key)]
+        if differing:
+            lines = [f"  {key}: the run has {_short(mine.get(key))}, now {_short(fingerprint.get(key))}" for key in differing]
+            raise MismatchError(
+                f"this study is not the one that {self.path} was made for; these differ:\n" + "\n".join(lines) + "\n"
+                "put them back as they were to go on with this run, or collect into a new path"
+            )
+
+    def rows_intact(self) -> bool:
+        """Say whether the columns over the mask axis are there and as long as the plan; a cut extension is not."""
+        return all(name in self.group and self.array(name).shape == (len(self.plan),) for name in ROW_COLUMNS)
+
+    def extend(self, plan: Plan) -> None:
+        """Give the run the rows of a longer plan; the plan is committed last, so a cut leaves the old one."""
+        rows = len(plan)
+        shapes = {"outputs": (rows, self.n_examples), "masks": (rows, self.array("masks").shape[1])}
+        with arrays.storage_errors(self.path):
+            for name, shape in shapes.items():
+                self.array(name).resize(shape)
+            for name in ROW_COLUMNS:
+                column = np.concatenate([np.repeat(getattr(segment, name), segment.count) for segment in plan.segments])
+                arrays.write_all(self.group, name, column, "mask")
+            self._manifest = {**self._manifest, "plan": plan.to_json()}
+            self.group.attrs[ATTRIBUTE] = self._manifest
+
+    def masks(self, start: int, stop: int) -> np.ndarray:
+        """Return the (rows, components) boolean masks of rows `start` up to `stop`, checked against the stored ones."""
+        packed = self.packed_masks(start, stop)
+        stored = arrays.read(self.array("masks"), slice(start, stop), slice(None))
+        if not np.array_equal(packed, stored):
+            row = start + int((packed != stored).any(axis=1).argmax())
+            raise CorruptRunError(
+                f"the stored mask of row {row} in {self.path} ({self.plan.label(row)}) is missing or is not the one "
+                f"that its seed gives; run 'coar verify --repair' and collect again"
+            )
+        return np.unpackbits(packed, axis=1, count=len(self.components), bitorder="little").astype(bool)
+
+    def packed_masks(self, start: int, stop: int) -> np.ndarray:
+        """Make the masks of these rows from their seed, packed to (rows, ceil(components / 8)) bytes."""
+        return np.packbits(
+            self.plan.masks(self.sampler, len(self.components), start, stop), axis=1, bitorder="little"
+        )
+
+    def outputs(self, rows: slice, examples: slice) -> np.ndarray:
+        """Read (rows, examples) outputs; raise `IncompleteRunError` when one of them has not been collected."""
+        array = self.array("outputs")
+        values = arrays.read(array, rows, examples)
+        if not np.isfinite(values).all():
+            row, example = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
+            key = ((rows.start or 0) + row) // array.chunks[0], ((examples.start or 0) + example) // array.chunks[1]
+            raise IncompleteRunError(
+                f"chunk {arrays.chunk_path(array, key)} of {self.path} has not been collected; run 'coar collect' to "
+                f"finish the run"
+            )
+        return values
+
+    def rows_of(self, unit: Unit) -> tuple[slice, slice]:
+        """Return the rows and the examples that a unit covers."""
+        masks, examples = self.blocks
+        return (
+            slice(unit.mask_block * masks, min((unit.mask_block + 1) * masks, len(self.plan))),
+            slice(unit.example_block * examples, min((unit.example_block + 1) * examples, self.n_examples)),
+        )
+
+    def units(self) -> list[Unit]:
+        """Return all units, the masks of one block of examples after another."""
+        masks, examples = self.blocks
+        return [
+            Unit(i, j) for j in range(-(-self.n_examples // examples)) for i in range(-(-len(self.plan) // masks))
+        ]
+
+    def missing_units(self) -> list[Unit]:
+        """Return the units that are not stored whole, in the order of `units`."""
+        stored = {name: arrays.stored_chunks(self.array(name)) for name in ("outputs", "masks", "base_output")}
+        masks = self.blocks[0]
+        cut = {extent // masks for extent in self.plan.extents[:-1] if extent % masks}  # blocks once partly filled
+        outputs = self.array("outputs")
+
+        def done(unit: Unit) -> bool:
+            if tuple(unit) not in stored["outputs"]:
+                return False
+            if unit.mask_block == 0 and (unit.example_block,) not in stored["base_output"]:
+                return False
+            if unit.example_block == 0 and (unit.mask_block, 0) not in stored["masks"]:
+                return False
+            return unit.mask_block not in cut or bool(np.isfinite(arrays.read(outputs, *self.rows_of(unit))).all())
+
+        return [unit for unit in self.units() if not done(unit)]
+
+    def write_unit(self, unit: Unit, outputs: np.ndarray, base_output: np.ndarray | None) -> None:
+        """Store one unit: the chunk of `outputs` last, since its presence is what says that the unit is done."""
+        rows, examples = self.rows_of(unit)
+        if unit.example_block == 0:
+            arrays.write(self.array("masks"), self.packed_masks(rows.start, rows.stop), rows, slice(None))
+        if base_output is not None:
+            arrays.write(self.array("base_output"), base_output, examples)
+        arrays.write(self.array("outputs"), outputs, rows, examples)
+
+    def require_complete(self) -> None:
+        """Raise `IncompleteRunError` unless every unit is stored."""
+        missing = self.missing_units()
+        if missing or not len(self.plan):
+            raise IncompleteRunError(
+                f"{len(missing)} of {len(self.units())} units of {self.path} have not been collected; run 'coar "
+                f"collect' again to finish the run"
+            )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for writing; the system lets go of it when the process ends, however it ends."""
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"another process is writing to {self.path}; wait until it is done, or collect into another path"
+                ) from None
+            yield
+        finally:
+            os.close(handle)
+
+
+def needs_creation(path: str | Path) -> bool:
+    """Say whether a run can be created at a path: nothing is there, or a run cut short in its creation."""
+    return _state(local_path(path)) in ("nothing", "creating")
+
+
+def local_path(path: str | Path) -> Path:
+    """Return the path; raise `SettingsError` for an address that is not on this machine's disks."""
+    if "://" in str(path):
+        raise SettingsError(f"{str(path)!r} is an address of an object store; give a path on a local or mounted disk")
+    return Path(path)
+
+
+def _state(root: Path) -> str:
+    """Say what is at a path: `nothing`, `creating`, `ready`, or in words something that is no run."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return "nothing"
+    if not root.is_dir():
+        return "a file"
+    description = root / "zarr.json"
+    if not description.exists():
+        return "a folder of other things"
+    try:
+        state = json.loads(description.read_text())["attributes"][ATTRIBUTE]["state"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return "a damaged zarr.json or a Zarr store of another kind"
+    return str(state)
+
+
+def _create_arrays(group: zarr.Group, components: int, examples: int, blocks: tuple[int, int]) -> None:
+    mask_block, example_block = blocks
+    packed = -(-components // 8)
+    layout: dict[str, tuple[tuple[int, ...], tuple[int, ...], str, tuple[str, ...]]] = {
+        "outputs": ((0, examples), (mask_block, example_block), "float32", ("mask", "example")),
+        "masks": ((0, packed), (mask_block, packed), "uint8", ("mask", "byte")),
+        "base_output": ((examples,), (example_block,), "float32", ("example",)),
+    }
+    for name, (shape, chunks, dtype, dimensions) in layout.items():
+        arrays.create_array(group, name, shape=shape, chunks=chunks, dtype=dtype, dimensions=dimensions)
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return text[:12] + "..." if isinstance(value, str) and len(text) == 64 else text

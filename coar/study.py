@@ -1,0 +1,55 @@
+"""What is examined: a model, examples, components, an output per example, an ablation, and how masks are drawn."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import coar._version
+from coar.ablation import Ablation, ZeroWeight
+from coar.components import Components, check_components
+from coar.examples import Examples
+from coar.outputs import CorrectClassMargin, Output
+from coar.sampling import BernoulliSampler, Sampler
+from coar.weights import weights_fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A definition that determines every number of a run.
+
+    Attributes:
+        model: Any module; it is copied before it is used, and never changed.
+        examples: The examples that get attributions.
+        components: What can be ablated.
+        output: The scalar read per example.
+        ablation: What replaces an ablated component.
+        sampler: How masks are drawn.
+
+    Raises:
+        ComponentError: When a component is not part of the model.
+    """
+
+    model: nn.Module
+    examples: Examples
+    components: Components
+    output: Output = field(default_factory=CorrectClassMargin)
+    ablation: Ablation = field(default_factory=ZeroWeight)
+    sampler: Sampler = field(default_factory=BernoulliSampler)
+
+    def __post_init__(self) -> None:
+        check_components(self.model, self.components)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells this study from any other: settings as they are, data and weights as SHA-256."""
+        return {
+            "components": self.components.fingerprint(),
+            "weights": weights_fingerprint(self.model),
+            "examples": self.examples.fingerprint(),
+            "ablation": self.ablation.settings(),
+            "output": self.output.settings(),
+            "sampler": self.sampler.settings(),
+            "versions": {"coar": coar._version.__version__, "numpy": np.__version__, "torch": torch.__version__},
+        }

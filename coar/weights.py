@@ -1,0 +1,92 @@
+"""Weights on disk: read without running anybody's code, written as safetensors, and told apart by their hash."""
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from coar.errors import StorageError, WeightsError
+from coar.examples import update_digest
+
+
+def load_weights(model: nn.Module, path: str | Path, *, prefix: str = "") -> nn.Module:
+    """Load a state dict into the model and return the model.
+
+    Args:
+        model: The model whose parameters and buffers are replaced.
+        path: A `.safetensors` file, or a PyTorch checkpoint of nothing but tensors (`.pt`, `.pth`, `.th`).
+        prefix: Start of every name in the file, cut off before loading (such as `module.`).
+
+    Raises:
+        WeightsError: When the file is missing, damaged, holds pickled objects, or does not fit the model.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise WeightsError(f"there are no weights at {file}; check the path, or train or download them first")
+    state = {name.removeprefix(prefix): value for name, value in _read_state(file).items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise WeightsError(f"the weights in {file} do not fit {type(model).__name__}: {error}") from None
+    return model
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write the model's state dict as safetensors, whole or not at all.
+
+    Raises:
+        StorageError: When the disk refuses the write.
+    """
+    file = Path(path)
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.detach().cpu().contiguous() for name, value in _state(model).items()}, partial)
+        os.replace(partial, file)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(f"cannot write weights to {file}: {error}; free space or choose another path") from error
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 of all parameters and buffers, by name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    state = _state(model)
+    for name in sorted(state):
+        update_digest(digest, name, state[name])
+    return digest.hexdigest()
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict with a copy for every name that shares memory with an earlier one."""
+    seen: set[int] = set()
+    state = {}
+    for name, value in model.state_dict().items():
+        state[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return state
+
+
+def _read_state(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise WeightsError(f"{file} is not a whole safetensors file ({error}); get it again") from None
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(
+            f"{file} is damaged or holds more than tensors, such as a whole pickled model ({first}); it is not read, "
+            f"since unpickling can run code: save model.state_dict() as safetensors instead"
+        ) from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{file} holds no state dict of tensors; save model.state_dict() as safetensors instead")
+    return state

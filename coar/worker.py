@@ -1,0 +1,180 @@
+"""Runs units of work on one device: many masks on a block of examples that stays there."""
+
+import platform
+import time
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coar.ablation import Gates
+from coar.components import Components
+from coar.errors import PrecisionError, SettingsError
+from coar.examples import Examples, Inputs
+from coar.outputs import Output
+
+Precision = Literal["float32", "bf16"]
+CHOICES = ("float32", "bf16", "auto")
+BATCH_SIZE = {"cpu": 128, "cuda": 512, "mps": 256}  # examples per forward, unless the user says otherwise
+
+
+def choose_device(name: str) -> torch.device:
+    """Return a device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; raise `SettingsError` when it is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in there:
+        raise SettingsError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:N or mps")
+    if not there[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        found = ", ".join(kind for kind, present in there.items() if present)
+        raise SettingsError(f"device {name!r} is not available on this machine, which has {found}; choose one of those")
+    return device
+
+
+def device_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    """Copy a model once, onto the device and into evaluation mode, so that the user's own stays as it is."""
+    copy = deepcopy(model).to(device).eval()
+    if any(isinstance(module, nn.Conv2d) for module in copy.modules()):
+        copy = copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copy
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of examples on the device, cut into batches."""
+
+    batches: list[tuple[Inputs, Tensor]]
+    size: int
+
+
+class Worker:
+    """Holds one copy of the model on one device and turns masks into outputs.
+
+    Args:
+        model: A copy made by `device_copy`.
+        components: The components a mask speaks of.
+        replacements: (components,) constants of the ablation.
+        output: The scalar read per example.
+        precision: `float32`, or `bf16` for automatic mixed precision.
+        batch_size: Most examples per forward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        components: Components,
+        replacements: Tensor,
+        output: Output,
+        *,
+        precision: Precision = "float32",
+        batch_size: int | None = None,
+    ) -> None:
+        self._model = model
+        self._components = components
+        self._replacements = replacements
+        self._output = output
+        self._precision = precision
+        self.device = next(model.parameters()).device
+        self.batch_size = batch_size or BATCH_SIZE[self.device.type]
+
+    def load(self, examples: Examples, start: int, stop: int) -> Block:
+        """Read examples `start` up to `stop` and move them to the device."""
+        inputs, targets = examples.block(start, stop)
+        batches = []
+        for at in range(0, len(targets), self.batch_size):
+            part = slice(at, at + self.batch_size)
+            x = {k: v[part] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[part]
+            batches.append((self._place(x), targets[part].to(self.device)))
+        return Block(batches, len(targets))
+
+    def outputs(self, block: Block, masks: np.ndarray) -> np.ndarray:
+        """Return (masks, examples) float32 outputs of the block under (masks, components) boolean masks."""
+        keeps = torch.from_numpy(masks).to(self.device)
+        out = torch.empty(len(masks), block.size, device=self.device)
+        with Gates(self._model, self._components, self._replacements) as gates, torch.inference_mode(), self._cast():
+            for row, keep in enumerate(keeps):
+                gates.set(keep)
+                self._fill(out[row], block)
+                if row == 0:
+                    gates.confirm()
+        return out.cpu().numpy()
+
+    def base_output(self, block: Block) -> np.ndarray:
+        """Return (examples,) float32 outputs of the unablated model."""
+        out = torch.empty(block.size, device=self.device)
+        with torch.inference_mode(), self._cast():
+            self._fill(out, block)
+        return out.cpu().numpy()
+
+    def _fill(self, row: Tensor, block: Block) -> None:
+        at = 0
+        for inputs, targets in block.batches:
+            result = self._model(**inputs) if isinstance(inputs, dict) else self._model(inputs)
+            row[at : at + len(targets)] = self._output(result, targets)
+            at += len(targets)
+
+    def _cast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+
+    def _place(self, inputs: Inputs) -> Inputs:
+        if isinstance(inputs, dict):
+            return {name: value.to(self.device) for name, value in inputs.items()}
+        if inputs.ndim == 4:
+            return inputs.to(self.device, memory_format=torch.channels_last)
+        return inputs.to(self.device)
+
+
+@dataclass(frozen=True)
+class PrecisionCheck:
+    """How bfloat16 compares with float32 on the same masks and examples.
+
+    Attributes:
+        error: Root mean square difference over masks, relative to the float32 outputs' standard deviation over masks,
+            averaged over examples.
+        speedup: Time of float32 over time of bfloat16.
+        tolerance: Largest error that was allowed.
+        masks: How many masks were compared.
+        machine: Where.
+    """
+
+    error: float
+    speedup: float
+    tolerance: float
+    masks: int
+    machine: str
+
+
+def compare_precisions(plain: Worker, low: Worker, block: Block, masks: np.ndarray, tolerance: float) -> PrecisionCheck:
+    """Measure bfloat16 against float32 on the first masks of the first unit."""
+    for worker in (plain, low):
+        worker.outputs(block, masks[:1])  # the first pass also pays for kernels to be chosen
+    start = time.perf_counter()
+    exact = plain.outputs(block, masks)
+    middle = time.perf_counter()
+    rough = low.outputs(block, masks)
+    end = time.perf_counter()
+    spread = exact.std(axis=0)
+    difference = np.sqrt(((rough - exact) ** 2).mean(axis=0))
+    error = float((difference / np.maximum(spread, 1e-6)).mean())
+    return PrecisionCheck(error, (middle - start) / (end - middle), tolerance, len(masks), platform.processor())
+
+
+def choose_precision(asked: str, check: PrecisionCheck) -> Precision:
+    """Return the precision to use; raise `PrecisionError` when `bf16` was asked for and is too far off.
+
+    `auto` takes bfloat16 when it is within the tolerance and faster, and float32 otherwise.
+    """
+    if asked == "bf16" and not check.error <= check.tolerance:
+        raise PrecisionError(
+            f"bfloat16 moves the outputs by {check.error:.3f} of their spread over {check.masks} masks, and the "
+            f"tolerance is {check.tolerance}; use float32 or auto, or raise the precision tolerance"
+        )
+    return "bf16" if asked == "bf16" or (check.error <= check.tolerance and check.speedup > 1) else "float32"

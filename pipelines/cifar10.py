@@ -1,0 +1,120 @@
+"""CIFAR-10 and the pretrained ResNet-20 of He et al. (2015), 688 filters.
+
+    COAR_DATA=/path/to/folder coar collect pipelines/cifar10.py
+    coar fit runs/cifar10-mean.zarr
+    coar edit runs/cifar10-mean.zarr --pipeline pipelines/cifar10.py --task forget --label 3
+
+Images and weights come from the folder that COAR_DATA names (`cifar10_subset.npz` with `test_images`, `test_labels`,
+`train_images` and `train_labels`, and `cifar10_resnet20.safetensors`). Without that variable they are fetched to
+data/cifar10: the images by torchvision, the weights from Yerlan Idelbayev's pytorch_resnet_cifar10 (BSD-2-Clause).
+"""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import download_url
+
+import coar
+
+MASKS = 4_000
+TEST_MASKS = 512
+
+FOLDER = Path("data/cifar10")
+WEIGHTS = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/resnet20-12fca82f.th"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STUDIED, CALIBRATION = 256, 500
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions and an identity shortcut that halves the picture and pads channels with zeros."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride, self.padding = stride, (outputs - inputs) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (rows, inputs, height, width) to (rows, outputs, height / stride, width / stride)."""
+        y = functional.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        if self.padding:
+            x = functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return functional.relu(x + y)
+
+
+class CifarResNet(nn.Module):
+    """The ResNet of 6 n + 2 layers for 32 x 32 pictures (He et al. 2015, section 4.2)."""
+
+    def __init__(self, blocks: int = 3, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*[Block(16, 16, 1) for _ in range(blocks)])
+        self.layer2 = nn.Sequential(Block(16, 32, 2), *[Block(32, 32, 1) for _ in range(blocks - 1)])
+        self.layer3 = nn.Sequential(Block(32, 64, 2), *[Block(64, 64, 1) for _ in range(blocks - 1)])
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (rows, 3, 32, 32) pictures to (rows, classes) logits."""
+        x = functional.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+@cache
+def images() -> dict[str, np.ndarray]:
+    """Return `test_images`, `train_images` (n, 32, 32, 3) uint8 and their labels."""
+    if "COAR_DATA" in os.environ:
+        with np.load(Path(os.environ["COAR_DATA"]) / "cifar10_subset.npz", allow_pickle=False) as data:
+            return dict(data)
+    sets = {name: CIFAR10(str(FOLDER), train=name == "train", download=True) for name in ("train", "test")}
+    arrays = {f"{name}_images": data.data for name, data in sets.items()}
+    return arrays | {f"{name}_labels": np.asarray(data.targets) for name, data in sets.items()}
+
+
+def examples(name: str, rows: slice) -> coar.Examples:
+    """Return rows of the `train` or `test` set, normalised as the weights expect."""
+    pictures = torch.from_numpy(images()[f"{name}_images"][rows]).permute(0, 3, 1, 2) / 255
+    normal = (pictures - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    labels = images()[f"{name}_labels"][rows]
+    numbers = np.arange(len(images()[f"{name}_labels"]))[rows]
+    return coar.Examples(inputs=normal, targets=torch.from_numpy(labels).long(), metadata={"id": numbers})
+
+
+def model() -> nn.Module:
+    """Return the pretrained ResNet-20."""
+    if "COAR_DATA" in os.environ:
+        file, prefix = Path(os.environ["COAR_DATA"]) / "cifar10_resnet20.safetensors", ""
+    else:
+        file, prefix = FOLDER / Path(WEIGHTS).name, "module."
+        if not file.exists():
+            download_url(WEIGHTS, str(FOLDER), file.name)
+    return coar.load_weights(CifarResNet(), file, prefix=prefix).eval()
+
+
+def study(*, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int = 0) -> coar.Study:
+    """Define the study of the first 256 test pictures; `ablation` is `mean` or `zero`."""
+    net = model()
+    calibration = examples("train", slice(0, CALIBRATION))
+    return coar.Study(
+        model=net,
+        examples=examples("test", slice(0, STUDIED)),
+        components=coar.conv_filters(net),
+        output=coar.CorrectClassMargin(),
+        ablation=coar.Mean(calibration=calibration) if ablation == "mean" else coar.ZeroWeight(),
+        sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
+    )
+
+
+def judge() -> coar.Examples:
+    """Return the other test pictures, which no attribution and no choice has seen."""
+    return examples("test", slice(STUDIED, None))

@@ -1,0 +1,33 @@
+"""Fixtures that several test files share: real pipelines, and what is skipped where data is missing."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines import cifar10 as cifar10_pipeline
+from pipelines import digits as digits_pipeline
+
+NO_CIFAR = "needs COAR_DATA to name a folder with cifar10_subset.npz and cifar10_resnet20.safetensors"
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The default pipeline, its net trained once and kept under data/digits."""
+    digits_pipeline.model()
+    return digits_pipeline
+
+
+@pytest.fixture(scope="session")
+def cifar10():
+    """The cifar10 pipeline on real images and pretrained weights, or a skip that says what is missing."""
+    folder = os.environ.get("COAR_DATA")
+    if not folder or not (Path(folder) / "cifar10_subset.npz").is_file():
+        pytest.skip(NO_CIFAR)
+    return cifar10_pipeline
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
