@@ -2,12 +2,56 @@
 
 from coar._version import __version__
 from coar.ablation import Mean, ZeroWeight
+from coar.attributions import Attributions, load
+from coar.baselines import gradient_x_gate, leave_one_out
 from coar.components import Component, Components, conv_filters, neurons, parameter_slices
+from coar.editing import Edit, EditGoal, edit, fix_errors, forget_class, judge_edit
 from coar.engines import collect
 from coar.errors import CoarError
+from coar.evaluation import Evaluation, evaluate
 from coar.examples import Examples
 from coar.outputs import ClassLogit, CorrectClassMargin, CrossEntropy
+from coar.regression import fit
 from coar.sampling import BernoulliSampler, FixedSizeSampler
-from coar.store import Run
+from coar.store import Problem, Run, repair, verify
 from coar.study import Study
 from coar.weights import load_weights, save_weights
+
+__all__ = [
+    "Attributions",
+    "BernoulliSampler",
+    "ClassLogit",
+    "CoarError",
+    "Component",
+    "Components",
+    "CorrectClassMargin",
+    "CrossEntropy",
+    "Edit",
+    "EditGoal",
+    "Evaluation",
+    "Examples",
+    "FixedSizeSampler",
+    "Mean",
+    "Problem",
+    "Run",
+    "Study",
+    "ZeroWeight",
+    "__version__",
+    "collect",
+    "conv_filters",
+    "edit",
+    "evaluate",
+    "fit",
+    "fix_errors",
+    "forget_class",
+    "gradient_x_gate",
+    "judge_edit",
+    "leave_one_out",
+    "load",
+    "load_weights",
+    "neurons",
+    "parameter_slices",
+    "repair",
+    "save_weights",
+    "verify",
+]

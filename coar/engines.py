@@ -23,7 +23,7 @@ from coar.store import Plan, Run, Unit
 from coar.store.arrays import sweep
 from coar.store.run import needs_creation
 from coar.study import Study
-from coar.worker import CHOICES, Block, Worker, choose_device, choose_precision, compare_precisions, device_copy
+from coar.worker import CHOICES, Block, ModelRunner, Worker, choose_device, choose_precision, compare_precisions, device_copy
 
 log = logging.getLogger(__name__)
 
@@ -174,14 +174,14 @@ def _create(
     tolerance: float,
 ) -> Run:
     """Measure what a run keeps for good (constants, precision, batch norms), then create it."""
-    worker = Worker(model, study.components, torch.zeros(len(study.components)), study.output, batch_size=batch_size)
-    constants = study.ablation.replacements(model, study.components, batch_size=worker.batch_size)
+    runner = ModelRunner(model, study.output, batch_size=batch_size)
+    constants = study.ablation.replacements(model, study.components, batch_size=runner.batch_size)
     facts: dict[str, Any] = {"precision": {"name": "float32"}}
-    parts = (model, study.components, constants, study.output)
-    block = worker.load(study.examples, 0, min(blocks[1], len(study.examples)))
     if precision != "float32":
+        parts = (model, study.components, constants, study.output)
         plain = Worker(*parts, batch_size=batch_size)
         low = Worker(*parts, precision="bf16", batch_size=batch_size)
+        block = plain.load(study.examples, 0, min(blocks[1], len(study.examples)))
         masks = plan.masks(study.sampler, len(study.components), 0, min(CHECK_MASKS, blocks[0]))
         check = compare_precisions(plain, low, block, masks, tolerance)
         facts["precision"] = {"name": choose_precision(precision, check), **dataclasses.asdict(check)}
@@ -200,9 +200,8 @@ def _create(
 
 def _batch_norms(study: Study, model: nn.Module, constants: Tensor) -> dict[str, str]:
     def outputs(variant: nn.Module) -> Tensor:
-        worker = Worker(variant, study.components, constants, study.output, batch_size=CHECK_EXAMPLES)
-        block = worker.load(study.examples, 0, min(CHECK_EXAMPLES, len(study.examples)))
-        return torch.from_numpy(worker.base_output(block))
+        runner = ModelRunner(variant, study.output)
+        return torch.from_numpy(runner.base_output(runner.load(study.examples, 0, CHECK_EXAMPLES)))
 
     return following_batch_norms(model, study.components, constants, run=outputs)
 

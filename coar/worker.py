@@ -41,7 +41,7 @@ def choose_device(name: str) -> torch.device:
 
 def device_copy(model: nn.Module, device: torch.device) -> nn.Module:
     """Copy a model once, onto the device and into evaluation mode, so that the user's own stays as it is."""
-    copy = deepcopy(model).to(device).eval()
+    copy = deepcopy(model).to(device).eval().requires_grad_(False)
     if any(isinstance(module, nn.Conv2d) for module in copy.modules()):
         copy = copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return copy
@@ -55,31 +55,20 @@ class Block:
     size: int
 
 
-class Worker:
-    """Holds one copy of the model on one device and turns masks into outputs.
+class ModelRunner:
+    """Holds one copy of the model on one device and reads outputs off it.
 
     Args:
         model: A copy made by `device_copy`.
-        components: The components a mask speaks of.
-        replacements: (components,) constants of the ablation.
         output: The scalar read per example.
         precision: `float32`, or `bf16` for automatic mixed precision.
-        batch_size: Most examples per forward pass.
+        batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on a GPU.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        components: Components,
-        replacements: Tensor,
-        output: Output,
-        *,
-        precision: Precision = "float32",
-        batch_size: int | None = None,
+        self, model: nn.Module, output: Output, *, precision: Precision = "float32", batch_size: int | None = None
     ) -> None:
         self._model = model
-        self._components = components
-        self._replacements = replacements
         self._output = output
         self._precision = precision
         self.device = next(model.parameters()).device
@@ -95,18 +84,6 @@ class Worker:
             batches.append((self._place(x), targets[part].to(self.device)))
         return Block(batches, len(targets))
 
-    def outputs(self, block: Block, masks: np.ndarray) -> np.ndarray:
-        """Return (masks, examples) float32 outputs of the block under (masks, components) boolean masks."""
-        keeps = torch.from_numpy(masks).to(self.device)
-        out = torch.empty(len(masks), block.size, device=self.device)
-        with Gates(self._model, self._components, self._replacements) as gates, torch.inference_mode(), self._cast():
-            for row, keep in enumerate(keeps):
-                gates.set(keep)
-                self._fill(out[row], block)
-                if row == 0:
-                    gates.confirm()
-        return out.cpu().numpy()
-
     def base_output(self, block: Block) -> np.ndarray:
         """Return (examples,) float32 outputs of the unablated model."""
         out = torch.empty(block.size, device=self.device)
@@ -117,9 +94,11 @@ class Worker:
     def _fill(self, row: Tensor, block: Block) -> None:
         at = 0
         for inputs, targets in block.batches:
-            result = self._model(**inputs) if isinstance(inputs, dict) else self._model(inputs)
-            row[at : at + len(targets)] = self._output(result, targets)
+            row[at : at + len(targets)] = self._output(self._run(inputs), targets)
             at += len(targets)
+
+    def _run(self, inputs: Inputs) -> Any:
+        return self._model(**inputs) if isinstance(inputs, dict) else self._model(inputs)
 
     def _cast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
@@ -132,6 +111,57 @@ class Worker:
         return inputs.to(self.device)
 
 
+class Worker(ModelRunner):
+    """Turns masks into outputs.
+
+    Args:
+        model: A copy made by `device_copy`.
+        components: The components a mask speaks of.
+        replacements: (components,) constants of the ablation.
+        output: The scalar read per example.
+        precision: `float32`, or `bf16` for automatic mixed precision.
+        batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on a GPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        components: Components,
+        replacements: Tensor,
+        output: Output,
+        *,
+        precision: Precision = "float32",
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__(model, output, precision=precision, batch_size=batch_size)
+        self._components = components
+        self._replacements = replacements
+
+    def outputs(self, block: Block, masks: np.ndarray) -> np.ndarray:
+        """Return (masks, examples) float32 outputs of the block under (masks, components) boolean masks."""
+        keeps = torch.from_numpy(masks).to(self.device)
+        out = torch.empty(len(masks), block.size, device=self.device)
+        with Gates(self._model, self._components, self._replacements) as gates, torch.inference_mode(), self._cast():
+            for row, keep in enumerate(keeps):
+                gates.set(keep)
+                self._fill(out[row], block)
+                if row == 0:
+                    gates.confirm()
+        return out.cpu().numpy()
+
+    def gradients(self, block: Block) -> np.ndarray:
+        """Return (examples, components) float32 gradients of the output by each gate of the unablated model."""
+        parts = []
+        with Gates(self._model, self._components, self._replacements, through_outputs=True) as gates, self._cast():
+            for inputs, targets in block.batches:
+                keep = torch.ones(len(targets), len(self._components), device=self.device, requires_grad=True)
+                gates.set(keep)
+                result = self._run(inputs)
+                gates.confirm()
+                parts.append(torch.autograd.grad(self._output(result, targets).sum(), keep)[0])
+        return torch.cat(parts).float().cpu().numpy()
+
+
 @dataclass(frozen=True)
 class PrecisionCheck:
     """How bfloat16 compares with float32 on the same masks and examples.
@@ -142,14 +172,14 @@ class PrecisionCheck:
         speedup: Time of float32 over time of bfloat16.
         tolerance: Largest error that was allowed.
         masks: How many masks were compared.
-        machine: Where.
+        device: The kind of device and processor.
     """
 
     error: float
     speedup: float
     tolerance: float
     masks: int
-    machine: str
+    device: str
 
 
 def compare_precisions(plain: Worker, low: Worker, block: Block, masks: np.ndarray, tolerance: float) -> PrecisionCheck:
@@ -164,7 +194,7 @@ def compare_precisions(plain: Worker, low: Worker, block: Block, masks: np.ndarr
     spread = exact.std(axis=0)
     difference = np.sqrt(((rough - exact) ** 2).mean(axis=0))
     error = float((difference / np.maximum(spread, 1e-6)).mean())
-    return PrecisionCheck(error, (middle - start) / (end - middle), tolerance, len(masks), platform.processor())
+    return PrecisionCheck(error, (middle - start) / (end - middle), tolerance, len(masks), f"{plain.device.type} {platform.machine()}")
 
 
 def choose_precision(asked: str, check: PrecisionCheck) -> Precision:

@@ -1,0 +1,267 @@
+"""The result: one weight per example and component, read lazily, labelled, and able to predict counterfactuals."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self, overload
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from coar.components import Component, Components
+from coar.errors import RunError, SettingsError, StorageError, WeightsError
+from coar.store import Run
+from coar.store.fits import GROUP, fit_array, fit_facts, fit_names, read_fit
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+BLOCK = 1024  # examples read at a time where all of them are gone through
+FIELDS = ("weight", "intercept", "standard_error", "penalty")
+PREFERRED = ("informed", "ridge", "ols")
+
+
+class _Source(Protocol):
+    """Where the numbers are."""
+
+    def read(self, field: str, *slices: slice) -> np.ndarray: ...
+    def fields(self) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class _RunSource:
+    run: Run
+    name: str
+
+    def read(self, field: str, *slices: slice) -> np.ndarray:
+        return read_fit(self.run, self.name, field, *slices)
+
+    def fields(self) -> list[str]:
+        return [field for field in FIELDS if f"{GROUP}/{self.name}/{field}" in self.run.group]
+
+
+@dataclass(frozen=True)
+class _FileSource:
+    path: Path
+
+    def read(self, field: str, *slices: slice) -> np.ndarray:
+        with safe_open(self.path, framework="np") as file:
+            return np.asarray(file.get_slice(field)[slices])
+
+    def fields(self) -> list[str]:
+        with safe_open(self.path, framework="np") as file:
+            return [field for field in FIELDS if field in file.keys()]  # noqa: SIM118
+
+
+@dataclass(frozen=True)
+class Attributions:
+    """Attributions of all examples of a run; nothing is read before it is asked for.
+
+    A positive weight means that the component, kept, raises the example's output.
+
+    Attributes:
+        components: The component table.
+        metadata: Columns over the examples.
+        facts: Method, number of masks, ablation, replacement constants and what else an edit needs.
+    """
+
+    components: Components
+    metadata: dict[str, np.ndarray]
+    facts: dict[str, Any]
+    _source: _Source
+
+    @classmethod
+    def open(cls, run: Run, name: str) -> Self:
+        """Open a finished fit of a run; raise `RunError` when there is none of that name."""
+        fit_array(run, name, "weight")
+        facts = {
+            "fit": fit_facts(run, name),
+            "fingerprint": run.fingerprint,
+            "batch_norms": run.facts["batch_norms"],
+            "replacements": run.replacements.tolist(),
+        }
+        return cls(run.components, run.metadata, facts, _RunSource(run, name))
+
+    @classmethod
+    def from_safetensors(cls, path: str | Path) -> Self:
+        """Read attributions written by `to_safetensors`; raise `WeightsError` for any other file."""
+        file = Path(path)
+        try:
+            with safe_open(file, framework="np") as data:
+                header = data.metadata() or {}
+            components = Components(Component(*row) for row in json.loads(header["components"]))
+            metadata = {name: np.asarray(column) for name, column in json.loads(header["examples"]).items()}
+            return cls(components, metadata, json.loads(header["facts"]), _FileSource(file))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{file} does not hold attributions ({error!r}); export them again") from None
+
+    def to_safetensors(self, path: str | Path) -> None:
+        """Write everything into one file that needs nothing of the run.
+
+        Raises:
+            StorageError: When the disk refuses the write.
+        """
+        tensors = {field: self._read(field, slice(None)) for field in self._source.fields()}
+        header = {
+            "components": json.dumps(list(self.components)),
+            "examples": json.dumps({name: column.tolist() for name, column in self.metadata.items()}),
+            "facts": json.dumps(self.facts),
+        }
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, path, metadata=header)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"cannot write attributions to {path}: {error}; choose another path") from error
+
+    def __len__(self) -> int:
+        return len(self.metadata["id"])
+
+    def __repr__(self) -> str:
+        return f"Attributions({len(self)} examples, {len(self.components)} components, {self.facts['fit']['method']})"
+
+    @overload
+    def __getitem__(self, index: int) -> "ExampleAttribution": ...
+    @overload
+    def __getitem__(self, index: slice) -> "list[ExampleAttribution]": ...
+    def __getitem__(self, index: int | slice) -> "ExampleAttribution | list[ExampleAttribution]":
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} was asked for; there are {len(self)}, counted from 0")
+        at = index % len(self)
+        rows = slice(at, at + 1)
+        errors = self._read("standard_error", rows)[0] if "standard_error" in self._source.fields() else None
+        identity = {name: column[at].item() for name, column in self.metadata.items()}
+        return ExampleAttribution(
+            self.components, self._read("weight", rows)[0], errors, float(self.intercept[at]), identity
+        )
+
+    def weights(self, examples: slice | np.ndarray | None = None) -> np.ndarray:
+        """Return (examples, components) float32 weights of all examples, a slice of them, or chosen ones."""
+        return self._chosen("weight", examples)
+
+    def standard_errors(self, examples: slice | np.ndarray | None = None) -> np.ndarray:
+        """Return (examples, components) float32 standard errors; raise `RunError` when the method has none."""
+        if "standard_error" not in self._source.fields():
+            raise RunError(f"{self.facts['fit']['method']} gives no standard errors; fit with ridge or ols for them")
+        return self._chosen("standard_error", examples)
+
+    @property
+    def intercept(self) -> np.ndarray:
+        """(examples,) float32 predictions where everything is ablated."""
+        return self._read("intercept", slice(None))
+
+    @property
+    def penalty(self) -> np.ndarray:
+        """(examples,) float32 ridge penalties."""
+        return self._read("penalty", slice(None))
+
+    def predict(self, masks: np.ndarray) -> np.ndarray:
+        """Return (masks, examples) float32 predicted outputs.
+
+        Args:
+            masks: (masks, components) booleans, True keeps.
+        """
+        design = np.atleast_2d(np.asarray(masks))
+        if design.shape[1] != len(self.components) or design.dtype != bool:
+            raise SettingsError(
+                f"masks have shape {np.shape(masks)} and type {design.dtype}; (masks, {len(self.components)}) booleans "
+                f"were expected, True where the component is kept"
+            )
+        x = design.astype(np.float32)
+        parts = [x @ self.weights(slice(at, at + BLOCK)).T for at in range(0, len(self), BLOCK)]
+        return np.concatenate(parts, axis=1) + self.intercept
+
+    def to_xarray(self) -> "xr.Dataset":
+        """Return a labelled data set over (example, component); needs the extra `coar[xarray]`."""
+        try:
+            import xarray
+        except ImportError:
+            raise SettingsError("to_xarray needs xarray; install it with: pip install 'coar[xarray]'") from None
+        fields = {field: self._read(field, slice(None)) for field in self._source.fields()}
+        coordinates = {name: ("example", column) for name, column in self.metadata.items()}
+        coordinates["component"] = ("component", np.array(self.components.names))
+        coordinates["site"] = ("component", np.array([row.site for row in self.components]))
+        data = {name: (("example", "component")[: value.ndim], value) for name, value in fields.items()}
+        return xarray.Dataset(data, coords=coordinates)
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return (examples, components) weights as a frame with component names, its index the examples' id."""
+        import pandas as pd
+
+        return pd.DataFrame(self.weights(), columns=list(self.components.names), index=self.metadata["id"]).rename_axis(
+            index="id", columns="component"
+        )
+
+    def _chosen(self, field: str, examples: slice | np.ndarray | None) -> np.ndarray:
+        if examples is None or isinstance(examples, slice):
+            return self._read(field, examples or slice(None))
+        rows = np.asarray(examples)
+        starts = sorted({int(row) // BLOCK * BLOCK for row in rows})
+        out = np.empty((len(rows), len(self.components)), dtype=np.float32)
+        for start in starts:
+            here = (rows >= start) & (rows < start + BLOCK)
+            low, high = int(rows[here].min()), int(rows[here].max()) + 1
+            out[here] = self._read(field, slice(low, high))[rows[here] - low]
+        return out
+
+    def _read(self, field: str, rows: slice) -> np.ndarray:
+        wide = (slice(None),) if field in ("weight", "standard_error") else ()
+        return self._source.read(field, rows, *wide)
+
+
+@dataclass(frozen=True)
+class ExampleAttribution:
+    """Attributions of one example.
+
+    Attributes:
+        components: The component table.
+        weight: (components,) weights.
+        standard_error: (components,) standard errors, None where the method has none.
+        intercept: Prediction where everything is ablated.
+        identity: The example's metadata.
+    """
+
+    components: Components
+    weight: np.ndarray
+    standard_error: np.ndarray | None
+    intercept: float
+    identity: dict[str, Any]
+
+    def top(self, k: int) -> "pd.DataFrame":
+        """Return the k components that raise the output most, strongest first."""
+        return self.to_pandas().nlargest(k, "weight")
+
+    def bottom(self, k: int) -> "pd.DataFrame":
+        """Return the k components that lower the output most, strongest first."""
+        return self.to_pandas().nsmallest(k, "weight")
+
+    def by_layer(self) -> "pd.DataFrame":
+        """Return, per site in model order, the sum of weights, of their magnitudes, and the number of components."""
+        groups = self.to_pandas().groupby("site", sort=False)["weight"]
+        return groups.agg(total="sum", magnitude=lambda weight: weight.abs().sum(), components="size")
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return a frame with name, site, weight and standard error, its index the component's index."""
+        frame = self.components.to_pandas()[["name", "site"]].assign(weight=self.weight)
+        return frame if self.standard_error is None else frame.assign(standard_error=self.standard_error)
+
+
+def load(path: str | Path, fit: str | None = None) -> Attributions:
+    """Load attributions without the model: from a run, or from a safetensors file.
+
+    Args:
+        path: A run, or a file written by `Attributions.to_safetensors`.
+        fit: Name of the fit in the run; by default the best kind that is there.
+
+    Raises:
+        RunError: When the run has no such fit.
+    """
+    if Path(path).is_file():
+        return Attributions.from_safetensors(path)
+    run = Run.open(path)
+    names = fit_names(run)
+    default = next((name for name in (*PREFERRED, *names) if name in names), "ridge")
+    return Attributions.open(run, fit or default)

@@ -1,0 +1,68 @@
+"""What an edit is for: which examples must change, in which direction, and which must stay as they are."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from coar.errors import GoalError
+from coar.expressions import select
+
+Selection = str | tuple[int, ...]
+
+
+class EditGoal(BaseModel):
+    """Targets, references and a direction.
+
+    Attributes:
+        targets: The examples to change: positions, or a condition over metadata columns such as `label == 3`.
+        references: The examples to leave alone, likewise.
+        direction: Whether the targets' output shall `decrease` or `increase`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    targets: Selection
+    references: Selection
+    direction: Literal["decrease", "increase"]
+
+    def __init__(self, **settings: Any) -> None:
+        plain = {key: tuple(map(int, v)) if isinstance(v, list | np.ndarray) else v for key, v in settings.items()}
+        try:
+            super().__init__(**plain)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise GoalError(f"this goal cannot be read: {problems}; correct these fields") from None
+
+    def resolve(self, metadata: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions of targets and references, ascending.
+
+        Args:
+            metadata: (examples,) columns.
+
+        Raises:
+            GoalError: When either is empty, the two overlap, or a column or position is not there.
+        """
+        targets = _positions("targets", self.targets, metadata)
+        references = _positions("references", self.references, metadata)
+        both = np.intersect1d(targets, references)
+        if len(both):
+            raise GoalError(
+                f"{len(both)} examples are targets and references at once, first example {both[0]}; take them out of one"
+            )
+        return targets, references
+
+
+def _positions(role: str, selection: Selection, metadata: Mapping[str, np.ndarray]) -> np.ndarray:
+    n = len(next(iter(metadata.values())))
+    if isinstance(selection, str):
+        found = np.flatnonzero(select(selection, metadata))
+    else:
+        found = np.unique(np.asarray(selection, dtype=np.int64))
+        outside = found[(found < 0) | (found >= n)]
+        if len(outside):
+            raise GoalError(f"{role} names example {outside[0]}, but there are {n}, counted from 0; correct it")
+    if not len(found):
+        raise GoalError(f"{role}={selection!r} selects none of the {n} examples; widen it")
+    return found

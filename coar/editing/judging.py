@@ -1,0 +1,95 @@
+"""What an edit does to examples: before and after, and as components are ablated one after another."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from coar.attributions import Attributions
+from coar.editing.edits import Edit
+from coar.editing.goals import EditGoal
+from coar.examples import Examples
+from coar.outputs import CorrectClassMargin
+from coar.worker import ModelRunner, Worker, choose_device, device_copy
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def effect_curve(
+    model: nn.Module,
+    attributions: Attributions,
+    order: Sequence[int] | np.ndarray,
+    examples: Examples,
+    *,
+    counts: Sequence[int],
+    device: str = "auto",
+) -> np.ndarray:
+    """Return (counts, examples) margins against the largest other logit as components are ablated in an order.
+
+    A margin above zero is a correct prediction. The model is gated, not edited, once per count.
+
+    Args:
+        model: The model that the attributions were collected from.
+        attributions: They know the components and their replacements.
+        order: Component indices, the first to ablate in front.
+        examples: The examples to run.
+        counts: How many of them to ablate, 0 for none.
+        device: Where to compute.
+    """
+    masks = np.ones((len(counts), len(attributions.components)), dtype=bool)
+    for row, count in enumerate(counts):
+        masks[row, np.asarray(order)[:count]] = False
+    replacements = torch.tensor(attributions.facts["replacements"], dtype=torch.float32)
+    copy, output = device_copy(model, choose_device(device)), CorrectClassMargin(against="largest")
+    worker = Worker(copy, attributions.components, replacements, output)
+    return worker.outputs(worker.load(examples, 0, len(examples)), masks)
+
+
+def judge_edit(
+    edit: Edit, model: nn.Module, examples: Examples, *, goal: EditGoal | None = None, device: str = "auto"
+) -> "pd.DataFrame":
+    """Compare the model with its edited copy on targets and references.
+
+    Args:
+        edit: The edit to judge.
+        model: The model it was made for.
+        examples: The examples to judge on, best ones that no choice has seen.
+        goal: Which of these are targets and references; by default the edit's own goal, which must then be written as
+            conditions, not as positions.
+        device: Where to compute.
+
+    Returns:
+        One row per group: number of examples, accuracy and mean margin (against the largest other logit) before and
+        after, and the change of accuracy in points.
+    """
+    import pandas as pd
+
+    targets, references = (goal or edit.goal).resolve({k: np.asarray(v) for k, v in examples.metadata.items()})
+    before, after = margins(model, examples, device=device), margins(edit.apply(model), examples, device=device)
+    rows = []
+    for group, chosen in (("targets", targets), ("references", references)):
+        old, new = before[chosen], after[chosen]
+        rows.append(
+            {
+                "group": group,
+                "examples": len(chosen),
+                "components": len(edit),
+                "accuracy_before": float((old > 0).mean()),
+                "accuracy_after": float((new > 0).mean()),
+                "points": 100 * float((new > 0).mean() - (old > 0).mean()),
+                "margin_before": float(old.mean()),
+                "margin_after": float(new.mean()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def margins(model: nn.Module, examples: Examples, *, device: str = "auto") -> np.ndarray:
+    """Return (examples,) margins of the correct class against the largest other logit of a plain model."""
+    runner = ModelRunner(device_copy(model, choose_device(device)), CorrectClassMargin(against="largest"))
+    step = runner.batch_size
+    blocks = (runner.load(examples, start, start + step) for start in range(0, len(examples), step))
+    return np.concatenate([runner.base_output(block) for block in blocks])

@@ -1,0 +1,170 @@
+"""Ready tasks: forget a class, and fix single errors, chosen on some examples and judged on others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import nn
+
+from coar.attributions import Attributions
+from coar.editing.edits import Edit, edit_of, ranking, welch_t
+from coar.editing.goals import EditGoal
+from coar.editing.judging import effect_curve, judge_edit, margins
+from coar.errors import GoalError
+from coar.examples import Examples
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOST = 40  # components that are tried without a budget
+FORGOTTEN = 0.05  # accuracy of the class, on the examples used to choose, at which it counts as forgotten
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a task did.
+
+    Attributes:
+        name: Name of the task, such as `forget-3`.
+        edits: The edits it chose; one per corrected example for `fix`.
+        table: Before and after, on examples that no choice has seen.
+        curve: Accuracy of each group (`group`, `accuracy`) against the number of ablated components (`components`).
+    """
+
+    name: str
+    edits: tuple[Edit, ...]
+    table: "pd.DataFrame"
+    curve: "pd.DataFrame"
+
+
+def forget_class(
+    attributions: Attributions,
+    model: nn.Module,
+    studied: Examples,
+    judge: Examples,
+    *,
+    label: int,
+    budget: int | None = None,
+    device: str = "auto",
+) -> TaskResult:
+    """Make the model fail on one class and leave the others as they are.
+
+    Components are ranked by Welch's t (top t first). Without a budget, the fewest are taken that bring the class to at
+    most 5 % accuracy on the studied examples, or as near as it gets with 40.
+
+    Args:
+        attributions: Attributions of the studied examples.
+        model: The model they were collected from.
+        studied: The study's examples, used to choose.
+        judge: Other examples, used to judge.
+        label: The class to forget.
+        budget: How many components to ablate.
+        device: Where to compute.
+
+    Raises:
+        GoalError: When the studied or judging examples have none of the class or none of the others.
+    """
+    goal = EditGoal(targets=f"label == {label}", references=f"label != {label}", direction="decrease")
+    scores = welch_t(attributions, goal)
+    order = ranking(scores, goal)
+    counts = _counts(budget, len(order))
+    if budget is None:
+        targets, _ = goal.resolve(attributions.metadata)
+        found = effect_curve(model, attributions, order, studied.subset(targets), counts=counts, device=device)
+        accuracy = (found > 0).mean(1)
+        reached = np.flatnonzero(accuracy <= max(FORGOTTEN, accuracy.min()))
+        budget = max(counts[int(reached[0])], 1)
+    edit = edit_of(attributions, goal, order[:budget], scores)
+    table = judge_edit(edit, model, judge, device=device)
+    groups = dict(zip(("targets", "references"), goal.resolve(_columns(judge)), strict=True))
+    seen = effect_curve(model, attributions, order, judge, counts=counts, device=device)
+    return TaskResult(f"forget-{label}", (edit,), table, _curve(seen, counts, groups))
+
+
+def fix_errors(
+    attributions: Attributions,
+    model: nn.Module,
+    studied: Examples,
+    judge: Examples,
+    *,
+    budget: int | None = None,
+    device: str = "auto",
+) -> TaskResult:
+    """Correct each misclassified studied example in turn, each by an edit of its own.
+
+    The references are the studied examples that are classified correctly. Components are ranked by Welch's t (bottom t
+    first). Without a budget, the fewest are taken that correct the example, 40 at most.
+
+    Args:
+        attributions: Attributions of the studied examples.
+        model: The model they were collected from.
+        studied: The study's examples.
+        judge: Other examples, on which the harm is judged.
+        budget: How many components to ablate for every example.
+        device: Where to compute.
+
+    Raises:
+        GoalError: When no studied example is misclassified.
+    """
+    import pandas as pd
+
+    before = margins(model, studied, device=device)
+    wrong, right = np.flatnonzero(before <= 0), np.flatnonzero(before > 0)
+    if not len(wrong):
+        raise GoalError(f"the model classifies all {len(studied)} studied examples correctly; there is nothing to fix")
+    judged = margins(model, judge, device=device)
+    rows, edits, curves = [], [], []
+    for i in wrong:
+        goal = EditGoal(targets=(int(i),), references=tuple(right.tolist()), direction="increase")
+        scores = welch_t(attributions, goal)
+        order = ranking(scores, goal)
+        counts = _counts(budget, len(order))
+        own = effect_curve(model, attributions, order, studied.subset([i]), counts=counts, device=device)[:, 0]
+        reached = np.flatnonzero(own > 0)
+        count = budget or (counts[int(reached[0])] if len(reached) else counts[int(own.argmax())])
+        curve = effect_curve(model, attributions, order, judge, counts=counts, device=device)
+        curves.append((own, curve))
+        edits.append(edit_of(attributions, goal, order[:count], scores))
+        after = curve[counts.index(count)]
+        rows.append(
+            {
+                **{name: np.asarray(column)[i] for name, column in studied.metadata.items()},
+                "components": count,
+                "corrected": bool(own[counts.index(count)] > 0),
+                "margin_before": float(before[i]),
+                "margin_after": float(own[counts.index(count)]),
+                "judge_before": float((judged > 0).mean()),
+                "judge_after": float((after > 0).mean()),
+                "points": 100 * float((after > 0).mean() - (judged > 0).mean()),
+            }
+        )
+    own = np.stack([own for own, _ in curves], axis=1)  # (counts, errors)
+    others = np.concatenate([curve for _, curve in curves], axis=1)  # (counts, errors * judged examples)
+    curve = pd.concat(
+        [
+            _curve(own, counts, {"errors": np.arange(own.shape[1])}),
+            _curve(others, counts, {"judged examples": np.arange(others.shape[1])}),
+        ],
+        ignore_index=True,
+    )
+    return TaskResult("fix", tuple(edits), pd.DataFrame(rows), curve)
+
+
+def _counts(budget: int | None, components: int) -> list[int]:
+    most = max(MOST, budget or 0)
+    return list(range(min(most, components) + 1))
+
+
+def _columns(examples: Examples) -> dict[str, np.ndarray]:
+    return {name: np.asarray(column) for name, column in examples.metadata.items()}
+
+
+def _curve(margins_by_count: np.ndarray, counts: Sequence[int], groups: dict[str, np.ndarray]) -> "pd.DataFrame":
+    import pandas as pd
+
+    return pd.DataFrame(
+        {"components": count, "group": group, "accuracy": float((row[chosen] > 0).mean())}
+        for group, chosen in groups.items()
+        for count, row in zip(counts, margins_by_count, strict=True)
+    )

@@ -1,0 +1,136 @@
+"""How well attributions predict outputs under masks that no fit has seen."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.stats import rankdata
+
+from coar.attributions import Attributions
+from coar.errors import IncompleteRunError, RunError
+from coar.store import Run
+from coar.store.fits import fit_names
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BLOCK = 512  # examples scored at a time
+RESAMPLES = 2000
+INTERVAL = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out scores of the fits and baselines of one run.
+
+    Attributes:
+        table: One row per fit and ablated fraction: mean Pearson correlation over examples with its bootstrap interval
+            (`low`, `high`: 95 % over examples), median, 10th percentile; mean Spearman correlation; mean explained
+            variance, 1 - squared error / variance; mean calibration slope of outputs on predictions, 1 when the sizes of
+            effects are right; `undefined`: examples left out since an output never varies.
+        per_example: The same scores per example.
+    """
+
+    table: "pd.DataFrame"
+    per_example: "pd.DataFrame"
+
+
+def evaluate(run: Run, *, fits: list[str] | None = None, seed: int = 0) -> Evaluation:
+    """Score fits against the outputs under held-out test masks, at every ablated fraction the run has them for.
+
+    Args:
+        run: A complete run with test masks.
+        fits: Names of the fits to score; by default all, baselines included.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        IncompleteRunError: When the run has fewer than two test masks, or units are missing.
+        RunError: When there is nothing to score.
+    """
+    import pandas as pd
+
+    run.require_complete()
+    names = fits if fits is not None else fit_names(run)
+    if not names:
+        raise RunError(f"{run.path} holds no attributions to evaluate; run 'coar fit' first")
+    fractions = [f for f in run.plan.fractions("test") if run.plan.count("test", f) >= 2]
+    if not fractions:
+        raise IncompleteRunError(f"{run.path} has fewer than two test masks; collect with --test-masks, 500 or so")
+    parts, rows = [], []
+    for name in names:
+        attributions = Attributions.open(run, name)
+        for fraction in fractions:
+            scores = score(attributions, run, fraction)
+            scores.insert(0, "ablated_fraction", fraction)
+            scores.insert(0, "fit", name)
+            parts.append(scores)
+            facts = attributions.facts["fit"]
+            rows.append(
+                {
+                    "fit": name,
+                    "masks": facts["masks"],
+                    "ablated_fraction": fraction,
+                    "test_masks": run.plan.count("test", fraction),
+                    **_summary(scores, seed),
+                }
+            )
+    return Evaluation(pd.DataFrame(rows), pd.concat(parts, ignore_index=True))
+
+
+def score(attributions: Attributions, run: Run, ablated_fraction: float) -> "pd.DataFrame":
+    """Return one row of scores per example, over the run's test masks at one ablated fraction."""
+    import pandas as pd
+
+    rows = run.plan.rows("test", ablated_fraction)
+    low, high = int(rows[0]), int(rows[-1]) + 1
+    masks = run.masks(low, high)[rows - low]
+    parts = []
+    for start in range(0, run.n_examples, BLOCK):
+        examples = slice(start, min(start + BLOCK, run.n_examples))
+        truth = run.outputs(slice(low, high), examples)[rows - low].astype(np.float64)
+        weights = attributions.weights(examples).astype(np.float64)
+        predicted = masks @ weights.T + attributions.intercept[examples]
+        parts.append(
+            pd.DataFrame(
+                {
+                    "example": np.arange(examples.start, examples.stop),
+                    "pearson": correlation(predicted, truth),
+                    "spearman": correlation(rankdata(predicted, axis=0), rankdata(truth, axis=0)),
+                    "explained_variance": 1 - ((truth - predicted) ** 2).mean(0) / _positive(truth.var(0)),
+                    "slope": _covariance(predicted, truth) / _positive(predicted.var(0)),
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the Pearson correlation of matching columns of (rows, columns) arrays, NaN where one is constant."""
+    return _covariance(a, b) / np.sqrt(_positive(a.var(0)) * _positive(b.var(0)))
+
+
+def _covariance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return ((a - a.mean(0)) * (b - b.mean(0))).mean(0)  # type: ignore[no-any-return]
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    return np.where(values > 1e-20, values, np.nan)
+
+
+def _summary(scores: "pd.DataFrame", seed: int) -> dict[str, float | int]:
+    defined = scores.dropna(subset=["pearson"])
+    pearson = defined["pearson"].to_numpy()
+    draws = np.random.default_rng(seed).integers(0, max(len(pearson), 1), (RESAMPLES, len(pearson)))
+    low, high = np.percentile(pearson[draws].mean(1), INTERVAL) if len(pearson) else (np.nan, np.nan)
+    tenth = float(np.percentile(pearson, 10)) if len(pearson) else np.nan
+    return {
+        "pearson": float(defined["pearson"].mean()),
+        "low": float(low),
+        "high": float(high),
+        "median": float(defined["pearson"].median()),
+        "tenth_percentile": tenth,
+        "spearman": float(defined["spearman"].mean()),
+        "explained_variance": float(defined["explained_variance"].mean()),
+        "slope": float(defined["slope"].mean()),
+        "undefined": len(scores) - len(defined),
+    }

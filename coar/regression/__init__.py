@@ -1,0 +1,5 @@
+"""From masks and outputs to attributions: one linear model per example."""
+
+from coar.regression.fitting import METHODS, fit
+
+__all__ = ["METHODS", "fit"]

@@ -1,0 +1,112 @@
+"""Least squares and ridge from one eigendecomposition that all examples share."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coar.errors import RegressionError
+from coar.regression.sums import Gram, Moments
+
+PENALTIES = torch.logspace(-4, 4, 65, dtype=torch.float64)  # in units of the Gram matrix's mean eigenvalue
+RANK = 1e-10  # of the largest eigenvalue: smaller ones count as zero
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values and vectors of the centred masks: Xc = U sqrt(L) Q'.
+
+    Attributes:
+        eigenvalues: L, the (rank,) eigenvalues above zero.
+        basis: Xc'U = Q sqrt(L), (components, rank).
+        mean: (components,) share of masks that keep each component.
+        count: Number of masks.
+    """
+
+    eigenvalues: Tensor
+    basis: Tensor
+    mean: Tensor
+    count: int
+
+    @classmethod
+    def primal(cls, gram: Gram) -> "Spectrum":
+        """Decompose the (components, components) Gram matrix: for more masks than components."""
+        values, vectors = torch.linalg.eigh(gram.centred())
+        kept = values > RANK * values[-1]
+        return cls(values[kept], vectors[:, kept] * values[kept].sqrt(), gram.total / gram.count, gram.count)
+
+    def scores_primal(self, gram: Gram, moments: Moments) -> Tensor:
+        """Return U'Yc (rank, examples) from X'Y."""
+        return (self.basis.T @ moments.centred(gram.total)) / self.eigenvalues[:, None]
+
+    @classmethod
+    def dual(cls, masks: Tensor) -> "tuple[Spectrum, Tensor]":
+        """Decompose the (masks, masks) kernel of (masks, components) float32 masks: for fewer masks than components.
+
+        Returns:
+            The spectrum, and U (masks, rank), whose transpose turns centred outputs into scores.
+        """
+        mean = masks.mean(0, dtype=torch.float64)
+        row = masks.double() @ mean
+        kernel = (masks @ masks.T).double() - row[:, None] - row[None, :] + mean @ mean
+        values, vectors = torch.linalg.eigh(kernel)
+        kept = values > RANK * values[-1]
+        left = vectors[:, kept]
+        basis = masks.T.double() @ left - torch.outer(mean, left.sum(0))
+        return cls(values[kept], basis, mean, len(masks)), left
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """One linear model per example.
+
+    Attributes:
+        weight: (examples, components).
+        intercept: (examples,), the prediction where everything is ablated.
+        standard_error: (examples, components), of independent errors of equal variance; for ridge they say how much the
+            weights vary from one draw of masks to another, not how far the penalty pulls them.
+        penalty: (examples,) ridge penalty in units of the sum of squares, 0 for least squares.
+    """
+
+    weight: Tensor
+    intercept: Tensor
+    standard_error: Tensor
+    penalty: Tensor
+
+
+def solve(spectrum: Spectrum, scores: Tensor, mean: Tensor, variation: Tensor, *, method: str) -> LinearFit:
+    """Solve for a block of examples.
+
+    Args:
+        spectrum: The masks' decomposition.
+        scores: U'Yc (rank, examples).
+        mean: (examples,) mean outputs.
+        variation: (examples,) sums of squared deviations of the outputs.
+        method: `ols`, or `ridge` with the penalty per example that minimises the generalised cross-validation score
+            (Golub, Heath and Wahba 1979).
+
+    Raises:
+        RegressionError: When least squares is asked for and the masks do not determine it.
+    """
+    values = spectrum.eigenvalues
+    components = len(spectrum.mean)
+    if method == "ols":
+        if len(values) < components or spectrum.count < components + 2:
+            raise RegressionError(
+                f"least squares needs at least {components + 2} masks for {components} components, and masks that tell "
+                f"them all apart; there are {spectrum.count} masks of rank {len(values)}: collect more, or use ridge"
+            )
+        grid = torch.zeros(1, dtype=torch.float64)
+    else:
+        grid = PENALTIES * values.mean()
+    left_over = grid / (values[:, None] + grid)  # (rank, penalties)
+    freedom = spectrum.count - 1 - (1 - left_over).sum(0)  # (penalties,)
+    residual = variation[:, None] - scores.T**2 @ (1 - left_over**2)  # (examples, penalties)
+    residual = residual.clamp_min(0)
+    best = (residual / freedom**2).argmin(1)  # (examples,)
+    shrink = 1 / (values[:, None] + grid)  # (rank, penalties)
+    weight = (spectrum.basis @ (scores * shrink[:, best])).T
+    noise = residual.gather(1, best[:, None])[:, 0] / freedom[best]
+    spread = spectrum.basis**2 @ shrink**2  # (components, penalties)
+    standard_error = (spread[:, best] * noise).sqrt().T
+    return LinearFit(weight, mean - weight @ spectrum.mean, standard_error, grid[best])

@@ -1,0 +1,96 @@
+"""Fitted attributions inside a run: one group each under `attributions/`, written in blocks of examples."""
+
+from typing import Any, cast
+
+import numpy as np
+import zarr
+
+from coar.errors import IncompleteRunError, RunError, SettingsError
+from coar.store import arrays
+from coar.store.run import Run
+
+GROUP = "attributions"
+ATTRIBUTE = "coar"
+CHUNK_BYTES = 8 * 2**20
+PER_COMPONENT = ("weight", "standard_error")
+
+
+def fit_names(run: Run) -> list[str]:
+    """Return the names of the run's finished fits."""
+    if GROUP not in run.group:
+        return []
+    group = cast(zarr.Group, run.group[GROUP])
+    return [name for name in sorted(group.group_keys()) if fit_facts(run, name).get("state") == "ready"]
+
+
+def fit_facts(run: Run, name: str) -> dict[str, Any]:
+    """Return what is known of a fit: its state, method and masks; empty when there is no such fit."""
+    key = f"{GROUP}/{name}"
+    if key not in run.group:
+        return {}
+    return dict(cast(dict[str, Any], run.group[key].attrs.get(ATTRIBUTE, {})))
+
+
+def fit_array(run: Run, name: str, array: str) -> zarr.Array[Any]:
+    """Open an array of a finished fit; raise `RunError` when there is no such fit or array."""
+    if fit_facts(run, name).get("state") != "ready":
+        there = ", ".join(fit_names(run)) or "none"
+        raise RunError(f"{run.path} has no finished fit {name!r} (finished: {there}); make it with 'coar fit'")
+    if f"{GROUP}/{name}/{array}" not in run.group:
+        raise RunError(f"fit {name!r} of {run.path} has no {array}; only regressions have one")
+    return run.array(f"{GROUP}/{name}/{array}")
+
+
+def read_fit(run: Run, name: str, array: str, *slices: slice) -> np.ndarray:
+    """Read a region of a fit's array; raise when a chunk is damaged or missing."""
+    found = fit_array(run, name, array)
+    values = arrays.read(found, *slices)
+    if np.isnan(values).any():
+        raise IncompleteRunError(
+            f"a chunk of {found.path} in {run.path} is missing; run 'coar verify --repair' and fit again"
+        )
+    return values
+
+
+class FitWriter:
+    """Replaces a fit block by block; it counts as made once `finish` has been called.
+
+    Args:
+        run: The run to write into.
+        name: Name of the fit.
+        fields: Which of `weight`, `standard_error`, `intercept`, `penalty` it has.
+        facts: Method, number of masks, and what else tells it from other fits.
+    """
+
+    def __init__(self, run: Run, name: str, fields: tuple[str, ...], facts: dict[str, Any]) -> None:
+        if not name.replace("-", "_").isidentifier():
+            raise SettingsError(f"{name!r} cannot name a fit; use letters, digits, '_' and '-'")
+        self._facts = {"state": "ready", **facts}
+        n, d = run.n_examples, len(run.components)
+        self.rows = max(1, min(n, CHUNK_BYTES // (4 * d)))
+        with arrays.storage_errors(run.path):
+            self._group = run.group.create_group(
+                f"{GROUP}/{name}", overwrite=True, attributes={ATTRIBUTE: {"state": "fitting"}}
+            )
+        for field in fields:
+            wide = field in PER_COMPONENT
+            arrays.create_array(
+                self._group,
+                field,
+                shape=(n, d) if wide else (n,),
+                chunks=(self.rows, d) if wide else (self.rows,),
+                dtype="float32",
+                dimensions=("example", "component") if wide else ("example",),
+            )
+
+    def write(self, examples: slice, **fields: np.ndarray) -> None:
+        """Write whole chunks of examples: (examples, components) or (examples,) values by field."""
+        for field, values in fields.items():
+            array = arrays.open_array(self._group, field)
+            wide = (slice(None),) if values.ndim == 2 else ()
+            arrays.write(array, values.astype(np.float32), examples, *wide)
+
+    def finish(self) -> None:
+        """Declare the fit made."""
+        with arrays.storage_errors(self._group.store_path):
+            self._group.attrs[ATTRIBUTE] = self._facts
