@@ -172,7 +172,8 @@ class Attributions:
             )
         x = design.astype(np.float32)
         parts = [x @ self.weights(slice(at, at + BLOCK)).T for at in range(0, len(self), BLOCK)]
-        return np.concatenate(parts, axis=1) + self.intercept
+        predicted: np.ndarray = np.concatenate(parts, axis=1) + self.intercept
+        return predicted
 
     def to_xarray(self) -> "xr.Dataset":
         """Return a labelled data set over (example, component); needs the extra `coar[xarray]`."""
@@ -240,8 +241,11 @@ class ExampleAttribution:
 
     def by_layer(self) -> "pd.DataFrame":
         """Return, per site in model order, the sum of weights, of their magnitudes, and the number of components."""
-        groups = self.to_pandas().groupby("site", sort=False)["weight"]
-        return groups.agg(total="sum", magnitude=lambda weight: weight.abs().sum(), components="size")
+        frame = self.to_pandas()
+        frame["magnitude"] = frame["weight"].abs()
+        groups = frame.groupby("site", sort=False)
+        sums = groups[["weight", "magnitude"]].sum().rename(columns={"weight": "total"})
+        return sums.assign(components=groups.size())
 
     def to_pandas(self) -> "pd.DataFrame":
         """Return a frame with name, site, weight and standard error, its index the component's index."""

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from coar.attributions import Attributions
+from coar.progress import progress_bar
 from coar.store import Run
 from coar.store.fits import FitWriter, fit_facts
 from coar.study import Study
@@ -97,7 +97,7 @@ def _store(
     with run.lock():
         writer = FitWriter(run, name, ("weight", "intercept"), facts)
         step = max(run.blocks[1] // writer.rows, 1) * writer.rows
-        for start in tqdm(range(0, run.n_examples, step), desc=name, unit="block", disable=not progress):
+        for start in progress_bar(range(0, run.n_examples, step), desc=name, unit="block", shown=progress):
             examples = slice(start, min(start + step, run.n_examples))
             block = worker.load(study.examples, examples.start, examples.stop)
             base = worker.base_output(block)

@@ -91,7 +91,7 @@ class Components(Sequence[Component]):
         """Kinds in table order."""
         return tuple(row.kind for row in self._rows)
 
-    def index(self, name: str, *_: int) -> int:  # type: ignore[override]
+    def index(self, name: str, *_: int) -> int:
         """Return the row number of a component by its name; raise `ComponentError` for an unknown name."""
         if name not in self._index:
             near = ", ".join(list(self._index)[:3])
@@ -182,9 +182,7 @@ def parameter_slices(model: nn.Module, patterns: str | Sequence[str], *, axis: i
         before = ":," * axis
         for start in range(0, shape[axis], size):
             label = str(start) if size == 1 else f"{start}:{start + size}"
-            rows.append(
-                Component(f"{name}[{before}{label}]", "parameter slice", name, "parameter", axis, start, size)
-            )
+            rows.append(Component(f"{name}[{before}{label}]", "parameter slice", name, "parameter", axis, start, size))
     return Components(rows)
 
 
@@ -251,5 +249,7 @@ def _matching(names: list[str], include: Patterns, exclude: Patterns, noun: str)
     wanted = set(names) if include is None else match(include)
     left = [name for name in names if name in wanted - match(exclude)]
     if not left:
-        raise ComponentError(f"include={include!r} and exclude={exclude!r} together leave no {noun}; loosen one of them")
+        raise ComponentError(
+            f"include={include!r} and exclude={exclude!r} together leave no {noun}; loosen one of them"
+        )
     return left

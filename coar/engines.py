@@ -14,16 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from coar.ablation import following_batch_norms
 from coar.errors import MismatchError, OutputError, SettingsError
+from coar.progress import progress_bar
 from coar.sampling import Split
 from coar.store import Plan, Run, Unit
 from coar.store.arrays import sweep
 from coar.store.run import needs_creation
 from coar.study import Study
-from coar.worker import CHOICES, Block, ModelRunner, Worker, choose_device, choose_precision, compare_precisions, device_copy
+from coar.worker import (
+    CHOICES,
+    Block,
+    ModelRunner,
+    Worker,
+    choose_device,
+    choose_precision,
+    compare_precisions,
+    device_copy,
+)
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +123,7 @@ def _collect_units(study: Study, run: Run, worker: Worker, *, progress: bool) ->
     loaded = -1
     with (
         _interrupts() as stopped,
-        tqdm(total=total, initial=round(stored, 1), unit="mask", desc="collect", disable=not progress) as bar,
+        progress_bar(total=total, initial=round(stored, 1), unit="mask", desc="collect", shown=progress) as bar,
     ):
         for unit in missing:
             rows, examples = run.rows_of(unit)
@@ -136,7 +145,7 @@ def _collect_units(study: Study, run: Run, worker: Worker, *, progress: bool) ->
 def _share(run: Run, unit: Unit) -> float:
     """Return a unit's size in masks over all examples."""
     rows, examples = run.rows_of(unit)
-    return (rows.stop - rows.start) * (examples.stop - examples.start) / run.n_examples
+    return float((rows.stop - rows.start) * (examples.stop - examples.start) / run.n_examples)
 
 
 def _check_finite(study: Study, run: Run, unit: Unit, outputs: np.ndarray, base: np.ndarray | None) -> None:
@@ -222,8 +231,8 @@ def _check_same(run: Run, fingerprint: dict[str, Any], precision: str) -> None:
     kept = run.facts["precision"]["name"]
     if precision not in ("auto", kept):
         raise MismatchError(
-            f"the run at {run.path} was collected in {kept}, now {precision} is asked for; use {kept} or auto to go on, "
-            f"or collect into a new path"
+            f"the run at {run.path} was collected in {kept}, now {precision} is asked for; use {kept} or auto to go "
+            f"on, or collect into a new path"
         )
 
 

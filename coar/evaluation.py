@@ -26,8 +26,8 @@ class Evaluation:
     Attributes:
         table: One row per fit and ablated fraction: mean Pearson correlation over examples with its bootstrap interval
             (`low`, `high`: 95 % over examples), median, 10th percentile; mean Spearman correlation; mean explained
-            variance, 1 - squared error / variance; mean calibration slope of outputs on predictions, 1 when the sizes of
-            effects are right; `undefined`: examples left out since an output never varies.
+            variance, 1 - squared error / variance; mean calibration slope of outputs on predictions, 1 when effects
+            have the right size; `undefined`: examples left out since an output never varies.
         per_example: The same scores per example.
     """
 
@@ -106,11 +106,14 @@ def score(attributions: Attributions, run: Run, ablated_fraction: float) -> "pd.
 
 def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the Pearson correlation of matching columns of (rows, columns) arrays, NaN where one is constant."""
-    return _covariance(a, b) / np.sqrt(_positive(a.var(0)) * _positive(b.var(0)))
+    scale: np.ndarray = np.sqrt(_positive(a.var(0)) * _positive(b.var(0)))
+    ratio: np.ndarray = _covariance(a, b) / scale
+    return ratio
 
 
 def _covariance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return ((a - a.mean(0)) * (b - b.mean(0))).mean(0)  # type: ignore[no-any-return]
+    product: np.ndarray = ((a - a.mean(0)) * (b - b.mean(0))).mean(0)
+    return product
 
 
 def _positive(values: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
-    ast.In: lambda column, values: np.isin(column, values),
+    ast.In: np.isin,
     ast.NotIn: lambda column, values: ~np.isin(column, values),
 }
 GRAMMAR = "columns compared with numbers or quoted words by ==, !=, <, <=, >, >=, in [...], joined by and, or, not"
@@ -48,7 +48,7 @@ def select(expression: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     return result
 
 
-def _evaluate(node: ast.expr, columns: Mapping[str, np.ndarray]) -> Any:
+def _evaluate(node: ast.expr, columns: Mapping[str, np.ndarray]) -> Any:  # noqa: PLR0911
     match node:
         case ast.BoolOp(op=op, values=values):
             join = np.logical_and if isinstance(op, ast.And) else np.logical_or

@@ -79,7 +79,7 @@ class BernoulliSampler(Sampler):
     """Ablates each component independently with probability `ablated_fraction` (to within 2**-33)."""
 
     def _mask(self, numbers: np.ndarray, fraction: float) -> np.ndarray:
-        return numbers >= np.uint32(min(round(fraction * 2**32), 2**32 - 1))  # type: ignore[no-any-return]
+        return numbers >= np.uint32(min(round(fraction * 2**32), 2**32 - 1))
 
 
 class FixedSizeSampler(Sampler):

@@ -43,7 +43,7 @@ def device_copy(model: nn.Module, device: torch.device) -> nn.Module:
     """Copy a model once, onto the device and into evaluation mode, so that the user's own stays as it is."""
     copy = deepcopy(model).to(device).eval().requires_grad_(False)
     if any(isinstance(module, nn.Conv2d) for module in copy.modules()):
-        copy = copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        copy = copy.to(memory_format=torch.channels_last)
     return copy
 
 
@@ -194,7 +194,9 @@ def compare_precisions(plain: Worker, low: Worker, block: Block, masks: np.ndarr
     spread = exact.std(axis=0)
     difference = np.sqrt(((rough - exact) ** 2).mean(axis=0))
     error = float((difference / np.maximum(spread, 1e-6)).mean())
-    return PrecisionCheck(error, (middle - start) / (end - middle), tolerance, len(masks), f"{plain.device.type} {platform.machine()}")
+    return PrecisionCheck(
+        error, (middle - start) / (end - middle), tolerance, len(masks), f"{plain.device.type} {platform.machine()}"
+    )
 
 
 def choose_precision(asked: str, check: PrecisionCheck) -> Precision:

@@ -24,6 +24,7 @@ import coar
 
 MASKS = 4_000
 TEST_MASKS = 512
+TEST_FRACTIONS = (0.05, 0.20)
 
 FOLDER = Path("data/cifar10")
 WEIGHTS = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/resnet20-12fca82f.th"

@@ -21,6 +21,7 @@ import coar
 
 MASKS = 3_000
 TEST_MASKS = 400
+TEST_FRACTIONS = (0.05, 0.20)
 
 FOLDER = Path("data/digits")
 TRAIN, STUDIED = 1_000, 400  # of 1,797; the other 397 are for judging

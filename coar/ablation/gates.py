@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from coar.components import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Component, Components, check_components, output_channels
+from coar.components import (
+    CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    Component,
+    Components,
+    check_components,
+    output_channels,
+)
 from coar.errors import AblationError
 
 
@@ -113,7 +120,10 @@ class _LayerGate:
         self._layer = layer
         self._lookup = lookup  # (channels,) into the extended mask
         self._originals = {name: layer._parameters[name] for name in ("weight", "bias")}
-        self._weight: Tensor = layer.weight.detach()  # type: ignore[operator, union-attr, assignment]
+        weight = layer._parameters["weight"]
+        if weight is None:
+            raise AblationError(f"{type(layer).__name__} has no weight of its own to gate; use through_outputs")
+        self._weight = weight.detach()
         self._shape = _along(1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) else 0, self._weight)
         self._buffers = {"weight": self._weight.clone()}
         bias = self._originals["bias"]

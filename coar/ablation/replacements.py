@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -15,7 +15,13 @@ from coar.examples import Examples, Inputs
 
 
 class Ablation(BaseModel):
-    """Base of all ablations that replace a component's output by a constant."""
+    """Base of all ablations that replace a component's output by a constant.
+
+    Attributes:
+        label: The word for this ablation in commands and file names.
+    """
+
+    label: ClassVar[str]
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -37,6 +43,8 @@ class Ablation(BaseModel):
 class ZeroWeight(Ablation):
     """Zero a component's weights and keep its bias, as published (Shah et al. 2024): the output becomes the bias."""
 
+    label: ClassVar[str] = "zero"
+
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:  # noqa: ARG002
         """Return each component's bias, 0 where it has none."""
         values = torch.zeros(len(components))
@@ -54,6 +62,8 @@ class Mean(Ablation):
     Attributes:
         calibration: The examples to average over; apart from those used to test, so that nothing leaks.
     """
+
+    label: ClassVar[str] = "mean"
 
     calibration: Examples
 

@@ -50,8 +50,9 @@ class Edit:
         return len(self.components)
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Return an edited copy: a plain module of the same class, whose state dict has the same keys wherever a
-        layer has a bias or is followed by a batch norm.
+        """Return an edited copy, a plain module of the same class.
+
+        Its state dict has the same keys wherever a layer has a bias or is followed by a batch norm.
 
         Raises:
             EditError: When the model's weights are not the ones that the edit was made for.
@@ -143,7 +144,9 @@ def edit(attributions: Attributions, goal: EditGoal, *, budget: int) -> Edit:
     return edit_of(attributions, goal, ranking(scores, goal)[:budget], scores)
 
 
-def edit_of(attributions: Attributions, goal: EditGoal, indices: Sequence[int] | np.ndarray, scores: np.ndarray) -> Edit:
+def edit_of(
+    attributions: Attributions, goal: EditGoal, indices: Sequence[int] | np.ndarray, scores: np.ndarray
+) -> Edit:
     """Return the edit that ablates these components, in this order."""
     facts = attributions.facts
     components = tuple(attributions.components[int(i)] for i in indices)

@@ -49,7 +49,7 @@ class EditGoal(BaseModel):
         both = np.intersect1d(targets, references)
         if len(both):
             raise GoalError(
-                f"{len(both)} examples are targets and references at once, first example {both[0]}; take them out of one"
+                f"{len(both)} examples are targets and references at once, first {both[0]}; take them out of one"
             )
         return targets, references
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from coar.attributions import Attributions
 from coar.errors import RegressionError, SettingsError
+from coar.progress import progress_bar
 from coar.regression.ridge import LinearFit, Spectrum, solve
 from coar.regression.sums import Gram, accumulate, batches
 from coar.store import Run
@@ -63,8 +63,8 @@ def fit(
     if refit or {key: known.get(key) for key in facts} != facts or known.get("state") != "ready":
         with run.lock():
             writer = FitWriter(run, label, FIELDS, facts)
-            for examples, result in tqdm(
-                _solutions(run, rows, method, writer.rows), desc=f"fit {label}", unit="block", disable=not progress
+            for examples, result in progress_bar(
+                _solutions(run, rows, method, writer.rows), desc=f"fit {label}", unit="block", shown=progress
             ):
                 writer.write(examples, **{field: getattr(result, field).numpy() for field in FIELDS})
             writer.finish()

@@ -102,12 +102,12 @@ def accumulate(run: Run, rows: np.ndarray, examples: slice, *, gram: Gram | None
     shift: Tensor | None = None
     for x, y in batches(run, rows, examples):
         shift = y.mean(0) if shift is None else shift
-        y -= shift
+        moved = y - shift
         if gram is None:
             square += x.T @ x  # whole numbers below 2**24: exact in float32
         ones += x.sum(0, dtype=torch.float64)
-        product += x.T @ y
-        total += y.sum(0, dtype=torch.float64)
-        squares += (y.double() ** 2).sum(0)
+        product += x.T @ moved
+        total += moved.sum(0, dtype=torch.float64)
+        squares += (moved.double() ** 2).sum(0)
     offset = torch.zeros(n) if shift is None else shift
     return Gram(square, ones, len(rows)), Moments(product, total, squares, offset.double(), len(rows))

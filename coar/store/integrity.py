@@ -1,6 +1,7 @@
 """Reading a whole run to see that every chunk is what it should be, and removing what is not."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import zarr
@@ -82,7 +83,7 @@ def _mended_by(name: str) -> str:
     return "coar verify --repair" if name in ROW_COLUMNS else ""
 
 
-def _look(run: Run, array: zarr.Array[object], name: str, key: arrays.Chunk) -> str:
+def _look(run: Run, array: zarr.Array[Any], name: str, key: arrays.Chunk) -> str:
     """Return what is wrong with a stored chunk, or an empty string."""
     region = [slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(key, array.chunks, array.shape, strict=True)]
     try:

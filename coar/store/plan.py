@@ -16,7 +16,7 @@ class Segment(NamedTuple):
     split: Split
     ablated_fraction: float
     first: int
-    count: int
+    count: int  # type: ignore[assignment]
 
 
 class Unit(NamedTuple):

@@ -68,7 +68,7 @@ class Run:
         state = _state(root)
         if state not in ("nothing", "creating"):
             raise RunError(f"{root} already holds {'a run' if state == 'ready' else state}; choose another path")
-        manifest = {"format": FORMAT, "state": "creating"}
+        manifest: dict[str, Any] = {"format": FORMAT, "state": "creating"}
         examples = len(next(iter(metadata.values())))
         with arrays.storage_errors(root):
             group = zarr.create_group(root, overwrite=True, attributes={ATTRIBUTE: manifest})
@@ -184,7 +184,9 @@ class Run:
         mine = self.fingerprint
         differing = [key for key in sorted({*mine, *fingerprint}) if mine.get(key) != fingerprint.get(key)]
         if differing:
-            lines = [f"  {key}: the run has {_short(mine.get(key))}, now {_short(fingerprint.get(key))}" for key in differing]
+            lines = [
+                f"  {key}: the run has {_short(mine.get(key))}, now {_short(fingerprint.get(key))}" for key in differing
+            ]
             raise MismatchError(
                 f"this study is not the one that {self.path} was made for; these differ:\n" + "\n".join(lines) + "\n"
                 "put them back as they were to go on with this run, or collect into a new path"
@@ -221,9 +223,7 @@ class Run:
 
     def packed_masks(self, start: int, stop: int) -> np.ndarray:
         """Make the masks of these rows from their seed, packed to (rows, ceil(components / 8)) bytes."""
-        return np.packbits(
-            self.plan.masks(self.sampler, len(self.components), start, stop), axis=1, bitorder="little"
-        )
+        return np.packbits(self.plan.masks(self.sampler, len(self.components), start, stop), axis=1, bitorder="little")
 
     def outputs(self, rows: slice, examples: slice) -> np.ndarray:
         """Read (rows, examples) outputs; raise `IncompleteRunError` when one of them has not been collected."""
@@ -249,9 +249,7 @@ class Run:
     def units(self) -> list[Unit]:
         """Return all units, the masks of one block of examples after another."""
         masks, examples = self.blocks
-        return [
-            Unit(i, j) for j in range(-(-self.n_examples // examples)) for i in range(-(-len(self.plan) // masks))
-        ]
+        return [Unit(i, j) for j in range(-(-self.n_examples // examples)) for i in range(-(-len(self.plan) // masks))]
 
     def missing_units(self) -> list[Unit]:
         """Return the units that are not stored whole, in the order of `units`."""

@@ -1,0 +1,66 @@
+# Every step makes the one before it; PIPELINE names a file in pipelines/.
+PIPELINE ?= digits
+ABLATION ?= mean
+LABEL ?= 3
+COLLECT_OPTIONS ?=
+FIT_OPTIONS ?=
+
+RUN := runs/$(PIPELINE)-$(ABLATION).zarr
+FILE := pipelines/$(PIPELINE).py
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+UV := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint type test bench collect fit evaluate edit report clean
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "with PIPELINE=digits ABLATION=mean|zero LABEL=3 (the class to forget), as in: make edit ABLATION=zero"
+
+setup: $(READY) ## Install everything into .venv (uv too, when the machine has none)
+
+$(READY): pyproject.toml uv.lock
+	@if [ "$(UV)" = "$(BIN)/uv" ] && [ ! -x "$(UV)" ]; then \
+		$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv; \
+	fi
+	$(UV) sync --locked --inexact --quiet
+	@touch $@
+
+lint: $(READY) ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(READY) ## Check types
+	$(BIN)/mypy
+
+test: $(READY) ## Run the fast tests
+	$(BIN)/pytest -m "not slow and not gpu and not network"
+
+bench: $(READY) ## Run the benchmarks that need no data from outside
+	$(BIN)/python benchmarks/fit.py
+	$(BIN)/python benchmarks/collect.py
+
+collect: $(READY) ## Record outputs under random masks
+	$(BIN)/coar collect $(FILE) --ablation $(ABLATION) --run $(RUN) $(COLLECT_OPTIONS)
+
+fit: collect ## Fit attributions
+	$(BIN)/coar fit $(RUN) $(FIT_OPTIONS)
+
+evaluate: fit ## Score attributions and baselines on held-out masks
+	$(BIN)/coar baselines $(RUN) --pipeline $(FILE)
+	$(BIN)/coar evaluate $(RUN)
+
+edit: evaluate ## Forget a class and fix single errors, judged on unseen examples
+	$(BIN)/coar edit $(RUN) --pipeline $(FILE) --task forget --label $(LABEL)
+	$(BIN)/coar edit $(RUN) --pipeline $(FILE) --task fix
+
+report: edit ## Gather tables and figures on one page
+	$(BIN)/coar report $(RUN)
+
+clean: ## Remove runs, reports and caches; data and .venv stay
+	rm -rf runs reports .mypy_cache .pytest_cache .ruff_cache .hypothesis docs/_build

@@ -1,0 +1,13 @@
+"""A progress bar for people, and a line now and then where nobody watches."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress_bar(items: Iterable[Any] | None = None, *, shown: bool, **settings: Any) -> "tqdm[Any]":
+    """Return a bar on standard error, redrawn in place on a terminal and every 15 seconds in a log."""
+    wait = 0.1 if sys.stderr.isatty() else 15.0
+    return tqdm(items, disable=not shown, mininterval=wait, maxinterval=4 * wait, **settings)

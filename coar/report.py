@@ -1,0 +1,176 @@
+"""Figures, tables and one page of them, for people."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import nn
+
+from coar._version import __version__
+from coar.editing import Edit, TaskResult
+from coar.errors import StorageError
+from coar.evaluation import Evaluation
+from coar.store import Run
+from coar.weights import save_weights
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")  # Paul Tol's bright scheme
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; display: block; overflow-x: auto }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd } th { background: #f5f5f5 }
+td:first-child, th:first-child { text-align: left } img { max-width: 100% } code { font-size: 13px }
+"""
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
+    """Write an evaluation's tables and figure into a folder; return the files."""
+    files = [folder / "evaluation.csv", folder / "evaluation_per_example.csv", folder / "evaluation.png"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        evaluation.table.to_csv(files[0], index=False)
+        evaluation.per_example.to_csv(files[1], index=False)
+        evaluation_figure(evaluation).savefig(files[2], dpi=130)
+    except OSError as error:
+        raise StorageError(f"cannot write into {folder}: {error}; free space or choose another folder") from error
+    return files
+
+
+def write_task(result: TaskResult, model: nn.Module, folder: Path) -> list[Path]:
+    """Write a task's edits, edited weights, tables and figure into a folder; return the files."""
+    files = [folder / "table.csv", folder / "curve.csv", folder / "curve.png"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        result.table.to_csv(files[0], index=False)
+        result.curve.to_csv(files[1], index=False)
+        counts = [len(edit) for edit in result.edits]
+        curve_figure(result.curve, title=result.name, counts=counts).savefig(files[2], dpi=130)
+    except OSError as error:
+        raise StorageError(f"cannot write into {folder}: {error}; free space or choose another folder") from error
+    for number, edit in enumerate(result.edits):
+        files += write_edit(edit, model, folder, stem="edit" if len(result.edits) == 1 else f"edit-{number}")
+    return files
+
+
+def write_edit(edit: Edit, model: nn.Module, folder: Path, *, stem: str = "edit") -> list[Path]:
+    """Write an edit as JSON and the edited model's weights beside it; return the files."""
+    files = [folder / f"{stem}.json", folder / f"{stem}.safetensors"]
+    edit.save(files[0])
+    save_weights(edit.apply(model), files[1])
+    return files
+
+
+def evaluation_figure(evaluation: Evaluation) -> Figure:
+    """Draw the share of examples under each held-out correlation, and its mean against the ablated fraction."""
+    table, examples = evaluation.table, evaluation.per_example
+    names = list(dict.fromkeys(table["fit"]))
+    fractions = sorted(set(table["ablated_fraction"]))
+    main = max(fractions, key=lambda fraction: (table["ablated_fraction"] == fraction).sum() * 1000 + fraction == 0.1)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for colour, name in zip(_colours(len(names)), names, strict=True):
+        chosen = examples[(examples["fit"] == name) & (examples["ablated_fraction"] == main)]["pearson"].dropna()
+        left.ecdf(chosen, label=name, color=colour)
+        rows = table[table["fit"] == name].sort_values("ablated_fraction")
+        error = np.abs(rows[["low", "high"]].to_numpy().T - rows["pearson"].to_numpy())
+        right.errorbar(
+            rows["ablated_fraction"], rows["pearson"], error, marker="o", capsize=3, label=name, color=colour
+        )
+    left.set(xlabel=f"held-out correlation at fraction {main:g}", ylabel="share of examples below")
+    right.set(xlabel="ablated fraction", ylabel="mean held-out correlation", xticks=fractions)
+    left.legend(frameon=False)
+    _tidy(left, right)
+    return figure
+
+
+def curve_figure(curve: "pd.DataFrame", *, title: str, counts: Sequence[int] = ()) -> Figure:
+    """Draw accuracy per group against the number of ablated components, with the chosen numbers marked."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    groups = list(dict.fromkeys(curve["group"]))
+    for colour, group in zip(_colours(len(groups)), groups, strict=True):
+        rows = curve[curve["group"] == group]
+        axes.plot(rows["components"], 100 * rows["accuracy"], label=group, color=colour)
+    for number, count in enumerate(sorted(set(counts))):
+        axes.axvline(count, color="#bbbbbb", linewidth=1, zorder=0, label="chosen" if number == 0 else None)
+    axes.set(xlabel="components ablated", ylabel="accuracy (%)", title=title, ylim=(-3, 103))
+    axes.legend(frameon=False)
+    _tidy(axes)
+    return figure
+
+
+def write_page(run: Run, folder: Path) -> Path:
+    """Gather what `evaluate` and `edit` wrote into a folder on one page that stands alone; return the file."""
+    import pandas as pd
+
+    parts = [f"<h1>{html.escape(run.path.name)}</h1>", _facts(run)]
+    if (folder / "evaluation.csv").is_file():
+        parts += ["<h2>Predicting outputs under held-out masks</h2>", _table(pd.read_csv(folder / "evaluation.csv"))]
+        parts.append(_image(folder / "evaluation.png"))
+    for table in sorted(folder.glob("*/table.csv")):
+        parts += [f"<h2>Edit: {html.escape(table.parent.name)}</h2>", _table(pd.read_csv(table))]
+        if (table.parent / "curve.png").is_file():
+            parts.append(_image(table.parent / "curve.png"))
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(run.path.name)}</title>'
+        f"<style>{STYLE}</style><body>{''.join(parts)}<p>Made by coar {__version__}.</p></body></html>\n"
+    )
+    file = folder / "index.html"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(page)
+    except OSError as error:
+        raise StorageError(f"cannot write {file}: {error}; free space or choose another folder") from error
+    return file
+
+
+def describe(run: Run) -> dict[str, str]:
+    """Return what a run is, in words, by heading."""
+    plan, missing = run.plan, run.missing_units()
+    precision = run.facts["precision"]
+    measured = f", error {precision['error']:.4f} of the spread" if "error" in precision else ""
+    counts = [f"{plan.count(s.split, s.ablated_fraction)} {s.split} at {s.ablated_fraction:g}" for s in plan.segments]
+    units = len(run.units())
+    return {
+        "run": str(run.path),
+        "components": repr(run.components).removeprefix("Components(").removesuffix(")"),
+        "examples": str(run.n_examples),
+        "masks": ", ".join(dict.fromkeys(counts)) or "none",
+        "ablation": str(run.fingerprint["ablation"]["name"]),
+        "output": ", ".join(f"{key}={value}" for key, value in run.fingerprint["output"].items()),
+        "precision": f"{precision['name']}{measured}",
+        "collected": f"{units - len(missing)} of {units} units" + ("" if missing else ", complete"),
+    }
+
+
+def _facts(run: Run) -> str:
+    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in describe(run).items())
+    return f"<table>{rows}</table>"
+
+
+def _table(frame: "pd.DataFrame") -> str:
+    return str(frame.to_html(index=False, escape=True, float_format=lambda value: f"{value:.3f}", border=0))
+
+
+def _image(file: Path) -> str:
+    buffer = io.BytesIO(file.read_bytes())
+    return (
+        f'<img alt="{html.escape(file.stem)}" src="data:image/png;base64,{base64.b64encode(buffer.read()).decode()}">'
+    )
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _tidy(*axes: object) -> None:
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)  # type: ignore[attr-defined]
+        axis.grid(alpha=0.25)  # type: ignore[attr-defined]
