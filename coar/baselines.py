@@ -91,6 +91,7 @@ def _store(
         run.components,
         torch.from_numpy(run.replacements),
         study.output,
+        batch_norms=run.facts["batch_norms"],
         precision=run.facts["precision"]["name"],
         batch_size=batch_size,
     )

@@ -30,6 +30,7 @@ from coar.worker import (
     Worker,
     choose_device,
     choose_precision,
+    compare_gates,
     compare_precisions,
     device_copy,
 )
@@ -185,17 +186,20 @@ def _create(
     """Measure what a run keeps for good (constants, precision, batch norms), then create it."""
     runner = ModelRunner(model, study.output, batch_size=batch_size)
     constants = study.ablation.replacements(model, study.components, batch_size=runner.batch_size)
-    facts: dict[str, Any] = {"precision": {"name": "float32"}}
+    parts = (model, study.components, constants, study.output)
+    norms = _batch_norms(study, model)
+    fast = Worker(*parts, batch_norms=norms, batch_size=batch_size)
+    block = fast.load(study.examples, 0, min(blocks[1], len(study.examples)))
+    masks = plan.masks(study.sampler, len(study.components), 0, min(CHECK_MASKS, blocks[0]))
+    facts: dict[str, Any] = {"batch_norms": norms, "precision": {"name": "float32"}}
+    if all(component.side == "output" for component in study.components):
+        plain = Worker(*parts, through_outputs=True, batch_size=batch_size)
+        facts["gate_error"] = compare_gates(plain, fast, block, masks[:2])
     if precision != "float32":
-        parts = (model, study.components, constants, study.output)
-        plain = Worker(*parts, batch_size=batch_size)
-        low = Worker(*parts, precision="bf16", batch_size=batch_size)
-        block = plain.load(study.examples, 0, min(blocks[1], len(study.examples)))
-        masks = plan.masks(study.sampler, len(study.components), 0, min(CHECK_MASKS, blocks[0]))
-        check = compare_precisions(plain, low, block, masks, tolerance)
+        low = Worker(*parts, batch_norms=norms, precision="bf16", batch_size=batch_size)
+        check = compare_precisions(fast, low, block, masks, tolerance)
         facts["precision"] = {"name": choose_precision(precision, check), **dataclasses.asdict(check)}
         log.info("precision %s: %s", facts["precision"]["name"], check)
-    facts["batch_norms"] = _batch_norms(study, model, constants)
     return Run.create(
         path,
         components=study.components,
@@ -207,12 +211,12 @@ def _create(
     )
 
 
-def _batch_norms(study: Study, model: nn.Module, constants: Tensor) -> dict[str, str]:
+def _batch_norms(study: Study, model: nn.Module) -> dict[str, str]:
     def outputs(variant: nn.Module) -> Tensor:
         runner = ModelRunner(variant, study.output)
         return torch.from_numpy(runner.base_output(runner.load(study.examples, 0, CHECK_EXAMPLES)))
 
-    return following_batch_norms(model, study.components, constants, run=outputs)
+    return following_batch_norms(model, study.components, run=outputs)
 
 
 def _worker(study: Study, run: Run, model: nn.Module, batch_size: int | None) -> Worker:
@@ -221,6 +225,7 @@ def _worker(study: Study, run: Run, model: nn.Module, batch_size: int | None) ->
         run.components,
         torch.from_numpy(run.replacements),
         study.output,
+        batch_norms=run.facts["batch_norms"],
         precision=run.facts["precision"]["name"],
         batch_size=batch_size,
     )

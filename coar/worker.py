@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 from coar.ablation import Gates
 from coar.components import Components
-from coar.errors import PrecisionError, SettingsError
+from coar.errors import AblationError, PrecisionError, SettingsError
 from coar.examples import Examples, Inputs
 from coar.outputs import Output
 
 Precision = Literal["float32", "bf16"]
 CHOICES = ("float32", "bf16", "auto")
+GATE_TOLERANCE = 1e-3
 BATCH_SIZE = {"cpu": 128, "cuda": 512, "mps": 256}  # examples per forward, unless the user says otherwise
 
 
@@ -119,6 +121,8 @@ class Worker(ModelRunner):
         components: The components a mask speaks of.
         replacements: (components,) constants of the ablation.
         output: The scalar read per example.
+        batch_norms: Path of the batch norm that alone follows a site; it is folded into the gated weights.
+        through_outputs: Gate outputs by hooks, the plain way, instead of weights.
         precision: `float32`, or `bf16` for automatic mixed precision.
         batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on a GPU.
     """
@@ -130,18 +134,22 @@ class Worker(ModelRunner):
         replacements: Tensor,
         output: Output,
         *,
+        batch_norms: Mapping[str, str] | None = None,
+        through_outputs: bool = False,
         precision: Precision = "float32",
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, output, precision=precision, batch_size=batch_size)
         self._components = components
         self._replacements = replacements
+        self._fast = {"batch_norms": batch_norms or {}, "through_outputs": through_outputs}
 
     def outputs(self, block: Block, masks: np.ndarray) -> np.ndarray:
         """Return (masks, examples) float32 outputs of the block under (masks, components) boolean masks."""
         keeps = torch.from_numpy(masks).to(self.device)
         out = torch.empty(len(masks), block.size, device=self.device)
-        with Gates(self._model, self._components, self._replacements) as gates, torch.inference_mode(), self._cast():
+        gated = Gates(self._model, self._components, self._replacements, **self._fast)  # type: ignore[arg-type]
+        with gated as gates, torch.inference_mode(), self._cast():
             for row, keep in enumerate(keeps):
                 gates.set(keep)
                 self._fill(out[row], block)
@@ -180,6 +188,22 @@ class PrecisionCheck:
     tolerance: float
     masks: int
     device: str
+
+
+def compare_gates(plain: Worker, fast: Worker, block: Block, masks: np.ndarray) -> float:
+    """Return the largest difference between gated outputs and gated weights, relative to the largest output.
+
+    Raises:
+        AblationError: When they disagree, so that no run is made of numbers that depend on how a mask is applied.
+    """
+    expected, found = plain.outputs(block, masks), fast.outputs(block, masks)
+    error = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
+    if error > GATE_TOLERANCE:
+        raise AblationError(
+            f"ablating by weights and by outputs gives outputs that differ by {error:.1e} of the largest, and "
+            f"{GATE_TOLERANCE} is allowed: some layer does not compute what its type promises; exclude layers one by one"
+        )
+    return error
 
 
 def compare_precisions(plain: Worker, low: Worker, block: Block, masks: np.ndarray, tolerance: float) -> PrecisionCheck:

@@ -83,7 +83,7 @@ def _filter_index(layer: nn.Module, position: int) -> tuple[slice | int, ...]:
 
 
 def following_batch_norms(
-    model: nn.Module, components: Components, values: Tensor, *, run: Callable[[nn.Module], Tensor]
+    model: nn.Module, components: Components, *, run: Callable[[nn.Module], Tensor]
 ) -> dict[str, str]:
     """Find, for sites without a bias, the batch norm that alone consumes their output.
 
@@ -94,7 +94,6 @@ def following_batch_norms(
     Args:
         model: The model in evaluation mode.
         components: The components of the study.
-        values: (components,) their replacement constants.
         run: Runs a model on some examples and returns its outputs, of any shape.
 
     Returns:
@@ -102,20 +101,32 @@ def following_batch_norms(
     """
     candidates = _candidates(model, components, run)
 
+    constants = _telling_constants(model, components, candidates)
+
     def agrees(pairs: dict[str, str]) -> bool:
         rows = [i for i, row in enumerate(components) if row.site in pairs and row.position % 2 == 0]
         keep = torch.ones(len(components), dtype=torch.bool, device=next(model.parameters()).device)
         keep[rows] = False
-        with Gates(model, components, values) as gates:
+        with Gates(model, components, constants) as gates:
             gates.set(keep)
             gated = run(model)
         folded = deepcopy(model)
-        fold(folded, [components[i] for i in rows], values[rows].tolist(), batch_norms=pairs)
+        fold(folded, [components[i] for i in rows], constants[rows].tolist(), batch_norms=pairs)
         return bool((run(folded) - gated).abs().max() <= AGREEMENT * gated.abs().max())
 
     if not candidates or agrees(candidates):
         return candidates
     return {site: name for site, name in candidates.items() if agrees({site: name})}
+
+
+def _telling_constants(model: nn.Module, components: Components, candidates: Mapping[str, str]) -> Tensor:
+    """Return constants that a batch norm shows clearly: one standard deviation above its channel's mean."""
+    constants = torch.zeros(len(components))
+    for i, row in enumerate(components):
+        if row.site in candidates:
+            norm = model.get_submodule(candidates[row.site])
+            constants[i] = norm.running_mean[row.position] + norm.running_var[row.position].sqrt()  # type: ignore[index]
+    return constants
 
 
 def _candidates(model: nn.Module, components: Components, run: Callable[[nn.Module], Tensor]) -> dict[str, str]:

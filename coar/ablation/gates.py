@@ -6,6 +6,7 @@ which costs as much as reading the weights once and nothing per example. Everywh
 then every row of a batch may have a mask of its own and gradients reach the mask.
 """
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -32,6 +33,8 @@ class Gates:
         model: The model; its parameters and hooks are as before when the context ends, also after an exception.
         components: The components a mask speaks of.
         replacements: (components,) constants that replace ablated outputs.
+        batch_norms: Path of the batch norm that alone follows a site, see `following_batch_norms`; it is folded into
+            the gated weights, which saves its pass over the activations.
         through_outputs: Gate every component by forward hooks, so that masks may differ between the rows of a batch
             and carry gradients; parameter slices cannot be gated so.
 
@@ -42,8 +45,15 @@ class Gates:
     """
 
     def __init__(
-        self, model: nn.Module, components: Components, replacements: Tensor, *, through_outputs: bool = False
+        self,
+        model: nn.Module,
+        components: Components,
+        replacements: Tensor,
+        *,
+        batch_norms: Mapping[str, str] | None = None,
+        through_outputs: bool = False,
     ) -> None:
+        norms = batch_norms or {}
         check_components(model, components)
         values = replacements.to(next(model.parameters()).device)
         self._stack = ExitStack()
@@ -58,8 +68,11 @@ class Gates:
                 layer = model.get_submodule(site)
                 lookup = _lookup(output_channels(layer), components, indices).to(values.device)
                 by_weight = not through_outputs and reads_own_weight(layer)
+                norm = model.get_submodule(norms[site]) if site in norms else None
                 self._gates.append(
-                    _LayerGate(layer, lookup, values) if by_weight else _OutputGate(layer, first, axis, lookup, values)
+                    _LayerGate(layer, lookup, values, norm)
+                    if by_weight
+                    else _OutputGate(layer, first, axis, lookup, values)
                 )
                 weight = layer._parameters.get("weight") if by_weight else None
             if weight is not None and weight in claimed and "parameter" in (side, claimed[weight]):
@@ -114,30 +127,39 @@ class _Gate(Protocol):
 
 
 class _LayerGate:
-    """Swaps a layer's weight and bias for gated buffers."""
+    """Swaps a layer's weight and bias for gated buffers, with the batch norm that follows folded in if one is given.
 
-    def __init__(self, layer: nn.Module, lookup: Tensor, values: Tensor) -> None:
-        self._layer = layer
+    Channel c then computes keep * (scale w_c x + kept_c) + (1 - keep) * ablated_c, where scale and both constants hold
+    what the batch norm does, which itself steps aside.
+    """
+
+    def __init__(self, layer: nn.Module, lookup: Tensor, values: Tensor, norm: nn.Module | None) -> None:
+        self._layer, self._norm = layer, norm
         self._lookup = lookup  # (channels,) into the extended mask
         self._originals = {name: layer._parameters[name] for name in ("weight", "bias")}
-        weight = layer._parameters["weight"]
+        weight, bias = self._originals["weight"], self._originals["bias"]
         if weight is None:
             raise AblationError(f"{type(layer).__name__} has no weight of its own to gate; use through_outputs")
-        self._weight = weight.detach()
-        self._shape = _along(1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) else 0, self._weight)
+        scale, shift = _affine(norm) if norm is not None else (weight.new_ones(1), weight.new_zeros(1))
+        self._shape = _along(1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) else 0, weight)
+        self._weight = weight.detach() * scale.view(self._shape)
+        plain = weight.new_zeros(len(lookup)) if bias is None else bias
+        self._kept = plain.detach() * scale + shift
+        replacement = torch.cat([values.to(plain), plain.new_zeros(1)])[lookup]
+        self._ablated = torch.where(lookup < len(values), replacement * scale + shift, self._kept)
         self._buffers = {"weight": self._weight.clone()}
-        bias = self._originals["bias"]
-        self._bias = self._weight.new_zeros(len(lookup)) if bias is None else bias.detach()
-        self._replacement = torch.cat([values.to(self._bias), self._bias.new_zeros(1)])[lookup]
-        gated = lookup < len(values)
-        if not torch.equal(self._replacement[gated], self._bias[gated]):  # else the bias stays as it is
-            self._buffers["bias"] = self._bias.clone()
+        if norm is not None or not torch.equal(self._ablated, self._kept):  # else the bias stays as it is
+            self._buffers["bias"] = self._kept.clone()
 
     def install(self) -> None:
         self._layer._parameters.update(self._buffers)  # type: ignore[arg-type]
+        if self._norm is not None:
+            self._norm.forward = _unchanged
 
     def restore(self) -> None:
         self._layer._parameters.update(self._originals)
+        if self._norm is not None:
+            self._norm.__dict__.pop("forward", None)
 
     def set(self, extended: Tensor) -> None:
         if extended.ndim != 1:
@@ -145,7 +167,7 @@ class _LayerGate:
         keep = extended[self._lookup].to(self._weight.dtype)
         torch.mul(self._weight, keep.view(self._shape), out=self._buffers["weight"])
         if "bias" in self._buffers:
-            torch.mul(self._bias, keep, out=self._buffers["bias"]).addcmul_(self._replacement, 1 - keep)
+            torch.mul(self._kept, keep, out=self._buffers["bias"]).addcmul_(self._ablated, 1 - keep)
 
     def confirm(self) -> None:
         """Nothing to confirm: the layer cannot run without reading its weight."""
@@ -239,6 +261,20 @@ def _lookup(length: int, components: Components, indices: list[int]) -> Tensor:
     for i in indices:
         lookup[components[i].position : components[i].position + components[i].size] = i
     return lookup
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return (channels,) scale and shift of a batch norm in evaluation mode."""
+    mean: Tensor = norm.running_mean  # type: ignore[assignment]
+    variance: Tensor = norm.running_var  # type: ignore[assignment]
+    scale = (variance + norm.eps).rsqrt()  # type: ignore[operator]
+    scale = scale if norm.weight is None else scale * norm.weight.detach()  # type: ignore[operator]
+    shift = -mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach()  # type: ignore[operator]
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def _along(axis: int, tensor: Tensor) -> tuple[int, ...]:

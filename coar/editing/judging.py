@@ -44,7 +44,7 @@ def effect_curve(
         masks[row, np.asarray(order)[:count]] = False
     replacements = torch.tensor(attributions.facts["replacements"], dtype=torch.float32)
     copy, output = device_copy(model, choose_device(device)), CorrectClassMargin(against="largest")
-    worker = Worker(copy, attributions.components, replacements, output)
+    worker = Worker(copy, attributions.components, replacements, output, batch_norms=attributions.facts["batch_norms"])
     return worker.outputs(worker.load(examples, 0, len(examples)), masks)
 
 
