@@ -92,7 +92,7 @@ def beside_scikit_learn(folder: Path, masks: int, components: int, examples: int
     print(f"  ours, read from disk, a penalty per example, standard errors   {ours:8.2f} s")
     print(f"  Ridge, from memory, one given penalty, no errors               {ridge:8.2f} s   ratio {ours / ridge:.2f}")
     print(
-        f"  RidgeCV, from memory, a penalty per example, no errors         {ridge_cv:8.2f} s   ratio {ours / ridge_cv:.3f}"
+        f"  RidgeCV, from memory, a penalty per example, no errors      {ridge_cv:8.2f} s   ratio {ours / ridge_cv:.3f}"
     )
     print(
         f"  largest coefficient difference to Ridge at our penalties (20 examples): "

@@ -201,7 +201,7 @@ def compare_gates(plain: Worker, fast: Worker, block: Block, masks: np.ndarray) 
     if error > GATE_TOLERANCE:
         raise AblationError(
             f"ablating by weights and by outputs gives outputs that differ by {error:.1e} of the largest, and "
-            f"{GATE_TOLERANCE} is allowed: some layer does not compute what its type promises; exclude layers one by one"
+            f"{GATE_TOLERANCE} is allowed: some layer does not compute what its type promises; exclude it"
         )
     return error
 
