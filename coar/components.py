@@ -198,13 +198,17 @@ def check_components(model: nn.Module, components: Components) -> None:
                 f"not have; the components belong to another model: find them again on this one"
             )
         axis = components[indices[0]].axis
-        length = found.shape[axis] if isinstance(found, nn.Parameter) else output_channels(found)
+        length = output_channels(found) if isinstance(found, nn.Module) else _length(found, axis)
         last = max(components[i].position + components[i].size for i in indices)
         if last > length:
             raise ComponentError(
                 f"{site!r} has {length} rows in this model, but the component table reaches row {last - 1}; "
                 f"the components belong to another model: find them again on this one"
             )
+
+
+def _length(parameter: nn.Parameter, axis: int) -> int:
+    return parameter.shape[axis] if axis < parameter.ndim else 0
 
 
 def output_channels(module: nn.Module) -> int:

@@ -38,8 +38,8 @@ class CorrectClassMargin(Output):
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) margins."""
-        logits = class_logits(result, targets)
-        column = targets[:, None]
+        logits, labels = class_logits(result, targets)
+        column = labels[:, None]
         others = logits.scatter(1, column, -torch.inf)
         rival = others.logsumexp(1) if self.against == "logsumexp" else others.amax(1)
         return logits.gather(1, column)[:, 0] - rival
@@ -56,8 +56,9 @@ class ClassLogit(Output):
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) logits."""
-        labels = targets if self.label is None else torch.full_like(targets, self.label)
-        return class_logits(result, labels).gather(1, labels[:, None])[:, 0]
+        wanted = targets if self.label is None else torch.full_like(targets, self.label, dtype=torch.long)
+        logits, labels = class_logits(result, wanted)
+        return logits.gather(1, labels[:, None])[:, 0]
 
 
 class CrossEntropy(Output):
@@ -65,11 +66,12 @@ class CrossEntropy(Output):
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) losses."""
-        return functional.cross_entropy(class_logits(result, targets), targets, reduction="none")
+        logits, labels = class_logits(result, targets)
+        return functional.cross_entropy(logits, labels, reduction="none")
 
 
-def class_logits(result: Any, targets: Tensor) -> Tensor:
-    """Return (examples, classes) float32 logits from a model's result, checked against the targets.
+def class_logits(result: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (examples, classes) float32 logits from a model's result, and (examples,) int64 labels that fit them.
 
     Raises:
         OutputError: When the result holds no such logits, or a target is not one of their classes.
@@ -85,12 +87,13 @@ def class_logits(result: Any, targets: Tensor) -> Tensor:
             f"the model's logits have shape {tuple(logits.shape)} and the targets {tuple(targets.shape)}; "
             f"(examples, classes) and (examples,) were expected: choose another output function, or wrap the model"
         )
-    if targets.is_floating_point():
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise OutputError(f"the targets are {targets.dtype}; class labels must be whole numbers: use targets.long()")
-    wrong = ((targets < 0) | (targets >= logits.shape[1])).nonzero()
+    labels = targets.long()
+    wrong = ((labels < 0) | (labels >= logits.shape[1])).nonzero()
     if len(wrong):
         raise OutputError(
-            f"label {int(targets[wrong[0, 0]])} is outside the model's {logits.shape[1]} classes (0 to "
+            f"label {int(labels[wrong[0, 0]])} is outside the model's {logits.shape[1]} classes (0 to "
             f"{logits.shape[1] - 1}), first at position {int(wrong[0, 0])} of this batch; correct the targets"
         )
-    return logits.float()
+    return logits.float(), labels

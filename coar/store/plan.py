@@ -106,10 +106,15 @@ class Plan:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Plan":
         """Rebuild a plan from `to_json`; raise `ValueError` or `TypeError` for anything else."""
-        segments = tuple(Segment(str(s), float(a), int(f), int(c)) for s, a, f, c in data["segments"])  # type: ignore[arg-type]
-        if any(s.split not in SPLITS or s.count < 1 or s.first < 0 for s in segments):
-            raise ValueError("a segment is out of range")
-        plan = cls(segments, tuple(int(extent) for extent in data["extents"]))
-        if (plan.extents[-1] if plan.extents else 0) != len(plan):
-            raise ValueError("segments and extents disagree")
-        return plan
+        if not isinstance(data, dict) or data.keys() != {"segments", "extents"}:
+            raise ValueError("a plan has segments and extents, and nothing else")
+        plan = cls()
+        for split, fraction, first, count in data["segments"]:
+            if split not in SPLITS or int(count) < 1 or int(first) != plan.count(split, fraction):
+                raise ValueError(f"segment {[split, fraction, first, count]} does not follow from those before it")
+            segment = Segment(split, check_fraction(float(fraction)), int(first), int(count))
+            plan = cls((*plan.segments, segment))
+        extents = tuple(int(extent) for extent in data["extents"])
+        if (extents or (0,))[-1] != len(plan) or list(extents) != sorted(set(extents)):
+            raise ValueError(f"extents {list(extents)} do not lead to {len(plan)} rows")
+        return cls(plan.segments, extents)

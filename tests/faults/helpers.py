@@ -1,0 +1,102 @@
+"""Small studies that several test files collect, and runs compared file by file."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import coar
+from pipelines import digits
+
+EXAMPLES = 20
+BLOCKS = {"mask_block": 16, "example_block": 8}  # 20 examples: the last block is partial
+
+
+class Net(nn.Module):
+    """Eleven neurons, so that a packed mask has five bits to spare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(6, 11)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(11, 3)
+
+    def forward(self, x):
+        return self.head(self.dropout(torch.relu(self.hidden(x))))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def net() -> Net:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return Net()
+
+
+def inputs(seed: int = 1) -> torch.Tensor:
+    return torch.randn(EXAMPLES, 6, generator=seeded(seed))
+
+
+def examples(**changes) -> coar.Examples:
+    parts = {
+        "inputs": inputs(),
+        "targets": torch.arange(EXAMPLES) % 3,
+        "metadata": {"group": [f"group {i % 2}" for i in range(EXAMPLES)]},
+    }
+    return coar.Examples(**{**parts, **changes})
+
+
+def study(**changes) -> coar.Study:
+    parts = {"model": net(), "examples": examples(), **changes}
+    return coar.Study(**{"components": coar.neurons(parts["model"], include="*hidden"), **parts})
+
+
+def digits_study(count: int = EXAMPLES) -> coar.Study:
+    whole = digits.study(ablation="zero")
+    return replace(whole, examples=whole.examples.subset(range(count)))
+
+
+def collect(what: coar.Study, path: Path, **settings) -> coar.Run:
+    return coar.collect(what, path, **{"device": "cpu", "progress": False, **BLOCKS, **settings})
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """Return the content of every file of a run by its path inside it."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def chunks(root: Path) -> dict[str, bytes]:
+    """Return the content of every chunk file of a run."""
+    return {name: content for name, content in files(root).items() if not name.endswith("zarr.json")}
+
+
+def differing(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
+    """Return the names of the files that are not the same in both."""
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+def stamps(root: Path) -> dict[str, tuple[int, int]]:
+    """Return the time of the last change and the inode of every file of a run."""
+    return {
+        str(path.relative_to(root)): (path.stat().st_mtime_ns, path.stat().st_ino)
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+
+
+def copied(run: coar.Run, path: Path) -> coar.Run:
+    return coar.Run.open(shutil.copytree(run.path, path))
+
+
+def row_labels(run: coar.Run) -> list[str]:
+    return [run.plan.label(row) for row in range(len(run.plan))]
+
+
+def whole(run: coar.Run, name: str) -> np.ndarray:
+    """Read an array by nothing but Zarr."""
+    return np.asarray(run.group[name][...])

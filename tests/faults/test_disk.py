@@ -1,0 +1,137 @@
+"""A disk that is really full, or really read-only: a small one is mounted where that is permitted."""
+
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+import coar
+from coar.errors import StorageError
+from coar.store import repair, verify
+from tests.faults.helpers import collect, differing, files, study, whole
+
+ASKED = {"masks": 140, "test_masks": 20, "mask_block": 4}  # 120 units, each a file, and a file takes 4 kB at least
+UNITS = 40 * 3
+
+
+def mount(*arguments):
+    return subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The run on a disk with room."""
+    return collect(study(), tmp_path_factory.mktemp("run") / "whole.zarr", **ASKED)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        mounted = mount("-t", "tmpfs", "-o", "size=500k", "tmpfs", folder)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command here")
+    if mounted.returncode:
+        pytest.skip(f"mounting a small disk is not permitted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def resize(disk, size):
+    assert mount("-o", f"remount,rw,size={size}", disk).returncode == 0
+
+
+def fill(disk):
+    """Take all the room that is left, and return the file that takes it."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        file.writelines(bytes(4096) for _ in range(10_000))
+    return filler
+
+
+def test_disk_full_in_mid_run(disk, reference):
+    path = disk / "r.zarr"
+    with pytest.raises(StorageError, match=r"the disk is full.*what was stored before is intact"):
+        collect(study(), path, **ASKED)
+    run = coar.Run.open(path)
+    missing = run.missing_units()
+    assert 0 < len(missing) < UNITS
+    stored = files(path)
+    assert not [name for name in stored if name.endswith(".partial")]
+    for unit in set(run.units()) - set(missing):
+        region = run.rows_of(unit)
+        np.testing.assert_array_equal(run.outputs(*region), whole(reference, "outputs")[region])
+    with pytest.raises(StorageError, match="the disk is full"):
+        collect(study(), path, **ASKED)
+    assert stored.items() <= files(path).items()
+    resize(disk, "10m")
+    collect(study(), path, **ASKED)
+    assert differing(files(path), files(reference.path)) == []
+
+
+@pytest.mark.parametrize("size", ["4k", "60k", "120k", "180k"])
+def test_disk_full_in_creation(disk, reference, size):
+    resize(disk, size)
+    with pytest.raises(StorageError, match="the disk is full"):
+        collect(study(), disk / "r.zarr", **ASKED)
+    resize(disk, "10m")
+    collect(study(), disk / "r.zarr", **ASKED)
+    assert differing(files(disk / "r.zarr"), files(reference.path)) == []
+
+
+@pytest.mark.parametrize("pages", [0, 1, 3])
+def test_disk_full_in_an_extension(disk, reference, pages):
+    resize(disk, "10m")
+    path = disk / "r.zarr"
+    collect(study(), path, **(ASKED | {"masks": 101}))
+    before = whole(coar.Run.open(path), "outputs")
+    filler = fill(disk)
+    with filler.open("rb+") as file:
+        file.truncate(filler.stat().st_size - pages * 4096)
+    with pytest.raises(StorageError, match="the disk is full"):
+        collect(study(), path, **ASKED)
+    np.testing.assert_array_equal(coar.Run.open(path).outputs(slice(0, 121), slice(0, 20)), before)
+    filler.unlink()
+    collect(study(), path, **ASKED)
+    assert differing(files(path), files(reference.path)) == ["zarr.json"]  # which says that it was extended
+    assert verify(coar.Run.open(path)) == []
+
+
+ATTEMPTS = {
+    "go on": lambda path, problems: collect(study(), path, **ASKED),
+    "extend": lambda path, problems: collect(study(), path, **(ASKED | {"masks": 150})),
+    "create": lambda path, problems: collect(study(), path.with_name("new.zarr"), **ASKED),
+    "repair": lambda path, problems: repair(coar.Run.open(path), problems),
+}
+
+
+@pytest.mark.parametrize("left_over", [False, True], ids=["", "left over"])
+@pytest.mark.parametrize("attempt", ATTEMPTS.values(), ids=ATTEMPTS.keys())
+def test_read_only_disk(disk, reference, attempt, left_over):
+    resize(disk, "10m")
+    path = disk / "r.zarr"
+    shutil.copytree(reference.path, path)
+    (path / "outputs/c/2/0").unlink()
+    (path / "outputs/c/30/1").write_bytes(b"damaged")
+    if left_over:
+        (path / "outputs/c/7/0.0123456789abcdef.partial").write_bytes(b"by a writer that was killed")
+    stored = files(disk)
+    assert mount("-o", "remount,ro", disk).returncode == 0
+    problems = verify(coar.Run.open(path))
+    assert sorted(problem.chunk for problem in problems) == ["outputs/c/2/0", "outputs/c/30/1"]
+    with pytest.raises(StorageError, match="Read-only file system"):
+        attempt(path, problems)
+    assert files(disk) == stored
+    resize(disk, "10m")
+    assert repair(coar.Run.open(path), problems) == []
+    collect(study(), path, **ASKED)
+    assert differing(files(path), files(reference.path)) == []
+
+
+def test_file_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("hello")
+    with pytest.raises(StorageError, match="Not a directory"):
+        collect(study(), tmp_path / "file" / "r.zarr", masks=3)

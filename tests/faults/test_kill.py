@@ -1,0 +1,93 @@
+"""A run whose writer is killed again and again ends up the same as one that never was."""
+
+import random
+import signal
+import time
+
+import pytest
+
+from coar.errors import CoarError
+from coar.store import Run, verify
+from tests.faults.helpers import differing, files
+from tests.faults.server import stored_units, until
+
+CALLS = ({"masks": 130, "test_masks": 20}, {"masks": 231, "test_masks": 20})  # created, then extended across a chunk
+TOTAL = 63 * 3  # units
+SHORT = ({"masks": 22}, {"masks": 46})  # 6 * 3 and 12 * 3 units
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server, tmp_path_factory):
+    """The run as it is when nothing happens to its writer."""
+    path = tmp_path_factory.mktemp("run") / "whole.zarr"
+    server.finish(path, *CALLS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def short(server, tmp_path_factory):
+    """A shorter run to which nothing happens."""
+    path = tmp_path_factory.mktemp("run") / "short.zarr"
+    server.finish(path, *SHORT)
+    return path
+
+
+def whole(path):
+    try:
+        return len(Run.open(path).plan) == 251 and not Run.open(path).missing_units()
+    except CoarError:
+        return False
+
+
+def test_killed_twenty_times(server, uninterrupted, tmp_path):
+    path = tmp_path / "killed.zarr"
+    rng = random.Random(0)
+    landed = 0
+    for attempt in range(KILLS):
+        child = server.start(path, *CALLS)
+        if attempt % 5 == 0:  # while it starts, creates or opens the run
+            time.sleep(rng.uniform(0, 0.4))
+        else:
+            goal = min(stored_units(path) + rng.randint(1, 12), TOTAL)
+            until(lambda goal=goal: stored_units(path) >= goal, "progress")
+            time.sleep(rng.uniform(0, 0.02))
+        child.send(signal.SIGKILL)
+        landed += child.wait() == -signal.SIGKILL and not whole(path)
+    assert landed >= 15
+    server.finish(path, *CALLS)
+    assert differing(files(path), files(uninterrupted)) == []
+    assert stored_units(path) == TOTAL
+    assert verify(Run.open(path)) == []
+
+
+def stamp(file):
+    return (file.stat().st_mtime_ns, file.stat().st_ino) if file.exists() else None
+
+
+WATCHED = ["outputs/zarr.json", "masks/zarr.json", "split/zarr.json", "ablated_fraction/zarr.json", "zarr.json"]
+
+
+@pytest.mark.parametrize("watched", WATCHED)  # in the order in which an extension changes them
+def test_killed_while_it_is_extended(server, short, tmp_path, watched):
+    path = tmp_path / "killed.zarr"
+    child = server.start(path, *SHORT)
+    until(lambda: stored_units(path) == 6 * 3, "the first call's last unit")
+    before = stamp(path / watched)
+    until(lambda: stamp(path / watched) != before, "the extension")
+    child.send(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert stored_units(path) < 12 * 3
+    server.finish(path, *SHORT)
+    assert differing(files(path), files(short)) == []
+
+
+def test_started_twice_at_once(server, short, tmp_path):
+    for attempt in range(8):
+        path = tmp_path / f"{attempt}.zarr"
+        children = [server.start(path, *SHORT) for _ in range(2)]
+        codes = [child.wait() for child in children]
+        refused = [child.says() for child, code in zip(children, codes, strict=True) if code != 0]
+        assert all("RunError: another process " in says for says in refused), refused[0]
+        assert 0 in codes
+        assert differing(files(path), files(short)) == []

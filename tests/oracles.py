@@ -1,0 +1,229 @@
+"""Slow, obvious truths that import nothing of the package, and nets whose every kind of layer they are told of."""
+
+import math
+from copy import deepcopy
+
+import numpy as np
+import torch
+from torch import nn
+
+OUTPUTS = {
+    "logsumexp": lambda row, y: row[y] - math.log(sum(math.exp(v) for c, v in enumerate(row) if c != y)),
+    "largest": lambda row, y: row[y] - max(v for c, v in enumerate(row) if c != y),
+    "logit": lambda row, y: row[y],
+    "loss": lambda row, y: math.log(sum(math.exp(v) for v in row)) - row[y],
+}
+
+
+def read_outputs(logits, targets, kind):
+    """One number per example, from plain Python numbers one row at a time."""
+    return np.array([OUTPUTS[kind](row, int(y)) for row, y in zip(logits.tolist(), targets, strict=True)])
+
+
+def forward(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+def zeroed(model, rows):
+    """A copy whose weights that make the given (module path, row) outputs are zero; biases stay."""
+    copy = deepcopy(model)
+    for path, row in rows:
+        layer = copy.get_submodule(path)
+        weight = layer.weight.detach().clone()
+        if "Transpose" in type(layer).__name__:
+            width = layer.out_channels // layer.groups
+            for channel in range(layer.in_channels):
+                if channel // (layer.in_channels // layer.groups) == row // width:
+                    weight[channel, row % width] = 0
+        else:
+            weight[row] = 0
+        layer.weight = nn.Parameter(weight)  # a parameter of its own, also where modules share one
+    return copy
+
+
+def zeroed_outputs(model, x, y, rows, kind="logsumexp"):
+    return read_outputs(forward(zeroed(model, rows), x), y, kind)
+
+
+class Overwritten(nn.Module):
+    """Calls a module and writes constants over some of its output channels."""
+
+    def __init__(self, inner, constants):
+        super().__init__()
+        self.inner, self.constants = inner, constants
+
+    def forward(self, x):
+        y = self.inner(x).clone()
+        channels = y.movedim(-1, 0) if isinstance(self.inner, nn.Linear) else y.transpose(0, 1)
+        for row, value in self.constants.items():
+            channels[row] = value
+        return y
+
+
+class Tap(nn.Module):
+    """Calls a module and keeps what it returned."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.kept = inner, []
+
+    def forward(self, x):
+        self.kept.append(self.inner(x).clone())
+        return self.kept[-1].clone()
+
+
+def with_module(model, path, wrap):
+    """Put `wrap(module)` in the module's place, in the model itself."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, wrap(model.get_submodule(path)))
+    return model
+
+
+def replaced(model, constants):
+    """A copy whose outputs at (module path, row) are overwritten by the constants."""
+    copy = deepcopy(model)
+    for path in {path for path, _ in constants}:
+        rows = {row: value for (other, row), value in constants.items() if other == path}
+        with_module(copy, path, lambda inner, rows=rows: Overwritten(inner, rows))
+    return copy
+
+
+def replaced_outputs(model, x, y, constants, kind="logsumexp"):
+    return read_outputs(forward(replaced(model, constants), x), y, kind)
+
+
+def channel_means(model, x, path):
+    """Mean of each output channel of one module, over examples and positions."""
+    copy = with_module(deepcopy(model), path, Tap)
+    forward(copy, x)
+    tap = copy.get_submodule(path)
+    axis = -1 if isinstance(tap.inner, nn.Linear) else 1
+    values = torch.cat([y.double().movedim(axis, 0).flatten(1) for y in tap.kept], dim=1)
+    return [float(sum(channel) / len(channel)) for channel in values.numpy()]
+
+
+def rough(model, seed=0):
+    """Give a model biases, running statistics and scales of which none is trivially 0 or 1, in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor, low, high):
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+                uniform(module.running_mean, -0.3, 0.3)
+                uniform(module.running_var, 0.5, 1.5)
+                if module.affine:
+                    uniform(module.weight, 0.5, 1.5)
+                    uniform(module.bias, -0.3, 0.3)
+            elif getattr(module, "bias", None) is not None:
+                uniform(module.bias, -0.3, 0.3)
+    return model.eval()
+
+
+def lively(model, gain):
+    """Draw all weights so that signals neither die out nor explode on their way through a deep net."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in model.modules():
+            if "Conv" in type(layer).__name__:
+                taps = math.prod(layer.kernel_size) / (math.prod(layer.stride) if layer.transposed else 1)
+                deviation = gain / math.sqrt(taps * layer.in_channels / layer.groups)
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * deviation)
+
+
+class PlanarNet(nn.Module):
+    """Grouped, depthwise, transposed and grouped transposed 2-d convolutions, with and without bias and batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.grouped = nn.Conv2d(4, 8, 3, groups=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.up = nn.ConvTranspose2d(8, 6, 2, stride=2)
+        self.bare = nn.Conv2d(6, 6, 3, stride=2, bias=False)
+        self.grouped_up = nn.ConvTranspose2d(6, 8, 3, groups=2)
+        self.bare_up = nn.ConvTranspose2d(8, 6, 3, groups=2, bias=False)
+        self.last = nn.Linear(6, 5)
+        lively(self, gain=1.6)
+
+    def forward(self, x):
+        x = torch.relu(self.grouped(x))
+        x = torch.relu(self.norm(self.depthwise(x)))
+        x = torch.tanh(self.up(x))
+        x = torch.tanh(self.bare(x))
+        x = torch.tanh(self.grouped_up(x))
+        return self.last(torch.tanh(self.bare_up(x)).amax((2, 3)) * 3)
+
+
+class LineAndVolumeNet(nn.Module):
+    """1-d and 3-d convolutions, transposed and grouped ones among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Conv1d(3, 6, 3, groups=3)
+        self.line_norm = nn.BatchNorm1d(6)
+        self.line_up = nn.ConvTranspose1d(6, 4, 3, bias=False)
+        self.volume = nn.Conv3d(4, 6, 3, padding=1, bias=False)
+        self.volume_norm = nn.BatchNorm3d(6)
+        self.volume_up = nn.ConvTranspose3d(6, 4, 2, groups=2)
+        self.last = nn.Linear(4, 5)
+        lively(self, gain=1.6)
+
+    def forward(self, x):
+        x = torch.relu(self.line_norm(self.line(x)))
+        x = torch.tanh(self.line_up(x)).unflatten(2, (4, 2, 2))
+        x = torch.relu(self.volume_norm(self.volume(x)))
+        return self.last(torch.tanh(self.volume_up(x)).amax((2, 3, 4)) * 3)
+
+
+class Wired(nn.Module):
+    """Two 1 x 1 convolutions and two batch norms, wired up by a function of (net, x)."""
+
+    def __init__(self, wiring):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(3, 4, 1, bias=False)
+        self.norm, self.other = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.last = nn.Linear(4, 4)
+        self.wiring = wiring
+        rough(self)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.wiring(self, x)).mean((2, 3)) * 3)
+
+
+def read_elsewhere(net, x):
+    y = net.one(x)
+    return net.norm(y) + torch.relu(y) + net.other(net.two(x))
+
+
+def read_elsewhere_where_negative(net, x):
+    y = net.one(x)
+    return net.norm(y) + torch.relu(-y) + net.other(net.two(x))
+
+
+def norm_reads_something_else_too(net, x):
+    y = net.norm(net.one(x))
+    return net.norm(y) + net.other(net.two(x))
+
+
+WIRINGS = {  # with the batch norm that alone reads a convolution's output, for each convolution that has one
+    "plain": (lambda net, x: net.norm(net.one(x)) + net.other(net.two(x)), {"one": "norm", "two": "other"}),
+    "one after the other": (
+        lambda net, x: net.other(net.two(net.norm(net.one(x))[:, 1:])),
+        {"one": "norm", "two": "other"},
+    ),
+    "read elsewhere": (read_elsewhere, {"two": "other"}),
+    "read elsewhere where negative": (read_elsewhere_where_negative, {"two": "other"}),
+    "norm shared by two": (lambda net, x: net.norm(net.one(x)) + 2 * net.norm(net.two(x)), {}),
+    "norm reads something else too": (norm_reads_something_else_too, {"two": "other"}),
+    "convolution used twice": (
+        lambda net, x: net.norm(net.one(x)) + net.one(2 * x) + net.other(net.two(x)),
+        {"two": "other"},
+    ),
+    "changed on the way": (lambda net, x: net.norm(torch.sin(net.one(x))) + net.other(net.two(x)), {"two": "other"}),
+    "changed in place": (lambda net, x: net.norm(torch.relu_(net.one(x))) + net.other(net.two(x)), {"two": "other"}),
+    "shifted in place": (lambda net, x: net.norm(net.one(x).add_(0.5)) + net.other(net.two(x)), {"two": "other"}),
+}

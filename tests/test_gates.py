@@ -1,0 +1,409 @@
+"""Gates do what an overwritten copy does, and leave nothing behind."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
+
+import coar
+from coar.ablation import Gates
+from coar.errors import AblationError, ComponentError
+from tests import oracles
+
+
+def random_masks(rows, components, *, seed=0, kept=0.7):
+    return torch.rand(rows, components, generator=torch.Generator().manual_seed(seed)) < kept
+
+
+def constants_for(components, seed=1):
+    return torch.randn(len(components), generator=torch.Generator().manual_seed(seed))
+
+
+def overwritten(model, x, components, keep, values):
+    """Logits of a copy in which the ablated components' outputs are overwritten."""
+    chosen = {
+        (row.site, row.position): float(value)
+        for row, kept, value in zip(components, keep, values, strict=True)
+        if not kept
+    }
+    return oracles.forward(oracles.replaced(model, chosen), x)
+
+
+def gated(model, x, components, keep, values, **settings):
+    with Gates(model, components, values, **settings) as gates, torch.no_grad():
+        gates.set(keep)
+        y = model(x)
+        gates.confirm()
+    return y
+
+
+def snapshot(model):
+    """Everything a gate could disturb: the tensors and their identity, bytes, and every hook table."""
+    tensors = {
+        (path, kind, name): (id(value), None if value is None else value.detach().clone())
+        for path, module in model.named_modules()
+        for kind in ("_parameters", "_buffers")
+        for name, value in getattr(module, kind).items()
+    }
+    hooks = {
+        (path, name): dict(value)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if name.endswith("_hooks")
+    }
+    keys = {path: list(vars(module)) for path, module in model.named_modules()}
+    return tensors, hooks, keys, list(model.state_dict())
+
+
+def assert_same(before, after):
+    (tensors, hooks, keys, state), (tensors_now, hooks_now, keys_now, state_now) = before, after
+    assert (hooks_now, keys_now, state_now) == (hooks, keys, state)
+    assert tensors_now.keys() == tensors.keys()
+    for name, (identity, value) in tensors.items():
+        identity_now, value_now = tensors_now[name]
+        assert identity_now == identity, name
+        assert value is None or torch.equal(value, value_now), name
+
+
+@pytest.fixture
+def planar():
+    return oracles.rough(oracles.PlanarNet()), torch.randn(6, 4, 8, 8)
+
+
+NORMS = {"depthwise": "norm"}
+FINDERS = {
+    "filters": (coar.conv_filters, {}),
+    "neurons": (coar.neurons, {}),
+    "through outputs": (coar.conv_filters, {"through_outputs": True}),
+    "with a batch norm": (coar.conv_filters, {"batch_norms": NORMS}),
+    "slices": (lambda model: coar.parameter_slices(model, ["*.weight", "grouped.bias"]), {}),
+}
+
+
+@pytest.mark.parametrize("way", FINDERS)
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_model_is_bit_identical_afterwards(planar, way, interrupted):
+    model, x = planar
+    find, settings = FINDERS[way]
+    components = find(model)
+    model.up.register_forward_hook(lambda _module, _args, y: None)
+    before = snapshot(model)
+    base = oracles.forward(model, x)
+    expected = pytest.raises(RuntimeError) if interrupted else contextlib.nullcontext()
+    with expected, Gates(model, components, torch.zeros(len(components)), **settings) as gates, torch.no_grad():
+        for mask in random_masks(3, len(components)):
+            mask[-1] = False
+            gates.set(mask)
+            assert not torch.equal(model(x), base)
+        model(x[:, :3] if interrupted else x)  # three channels do not fit: an error in the middle of a forward
+    assert_same(before, snapshot(model))
+    assert torch.equal(oracles.forward(model, x), base)
+
+
+@pytest.mark.parametrize("through_outputs", [False, True])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(oracles.PlanarNet, (6, 4, 8, 8)), (oracles.LineAndVolumeNet, (6, 3, 16))],
+    ids=["planar", "line and volume"],
+)
+def test_gates_overwrite_outputs_with_any_constants(make, shape, through_outputs):
+    model, x = oracles.rough(make()), torch.randn(*shape)
+    components = coar.conv_filters(model) + coar.neurons(model)
+    values = constants_for(components)
+    for keep in random_masks(4, len(components)):
+        y = gated(model, x, components, keep, values, through_outputs=through_outputs)
+        torch.testing.assert_close(y, overwritten(model, x, components, keep, values), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("through_outputs", [False, True])
+def test_layers_without_bias_get_the_right_constants(planar, through_outputs):
+    model, x = planar
+    sites = ["depthwise", "bare", "bare_up"]
+    components = coar.conv_filters(model, include=sites)
+    constants, outputs = constants_for(components), {}
+    for keep in (torch.zeros(len(components), dtype=torch.bool), random_masks(1, len(components))[0]):
+        with Gates(model, components, constants, through_outputs=through_outputs) as gates, torch.no_grad():
+            gates.set(keep)
+            handles = [  # registered after the gates' own hooks, so that they see what gates let through
+                model.get_submodule(site).register_forward_hook(lambda _m, _a, y, site=site: outputs.update({site: y}))
+                for site in sites
+            ]
+            model(x)
+        for component, kept, constant in zip(components, keep, constants, strict=True):
+            channel = outputs[component.site][:, component.position]
+            assert torch.equal(channel, constant.expand_as(channel)) != bool(kept)
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_batch_norm_folded_into_the_gates_changes_nothing(affine):
+    model = oracles.PlanarNet()
+    model.norm = nn.BatchNorm2d(8, eps=0.1, affine=affine)
+    oracles.rough(model)
+    x, every = torch.randn(6, 4, 8, 8), coar.conv_filters(model)
+    for components in (every, every[:11], every[10:20]):  # also where only some filters of the layer are components
+        values = constants_for(components)
+        for keep in [torch.ones(len(components), dtype=torch.bool), *random_masks(3, len(components))]:
+            y = gated(model, x, components, keep, values, batch_norms=NORMS)
+            torch.testing.assert_close(y, overwritten(model, x, components, keep, values), rtol=0, atol=1e-5)
+
+
+def test_zero_weight_constants_are_the_biases(planar):
+    model, _ = planar
+    components = coar.conv_filters(model) + coar.neurons(model)
+    biases = {site: model.get_submodule(site).bias for site in {row.site for row in components}}
+    expected = [0 if biases[row.site] is None else biases[row.site].tolist()[row.position] for row in components]
+    values = coar.ZeroWeight().replacements(model, components, batch_size=8)
+    assert values.dtype == torch.float32
+    assert values.tolist() == expected
+
+
+def test_mean_constants_are_the_channel_means_whatever_the_batch_size(planar):
+    model, x = planar
+    components = coar.conv_filters(model) + coar.neurons(model)
+    ablation = coar.Mean(calibration=coar.Examples(inputs=x, targets=torch.zeros(len(x), dtype=torch.long)))
+    means = {site: oracles.channel_means(model, x, site) for site in {row.site for row in components}}
+    expected = torch.tensor([means[row.site][row.position] for row in components])
+    before = snapshot(model)
+    for batch_size in (1, 4, 100):
+        values = ablation.replacements(model, components, batch_size=batch_size)
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
+    assert_same(before, snapshot(model))
+
+
+def test_mean_has_no_meaning_for_slices_and_for_modules_never_called(planar):
+    model, x = planar
+    ablation = coar.Mean(calibration=coar.Examples(inputs=x, targets=torch.zeros(len(x), dtype=torch.long)))
+    with pytest.raises(AblationError, match=r"up\.weight"):
+        ablation.replacements(model, coar.parameter_slices(model, "up.weight"), batch_size=8)
+    model.spare = nn.Conv2d(1, 2, 3)
+    before = snapshot(model)
+    with pytest.raises(AblationError, match="spare"):
+        ablation.replacements(model, coar.conv_filters(model), batch_size=8)
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("mean", [False, True], ids=["zero weight", "mean"])
+@pytest.mark.parametrize("pipeline", ["digits", "cifar10"])
+def test_gates_on_outputs_equal_gates_on_weights_also_per_row(pipeline, mean, request):
+    module = request.getfixturevalue(pipeline)
+    study = module.study(ablation="mean" if mean else "zero")
+    model, components = study.model, study.components
+    x, _ = study.examples.block(0, 6)
+    values = study.ablation.replacements(model, components, batch_size=250)
+    masks = random_masks(len(x), len(components), kept=0.9)
+    by_weight = torch.stack([gated(model, x, components, keep, values) for keep in masks])  # (masks, rows, classes)
+    settings = {"through_outputs": True}
+    by_output = torch.stack([gated(model, x, components, keep, values, **settings) for keep in masks])
+    torch.testing.assert_close(by_output, by_weight, rtol=0, atol=1e-4)
+    per_row = gated(model, x, components, masks, values, **settings)
+    torch.testing.assert_close(per_row, by_weight[range(len(x)), range(len(x))], rtol=0, atol=1e-4)
+
+
+def test_one_mask_per_row_reaches_neurons_behind_further_axes():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    x, components = torch.randn(5, 7, 4), coar.neurons(model)  # (rows, tokens, features)
+    masks, values = random_masks(5, len(components)), constants_for(components)
+    per_row = gated(model, x, components, masks, values, through_outputs=True)
+    for i, keep in enumerate(masks):
+        expected = overwritten(model, x[i : i + 1], components, keep, values)
+        torch.testing.assert_close(per_row[i : i + 1], expected, rtol=0, atol=1e-6)
+
+
+def test_gradient_of_the_mask_agrees_with_finite_differences(planar):
+    model, x = planar[0].double(), planar[1].double()
+    components = coar.conv_filters(model) + coar.neurons(model)
+    values = constants_for(components).double()
+    keep = torch.rand(len(x), len(components), dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    weights = torch.randn(len(x), 5, dtype=torch.float64)
+    with Gates(model, components, values, through_outputs=True) as gates:
+
+        def scalar(mask):
+            gates.set(mask)
+            return (model(x) * weights).sum()
+
+        live = keep.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(scalar(live), live)
+        step = 1e-5
+        with torch.no_grad():
+            for column in range(len(components)):
+                row, ends = column % len(x), []
+                for sign in (1, -1):
+                    moved = keep.clone()
+                    moved[row, column] += sign * step
+                    ends.append(float(scalar(moved)))
+                slope = (ends[0] - ends[1]) / (2 * step)
+                assert float(gradient[row, column]) == pytest.approx(slope, rel=1e-5, abs=1e-7)
+    assert (gradient != 0).double().mean() > 0.8  # not all, since a ReLU may close for a whole channel
+
+
+def test_own_hooks_stay_and_fire(planar):
+    model, x = planar
+    fired = []
+    model.up.register_forward_hook(lambda _module, _args, _y: fired.append("after"))
+    model.up.register_forward_pre_hook(lambda _module, _args: fired.append("before"))
+    model.last.weight.register_hook(lambda _gradient: fired.append("backward"))
+    components = coar.conv_filters(model)
+    for settings in ({}, {"through_outputs": True}):
+        gated(model, x, components, torch.ones(len(components)), torch.zeros(len(components)), **settings)
+    assert fired == ["before", "after"] * 2
+    model(x).sum().backward()
+    assert fired == ["before", "after"] * 3 + ["backward"]
+
+
+class Twice(nn.Module):
+    """One convolution called twice, then an in-place ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.last = nn.Linear(3, 4)
+
+    def forward(self, x):
+        x = self.relu(self.conv(x))
+        return self.last(self.relu(self.conv(x)).sum((2, 3)))
+
+
+@pytest.mark.parametrize("through_outputs", [False, True])
+def test_a_module_used_twice_is_gated_both_times_also_before_in_place_layers(through_outputs):
+    model, x = oracles.rough(Twice()), torch.randn(4, 3, 5, 5)
+    components = coar.conv_filters(model)
+    values = constants_for(components)
+    for keep in (torch.tensor([True, False, True]), torch.tensor([False, False, True])):
+        y = gated(model, x, components, keep, values, through_outputs=through_outputs)
+        torch.testing.assert_close(y, overwritten(model, x, components, keep, values), rtol=0, atol=1e-5)
+        zero = coar.ZeroWeight().replacements(model, components, batch_size=4)
+        rows = [("conv", i) for i in range(3) if not keep[i]]
+        expected = oracles.forward(oracles.zeroed(model, rows), x)
+        y = gated(model, x, components, keep, zero, through_outputs=through_outputs)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("through_outputs", [False, True])
+def test_tied_weights_are_gated_only_where_the_component_lies(through_outputs):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    model[2].weight = model[0].weight
+    x, both = torch.randn(5, 4), coar.neurons(model, exclude="4")
+    first = coar.neurons(model, include="0")
+    for components in (first, both):
+        values = coar.ZeroWeight().replacements(model, components, batch_size=8)
+        for keep in random_masks(4, len(components), kept=0.5):
+            rows = [(row.site, row.position) for row, kept in zip(components, keep, strict=True) if not kept]
+            expected = oracles.forward(oracles.zeroed(model, rows), x)
+            y = gated(model, x, components, keep, values, through_outputs=through_outputs)
+            torch.testing.assert_close(y, expected, rtol=0, atol=1e-6)
+    assert model[2].weight is model[0].weight
+
+
+@pytest.mark.parametrize("computed", ["weight", "bias"])
+@pytest.mark.parametrize("through_outputs", [False, True])
+def test_weights_and_biases_computed_from_others_are_gated(computed, through_outputs):
+    class Doubled(nn.Module):
+        def forward(self, value):
+            return 2 * value
+
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
+    if computed == "weight":
+        weight_norm(model[0])
+    else:
+        parametrize.register_parametrization(model[0], "bias", Doubled())
+    x, components = torch.randn(5, 2, 4, 4), coar.conv_filters(model)
+    values, keep = constants_for(components), torch.tensor([True, False, False, True])
+    y = gated(model, x, components, keep, values, through_outputs=through_outputs)
+    torch.testing.assert_close(y, overwritten(model, x, components, keep, values), rtol=0, atol=1e-5)
+
+
+def test_layers_whose_weights_are_read_without_a_call_are_gated_by_weight():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x, components = torch.randn(3, 5, 8), coar.neurons(model)
+    values = coar.ZeroWeight().replacements(model, components, batch_size=8)
+    for keep in random_masks(3, len(components)):
+        rows = [(row.site, row.position) for row, kept in zip(components, keep, strict=True) if not kept]
+        expected = oracles.forward(oracles.zeroed(model, rows), x)
+        torch.testing.assert_close(gated(model, x, components, keep, values), expected, rtol=0, atol=1e-5)
+    with pytest.raises(AblationError, match=r"self_attn\.out_proj"):
+        gated(model, x, components, keep, values, through_outputs=True)
+
+
+def test_a_module_never_called_is_an_error_through_outputs(planar):
+    model, x = planar
+    model.spare = nn.Conv2d(1, 2, 3)
+    components = coar.conv_filters(model)
+    with pytest.raises(AblationError, match="spare"):
+        gated(model, x, components, torch.ones(len(components)), torch.zeros(len(components)), through_outputs=True)
+
+
+@pytest.mark.parametrize("site", ["grouped", "up", "grouped_up"])
+@pytest.mark.parametrize("slices_first", [False, True])
+def test_two_kinds_of_components_on_the_same_weights_are_an_error(planar, site, slices_first):
+    model, _ = planar
+    tables = coar.conv_filters(model, include=site), coar.parameter_slices(model, f"{site}.weight")
+    components = tables[1] + tables[0] if slices_first else tables[0] + tables[1]
+    with pytest.raises(AblationError, match="same weights"):
+        Gates(model, components, torch.zeros(len(components)))
+
+
+@pytest.mark.parametrize(("axis", "size"), [(1, 1), (0, 2)])
+def test_slices_that_overlap_are_an_error(planar, axis, size):
+    model, _ = planar
+    slices = coar.parameter_slices(model, "up.weight") + coar.parameter_slices(model, "up.weight", axis=axis, size=size)
+    with pytest.raises(AblationError):
+        Gates(model, slices, torch.zeros(len(slices)))
+
+
+def test_masks_that_a_gate_cannot_take_are_errors(planar):
+    model, x = planar
+    filters, slices = coar.conv_filters(model), coar.parameter_slices(model, "*.weight")
+    for components in (filters, slices):
+        gates = Gates(model, components, torch.zeros(len(components)))
+        with gates, pytest.raises(AblationError, match="one mask"):
+            gates.set(torch.ones(len(x), len(components), dtype=torch.bool))
+    with pytest.raises(AblationError, match="parameter slice"):
+        Gates(model, slices, torch.zeros(len(slices)), through_outputs=True)
+    other = nn.Sequential(nn.Conv2d(1, 2, 3))
+    with pytest.raises(ComponentError, match="belong to another model"):
+        Gates(other, filters, torch.zeros(len(filters)))
+
+
+@pytest.mark.parametrize("through_outputs", [False, True])
+@pytest.mark.parametrize("length", [-1, 1])
+def test_masks_of_another_length_are_errors(planar, length, through_outputs):
+    model, _ = planar
+    components = coar.conv_filters(model)
+    gates = Gates(model, components, torch.zeros(len(components)), through_outputs=through_outputs)
+    with gates, pytest.raises(AblationError):
+        gates.set(torch.ones(len(components) + length))
+
+
+@pytest.mark.parametrize("length", [-1, 1])
+def test_constants_of_another_length_are_errors(planar, length):
+    model, _ = planar
+    components = coar.conv_filters(model)
+    with pytest.raises(AblationError):
+        Gates(model, components, torch.zeros(len(components) + length))
+
+
+def test_outputs_without_a_batch_axis_are_an_error():
+    model = nn.Sequential(nn.Conv2d(1, 3, 3))
+    components = coar.conv_filters(model)
+    with pytest.raises(AblationError, match="batch axis"):
+        gated(model, torch.randn(1, 8, 8), components, torch.ones(3), torch.zeros(3), through_outputs=True)
+
+
+def test_gates_in_gates_undo_themselves_in_order(planar):
+    model, x = planar
+    outer, inner = coar.conv_filters(model, include="up"), coar.conv_filters(model, include=["up", "grouped"])
+    before, base = snapshot(model), oracles.forward(model, x)
+    with Gates(model, outer, torch.zeros(len(outer))) as gates, torch.no_grad():
+        gates.set(torch.zeros(len(outer), dtype=torch.bool))
+        without = model(x)
+        gated(model, x, inner, torch.zeros(len(inner)), torch.ones(len(inner)))
+        assert torch.equal(model(x), without)
+    assert_same(before, snapshot(model))
+    np.testing.assert_array_equal(oracles.forward(model, x), base)

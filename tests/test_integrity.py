@@ -1,0 +1,269 @@
+"""Damaged chunks are found, named, and made again as they were."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+import coar
+from coar.errors import CorruptRunError, IncompleteRunError, RunError
+from coar.store import Problem, arrays, repair, verify
+from tests.faults import helpers
+
+ASKED = {"masks": 100, "test_masks": 20}
+ROWS, EXAMPLES = slice(0, 120), slice(0, helpers.EXAMPLES)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """120 rows and 20 examples of the tiny net, in one go, read only."""
+    return helpers.collect(helpers.study(), tmp_path_factory.mktemp("run") / "tiny.zarr", **ASKED)
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """The same rows, asked for in two steps, so that block 3 was once partly filled; read only."""
+    path = tmp_path_factory.mktemp("run") / "steps.zarr"
+    helpers.collect(helpers.study(), path, masks=40, test_masks=20)
+    return helpers.collect(helpers.study(), path, **ASKED)
+
+
+@pytest.fixture
+def fresh(run, tmp_path):
+    """A copy of the run to damage."""
+    return helpers.copied(run, tmp_path / "copy.zarr")
+
+
+def truncated(file):
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def emptied(file):
+    file.write_bytes(b"")
+
+
+def flipped(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0b100
+    file.write_bytes(content)
+
+
+def checksum_flipped(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def replaced(file):
+    file.write_bytes(b"not a chunk of this run")
+
+
+def removed(file):
+    file.unlink()
+
+
+SPOILED = [truncated, emptied, flipped]
+
+# chunk -> (how it is read, what mends it)
+KINDS = {
+    "outputs/c/1/1": (lambda run: run.outputs(ROWS, EXAMPLES), "coar collect"),
+    "outputs/c/7/2": (lambda run: run.outputs(ROWS, EXAMPLES), "coar collect"),
+    "masks/c/1/0": (lambda run: run.masks(0, 120), "coar collect"),
+    "base_output/c/2": (lambda run: run.column("base_output"), "coar collect"),
+    "split/c/0": (lambda run: run.column("split"), "coar verify --repair"),
+    "ablated_fraction/c/0": (lambda run: run.column("ablated_fraction"), "coar verify --repair"),
+    "example/label/c/0": (lambda run: run.metadata, ""),
+    "example/group/c/0": (lambda run: run.metadata, ""),
+    "component/name/c/0": (lambda run: run.components, ""),
+    "component/replacement/c/0": (lambda run: run.replacements, ""),
+}
+
+
+def reopened(run):
+    return coar.Run.open(run.path)
+
+
+def check_mended(run, original, problems):
+    """Repair, collect again, and compare all chunks with the original's, byte for byte."""
+    assert repair(run, problems) == []
+    helpers.collect(helpers.study(), run.path, **ASKED)
+    assert helpers.differing(helpers.chunks(run.path), helpers.chunks(original.path)) == []
+    assert verify(reopened(run)) == []
+
+
+def test_an_intact_run_has_no_problems(run, extended):
+    assert verify(run) == []
+    assert verify(extended) == []
+
+
+@pytest.mark.parametrize("chunk", KINDS)
+@pytest.mark.parametrize("spoil", [*SPOILED, checksum_flipped, replaced])
+def test_spoiled_chunk_is_found(fresh, chunk, spoil):
+    spoil(fresh.path / chunk)
+    name = chunk.split("/c/")[0]
+    assert verify(reopened(fresh)) == [Problem(name, chunk, "damaged", KINDS[chunk][1])]
+
+
+@pytest.mark.parametrize("chunk", KINDS)
+def test_missing_chunk_is_found(fresh, chunk):
+    removed(fresh.path / chunk)
+    name = chunk.split("/c/")[0]
+    assert verify(reopened(fresh)) == [Problem(name, chunk, "missing", KINDS[chunk][1])]
+
+
+@pytest.mark.parametrize("chunk", KINDS)
+@pytest.mark.parametrize("spoil", [*SPOILED, removed])
+def test_reading_a_spoiled_chunk_names_it(fresh, chunk, spoil):
+    spoil(fresh.path / chunk)
+    read, _ = KINDS[chunk]
+    with pytest.raises((CorruptRunError, IncompleteRunError), match=chunk):
+        read(reopened(fresh))
+
+
+@pytest.mark.parametrize("chunk", [chunk for chunk, (_, mended_by) in KINDS.items() if mended_by])
+@pytest.mark.parametrize("spoil", [*SPOILED, removed])
+def test_spoiled_chunk_is_made_again(run, fresh, chunk, spoil):
+    spoil(fresh.path / chunk)
+    check_mended(fresh, run, verify(reopened(fresh)))
+
+
+@pytest.mark.parametrize("chunk", [chunk for chunk, (_, mended_by) in KINDS.items() if not mended_by])
+@pytest.mark.parametrize("spoil", [truncated, removed])
+def test_what_cannot_be_made_again_is_returned(fresh, chunk, spoil):
+    spoil(fresh.path / chunk)
+    flipped(fresh.path / "outputs/c/4/0")
+    problems = verify(reopened(fresh))
+    left = repair(reopened(fresh), problems)
+    assert [problem.chunk for problem in left] == [chunk]
+    assert not (fresh.path / "outputs/c/4/0").exists()
+    assert (fresh.path / chunk).exists() == (spoil is truncated)
+
+
+@pytest.mark.parametrize("chunk", ["outputs/c/3/0", "outputs/c/3/2", "masks/c/3/0"])
+@pytest.mark.parametrize("spoil", [*SPOILED, removed])
+def test_spoiled_chunk_of_a_block_filled_in_two_steps(run, extended, tmp_path, chunk, spoil):
+    damaged = helpers.copied(extended, tmp_path / "copy.zarr")
+    spoil(damaged.path / chunk)
+    problems = verify(reopened(damaged))
+    assert [problem.chunk for problem in problems] == [chunk]
+    check_mended(damaged, run, problems)
+
+
+def test_every_chunk_file_is_watched(fresh):
+    names = list(helpers.chunks(fresh.path))
+    rng = np.random.default_rng(0)
+    for name in names:
+        file = fresh.path / name
+        content = bytearray(file.read_bytes())
+        content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+        file.write_bytes(content)
+    problems = verify(reopened(fresh))
+    assert sorted(problem.chunk for problem in problems) == sorted(names)
+    assert {problem.what for problem in problems} == {"damaged"}
+
+
+def test_many_problems_are_mended_at_once(run, fresh):
+    flipped(fresh.path / "outputs/c/0/0")
+    truncated(fresh.path / "outputs/c/7/1")
+    removed(fresh.path / "outputs/c/5/2")
+    emptied(fresh.path / "masks/c/2/0")
+    flipped(fresh.path / "base_output/c/0")
+    truncated(fresh.path / "split/c/0")
+    problems = verify(reopened(fresh))
+    assert len({problem.chunk for problem in problems}) == 6
+    check_mended(fresh, run, problems)
+
+
+def test_swapped_masks_are_found_and_made_again(run, fresh):
+    shutil.copy(fresh.path / "masks/c/0/0", fresh.path / "masks/c/1/0")
+    problems = verify(reopened(fresh))
+    assert problems == [Problem("masks", "masks/c/1/0", "not from its seed", "coar collect")]
+    row = 16 + int((run.masks(0, 16) != run.masks(16, 32)).any(axis=1).argmax())
+    with pytest.raises(CorruptRunError, match=rf"row {row} .*test mask {row} .*not the one that its seed gives"):
+        reopened(fresh).masks(0, 120)
+    check_mended(fresh, run, problems)
+
+
+def test_one_wrong_bit_under_a_valid_checksum(run, fresh):
+    masks = fresh.array("masks")
+    block = masks[32:48]
+    block[5, 1] ^= 2
+    masks[32:48] = block
+    problems = verify(reopened(fresh))
+    assert [(problem.chunk, problem.what) for problem in problems] == [("masks/c/2/0", "not from its seed")]
+    check_mended(fresh, run, problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("split", ["train"] * 120), ("ablated_fraction", [0.2] * 120), ("split", ["test"] * 7)]
+)
+def test_rows_that_are_not_as_planned(run, fresh, name, values):
+    arrays.write_all(fresh.group, name, np.array(values), "mask")
+    problems = verify(reopened(fresh))
+    assert {(problem.array, problem.what) for problem in problems} == {(name, "not as planned")}
+    check_mended(fresh, run, problems)
+
+
+def test_base_output_that_is_not_finite(run, fresh):
+    fresh.array("base_output")[8:16] = np.nan
+    problems = verify(reopened(fresh))
+    assert problems == [Problem("base_output", "base_output/c/1", "not finite", "coar collect")]
+    check_mended(fresh, run, problems)
+
+
+def test_output_that_is_not_finite(run, fresh):
+    fresh.array("outputs")[37, 11] = np.nan
+    problems = verify(reopened(fresh))
+    assert problems == [Problem("outputs", "outputs/c/2/1", "not finite", "coar collect")]
+    check_mended(fresh, run, problems)
+
+
+def test_units_not_collected_yet_are_missing_not_damaged(fresh):
+    for name in ("outputs/c/0/0", "outputs/c/6/2"):
+        removed(fresh.path / name)
+    problems = verify(reopened(fresh))
+    assert [(p.chunk, p.what) for p in problems] == [("outputs/c/0/0", "missing"), ("outputs/c/6/2", "missing")]
+    assert repair(reopened(fresh), problems) == []
+
+
+@pytest.mark.parametrize("name", ["outputs", "example/label"])
+def test_damaged_description_of_an_array_is_named(fresh, name):
+    truncated(fresh.path / name / "zarr.json")
+    with pytest.raises(CorruptRunError, match=name):
+        verify(reopened(fresh))
+
+
+def test_damaged_fit_is_deleted_whole(fresh):
+    values = np.arange(22, dtype=np.float32).reshape(2, 11)
+    arrays.write_all(fresh.group, "attributions/ridge/intercept", values[0], "component")
+    arrays.write_all(fresh.group, "attributions/ridge/penalty", values[1], "component")
+    arrays.write_all(fresh.group, "attributions/ols/penalty", values[1], "component")
+    flipped(fresh.path / "attributions/ridge/penalty/c/0")
+    problems = verify(reopened(fresh))
+    assert [(p.chunk, p.what, p.mended_by) for p in problems] == [
+        ("attributions/ridge/penalty/c/0", "damaged", "coar fit")
+    ]
+    assert repair(reopened(fresh), problems) == []
+    assert "attributions/ridge" not in reopened(fresh).group
+    np.testing.assert_array_equal(helpers.whole(fresh, "attributions/ols/penalty"), values[1])
+
+
+def test_repair_of_a_run_that_has_grown_since_it_was_opened(run, tmp_path):
+    path = tmp_path / "r.zarr"
+    opened = helpers.collect(helpers.study(), path, masks=40, test_masks=20)
+    flipped(path / "split/c/0")
+    problems = verify(opened)
+    helpers.collect(helpers.study(), path, **ASKED)
+    flipped(path / "split/c/0")
+    assert repair(opened, problems) == []
+    helpers.collect(helpers.study(), path, **ASKED)
+    assert helpers.differing(helpers.files(path), helpers.files(run.path)) == ["zarr.json"]
+    assert reopened(opened).plan.extents == (60, 120)
+
+
+def test_repair_waits_for_no_writer(fresh):
+    flipped(fresh.path / "outputs/c/0/0")
+    problems = verify(fresh)
+    with fresh.lock(), pytest.raises(RunError, match="another process is writing"):
+        repair(reopened(fresh), problems)
+    assert (fresh.path / "outputs/c/0/0").exists()

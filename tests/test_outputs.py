@@ -1,0 +1,143 @@
+"""Output functions against plain loops, and what they refuse."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+import coar
+from coar.errors import OutputError
+from tests import oracles
+
+FUNCTIONS = {
+    "logsumexp": coar.CorrectClassMargin(),
+    "largest": coar.CorrectClassMargin(against="largest"),
+    "logit": coar.ClassLogit(),
+    "loss": coar.CrossEntropy(),
+}
+repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+
+
+@dataclass
+class Result:
+    """What some models return: an object with logits among its attributes."""
+
+    logits: object
+
+
+def drawn(rows=12, classes=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(rows, classes, generator=generator) * 4,
+        torch.randint(classes, (rows,), generator=generator),
+    )
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_outputs_are_those_of_plain_loops(kind):
+    logits, targets = drawn()
+    values = FUNCTIONS[kind](logits, targets)
+    assert values.shape == (12,)
+    assert values.dtype == torch.float32
+    np.testing.assert_allclose(values, oracles.read_outputs(logits, targets, kind), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@given(row=st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=12), data=st.data())
+@repeatable
+def test_outputs_of_any_logits_are_those_of_plain_loops(kind, row, data):
+    target = data.draw(st.integers(0, len(row) - 1))
+    value = FUNCTIONS[kind](torch.tensor([row]), torch.tensor([target]))
+    np.testing.assert_allclose(value, oracles.read_outputs(torch.tensor([row]), [target], kind), rtol=1e-5, atol=1e-4)
+
+
+def test_the_largest_margin_is_positive_exactly_where_the_class_is_predicted():
+    logits, targets = drawn(rows=200)
+    margins = coar.CorrectClassMargin(against="largest")(logits, targets)
+    assert torch.equal(margins > 0, logits.argmax(1) == targets)
+    assert (margins > 0).any()
+    assert (margins < 0).any()
+
+
+def test_the_margin_is_the_log_odds_of_the_correct_class():
+    logits, targets = drawn()
+    probability = logits.softmax(1)[range(12), targets].double()
+    odds = torch.log(probability / (1 - probability))
+    torch.testing.assert_close(coar.CorrectClassMargin()(logits, targets).double(), odds, rtol=1e-3, atol=1e-3)
+
+
+def test_one_class_may_be_read_for_all():
+    logits, targets = drawn()
+    assert torch.equal(coar.ClassLogit(label=3)(logits, targets), logits[:, 3])
+    with pytest.raises(OutputError, match="label 5 is outside the model's 5 classes"):
+        coar.ClassLogit(label=5)(logits, targets)
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_objects_with_logits_are_read(kind):
+    logits, targets = drawn()
+    assert torch.equal(FUNCTIONS[kind](Result(logits), targets), FUNCTIONS[kind](logits, targets))
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_read_as_float32(kind, dtype):
+    logits, targets = drawn()
+    values = FUNCTIONS[kind](logits.to(dtype), targets)
+    assert values.dtype == torch.float32
+    assert torch.equal(values, FUNCTIONS[kind](logits.to(dtype).float(), targets))
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_whole_number_type_are_read(kind, dtype):
+    logits, targets = drawn()
+    assert torch.equal(FUNCTIONS[kind](logits, targets.to(dtype)), FUNCTIONS[kind](logits, targets))
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("result", "targets", "message"),
+    [
+        (torch.zeros(3, 4), torch.tensor([0, 4, 1]), r"label 4 is outside .* 4 classes \(0 to 3\), .* position 1"),
+        (torch.zeros(3, 4), torch.tensor([0, 1, -1]), "label -1 .* position 2"),
+        (torch.zeros(3, 4), torch.tensor([0.0, 1.0, 2.0]), "float32"),
+        (torch.zeros(3, 4), torch.tensor([0, 1]), r"\(3, 4\) and the targets \(2,\)"),
+        (torch.zeros(3, 4), torch.zeros(3, 1, dtype=torch.long), r"\(3, 1\)"),
+        (torch.zeros(3), torch.tensor([0, 1, 2]), r"\(3,\)"),
+        (torch.zeros(3, 4, 5), torch.tensor([0, 1, 2]), r"\(3, 4, 5\)"),
+        ((torch.zeros(3, 4),), torch.tensor([0, 1, 2]), "tuple without logits"),
+        ({"logits": torch.zeros(3, 4)}, torch.tensor([0, 1, 2]), "dict without logits"),
+        (Result(None), torch.tensor([0, 1, 2]), "Result without logits"),
+        (None, torch.tensor([0, 1, 2]), "NoneType without logits"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(kind, result, targets, message):
+    with pytest.raises(OutputError, match=message):
+        FUNCTIONS[kind](result, targets)
+
+
+def test_truth_values_are_no_labels():
+    with pytest.raises(OutputError, match="bool"):
+        coar.ClassLogit()(torch.zeros(2, 2), torch.tensor([True, False]))
+
+
+def test_settings_tell_output_functions_apart():
+    every = [*FUNCTIONS.values(), coar.ClassLogit(label=0), coar.ClassLogit(label=1)]
+    assert len({tuple(function.settings().items()) for function in every}) == len(every)
+    for wrong in ({"against": "mean"}, {"rival": "largest"}):
+        with pytest.raises(ValidationError):
+            coar.CorrectClassMargin(**wrong)
+
+
+def test_gradients_reach_the_logits():
+    logits, targets = drawn()
+    for function in FUNCTIONS.values():
+        live = logits.clone().requires_grad_()
+        function(live, targets).sum().backward()
+        assert torch.isfinite(live.grad).all()
+        assert live.grad.abs().sum() > 0
