@@ -5,7 +5,7 @@ from coar.ablation import Mean, ZeroWeight
 from coar.attributions import Attributions, load
 from coar.baselines import gradient_x_gate, leave_one_out
 from coar.components import Component, Components, conv_filters, neurons, parameter_slices
-from coar.editing import Edit, EditGoal, edit, fix_errors, forget_class, judge_edit
+from coar.editing import Edit, EditGoal, edit, fix_errors, forget_class, judge_edit, reach_goal
 from coar.engines import collect
 from coar.errors import CoarError
 from coar.evaluation import Evaluation, evaluate
@@ -51,6 +51,7 @@ __all__ = [
     "load_weights",
     "neurons",
     "parameter_slices",
+    "reach_goal",
     "repair",
     "save_weights",
     "verify",

@@ -258,7 +258,7 @@ def load(path: str | Path, fit: str | None = None) -> Attributions:
 
     Args:
         path: A run, or a file written by `Attributions.to_safetensors`.
-        fit: Name of the fit in the run; by default the best kind that is there.
+        fit: Name of the fit in the run; by default the best kind that is there, never a baseline.
 
     Raises:
         RunError: When the run has no such fit.
@@ -266,6 +266,6 @@ def load(path: str | Path, fit: str | None = None) -> Attributions:
     if Path(path).is_file():
         return Attributions.from_safetensors(path)
     run = Run.open(path)
-    names = fit_names(run)
-    default = next((name for name in (*PREFERRED, *names) if name in names), "ridge")
+    fitted = [name for name in fit_names(run) if fit_facts(run, name)["masks"]]  # baselines have no masks
+    default = next((name for name in (*PREFERRED, *fitted) if name in fitted), "ridge")
     return Attributions.open(run, fit or default)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from coar.attributions import Attributions
+from coar.errors import AblationError
 from coar.progress import progress_bar
 from coar.store import Run
 from coar.store.fits import FitWriter, fit_facts
@@ -62,6 +63,8 @@ def gradient_x_gate(
         MismatchError: When the run was made for another study.
         AblationError: When components are parameter slices, which have no output to gate.
     """
+    if any(component.side == "parameter" for component in run.components):
+        raise AblationError("parameter slices have no output to gate, so gradient x gate cannot be had for them")
     return _store(
         study, run, "gradient_x_gate", lambda worker, block, _: worker.gradients(block), device, batch_size, progress
     )

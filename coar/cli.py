@@ -13,6 +13,9 @@ from coar.errors import CoarError, SettingsError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from coar.attributions import Attributions
+    from coar.editing import EditGoal
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -22,6 +25,7 @@ app = typer.Typer(
     epilog="Example: coar collect pipelines/digits.py, then coar fit, evaluate, edit and report on the run it names.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
@@ -124,6 +128,9 @@ def baselines(run: RunArgument, pipeline: PipelineOption, device: DeviceOption =
     opened = Run.open(run)
     study = load_pipeline(pipeline).study_of(opened)
     for name, baseline in BASELINES.items():
+        if name == "gradient_x_gate" and any(component.side == "parameter" for component in opened.components):
+            typer.echo(f"{run}: {name} left out, since parameter slices have no output to gate")
+            continue
         baseline(study, opened, device=device)
         typer.echo(f"{run}: {name} done")
 
@@ -137,7 +144,9 @@ def evaluate(run: RunArgument, out: OutOption = None) -> None:
     from coar.store import Run
 
     evaluation = evaluate_run(Run.open(run))
-    _show(evaluation.table)
+    short = {"ablated_fraction": "fraction", "tenth_percentile": "p10", "explained_variance": "R2"}
+    shown = evaluation.table.drop(columns=["test_masks", "median"]).rename(columns=short)
+    _show(shown if shown["undefined"].any() else shown.drop(columns="undefined"))
     _written(write_evaluation(evaluation, out or _reports(run)))
 
 
@@ -151,9 +160,10 @@ def edit(
     targets: Annotated[str | None, typer.Option(help="Condition over metadata columns: what to change.")] = None,
     references: Annotated[str | None, typer.Option(help="Condition likewise: what to leave alone.")] = None,
     direction: Annotated[str, typer.Option(help="decrease or increase the targets' output.")] = "decrease",
-    budget: Annotated[int | None, typer.Option(help="Components to ablate [default: a task finds it].")] = None,
+    budget: Annotated[int | None, typer.Option(help="Components to ablate [default: the best trade-off]")] = None,
     task: Annotated[str | None, typer.Option(help="forget (a class) or fix (single errors).")] = None,
     label: Annotated[int | None, typer.Option(help="The class to forget.")] = None,
+    name: Annotated[str, typer.Option(help="Name of an edit by --targets, and of its folder.")] = "edit",
     pipeline: Annotated[Path | None, typer.Option(help="The run's pipeline; needed to apply and judge.")] = None,
     fit_name: Annotated[str | None, typer.Option("--fit", help="Name of the fit [default: the best there].")] = None,
     device: DeviceOption = "auto",
@@ -161,35 +171,27 @@ def edit(
 ) -> None:
     """Choose components to ablate for good; with a pipeline, apply the edit and judge it on unseen examples."""
     from coar.attributions import load
-
-    attributions = load(run, fit_name)
-    folder = out or _reports(run)
-    if task is not None:
-        if targets is not None or references is not None:
-            raise SettingsError("--task sets targets and references itself; leave --targets and --references out")
-        _run_task(run, pipeline, task, label, budget, attributions, folder, device)
-        return
-    if targets is None or references is None or budget is None:
-        raise SettingsError("give --targets, --references and --budget, or --task with --pipeline")
     from coar.editing import EditGoal
     from coar.editing import edit as choose
 
-    goal = EditGoal(targets=targets, references=references, direction=direction)
+    attributions = load(run, fit_name)
+    folder = out or _reports(run)
+    goal = None
+    if task is None:
+        if targets is None or references is None:
+            raise SettingsError("give --targets and --references, or --task with --pipeline")
+        goal = EditGoal(targets=targets, references=references, direction=direction)
+    elif targets is not None or references is not None:
+        raise SettingsError("--task sets targets and references itself; leave --targets and --references out")
+    if pipeline is not None:
+        _apply_and_judge(run, pipeline, attributions, folder, task, label, goal, name, budget, device)
+        return
+    if goal is None or budget is None:
+        raise SettingsError("without --pipeline nothing can be tried out: give --targets, --references and --budget")
     chosen = choose(attributions, goal, budget=budget)
     _show(chosen.to_pandas())
-    if pipeline is None:
-        chosen.save(folder / "edit.json")
-        _written([folder / "edit.json"])
-        return
-    from coar.editing import judge_edit
-    from coar.pipeline import load_pipeline
-    from coar.report import write_edit
-    from coar.store import Run
-
-    loaded = load_pipeline(pipeline)
-    model = loaded.study_of(Run.open(run)).model
-    _show(judge_edit(chosen, model, loaded.judge(), device=device))
-    _written(write_edit(chosen, model, folder))
+    chosen.save(folder / name / "edit.json")
+    _written([folder / name / "edit.json"])
 
 
 @app.command(epilog="Example: coar report runs/digits-mean.zarr")
@@ -249,32 +251,34 @@ def main() -> None:
     app()
 
 
-def _run_task(
+def _apply_and_judge(
     run: Path,
-    pipeline: Path | None,
-    task: str,
-    label: int | None,
-    budget: int | None,
-    attributions: object,
+    pipeline: Path,
+    attributions: "Attributions",
     folder: Path,
+    task: str | None,
+    label: int | None,
+    goal: "EditGoal | None",
+    name: str,
+    budget: int | None,
     device: str,
 ) -> None:
-    from coar.editing import fix_errors, forget_class
+    from coar.editing import fix_errors, forget_class, reach_goal
     from coar.pipeline import load_pipeline
     from coar.report import write_task
     from coar.store import Run
 
-    if pipeline is None:
-        raise SettingsError("a task applies and judges its edits; name the run's pipeline with --pipeline")
-    if task not in ("forget", "fix") or (task == "forget") != (label is not None):
+    if task not in (None, "forget", "fix") or (task == "forget") != (label is not None):
         raise SettingsError("choose --task forget with --label, or --task fix without")
     loaded = load_pipeline(pipeline)
     study = loaded.study_of(Run.open(run))
     common = (attributions, study.model, study.examples, loaded.judge())
-    if label is not None:
-        result = forget_class(*common, label=label, budget=budget, device=device)  # type: ignore[arg-type]
+    if goal is not None:
+        result = reach_goal(*common, goal=goal, name=name, budget=budget, device=device)
+    elif label is not None:
+        result = forget_class(*common, label=label, budget=budget, device=device)
     else:
-        result = fix_errors(*common, budget=budget, device=device)  # type: ignore[arg-type]
+        result = fix_errors(*common, budget=budget, device=device)
     _show(result.table)
     _written(write_task(result, study.model, folder / result.name))
 

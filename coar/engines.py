@@ -15,13 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coar.ablation import following_batch_norms
+from coar.ablation import called_sites, following_batch_norms
+from coar.components import Components
 from coar.errors import MismatchError, OutputError, SettingsError
+from coar.outputs import Output
 from coar.progress import progress_bar
 from coar.sampling import Split
 from coar.store import Plan, Run, Unit
-from coar.store.arrays import sweep
-from coar.store.run import needs_creation
+from coar.store.arrays import storage_errors, sweep
+from coar.store.lock import write_lock
+from coar.store.run import local_path, needs_creation
 from coar.study import Study
 from coar.worker import (
     CHOICES,
@@ -73,7 +76,7 @@ def collect(
             within the tolerance on the first unit.
         precision_tolerance: Largest root mean square difference that bfloat16 may make, in units of the outputs'
             standard deviation over masks.
-        batch_size: Most examples per forward pass; by default 128 on a CPU and 512 on a GPU.
+        batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on CUDA, 256 on MPS.
         mask_block: Masks per unit of work; fixed when the run is created.
         example_block: Examples per unit of work; fixed when the run is created; by default at most 512.
         progress: Show a progress bar.
@@ -87,7 +90,9 @@ def collect(
         OutputError: When an output is not finite; it names the mask and the example, and the unit is not stored.
         KeyboardInterrupt: After Ctrl-C, once the current unit is stored.
     """
-    _check_settings(masks, test_masks, precision, precision_tolerance, batch_size, mask_block, example_block)
+    _check_settings(
+        masks or test_masks or validation_masks, precision, precision_tolerance, batch_size, mask_block, example_block
+    )
     fractions = {study.sampler.ablated_fraction, *test_fractions}
     wanted: dict[tuple[Split, float], int] = {("test", fraction): test_masks for fraction in sorted(fractions)}
     wanted |= {
@@ -96,17 +101,19 @@ def collect(
     }
     target = choose_device(device)
     fingerprint = study.fingerprint()
-    model = device_copy(study.model, target)
-    if needs_creation(path):
-        plan = Plan().extended(wanted)
-        blocks = (mask_block, example_block or _balanced(len(study.examples)))
-        run = _create(study, path, model, fingerprint, plan, blocks, batch_size, precision, precision_tolerance)
-    else:
-        run = Run.open(path)
-    _check_same(run, fingerprint, precision)
-    with run.lock():
-        for stray in sweep(run.path):
-            log.info("removed %s, left by a writer that was killed", stray)
+    root = local_path(path)
+    with write_lock(root):
+        model = device_copy(study.model, target)
+        if needs_creation(root):
+            plan = Plan().extended(wanted)
+            blocks = (mask_block, example_block or _balanced(len(study.examples)))
+            run = _create(study, root, model, fingerprint, plan, blocks, batch_size, precision, precision_tolerance)
+        else:
+            run = Run.open(root)
+        _check_same(run, fingerprint, precision)
+        with storage_errors(root):
+            for stray in sweep(root):
+                log.info("removed %s, left by a writer that was killed", stray)
         plan = run.plan.extended(wanted)
         if plan != run.plan or not run.rows_intact():
             run.extend(plan)
@@ -130,7 +137,7 @@ def _collect_units(study: Study, run: Run, worker: Worker, *, progress: bool) ->
             rows, examples = run.rows_of(unit)
             if block is None or loaded != unit.example_block:
                 block, loaded = worker.load(study.examples, examples.start, examples.stop), unit.example_block
-            outputs = worker.outputs(block, run.plan.masks(run.sampler, len(run.components), rows.start, rows.stop))
+            outputs = worker.outputs(block, run.plan.masks(run.sampler, run.n_components, rows.start, rows.stop))
             base = worker.base_output(block) if unit.mask_block == 0 else None
             _check_finite(study, run, unit, outputs, base)
             run.write_unit(unit, outputs, base)
@@ -174,7 +181,7 @@ def _identity(study: Study, example: int) -> str:
 
 def _create(
     study: Study,
-    path: str | Path,
+    path: Path,
     model: nn.Module,
     fingerprint: dict[str, Any],
     plan: Plan,
@@ -187,15 +194,22 @@ def _create(
     runner = ModelRunner(model, study.output, batch_size=batch_size)
     constants = study.ablation.replacements(model, study.components, batch_size=runner.batch_size)
     parts = (model, study.components, constants, study.output)
-    norms = _batch_norms(study, model)
+    few = runner.load(study.examples, 0, CHECK_EXAMPLES)
+
+    def outputs(variant: nn.Module) -> Tensor:
+        return torch.from_numpy(ModelRunner(variant, study.output).base_output(few))
+
+    norms = following_batch_norms(model, study.components, run=outputs)
     fast = Worker(*parts, batch_norms=norms, batch_size=batch_size)
-    block = fast.load(study.examples, 0, min(blocks[1], len(study.examples)))
     masks = plan.masks(study.sampler, len(study.components), 0, min(CHECK_MASKS, blocks[0]))
-    facts: dict[str, Any] = {"batch_norms": norms, "precision": {"name": "float32"}}
-    if all(component.side == "output" for component in study.components):
-        plain = Worker(*parts, through_outputs=True, batch_size=batch_size)
-        facts["gate_error"] = compare_gates(plain, fast, block, masks[:2])
+    called = called_sites(model, study.components, run=outputs)
+    facts: dict[str, Any] = {
+        "batch_norms": norms,
+        "gate_error": _gate_error(fast, parts, few, masks[:2], called),
+        "precision": {"name": "float32"},
+    }
     if precision != "float32":
+        block = fast.load(study.examples, 0, min(blocks[1], len(study.examples)))
         low = Worker(*parts, batch_norms=norms, precision="bf16", batch_size=batch_size)
         check = compare_precisions(fast, low, block, masks, tolerance)
         facts["precision"] = {"name": choose_precision(precision, check), **dataclasses.asdict(check)}
@@ -211,12 +225,23 @@ def _create(
     )
 
 
-def _batch_norms(study: Study, model: nn.Module) -> dict[str, str]:
-    def outputs(variant: nn.Module) -> Tensor:
-        runner = ModelRunner(variant, study.output)
-        return torch.from_numpy(runner.base_output(runner.load(study.examples, 0, CHECK_EXAMPLES)))
-
-    return following_batch_norms(model, study.components, run=outputs)
+def _gate_error(
+    fast: Worker,
+    parts: tuple[nn.Module, Components, Tensor, Output],
+    block: Block,
+    masks: np.ndarray,
+    called: set[str],
+) -> float | None:
+    """Check gated weights against gated outputs, for components that have an output; None when there is none."""
+    model, components, constants, output = parts
+    rows = [i for i, row in enumerate(components) if row.side == "output" and row.site in called]
+    if not rows:
+        return None
+    chosen = Components(components[i] for i in rows)
+    plain = Worker(model, chosen, constants[rows], output, through_outputs=True)
+    shared = np.ones_like(masks)
+    shared[:, rows] = masks[:, rows]
+    return compare_gates(plain.outputs(block, masks[:, rows]), fast.outputs(block, shared))
 
 
 def _worker(study: Study, run: Run, model: nn.Module, batch_size: int | None) -> Worker:
@@ -247,14 +272,13 @@ def _balanced(examples: int) -> int:
 
 def _check_settings(
     masks: int,
-    test_masks: int,
     precision: str,
     tolerance: float,
     batch_size: int | None,
     mask_block: int,
     example_block: int | None,
 ) -> None:
-    if masks + test_masks < 1:
+    if masks == 0:
         raise SettingsError("zero masks were asked for; ask for at least 2, better several thousand")
     if precision not in CHOICES:
         raise SettingsError(f"unknown precision {precision!r}; choose one of {', '.join(CHOICES)}")
@@ -262,8 +286,8 @@ def _check_settings(
         raise SettingsError(f"precision tolerance {tolerance} is not above 0; 0.05 is usual")
     sizes = {"batch size": batch_size, "mask block": mask_block, "example block": example_block}
     for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise SettingsError(f"{name} {size} is below 1; give a whole number above 0")
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise SettingsError(f"{name} {size} is no size; give a whole number above 0")
 
 
 @contextmanager

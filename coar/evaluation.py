@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.stats import rankdata
 
 from coar.attributions import Attributions
 from coar.errors import IncompleteRunError, RunError
@@ -29,10 +28,12 @@ class Evaluation:
             variance, 1 - squared error / variance; mean calibration slope of outputs on predictions, 1 when effects
             have the right size; `undefined`: examples left out since an output never varies.
         per_example: The same scores per example.
+        ablated_fraction: The fraction of the training masks.
     """
 
     table: "pd.DataFrame"
     per_example: "pd.DataFrame"
+    ablated_fraction: float
 
 
 def evaluate(run: Run, *, fits: list[str] | None = None, seed: int = 0) -> Evaluation:
@@ -74,12 +75,13 @@ def evaluate(run: Run, *, fits: list[str] | None = None, seed: int = 0) -> Evalu
                     **_summary(scores, seed),
                 }
             )
-    return Evaluation(pd.DataFrame(rows), pd.concat(parts, ignore_index=True))
+    return Evaluation(pd.DataFrame(rows), pd.concat(parts, ignore_index=True), run.sampler.ablated_fraction)
 
 
 def score(attributions: Attributions, run: Run, ablated_fraction: float) -> "pd.DataFrame":
     """Return one row of scores per example, over the run's test masks at one ablated fraction."""
     import pandas as pd
+    from scipy.stats import rankdata
 
     rows = run.plan.rows("test", ablated_fraction)
     low, high = int(rows[0]), int(rows[-1]) + 1

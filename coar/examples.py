@@ -36,10 +36,16 @@ class Examples:
     metadata: Mapping[str, Sequence[Any] | np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.targets, Tensor) or self.targets.ndim == 0:
+            raise ExamplesError(f"targets is a {type(self.targets).__name__}; give a tensor with one entry per example")
+        if isinstance(self.inputs, dict) and not self.inputs:
+            raise ExamplesError("inputs is an empty dict; give at least one input tensor by its name")
         n = len(self.targets)
         if n == 0:
             raise ExamplesError("there are no examples; give at least one input with its target")
         for name, length in self._lengths().items():
+            if length is None:
+                raise ExamplesError(f"{name} has no length; give one entry per example")
             if length != n:
                 raise ExamplesError(f"{name} has {length} entries but targets has {n}; give one entry per example")
         columns = {name: np.asarray(column) for name, column in self.metadata.items()}
@@ -56,13 +62,13 @@ class Examples:
                 raise ExamplesError(f"metadata column {name!r} is not a plain word; rename it, as in 'my_column'")
         object.__setattr__(self, "metadata", columns)
 
-    def _lengths(self) -> dict[str, int]:
-        lengths = {f"metadata[{name!r}]": len(column) for name, column in self.metadata.items()}
+    def _lengths(self) -> dict[str, int | None]:
+        parts: dict[str, Any] = {f"metadata[{name!r}]": column for name, column in self.metadata.items()}
         if isinstance(self.inputs, dict):
-            lengths |= {f"inputs[{name!r}]": len(value) for name, value in self.inputs.items()}
+            parts |= {f"inputs[{name!r}]": value for name, value in self.inputs.items()}
         else:
-            lengths["inputs"] = len(self.inputs)  # type: ignore[arg-type]
-        return lengths
+            parts["inputs"] = self.inputs
+        return {name: len(part) if hasattr(part, "__len__") else None for name, part in parts.items()}
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -78,8 +84,9 @@ class Examples:
         return default_collate([item[0] if isinstance(item, tuple | list) else item for item in items]), targets
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "Examples":
-        """Return the examples at these positions, in this order."""
-        rows = torch.as_tensor(np.asarray(indices), dtype=torch.long)
+        """Return the examples at these positions, in this order, or those where a boolean array is true."""
+        chosen = np.asarray(indices)
+        rows = torch.as_tensor(np.flatnonzero(chosen) if chosen.dtype == bool else chosen, dtype=torch.long)
         inputs: Inputs | Dataset[Any]
         if isinstance(self.inputs, dict):
             inputs = {name: value[rows] for name, value in self.inputs.items()}

@@ -72,7 +72,7 @@ def evaluation_figure(evaluation: Evaluation) -> Figure:
     table, examples = evaluation.table, evaluation.per_example
     names = list(dict.fromkeys(table["fit"]))
     fractions = sorted(set(table["ablated_fraction"]))
-    main = max(fractions, key=lambda fraction: (table["ablated_fraction"] == fraction).sum() * 1000 + fraction == 0.1)
+    main = min(fractions, key=lambda fraction: abs(fraction - evaluation.ablated_fraction))
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for colour, name in zip(_colours(len(names)), names, strict=True):

@@ -83,7 +83,10 @@ class BernoulliSampler(Sampler):
 
 
 class FixedSizeSampler(Sampler):
-    """Ablates a uniformly random set of `round(ablated_fraction * components)` components, at least one, never all."""
+    """Ablates a uniformly random set of `round(ablated_fraction * components)` components.
+
+    At least one is ablated, and never all of several.
+    """
 
     def _mask(self, numbers: np.ndarray, fraction: float) -> np.ndarray:
         count = min(max(round(fraction * len(numbers)), 1), max(len(numbers) - 1, 1))

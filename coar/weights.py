@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -29,10 +29,8 @@ def load_weights(model: nn.Module, path: str | Path, *, prefix: str = "") -> nn.
     if not file.is_file():
         raise WeightsError(f"there are no weights at {file}; check the path, or train or download them first")
     state = {name.removeprefix(prefix): value for name, value in _read_state(file).items()}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise WeightsError(f"the weights in {file} do not fit {type(model).__name__}: {error}") from None
+    _check_fit(model, state, file)
+    model.load_state_dict(state)
     return model
 
 
@@ -49,7 +47,8 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         save_file({name: value.detach().cpu().contiguous() for name, value in _state(model).items()}, partial)
         os.replace(partial, file)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise StorageError(f"cannot write weights to {file}: {error}; free space or choose another path") from error
 
 
@@ -67,9 +66,27 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     state = {}
     for name, value in model.state_dict().items():
-        state[name] = value.clone() if value.data_ptr() in seen else value
-        seen.add(value.data_ptr())
+        memory = value.untyped_storage().data_ptr()
+        state[name] = value.clone() if memory in seen else value
+        seen.add(memory)
     return state
+
+
+def _check_fit(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
+    """Raise `WeightsError` before anything is loaded, so that a misfit leaves the model whole."""
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    read = {name: tuple(value.shape) for name, value in state.items()}
+    wrong = [f"{name} is missing" for name in own if name not in read]
+    wrong += [f"{name} is not part of the model" for name in read if name not in own]
+    wrong += [
+        f"{name} has shape {read[name]}, not {own[name]}" for name in own if name in read and own[name] != read[name]
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise WeightsError(
+            f"the weights in {file} do not fit {type(model).__name__}: {'; '.join(wrong[:3])}{more}; load weights "
+            f"of the same architecture, or set prefix if the names differ by one"
+        )
 
 
 def _read_state(file: Path) -> dict[str, Tensor]:
@@ -80,13 +97,17 @@ def _read_state(file: Path) -> dict[str, Tensor]:
             raise WeightsError(f"{file} is not a whole safetensors file ({error}); get it again") from None
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged files make the reader fail in many ways
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
             f"{file} is damaged or holds more than tensors, such as a whole pickled model ({first}); it is not read, "
             f"since unpickling can run code: save model.state_dict() as safetensors instead"
         ) from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise WeightsError(f"{file} holds no state dict of tensors; save model.state_dict() as safetensors instead")
     return state

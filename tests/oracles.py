@@ -103,6 +103,34 @@ def channel_means(model, x, path):
     return [float(sum(channel) / len(channel)) for channel in values.numpy()]
 
 
+def snapshot(model):
+    """Everything a gate could disturb: the tensors and their identity, bytes, and every hook table."""
+    tensors = {
+        (path, kind, name): (id(value), None if value is None else value.detach().clone())
+        for path, module in model.named_modules()
+        for kind in ("_parameters", "_buffers")
+        for name, value in getattr(module, kind).items()
+    }
+    hooks = {
+        (path, name): dict(value)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if name.endswith("_hooks")
+    }
+    keys = {path: list(vars(module)) for path, module in model.named_modules()}
+    return tensors, hooks, keys, list(model.state_dict())
+
+
+def assert_same(before, after):
+    (tensors, hooks, keys, state), (tensors_now, hooks_now, keys_now, state_now) = before, after
+    assert (hooks_now, keys_now, state_now) == (hooks, keys, state)
+    assert tensors_now.keys() == tensors.keys()
+    for name, (identity, value) in tensors.items():
+        identity_now, value_now = tensors_now[name]
+        assert identity_now == identity, name
+        assert value is None or torch.equal(value, value_now), name
+
+
 def rough(model, seed=0):
     """Give a model biases, running statistics and scales of which none is trivially 0 or 1, in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)

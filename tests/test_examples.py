@@ -168,6 +168,7 @@ def test_the_fingerprint_tells_apart_order_values_and_metadata():
         "target": make("tensor", x, other, metadata=same),
         "order": make("tensor", x[swapped], y[swapped], metadata={"id": np.arange(len(y))}),
         "id": make("tensor", x, y, metadata={"id": np.arange(len(y)) + 1}),
+        "last id": make("tensor", x, y, metadata={"id": [*range(len(y) - 1), 1000]}),
         "text id": make("tensor", x, y, metadata={"id": [str(i) for i in range(len(y))]}),
         "column": make("tensor", x, y, metadata={"group": [0] * len(y)}),
         "other column": make("tensor", x, y, metadata={"block": [0] * len(y)}),

@@ -41,34 +41,6 @@ def gated(model, x, components, keep, values, **settings):
     return y
 
 
-def snapshot(model):
-    """Everything a gate could disturb: the tensors and their identity, bytes, and every hook table."""
-    tensors = {
-        (path, kind, name): (id(value), None if value is None else value.detach().clone())
-        for path, module in model.named_modules()
-        for kind in ("_parameters", "_buffers")
-        for name, value in getattr(module, kind).items()
-    }
-    hooks = {
-        (path, name): dict(value)
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if name.endswith("_hooks")
-    }
-    keys = {path: list(vars(module)) for path, module in model.named_modules()}
-    return tensors, hooks, keys, list(model.state_dict())
-
-
-def assert_same(before, after):
-    (tensors, hooks, keys, state), (tensors_now, hooks_now, keys_now, state_now) = before, after
-    assert (hooks_now, keys_now, state_now) == (hooks, keys, state)
-    assert tensors_now.keys() == tensors.keys()
-    for name, (identity, value) in tensors.items():
-        identity_now, value_now = tensors_now[name]
-        assert identity_now == identity, name
-        assert value is None or torch.equal(value, value_now), name
-
-
 @pytest.fixture
 def planar():
     return oracles.rough(oracles.PlanarNet()), torch.randn(6, 4, 8, 8)
@@ -91,7 +63,7 @@ def test_the_model_is_bit_identical_afterwards(planar, way, interrupted):
     find, settings = FINDERS[way]
     components = find(model)
     model.up.register_forward_hook(lambda _module, _args, y: None)
-    before = snapshot(model)
+    before = oracles.snapshot(model)
     base = oracles.forward(model, x)
     expected = pytest.raises(RuntimeError) if interrupted else contextlib.nullcontext()
     with expected, Gates(model, components, torch.zeros(len(components)), **settings) as gates, torch.no_grad():
@@ -100,7 +72,7 @@ def test_the_model_is_bit_identical_afterwards(planar, way, interrupted):
             gates.set(mask)
             assert not torch.equal(model(x), base)
         model(x[:, :3] if interrupted else x)  # three channels do not fit: an error in the middle of a forward
-    assert_same(before, snapshot(model))
+    oracles.assert_same(before, oracles.snapshot(model))
     assert torch.equal(oracles.forward(model, x), base)
 
 
@@ -169,11 +141,11 @@ def test_mean_constants_are_the_channel_means_whatever_the_batch_size(planar):
     ablation = coar.Mean(calibration=coar.Examples(inputs=x, targets=torch.zeros(len(x), dtype=torch.long)))
     means = {site: oracles.channel_means(model, x, site) for site in {row.site for row in components}}
     expected = torch.tensor([means[row.site][row.position] for row in components])
-    before = snapshot(model)
+    before = oracles.snapshot(model)
     for batch_size in (1, 4, 100):
         values = ablation.replacements(model, components, batch_size=batch_size)
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
-    assert_same(before, snapshot(model))
+    oracles.assert_same(before, oracles.snapshot(model))
 
 
 def test_mean_has_no_meaning_for_slices_and_for_modules_never_called(planar):
@@ -182,10 +154,10 @@ def test_mean_has_no_meaning_for_slices_and_for_modules_never_called(planar):
     with pytest.raises(AblationError, match=r"up\.weight"):
         ablation.replacements(model, coar.parameter_slices(model, "up.weight"), batch_size=8)
     model.spare = nn.Conv2d(1, 2, 3)
-    before = snapshot(model)
+    before = oracles.snapshot(model)
     with pytest.raises(AblationError, match="spare"):
         ablation.replacements(model, coar.conv_filters(model), batch_size=8)
-    assert_same(before, snapshot(model))
+    oracles.assert_same(before, oracles.snapshot(model))
 
 
 @pytest.mark.parametrize("mean", [False, True], ids=["zero weight", "mean"])
@@ -254,6 +226,16 @@ def test_own_hooks_stay_and_fire(planar):
     assert fired == ["before", "after"] * 2
     model(x).sum().backward()
     assert fired == ["before", "after"] * 3 + ["backward"]
+
+
+def test_a_batch_norms_own_forward_is_put_back(planar):
+    model, x = planar
+    model.norm.forward = own = model.norm.forward  # on the module itself, where some libraries put a wrapper
+    components = coar.conv_filters(model)
+    constants = constants_for(components)
+    y = gated(model, x, components, torch.ones(len(components)), constants, batch_norms=NORMS)
+    torch.testing.assert_close(y, oracles.forward(model, x), rtol=0, atol=1e-5)
+    assert model.norm.forward is own
 
 
 class Twice(nn.Module):
@@ -399,11 +381,11 @@ def test_outputs_without_a_batch_axis_are_an_error():
 def test_gates_in_gates_undo_themselves_in_order(planar):
     model, x = planar
     outer, inner = coar.conv_filters(model, include="up"), coar.conv_filters(model, include=["up", "grouped"])
-    before, base = snapshot(model), oracles.forward(model, x)
+    before, base = oracles.snapshot(model), oracles.forward(model, x)
     with Gates(model, outer, torch.zeros(len(outer))) as gates, torch.no_grad():
         gates.set(torch.zeros(len(outer), dtype=torch.bool))
         without = model(x)
         gated(model, x, inner, torch.zeros(len(inner)), torch.ones(len(inner)))
         assert torch.equal(model(x), without)
-    assert_same(before, snapshot(model))
+    oracles.assert_same(before, oracles.snapshot(model))
     np.testing.assert_array_equal(oracles.forward(model, x), base)

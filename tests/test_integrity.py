@@ -179,7 +179,7 @@ def test_swapped_masks_are_found_and_made_again(run, fresh):
     problems = verify(reopened(fresh))
     assert problems == [Problem("masks", "masks/c/1/0", "not from its seed", "coar collect")]
     row = 16 + int((run.masks(0, 16) != run.masks(16, 32)).any(axis=1).argmax())
-    with pytest.raises(CorruptRunError, match=rf"row {row} .*test mask {row} .*not the one that its seed gives"):
+    with pytest.raises(CorruptRunError, match=rf"masks/c/1/0 .*row {row} .*test mask {row} .*seed gives"):
         reopened(fresh).masks(0, 120)
     check_mended(fresh, run, problems)
 
@@ -226,6 +226,24 @@ def test_units_not_collected_yet_are_missing_not_damaged(fresh):
     assert repair(reopened(fresh), problems) == []
 
 
+def test_rows_not_collected_yet_are_told_from_damage(run, extended, tmp_path):
+    path = tmp_path / "r.zarr"
+    part = helpers.collect(helpers.study(), path, masks=40, test_masks=20)
+    part.extend(extended.plan)
+    flipped(path / "outputs/c/0/1")
+    problems = verify(reopened(part))
+    found = {problem.chunk: problem.what for problem in problems if problem.what != "missing"}
+    assert found == {"outputs/c/0/1": "damaged", "masks/c/3/0": "partly filled"} | {
+        f"outputs/c/3/{j}": "partly filled" for j in range(3)
+    }
+    missing = {problem.chunk for problem in problems if problem.what == "missing"}
+    assert missing == {f"outputs/c/{i}/{j}" for i in range(4, 8) for j in range(3)}
+    assert repair(reopened(part), problems) == []
+    assert (path / "outputs/c/3/2").exists()
+    helpers.collect(helpers.study(), path, **ASKED)
+    assert helpers.differing(helpers.files(path), helpers.files(extended.path)) == []
+
+
 @pytest.mark.parametrize("name", ["outputs", "example/label"])
 def test_damaged_description_of_an_array_is_named(fresh, name):
     truncated(fresh.path / name / "zarr.json")
@@ -256,9 +274,9 @@ def test_repair_of_a_run_that_has_grown_since_it_was_opened(run, tmp_path):
     helpers.collect(helpers.study(), path, **ASKED)
     flipped(path / "split/c/0")
     assert repair(opened, problems) == []
-    helpers.collect(helpers.study(), path, **ASKED)
-    assert helpers.differing(helpers.files(path), helpers.files(run.path)) == ["zarr.json"]
     assert reopened(opened).plan.extents == (60, 120)
+    assert helpers.differing(helpers.chunks(path), helpers.chunks(run.path)) == []
+    assert verify(reopened(opened)) == []
 
 
 def test_repair_waits_for_no_writer(fresh):

@@ -185,6 +185,11 @@ def other_things(path):
     (path / "notes.txt").write_text("hello")
 
 
+def half_a_download(path):
+    path.mkdir()
+    (path / "thesis.pdf.partial").write_text("hello")
+
+
 def other_group(path):
     zarr.create_group(path, attributes={"title": "somebody else's"})
 
@@ -208,6 +213,7 @@ def writes(text):
 FOREIGN = {
     "file": (a_file, "holds a file"),
     "other things": (other_things, "folder of other things"),
+    "half a download": (half_a_download, "folder of other things"),
     "other group": (other_group, "another kind"),
     "other array": (other_array, "another kind"),
     "zarr 2": (other_zarr_2, "folder of other things"),

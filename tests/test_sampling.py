@@ -45,6 +45,14 @@ def test_masks_are_those_that_philox_gives_by_hand(split, count):
         assert np.flatnonzero(~mask).tolist() == sorted(ablated)
 
 
+def test_a_number_at_the_threshold_itself_keeps():
+    drawn = numbers(0, "train", 0, 20)
+    for i, number in enumerate(drawn):
+        mask = coar.BernoulliSampler(ablated_fraction=number / 2**32).masks("train", [0], 20)[0]
+        assert mask[i]
+        assert mask.tolist() == [other >= number for other in drawn]
+
+
 def test_known_answers():
     """Fixed for ever: a run's masks are remade from its seed by later versions."""
     masks = coar.BernoulliSampler(ablated_fraction=0.5, seed=0).masks("train", range(4), 64)

@@ -1,7 +1,7 @@
 """How components are switched off: what replaces them, the gates that apply masks, and permanent folding."""
 
 from coar.ablation.folding import fold, following_batch_norms
-from coar.ablation.gates import Gates
+from coar.ablation.gates import Gates, called_sites
 from coar.ablation.replacements import Ablation, Mean, ZeroWeight
 
-__all__ = ["Ablation", "Gates", "Mean", "ZeroWeight", "fold", "following_batch_norms"]
+__all__ = ["Ablation", "Gates", "Mean", "ZeroWeight", "called_sites", "fold", "following_batch_norms"]

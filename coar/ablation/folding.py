@@ -48,29 +48,35 @@ def fold(
 
 
 def _fold_output(model: nn.Module, component: Component, value: float, batch_norm: str | None) -> None:
-    layer = model.get_submodule(component.site)
-    weight = layer._parameters.get("weight")
-    if weight is None:
-        raise EditError(
-            f"the weight of {component.site!r} is computed from other parameters; bake it in first, for example with "
-            f"torch.nn.utils.parametrize.remove_parametrizations"
-        )
-    owners = [name for name, module in model.named_modules() if any(p is weight for p in module._parameters.values())]
-    if len(owners) > 1:
-        raise EditError(
-            f"the weight of {component.site!r} is shared by {', '.join(owners)}; zeroing it would change them all: "
-            f"untie the weights first"
-        )
-    position = component.position
-    weight[_filter_index(layer, position)] = 0
-    if isinstance(layer.bias, Tensor):
-        layer.bias[position] = value
-    elif value != 0:
+    layer, position = model.get_submodule(component.site), component.position
+    weight, bias = _own(model, component.site, "weight"), _own(model, component.site, "bias")
+    if weight is not None:
+        weight[_filter_index(layer, position)] = 0
+    if bias is not None:
+        bias[position] = value
+    elif value != 0 and weight is not None:
         if batch_norm is not None:
             model.get_submodule(batch_norm).running_mean[position] -= value  # type: ignore[operator, index]
         else:
             layer.bias = nn.Parameter(weight.new_zeros(output_channels(layer)))
             layer.bias[position] = value
+
+
+def _own(model: nn.Module, site: str, name: str) -> nn.Parameter | None:
+    """Return a layer's weight or bias, None where it has none; raise `EditError` when it is not the layer's alone."""
+    layer = model.get_submodule(site)
+    if name not in layer._parameters:
+        raise EditError(
+            f"the {name} of {site!r} is computed from other parameters; bake it in first, for example with "
+            f"torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    parameter = layer._parameters[name]
+    owners = [n for n, module in model.named_modules() if any(p is parameter for p in module._parameters.values())]
+    if parameter is not None and len(owners) > 1:
+        raise EditError(
+            f"the {name} of {site!r} is shared by {', '.join(owners)}; changing it changes them all: untie it first"
+        )
+    return parameter
 
 
 def _filter_index(layer: nn.Module, position: int) -> tuple[slice | int, ...]:
@@ -88,8 +94,8 @@ def following_batch_norms(
     """Find, for sites without a bias, the batch norm that alone consumes their output.
 
     A batch norm is a candidate when the very tensor that the site returned is its input. Since a model may also read
-    that tensor elsewhere, a candidate counts only if a copy with constants folded into it gives the outputs that gates
-    give.
+    that tensor elsewhere or change it on the way, a candidate counts only if a copy with constants folded into it, and
+    gates that fold it into the weights, both give the outputs that plain gates give, for constants of either sign.
 
     Args:
         model: The model in evaluation mode.
@@ -101,31 +107,38 @@ def following_batch_norms(
     """
     candidates = _candidates(model, components, run)
 
-    constants = _telling_constants(model, components, candidates)
+    spread = _spread(model, components, candidates)
 
-    def agrees(pairs: dict[str, str]) -> bool:
+    def agree(pairs: dict[str, str], constants: Tensor) -> bool:
         rows = [i for i, row in enumerate(components) if row.site in pairs and row.position % 2 == 0]
         keep = torch.ones(len(components), dtype=torch.bool, device=next(model.parameters()).device)
         keep[rows] = False
-        with Gates(model, components, constants) as gates:
-            gates.set(keep)
-            gated = run(model)
+        outputs = []
+        for norms in ({}, pairs):
+            with Gates(model, components, constants, batch_norms=norms) as gates:
+                gates.set(keep)
+                outputs.append(run(model))
         folded = deepcopy(model)
         fold(folded, [components[i] for i in rows], constants[rows].tolist(), batch_norms=pairs)
-        return bool((run(folded) - gated).abs().max() <= AGREEMENT * gated.abs().max())
+        outputs.append(run(folded))
+        limit = AGREEMENT * outputs[0].abs().max()
+        return all(bool((other - outputs[0]).abs().max() <= limit) for other in outputs[1:])
+
+    def agrees(pairs: dict[str, str]) -> bool:
+        return agree(pairs, spread) and agree(pairs, -spread)
 
     if not candidates or agrees(candidates):
         return candidates
     return {site: name for site, name in candidates.items() if agrees({site: name})}
 
 
-def _telling_constants(model: nn.Module, components: Components, candidates: Mapping[str, str]) -> Tensor:
-    """Return constants that a batch norm shows clearly: one standard deviation above its channel's mean."""
+def _spread(model: nn.Module, components: Components, candidates: Mapping[str, str]) -> Tensor:
+    """Return constants that a batch norm shows clearly: a channel's mean in size plus one standard deviation."""
     constants = torch.zeros(len(components))
     for i, row in enumerate(components):
         if row.site in candidates:
             norm = model.get_submodule(candidates[row.site])
-            constants[i] = norm.running_mean[row.position] + norm.running_var[row.position].sqrt()  # type: ignore[index]
+            constants[i] = norm.running_mean[row.position].abs() + norm.running_var[row.position].sqrt()  # type: ignore[index]
     return constants
 
 
@@ -141,9 +154,13 @@ def _candidates(model: nn.Module, components: Components, run: Callable[[nn.Modu
     def record(site: str) -> Callable[[nn.Module, Any, Tensor], None]:
         return lambda _module, _args, y: returned.append((y, site))
 
+    def fits(site: str, name: str) -> bool:
+        layer, norm = model.get_submodule(site), model.get_submodule(name)
+        return output_channels(layer) == norm.num_features
+
     def match(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def compare(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            pairs.extend((site, name) for y, site in returned if args and args[0] is y)
+            pairs.extend((site, name) for y, site in returned if args and args[0] is y and fits(site, name))
 
         return compare
 

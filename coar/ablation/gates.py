@@ -6,7 +6,7 @@ which costs as much as reading the weights once and nothing per example. Everywh
 then every row of a batch may have a mask of its own and gradients reach the mask.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -55,7 +55,13 @@ class Gates:
     ) -> None:
         norms = batch_norms or {}
         check_components(model, components)
+        if replacements.shape != (len(components),):
+            raise AblationError(
+                f"replacements have shape {tuple(replacements.shape)}; one constant for each of the {len(components)} "
+                f"components was expected"
+            )
         values = replacements.to(next(model.parameters()).device)
+        self._length = len(components)
         self._stack = ExitStack()
         self._gates: list[_Gate] = []
         claimed: dict[nn.Parameter, str] = {}
@@ -74,7 +80,7 @@ class Gates:
                     if by_weight
                     else _OutputGate(layer, first, axis, lookup, values)
                 )
-                weight = layer._parameters.get("weight") if by_weight else None
+                weight = layer._parameters.get("weight")
             if weight is not None and weight in claimed and "parameter" in (side, claimed[weight]):
                 raise AblationError(
                     f"{first.name!r} and another component claim the same weights, one of them as a parameter slice; "
@@ -101,6 +107,10 @@ class Gates:
             keep: (components,) mask, or (rows, components) with one mask per row of the batch; True or 1 keeps.
                 With `through_outputs`, a floating-point mask that requires gradients receives them.
         """
+        if keep.shape[-1:] != (self._length,):
+            raise AblationError(
+                f"the mask has shape {tuple(keep.shape)}; ({self._length},), or one such row per example, was expected"
+            )
         one = keep.new_ones((*keep.shape[:-1], 1))
         extended = torch.cat([keep, one], dim=-1)  # (..., components + 1), the last entry for what has no gate
         for gate in self._gates:
@@ -112,11 +122,26 @@ class Gates:
             gate.confirm()
 
 
+def called_sites(model: nn.Module, components: Components, *, run: Callable[[nn.Module], object]) -> set[str]:
+    """Return the sites whose module is called when the model runs; the others are read by weight, or not at all."""
+    called: set[str] = set()
+    with ExitStack() as stack:
+        for site, side, _ in components.sites():
+            if side == "output":
+                module = model.get_submodule(site)
+                handle = module.register_forward_hook(lambda _module, _args, _y, site=site: called.add(site))
+                stack.callback(handle.remove)
+        run(model)
+    return called
+
+
 def reads_own_weight(layer: nn.Module) -> bool:
     """Say whether swapping the layer's weight and bias gates its outputs: plain convolutions and linear layers."""
-    if not isinstance(layer, (*CONVOLUTIONS, nn.Linear)) or layer._parameters.get("weight") is None:
+    if not isinstance(layer, (*CONVOLUTIONS, nn.Linear)) or "bias" not in layer._parameters:
         return False
-    return not (isinstance(layer, TRANSPOSED_CONVOLUTIONS) and layer.groups > 1)
+    return layer._parameters.get("weight") is not None and not (
+        isinstance(layer, TRANSPOSED_CONVOLUTIONS) and layer.groups > 1
+    )
 
 
 class _Gate(Protocol):
@@ -135,6 +160,7 @@ class _LayerGate:
 
     def __init__(self, layer: nn.Module, lookup: Tensor, values: Tensor, norm: nn.Module | None) -> None:
         self._layer, self._norm = layer, norm
+        self._forward = {name: value for name, value in vars(norm).items() if name == "forward"} if norm else {}
         self._lookup = lookup  # (channels,) into the extended mask
         self._originals = {name: layer._parameters[name] for name in ("weight", "bias")}
         weight, bias = self._originals["weight"], self._originals["bias"]
@@ -159,7 +185,8 @@ class _LayerGate:
     def restore(self) -> None:
         self._layer._parameters.update(self._originals)
         if self._norm is not None:
-            self._norm.__dict__.pop("forward", None)
+            vars(self._norm).pop("forward", None)
+            vars(self._norm).update(self._forward)  # some libraries keep a wrapper there
 
     def set(self, extended: Tensor) -> None:
         if extended.ndim != 1:
@@ -259,7 +286,10 @@ def _lookup(length: int, components: Components, indices: list[int]) -> Tensor:
     """Map each position along an axis to its component's row; positions without one to the entry after the last."""
     lookup = torch.full((length,), len(components))
     for i in indices:
-        lookup[components[i].position : components[i].position + components[i].size] = i
+        span = slice(components[i].position, components[i].position + components[i].size)
+        if (lookup[span] != len(components)).any():
+            raise AblationError(f"{components[i].name!r} overlaps another component of the table; leave one out")
+        lookup[span] = i
     return lookup
 
 

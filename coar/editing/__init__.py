@@ -3,7 +3,7 @@
 from coar.editing.edits import Edit, edit, welch_t
 from coar.editing.goals import EditGoal
 from coar.editing.judging import effect_curve, judge_edit
-from coar.editing.tasks import TaskResult, fix_errors, forget_class
+from coar.editing.tasks import TaskResult, fix_errors, forget_class, reach_goal
 
 __all__ = [
     "Edit",
@@ -14,5 +14,6 @@ __all__ = [
     "fix_errors",
     "forget_class",
     "judge_edit",
+    "reach_goal",
     "welch_t",
 ]

@@ -135,13 +135,16 @@ def edit(attributions: Attributions, goal: EditGoal, *, budget: int) -> Edit:
         GoalError: When the goal selects no targets, no or too few references, or overlapping ones.
         SettingsError: When the budget is not between 1 and the number of components.
     """
-    if not 1 <= budget <= len(attributions.components):
-        raise SettingsError(
-            f"a budget of {budget} components was given; choose 1 to {len(attributions.components)}, the components "
-            f"there are"
-        )
+    count = check_budget(budget, len(attributions.components))
     scores = welch_t(attributions, goal)
-    return edit_of(attributions, goal, ranking(scores, goal)[:budget], scores)
+    return edit_of(attributions, goal, ranking(scores, goal)[:count], scores)
+
+
+def check_budget(budget: int, components: int) -> int:
+    """Return the budget, or raise `SettingsError` when it is not between 1 and the number of components."""
+    if not 1 <= budget <= components:
+        raise SettingsError(f"a budget of {budget} was given; choose 1 to {components}, the components there are")
+    return budget
 
 
 def edit_of(

@@ -1,5 +1,6 @@
 """Ready tasks: forget a class, and fix single errors, chosen on some examples and judged on others."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from coar.attributions import Attributions
-from coar.editing.edits import Edit, edit_of, ranking, welch_t
+from coar.editing.edits import Edit, check_budget, edit_of, ranking, welch_t
 from coar.editing.goals import EditGoal
 from coar.editing.judging import effect_curve, judge_edit, margins
 from coar.errors import GoalError
@@ -16,6 +17,8 @@ from coar.examples import Examples
 
 if TYPE_CHECKING:
     import pandas as pd
+
+log = logging.getLogger(__name__)
 
 MOST = 40  # components that are tried without a budget
 HARM = 6.0  # how much a point of accuracy lost on references weighs against a point taken from the targets
@@ -38,6 +41,54 @@ class TaskResult:
     curve: "pd.DataFrame"
 
 
+def reach_goal(
+    attributions: Attributions,
+    model: nn.Module,
+    studied: Examples,
+    judge: Examples,
+    *,
+    goal: EditGoal,
+    name: str,
+    budget: int | None = None,
+    device: str = "auto",
+) -> TaskResult:
+    """Edit the model for a goal, and judge it on other examples.
+
+    Components are ranked by Welch's t. Without a budget, the number (1 to 40) is the one with the best trade-off on the
+    studied examples: accuracy of the targets, to be lowered or raised, plus six times the accuracy lost on references.
+
+    Args:
+        attributions: Attributions of the studied examples.
+        model: The model they were collected from.
+        studied: The study's examples, used to choose.
+        judge: Other examples, used to judge.
+        goal: Targets and references, as conditions that both sets of examples can answer.
+        name: Name of the result.
+        budget: How many components to ablate.
+        device: Where to compute.
+
+    Raises:
+        GoalError: When the studied or judging examples have no targets or no references.
+        SettingsError: When the budget is out of range.
+    """
+    scores = welch_t(attributions, goal)
+    order = ranking(scores, goal)
+    counts = _counts(budget, len(order))
+    groups = dict(zip(("targets", "references"), goal.resolve(_columns(judge)), strict=True))
+    if budget is None:
+        targets, references = goal.resolve(attributions.metadata)
+        correct = effect_curve(model, attributions, order, studied, counts=counts, device=device) > 0
+        reached, kept = correct[:, targets].mean(1), correct[:, references].mean(1)
+        missed = reached if goal.direction == "decrease" else 1 - reached
+        budget = int((missed + HARM * (kept[0] - kept))[1:].argmin()) + 1
+        if budget == counts[-1]:
+            log.warning("the best trade-off is at %d components, the most that are tried; try a larger budget", budget)
+    edit = edit_of(attributions, goal, order[: check_budget(budget, len(order))], scores)
+    table = judge_edit(edit, model, judge, device=device)
+    seen = effect_curve(model, attributions, order, judge, counts=counts, device=device)
+    return TaskResult(name, (edit,), table, _curve(seen, counts, groups))
+
+
 def forget_class(
     attributions: Attributions,
     model: nn.Module,
@@ -48,10 +99,7 @@ def forget_class(
     budget: int | None = None,
     device: str = "auto",
 ) -> TaskResult:
-    """Make the model fail on one class and leave the others as they are.
-
-    Components are ranked by Welch's t (top t first). Without a budget, the number (1 to 40) is the one with the best
-    trade-off on the studied examples: accuracy of the class plus six times the accuracy lost on the others.
+    """Make the model fail on one class and leave the others as they are: `reach_goal` with the class as targets.
 
     Args:
         attributions: Attributions of the studied examples.
@@ -59,27 +107,16 @@ def forget_class(
         studied: The study's examples, used to choose.
         judge: Other examples, used to judge.
         label: The class to forget.
-        budget: How many components to ablate.
+        budget: How many components to ablate; by default the best trade-off, 40 at most.
         device: Where to compute.
 
     Raises:
         GoalError: When the studied or judging examples have none of the class or none of the others.
     """
     goal = EditGoal(targets=f"label == {label}", references=f"label != {label}", direction="decrease")
-    scores = welch_t(attributions, goal)
-    order = ranking(scores, goal)
-    counts = _counts(budget, len(order))
-    if budget is None:
-        targets, references = goal.resolve(attributions.metadata)
-        correct = effect_curve(model, attributions, order, studied, counts=counts, device=device) > 0
-        kept = correct[:, references].mean(1)
-        cost = correct[:, targets].mean(1) + HARM * (kept[0] - kept)
-        budget = int(cost[1:].argmin()) + 1
-    edit = edit_of(attributions, goal, order[:budget], scores)
-    table = judge_edit(edit, model, judge, device=device)
-    groups = dict(zip(("targets", "references"), goal.resolve(_columns(judge)), strict=True))
-    seen = effect_curve(model, attributions, order, judge, counts=counts, device=device)
-    return TaskResult(f"forget-{label}", (edit,), table, _curve(seen, counts, groups))
+    return reach_goal(
+        attributions, model, studied, judge, goal=goal, name=f"forget-{label}", budget=budget, device=device
+    )
 
 
 def fix_errors(
@@ -106,9 +143,12 @@ def fix_errors(
 
     Raises:
         GoalError: When no studied example is misclassified.
+        SettingsError: When the budget is out of range.
     """
     import pandas as pd
 
+    if budget is not None:
+        check_budget(budget, len(attributions.components))
     before = margins(model, studied, device=device)
     wrong, right = np.flatnonzero(before <= 0), np.flatnonzero(before > 0)
     if not len(wrong):

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import itertools
+import re
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ def open_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     """Open an array of a run; raise `CorruptRunError` when it is missing or its description is damaged."""
     try:
         found = group[name]
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CorruptRunError(
             f"array {name!r} of {group.store_path} is missing or its zarr.json is damaged ({error}); restore it from a "
             f"copy, or collect into a new path"
@@ -92,6 +93,14 @@ def write_all(group: zarr.Group, name: str, values: np.ndarray, dimension: str) 
         overwrite=True,
     )
     write(array, values.astype(object) if text else values, slice(None))
+
+
+def array_names(group: zarr.Group) -> list[str]:
+    """Return the paths of all arrays in a group, by one listing; damaged descriptions count as arrays."""
+    listed = _wait(_list(group.store, ""))
+    nodes = {name.removesuffix("/zarr.json") for name in listed if name.endswith("/zarr.json")}
+    groups = {name for name in nodes if any(other.startswith(f"{name}/") for other in nodes)}
+    return sorted(nodes - groups)
 
 
 def stored_chunks(array: zarr.Array[Any]) -> set[Chunk]:
@@ -155,7 +164,7 @@ def storage_errors(place: object) -> Iterator[None]:
 
 def sweep(root: Path) -> list[Path]:
     """Delete temporary files that a killed writer left in a run; only for the run's single writer to call."""
-    stray = [path for path in root.rglob("*.partial") if path.is_file()]
+    stray = [path for path in root.rglob("*.partial") if is_stray(path)]
     for path in stray:
         path.unlink()
     return stray
@@ -165,6 +174,11 @@ def _wait(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine in a thread of its own, since a notebook already runs an event loop in this one."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, coroutine).result()
+
+
+def is_stray(path: Path) -> bool:
+    """Say whether a path is a temporary file of Zarr's local store, by its name."""
+    return re.search(r"\.[0-9a-f]{32}\.partial$", path.name) is not None and path.is_file()
 
 
 async def _list(store: Store, prefix: str) -> list[str]:

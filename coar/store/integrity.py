@@ -20,7 +20,7 @@ class Problem:
     Attributes:
         array: The array concerned.
         chunk: Path of the chunk inside the run.
-        what: `missing`, `damaged`, `not from its seed`, `not finite` or `not as planned`.
+        what: `missing`, `damaged`, `partly filled`, `not from its seed`, `not finite` or `not as planned`.
         mended_by: What makes the chunk again once it is deleted; empty when only a copy can bring it back.
     """
 
@@ -31,23 +31,34 @@ class Problem:
 
 
 def verify(run: Run) -> list[Problem]:
-    """Read every chunk of every array; return what is missing, damaged, or not what seed and plan say."""
+    """Read every chunk of every array; return what is missing, damaged, or not what seed and plan say.
+
+    Raises:
+        CorruptRunError: When the description of an array is damaged, so that its chunks cannot be read at all.
+    """
     problems: list[Problem] = []
-    for name in sorted(_array_names(run.group)):
+    for name in arrays.array_names(run.group):
         array = run.array(name)
         stored = arrays.stored_chunks(array)
-        for key in arrays.all_chunks(array):
-            what = "missing" if key not in stored else _look(run, array, name, key)
-            if what and not (what == "missing" and name in REMADE_BY_COLLECT):
+        wanted = _collected(run, name) if name in REMADE_BY_COLLECT else set(arrays.all_chunks(array))
+        for key in sorted(stored | wanted):
+            what = _look(run, array, name, key) if key in stored else "missing"
+            if what:
                 problems.append(Problem(name, arrays.chunk_path(array, key), what, _mended_by(name)))
-    if not run.rows_intact():
+    if not run.rows_intact() and not any(problem.array in ROW_COLUMNS for problem in problems):
         problems.append(Problem(ROW_COLUMNS[0], ROW_COLUMNS[0], "not as planned", _mended_by(ROW_COLUMNS[0])))
-    missing = run.missing_units()
-    problems += [
-        Problem("outputs", arrays.chunk_path(run.array("outputs"), tuple(unit)), "missing", "coar collect")
-        for unit in missing
-    ]
     return problems
+
+
+def _collected(run: Run, name: str) -> set[arrays.Chunk]:
+    """Return the chunks that a complete run has of an array; for masks and base outputs, as far as it is collected."""
+    outputs = {tuple(unit) for unit in run.units()}
+    if name == "outputs":
+        return outputs
+    stored = arrays.stored_chunks(run.array("outputs")) & outputs
+    if name == "masks":
+        return {(i, 0) for i, j in stored if j == 0}
+    return {(j,) for i, j in stored if i == 0}
 
 
 def repair(run: Run, problems: list[Problem]) -> list[Problem]:
@@ -55,31 +66,28 @@ def repair(run: Run, problems: list[Problem]) -> list[Problem]:
 
     The next collect makes deleted units again, and the next fit deleted fits.
     """
-    with run.lock():
+    with run.lock(), arrays.storage_errors(run.path):
+        now = Run.open(run.path)  # it may have grown since it was opened
         arrays.sweep(run.path)
         if any(problem.array in ROW_COLUMNS for problem in problems):
-            run.extend(run.plan)
+            now.extend(now.plan)
         for problem in problems:
-            if problem.array in REMADE_BY_COLLECT and problem.what != "missing":
-                array = run.array(problem.array)
+            if problem.array in REMADE_BY_COLLECT and problem.what not in ("missing", "partly filled"):
+                array = now.array(problem.array)
                 key = tuple(int(part) for part in problem.chunk.removeprefix(f"{array.path}/c/").split("/"))
                 arrays.delete_chunk(array, key)
             elif problem.array.startswith("attributions/"):
                 fit = "/".join(problem.array.split("/")[:2])
-                if fit in run.group:
-                    del run.group[fit]
+                if fit in now.group:
+                    del now.group[fit]
     return [problem for problem in problems if not problem.mended_by]
-
-
-def _array_names(group: zarr.Group) -> list[str]:
-    return [name for name, node in group.members(max_depth=None) if isinstance(node, zarr.Array)]
 
 
 def _mended_by(name: str) -> str:
     if name in REMADE_BY_COLLECT:
         return "coar collect"
     if name.startswith("attributions/"):
-        return "coar fit"
+        return "coar fit or coar baselines"
     return "coar verify --repair" if name in ROW_COLUMNS else ""
 
 
@@ -91,8 +99,8 @@ def _look(run: Run, array: zarr.Array[Any], name: str, key: arrays.Chunk) -> str
     except CorruptRunError:
         return "damaged"
     rows = region[0]
-    if name == "masks" and not np.array_equal(values, run.packed_masks(rows.start, rows.stop)):
-        return "not from its seed"
+    if name in ("masks", "outputs"):
+        return _look_at_rows(run, name, rows.start, values[: len(run.plan) - rows.start])
     if name == "base_output" and not np.isfinite(values).all():
         return "not finite"
     if name in ROW_COLUMNS:
@@ -100,3 +108,20 @@ def _look(run: Run, array: zarr.Array[Any], name: str, key: arrays.Chunk) -> str
         expected = [value for piece in pieces for value in [getattr(piece, name)] * piece.count]
         return "" if list(values) == expected else "not as planned"
     return ""
+
+
+def _look_at_rows(run: Run, name: str, start: int, values: np.ndarray) -> str:
+    """Return what is wrong with rows of masks or outputs, or an empty string."""
+    planned = run.packed_masks(start, start + len(values)) if name == "masks" else None
+    right = (np.isfinite(values) if planned is None else values == planned).all(axis=1)
+    if right.all():
+        return ""
+    cuts = [extent - start for extent in run.plan.extents[:-1] if start < extent < start + len(values)]
+    if any(right[:cut].all() and _blank(values[cut:]) for cut in cuts):
+        return "partly filled"
+    return "not finite" if planned is None else "not from its seed"
+
+
+def _blank(values: np.ndarray) -> bool:
+    """Say whether rows hold nothing but fill values."""
+    return bool((np.isnan(values) if values.dtype.kind == "f" else values == 0).all())

@@ -1,10 +1,9 @@
 """One run: a Zarr group that is created once, filled unit by unit, and read by everything after it."""
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +15,7 @@ from coar.components import Component, Components
 from coar.errors import CorruptRunError, IncompleteRunError, MismatchError, RunError, SettingsError
 from coar.sampling import Sampler, sampler_from_settings
 from coar.store import arrays
+from coar.store.lock import write_lock
 from coar.store.plan import Plan, Unit
 
 FORMAT = 1
@@ -71,7 +71,8 @@ class Run:
         manifest: dict[str, Any] = {"format": FORMAT, "state": "creating"}
         examples = len(next(iter(metadata.values())))
         with arrays.storage_errors(root):
-            group = zarr.create_group(root, overwrite=True, attributes={ATTRIBUTE: manifest})
+            _empty(root)
+            group = zarr.create_group(root, attributes={ATTRIBUTE: manifest})
         _create_arrays(group, len(components), examples, blocks)
         for field, values in zip(COMPONENT_FIELDS, zip(*components, strict=True), strict=True):
             arrays.write_all(group, f"component/{field}", np.asarray(values), "component")
@@ -101,13 +102,17 @@ class Run:
             raise RunError(f"{root} holds {state}, not a run; check the path")
         group = zarr.open_group(root, mode="r+")
         manifest: dict[str, Any] = group.attrs[ATTRIBUTE]  # type: ignore[assignment]
-        if manifest["format"] > FORMAT:
-            raise RunError(
-                f"the run at {root} has format {manifest['format']}, and this version reads up to {FORMAT}; update coar"
-            )
         try:
+            if int(manifest["format"]) > FORMAT:
+                raise RunError(
+                    f"the run at {root} has format {manifest['format']}, and this version reads up to {FORMAT}; update "
+                    f"coar"
+                )
             Plan.from_json(manifest["plan"])
             sampler_from_settings(manifest["fingerprint"]["sampler"])
+            dict(manifest["facts"])
+        except RunError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptRunError(
                 f"the attributes of the run at {root} are damaged ({error!r}); restore its zarr.json from a copy"
@@ -155,6 +160,11 @@ class Run:
         return {name: self.column(f"example/{name}") for name in sorted(group.array_keys())}  # type: ignore[union-attr]
 
     @property
+    def n_components(self) -> int:
+        """Number of components."""
+        return self.array("component/name").shape[0]
+
+    @property
     def n_examples(self) -> int:
         """Number of examples."""
         return self.array("base_output").shape[0]
@@ -193,8 +203,9 @@ class Run:
             )
 
     def rows_intact(self) -> bool:
-        """Say whether the columns over the mask axis are there and as long as the plan; a cut extension is not."""
-        return all(name in self.group and self.array(name).shape == (len(self.plan),) for name in ROW_COLUMNS)
+        """Say whether everything over the mask axis is there and as long as the plan; a cut extension is not."""
+        names = (*ROW_COLUMNS, "outputs", "masks")
+        return all(name in self.group and self.array(name).shape[0] == len(self.plan) for name in names)
 
     def extend(self, plan: Plan) -> None:
         """Give the run the rows of a longer plan; the plan is committed last, so a cut leaves the old one."""
@@ -215,15 +226,16 @@ class Run:
         stored = arrays.read(self.array("masks"), slice(start, stop), slice(None))
         if not np.array_equal(packed, stored):
             row = start + int((packed != stored).any(axis=1).argmax())
+            chunk = arrays.chunk_path(self.array("masks"), (row // self.blocks[0], 0))
             raise CorruptRunError(
-                f"the stored mask of row {row} in {self.path} ({self.plan.label(row)}) is missing or is not the one "
+                f"chunk {chunk} of {self.path} is missing, or its row {row} ({self.plan.label(row)}) is not the one "
                 f"that its seed gives; run 'coar verify --repair' and collect again"
             )
-        return np.unpackbits(packed, axis=1, count=len(self.components), bitorder="little").astype(bool)
+        return np.unpackbits(packed, axis=1, count=self.n_components, bitorder="little").astype(bool)
 
     def packed_masks(self, start: int, stop: int) -> np.ndarray:
         """Make the masks of these rows from their seed, packed to (rows, ceil(components / 8)) bytes."""
-        return np.packbits(self.plan.masks(self.sampler, len(self.components), start, stop), axis=1, bitorder="little")
+        return np.packbits(self.plan.masks(self.sampler, self.n_components, start, stop), axis=1, bitorder="little")
 
     def outputs(self, rows: slice, examples: slice) -> np.ndarray:
         """Read (rows, examples) outputs; raise `IncompleteRunError` when one of them has not been collected."""
@@ -287,20 +299,9 @@ class Run:
                 f"collect' again to finish the run"
             )
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run for writing; the system lets go of it when the process ends, however it ends."""
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(
-                    f"another process is writing to {self.path}; wait until it is done, or collect into another path"
-                ) from None
-            yield
-        finally:
-            os.close(handle)
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the run for writing; raise `RunError` when another process does."""
+        return write_lock(self.path)
 
 
 def needs_creation(path: str | Path) -> bool:
@@ -317,7 +318,7 @@ def local_path(path: str | Path) -> Path:
 
 def _state(root: Path) -> str:
     """Say what is at a path: `nothing`, `creating`, `ready`, or in words something that is no run."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+    if not root.exists() or (root.is_dir() and all(map(arrays.is_stray, root.iterdir()))):
         return "nothing"
     if not root.is_dir():
         return "a file"
@@ -329,6 +330,15 @@ def _state(root: Path) -> str:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return "a damaged zarr.json or a Zarr store of another kind"
     return str(state)
+
+
+def _empty(root: Path) -> None:
+    """Remove what a creation cut short has left in a folder, but not the folder, which may be locked."""
+    for path in root.iterdir() if root.exists() else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _create_arrays(group: zarr.Group, components: int, examples: int, blocks: tuple[int, int]) -> None:

@@ -100,6 +100,26 @@ def test_disk_full_in_an_extension(disk, reference, pages):
     assert verify(coar.Run.open(path)) == []
 
 
+CREATING = '{"attributes": {"coar": {"format": 1, "state": "creating"}}, "zarr_format": 3, "node_type": "group"}'
+
+
+@pytest.mark.parametrize("described", ["first", "last"])  # files are removed in the order of a listing
+def test_creation_that_cannot_clear_up_may_be_tried_again(disk, reference, described):
+    resize(disk, "10m")
+    busy = disk / "r.zarr" / "outputs"
+    if described == "first":
+        busy.parent.mkdir()
+        (busy.parent / "zarr.json").write_text(CREATING)
+    busy.mkdir(parents=True)
+    (busy.parent / "zarr.json").write_text(CREATING)
+    assert mount("-t", "tmpfs", "tmpfs", busy).returncode == 0
+    with pytest.raises(StorageError, match="busy"):
+        collect(study(), busy.parent, **ASKED)
+    subprocess.run(["umount", str(busy)], check=True)
+    collect(study(), busy.parent, **ASKED)
+    assert differing(files(busy.parent), files(reference.path)) == []
+
+
 ATTEMPTS = {
     "go on": lambda path, problems: collect(study(), path, **ASKED),
     "extend": lambda path, problems: collect(study(), path, **(ASKED | {"masks": 150})),

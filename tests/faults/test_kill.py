@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from coar.errors import CoarError
+from coar.errors import CoarError, RunError
 from coar.store import Run, verify
-from tests.faults.helpers import differing, files
-from tests.faults.server import stored_units, until
+from tests.faults.helpers import collect, differing, digits_study, files
+from tests.faults.server import BLOCKS, EXAMPLES, stored_units, until
 
 CALLS = ({"masks": 130, "test_masks": 20}, {"masks": 231, "test_masks": 20})  # created, then extended across a chunk
 TOTAL = 63 * 3  # units
@@ -82,8 +82,20 @@ def test_killed_while_it_is_extended(server, short, tmp_path, watched):
     assert differing(files(path), files(short)) == []
 
 
+def test_second_writer_during_the_creation(server, short, tmp_path):
+    path = tmp_path / "created.zarr"
+    child = server.start(path, *SHORT)
+    until((path / "outputs").exists, "the first array")
+    child.send(signal.SIGSTOP)  # in the middle: the run is described last
+    with pytest.raises(RunError, match="another process"):
+        collect(digits_study(EXAMPLES), path, **BLOCKS, **SHORT[0])
+    child.send(signal.SIGCONT)
+    assert child.wait() == 0, child.says()
+    assert differing(files(path), files(short)) == []
+
+
 def test_started_twice_at_once(server, short, tmp_path):
-    for attempt in range(8):
+    for attempt in range(4):
         path = tmp_path / f"{attempt}.zarr"
         children = [server.start(path, *SHORT) for _ in range(2)]
         codes = [child.wait() for child in children]

@@ -1,0 +1,250 @@
+"""Figures that open, and a page that shows what was written and nothing that was smuggled in."""
+
+import base64
+import csv
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from torch import nn
+
+import coar
+from coar.editing import TaskResult
+from coar.errors import StorageError
+from coar.report import (
+    curve_figure,
+    describe,
+    evaluation_figure,
+    write_edit,
+    write_evaluation,
+    write_page,
+    write_task,
+)
+from coar.weights import weights_fingerprint
+from tests.synthetic import fit, linear, make, weights
+
+HOSTILE = "<script>alert('coar')</script>"
+FRACTION = 0.1
+TESTS = [0.05, FRACTION, 0.2]
+
+
+class Reader(HTMLParser):
+    """Collects what a browser would make of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.links, self.images, self.text = [], [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("href", "src") or name.startswith("on")]
+        self.images += [value for name, value in attrs if (tag, name) == ("img", "src")]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with a hostile name, two fits and test masks at three fractions; read only."""
+    path = tmp_path_factory.mktemp("run") / "<script>alert(1)<b>.zarr"
+    steps = [{**{("test", fraction): 20 for fraction in TESTS}, ("train", FRACTION): 60}]
+    made = make(path, linear(weights(), noise=2.0), steps=steps, ablated_fraction=FRACTION)
+    fit(made)
+    fit(made, method="ols")
+    return made
+
+
+@pytest.fixture(scope="module")
+def evaluation(run):
+    return coar.evaluate(run)
+
+
+@pytest.fixture
+def result():
+    """A task's tables with hostile words in them, and no edits."""
+    table = pd.DataFrame({"id": [3, 4], "group": [HOSTILE, "größe & co"], "points": [0.1234, -5.0]})
+    accuracy = {"targets": [1.0, 0.5, 0.0], "others": [0.9, 0.9, 0.8]}
+    curve = pd.DataFrame(
+        {"components": i, "group": group, "accuracy": value}
+        for group, values in accuracy.items()
+        for i, value in enumerate(values)
+    )
+    return TaskResult("fix-<img src=x onerror=alert(1)>", (), table, curve)
+
+
+def check_picture(content):
+    """A real PNG, large enough to read, with lines of several colours on white."""
+    with Image.open(io.BytesIO(content)) as picture:
+        assert picture.format == "PNG"
+        assert picture.width >= 600
+        assert picture.height >= 400
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    assert 0.5 < (pixels == 255).all(1).mean() < 0.99
+    saturated = pixels[np.ptp(pixels.astype(int), axis=1) > 80]
+    assert len({tuple(pixel // 64) for pixel in saturated}) >= 2
+
+
+def test_evaluation_is_written_as_tables_and_a_picture(evaluation, tmp_path):
+    files = write_evaluation(evaluation, tmp_path / "deep/er")
+    assert [file.name for file in files] == ["evaluation.csv", "evaluation_per_example.csv", "evaluation.png"]
+    pd.testing.assert_frame_equal(pd.read_csv(files[0]), evaluation.table, check_dtype=False)
+    pd.testing.assert_frame_equal(pd.read_csv(files[1]), evaluation.per_example, check_dtype=False)
+    check_picture(files[2].read_bytes())
+
+
+def test_evaluation_figure_shows_the_scores(evaluation):
+    left, right = evaluation_figure(evaluation).axes
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["ols", "ridge"]
+    for container, name in zip(right.containers, ("ols", "ridge"), strict=True):
+        rows = evaluation.table.query("fit == @name")
+        np.testing.assert_array_equal(container[0].get_xdata(), TESTS)
+        np.testing.assert_array_equal(container[0].get_ydata(), rows["pearson"])
+
+
+def test_evaluation_figure_is_of_the_fraction_that_was_fitted(evaluation):
+    left, _ = evaluation_figure(evaluation).axes
+    assert left.get_xlabel() == "held-out correlation at fraction 0.1"
+    for line, name in zip(left.lines, ("ols", "ridge"), strict=True):
+        scores = evaluation.per_example.query("fit == @name and ablated_fraction == @FRACTION")["pearson"]
+        np.testing.assert_array_equal(np.sort(scores), line.get_xdata()[1:])
+
+
+def test_evaluation_figure_with_undefined_examples(tmp_path):
+    def outputs(masks):
+        return linear(weights())(masks) * (np.arange(20) != 4)
+
+    run = make(tmp_path / "r.zarr", outputs, test_masks=9)
+    fit(run)
+    check_picture(write_evaluation(coar.evaluate(run), tmp_path)[2].read_bytes())
+
+
+def test_task_is_written_as_tables_and_a_picture(result, tmp_path):
+    files = write_task(result, nn.Identity(), tmp_path / "deep/er")
+    assert [file.name for file in files] == ["table.csv", "curve.csv", "curve.png"]
+    with files[0].open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file))[1] == ["3", HOSTILE, "0.1234"]
+    assert len(pd.read_csv(files[1])) == 6
+    check_picture(files[2].read_bytes())
+
+
+def test_curve_figure_marks_the_chosen_numbers(result):
+    (axes,) = curve_figure(result.curve, title="a title", counts=[2, 1, 2]).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    np.testing.assert_array_equal(lines["targets"].get_ydata(), [100, 50, 0])
+    np.testing.assert_array_equal(lines["others"].get_xdata(), [0, 1, 2])
+    marks = [line.get_xdata()[0] for line in axes.lines if line.get_label() not in ("targets", "others")]
+    assert marks == [1, 2]
+    assert axes.get_title() == "a title"
+
+
+def chosen_edit(run, model):
+    """An edit of a linear layer that has the components' names and sites."""
+    goal = coar.EditGoal(targets=[0, 1], references=[2, 3, 4], direction="decrease")
+    edit = coar.edit(coar.load(run.path), goal, budget=2)
+    return type(edit)(**{**edit.__dict__, "weights": weights_fingerprint(model)})
+
+
+@pytest.fixture
+def model():
+    return nn.ModuleDict({f"layer{i}": nn.Linear(5, 4) for i in range(3)})
+
+
+def test_edit_is_written_with_its_weights(run, model, tmp_path):
+    edit = chosen_edit(run, model)
+    files = write_edit(edit, model, tmp_path, stem="mine")
+    assert [file.name for file in files] == ["mine.json", "mine.safetensors"]
+    assert coar.Edit.load(files[0]) == edit
+    loaded = coar.load_weights(nn.ModuleDict({f"layer{i}": nn.Linear(5, 4) for i in range(3)}), files[1])
+    for component, value in zip(edit.components, edit.replacements, strict=True):
+        assert not loaded[component.site].weight[component.position].any()
+        np.testing.assert_allclose(loaded[component.site].bias[component.position].item(), value, rtol=1e-6)
+
+
+def test_several_edits_are_numbered(run, model, result, tmp_path):
+    edit = chosen_edit(run, model)
+    files = write_task(TaskResult("two", (edit, edit), result.table, result.curve), model, tmp_path)
+    names = ["edit-0.json", "edit-0.safetensors", "edit-1.json", "edit-1.safetensors"]
+    assert sorted(file.name for file in files if "edit" in file.name) == names
+
+
+@pytest.fixture
+def page(run, evaluation, result, tmp_path):
+    """The page over an evaluation and a task, as text."""
+    write_evaluation(evaluation, tmp_path)
+    write_task(result, nn.Identity(), tmp_path / result.name)
+    file = write_page(run, tmp_path)
+    assert file == tmp_path / "index.html"
+    return file.read_text(encoding="utf-8")
+
+
+def test_page_contains_the_tables(page, evaluation):
+    text = " ".join(Reader(page).text)
+    for row in evaluation.table.itertuples():
+        assert row.fit in text
+        assert f"{row.pearson:.3f}" in text
+        assert f"{row.spearman:.3f}" in text
+    assert "-5.000" in text
+    assert "größe & co" in text
+    assert "60 train at 0.1" in text
+    assert Reader(page).tags.count("table") == 3
+
+
+def test_page_stands_alone_with_its_pictures(page, tmp_path):
+    reader = Reader(page)
+    assert reader.links == reader.images
+    pictures = [base64.b64decode(image.removeprefix("data:image/png;base64,"), validate=True) for image in reader.images]
+    assert pictures == [(tmp_path / "evaluation.png").read_bytes(), *(p.read_bytes() for p in tmp_path.glob("*/*.png"))]
+    for picture in pictures:
+        check_picture(picture)
+    assert not re.search(r"https?:|url\(|@import", page)
+
+
+def test_page_escapes_hostile_names(page, run):
+    reader = Reader(page)
+    assert "script" not in reader.tags
+    assert not {"b", "link", "iframe"} & set(reader.tags)
+    assert reader.tags.count("img") == 2
+    text = "\n".join(reader.text)
+    assert HOSTILE in text
+    assert run.path.name in text
+    assert "fix-<img src=x onerror=alert(1)>" in text
+
+
+def test_page_of_a_bare_run_has_its_facts_alone(run, tmp_path):
+    reader = Reader(write_page(run, tmp_path / "new").read_text(encoding="utf-8"))
+    assert reader.tags.count("table") == 1
+    assert not reader.images
+    assert "12 neurons, from layer0[0] to layer2[3]" in reader.text
+
+
+def test_description_counts_what_is_there(tmp_path):
+    run = make(tmp_path / "r.zarr", linear(weights()), masks=40, test_masks=8)
+    facts = describe(run)
+    assert (facts["examples"], facts["masks"]) == ("20", "8 test at 0.3, 40 train at 0.3")
+    assert (facts["ablation"], facts["precision"]) == ("Mean", "float32")
+    assert facts["collected"] == "9 of 9 units, complete"
+    (run.path / "outputs/c/1/2").unlink()
+    assert describe(run)["collected"] == "8 of 9 units"
+
+
+WRITERS = {
+    "evaluation": lambda run, evaluation, result, model, place: write_evaluation(evaluation, place),
+    "task": lambda run, evaluation, result, model, place: write_task(result, model, place),
+    "edit": lambda run, evaluation, result, model, place: write_edit(chosen_edit(run, model), model, place),
+    "page": lambda run, evaluation, result, model, place: write_page(run, place),
+}
+
+
+@pytest.mark.parametrize("place", ["file", "file/folder"])
+@pytest.mark.parametrize("what", WRITERS)
+def test_unwritable_place_is_a_storage_error(run, evaluation, result, model, tmp_path, what, place):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(StorageError, match="file"):
+        WRITERS[what](run, evaluation, result, model, tmp_path / place)
+    assert (tmp_path / "file").read_text() == "kept"
