@@ -1,7 +1,7 @@
 """Component attribution: which parts of a network made a prediction, and how to change that for good."""
 
 from coar._version import __version__
-from coar.ablation import Mean, ZeroWeight
+from coar.ablation import Mean, ZeroWeight, choose_ablation
 from coar.attributions import Attributions, load
 from coar.baselines import gradient_x_gate, leave_one_out
 from coar.components import Component, Components, conv_filters, neurons, parameter_slices
@@ -37,6 +37,7 @@ __all__ = [
     "Study",
     "ZeroWeight",
     "__version__",
+    "choose_ablation",
     "collect",
     "conv_filters",
     "edit",

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from coar.components import Component, Components
+from coar.components import Components, read_component
 from coar.errors import RunError, SettingsError, StorageError, WeightsError
 from coar.store import Run
 from coar.store.fits import GROUP, fit_array, fit_facts, fit_names, read_fit
@@ -48,7 +48,9 @@ class _FileSource:
 
     def read(self, field: str, *slices: slice) -> np.ndarray:
         with safe_open(self.path, framework="np") as file:
-            return np.asarray(file.get_slice(field)[slices])
+            stored = file.get_slice(field)
+            start, stop, step = slices[0].indices(stored.get_shape()[0])
+            return np.asarray(stored[start : max(start, stop)])[::step]
 
     def fields(self) -> list[str]:
         with safe_open(self.path, framework="np") as file:
@@ -91,10 +93,14 @@ class Attributions:
         try:
             with safe_open(file, framework="np") as data:
                 header = data.metadata() or {}
-            components = Components(Component(*row) for row in json.loads(header["components"]))
+            components = Components(read_component(row) for row in json.loads(header["components"]))
             metadata = {name: np.asarray(column) for name, column in json.loads(header["examples"]).items()}
+            shape = (len(metadata["id"]), len(components))
+            with safe_open(file, framework="np") as data:
+                if tuple(data.get_slice("weight").get_shape()) != shape:
+                    raise ValueError(f"the weights do not have shape {shape}")
             return cls(components, metadata, json.loads(header["facts"]), _FileSource(file))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise WeightsError(f"{file} does not hold attributions ({error!r}); export them again") from None
 
     def to_safetensors(self, path: str | Path) -> None:
@@ -128,9 +134,7 @@ class Attributions:
     def __getitem__(self, index: int | slice) -> "ExampleAttribution | list[ExampleAttribution]":
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"example {index} was asked for; there are {len(self)}, counted from 0")
-        at = index % len(self)
+        at = int(self._positions(np.array([index]))[0])
         rows = slice(at, at + 1)
         errors = self._read("standard_error", rows)[0] if "standard_error" in self._source.fields() else None
         identity = {name: column[at].item() for name, column in self.metadata.items()}
@@ -165,7 +169,7 @@ class Attributions:
             masks: (masks, components) booleans, True keeps.
         """
         design = np.atleast_2d(np.asarray(masks))
-        if design.shape[1] != len(self.components) or design.dtype != bool:
+        if design.ndim != 2 or design.shape[1] != len(self.components) or design.dtype != bool:
             raise SettingsError(
                 f"masks have shape {np.shape(masks)} and type {design.dtype}; (masks, {len(self.components)}) booleans "
                 f"were expected, True where the component is kept"
@@ -199,7 +203,7 @@ class Attributions:
     def _chosen(self, field: str, examples: slice | np.ndarray | None) -> np.ndarray:
         if examples is None or isinstance(examples, slice):
             return self._read(field, examples or slice(None))
-        rows = np.asarray(examples)
+        rows = self._positions(np.asarray(examples))
         starts = sorted({int(row) // BLOCK * BLOCK for row in rows})
         out = np.empty((len(rows), len(self.components)), dtype=np.float32)
         for start in starts:
@@ -207,6 +211,14 @@ class Attributions:
             low, high = int(rows[here].min()), int(rows[here].max()) + 1
             out[here] = self._read(field, slice(low, high))[rows[here] - low]
         return out
+
+    def _positions(self, examples: np.ndarray) -> np.ndarray:
+        """Turn truth values, or positions that may count from the end, into positions."""
+        rows = np.flatnonzero(examples) if examples.dtype == bool else examples
+        outside = rows[(rows < -len(self)) | (rows >= len(self))]
+        if len(outside):
+            raise IndexError(f"example {outside[0]} was asked for; there are {len(self)}, counted from 0")
+        return rows % len(self)
 
     def _read(self, field: str, rows: slice) -> np.ndarray:
         wide = (slice(None),) if field in ("weight", "standard_error") else ()

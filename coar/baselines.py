@@ -9,7 +9,7 @@ from coar.attributions import Attributions
 from coar.errors import AblationError
 from coar.progress import progress_bar
 from coar.store import Run
-from coar.store.fits import FitWriter, fit_facts
+from coar.store.fits import FitWriter, chunk_rows, fit_facts
 from coar.study import Study
 from coar.worker import Block, Worker, choose_device, device_copy
 
@@ -100,7 +100,7 @@ def _store(
     )
     with run.lock():
         writer = FitWriter(run, name, ("weight", "intercept"), facts)
-        step = max(run.blocks[1] // writer.rows, 1) * writer.rows
+        step = max(run.blocks[1] // chunk_rows(run), 1) * chunk_rows(run)
         for start in progress_bar(range(0, run.n_examples, step), desc=name, unit="block", shown=progress):
             examples = slice(start, min(start + step, run.n_examples))
             block = worker.load(study.examples, examples.start, examples.stop)

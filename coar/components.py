@@ -42,6 +42,17 @@ class Component(NamedTuple):
     size: int
 
 
+def read_component(values: Sequence[object]) -> Component:
+    """Return a component from a row of plain values; raise `ValueError` unless each has its type and makes sense."""
+    types = (str, str, str, str, int, int, int)
+    if len(values) != len(types) or any(type(v) is not kind for v, kind in zip(values, types, strict=True)):
+        raise ValueError(f"{values!r} is no row of a component table")
+    component = Component(*values)  # type: ignore[arg-type]
+    if component.side not in ("output", "parameter") or component.position < 0 or component.size < 1:
+        raise ValueError(f"{values!r} is no row of a component table")
+    return component
+
+
 class Components(Sequence[Component]):
     """The ordered table of all components; a row number is the component's index everywhere."""
 

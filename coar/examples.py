@@ -87,6 +87,8 @@ class Examples:
         """Return the examples at these positions, in this order, or those where a boolean array is true."""
         chosen = np.asarray(indices)
         rows = torch.as_tensor(np.flatnonzero(chosen) if chosen.dtype == bool else chosen, dtype=torch.long)
+        if len(rows) and not -len(self) <= int(rows.min()) <= int(rows.max()) < len(self):
+            raise ExamplesError(f"a subset reaches beyond the {len(self)} examples; positions are counted from 0")
         inputs: Inputs | Dataset[Any]
         if isinstance(self.inputs, dict):
             inputs = {name: value[rows] for name, value in self.inputs.items()}

@@ -39,7 +39,7 @@ def select(expression: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     try:
         tree = ast.parse(expression.strip(), mode="eval")
         result = _evaluate(tree.body, columns)
-    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
+    except (SyntaxError, TypeError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         if isinstance(error, GoalError):
             raise
         raise GoalError(f"cannot read the expression {expression!r} ({error}); write {GRAMMAR}") from None
@@ -68,8 +68,15 @@ def _evaluate(node: ast.expr, columns: Mapping[str, np.ndarray]) -> Any:  # noqa
         case ast.Constant(value=bool() | int() | float() | str() as value):
             return value
         case ast.List(elts=items) | ast.Tuple(elts=items) | ast.Set(elts=items):
-            return [_evaluate(item, columns) for item in items]
+            return [_constant(item, columns) for item in items]
     raise GoalError(f"{ast.unparse(node)!r} is not allowed in an expression; write {GRAMMAR}")
+
+
+def _constant(node: ast.expr, columns: Mapping[str, np.ndarray]) -> Any:
+    value = _evaluate(node, columns)
+    if isinstance(value, np.ndarray | list):
+        raise GoalError(f"{ast.unparse(node)!r} is not allowed in a list; write {GRAMMAR}")
+    return value
 
 
 def _condition(node: ast.expr, columns: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -90,7 +97,7 @@ def _compare(op: ast.cmpop, left: Any, right: Any) -> np.ndarray:
         raise GoalError("a list belongs on the right of 'in' or 'not in' and nowhere else, as in 'label in [3, 5]'")
     other = right if column is left else left
     flat = other if isinstance(other, list) else [other]
-    words = [isinstance(value, str) for value in flat if not isinstance(value, np.ndarray)]
+    words = [value.dtype.kind == "U" if isinstance(value, np.ndarray) else isinstance(value, str) for value in flat]
     if any(word != (column.dtype.kind == "U") for word in words):
         raise GoalError(f"words and numbers are compared: the column holds {column.dtype}; quote words and only words")
     return np.asarray(compare(left, right), dtype=bool)

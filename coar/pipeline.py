@@ -15,6 +15,7 @@ from coar.examples import Examples
 from coar.store import Run
 from coar.study import Study
 
+DEFAULTS: dict[str, Any] = {"MASKS": 5_000, "TEST_MASKS": 500, "TEST_FRACTIONS": ()}
 LABELS = {cls.__name__: cls.label for cls in (Mean, ZeroWeight)}
 
 
@@ -108,14 +109,15 @@ def load_pipeline(path: str | Path) -> Pipeline:
     except Exception as error:
         raise PipelineError(f"{file} failed to import: {type(error).__name__}: {error}; mend the file") from error
     _function(file, module, "study")
-    return Pipeline(
-        file.stem,
-        file,
-        getattr(module, "MASKS", 5_000),
-        getattr(module, "TEST_MASKS", 500),
-        tuple(getattr(module, "TEST_FRACTIONS", ())),
-        module,
-    )
+    settings = {name: getattr(module, name, default) for name, default in DEFAULTS.items()}
+    fractions = settings["TEST_FRACTIONS"]
+    if not all(isinstance(settings[name], int) for name in ("MASKS", "TEST_MASKS")) or not isinstance(
+        fractions, tuple | list
+    ):
+        raise PipelineError(
+            f"{file} sets {settings}; MASKS and TEST_MASKS must be whole numbers, TEST_FRACTIONS a tuple of fractions"
+        )
+    return Pipeline(file.stem, file, settings["MASKS"], settings["TEST_MASKS"], tuple(fractions), module)
 
 
 def _function(path: Path, module: ModuleType, name: str) -> Callable[..., Any]:

@@ -76,7 +76,8 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
     """Raise `WeightsError` before anything is loaded, so that a misfit leaves the model whole."""
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     read = {name: tuple(value.shape) for name, value in state.items()}
-    wrong = [f"{name} is missing" for name in own if name not in read]
+    counters = "num_batches_tracked"  # of batch norms, which older checkpoints lack and evaluation does not read
+    wrong = [f"{name} is missing" for name in own if name not in read and not name.endswith(counters)]
     wrong += [f"{name} is not part of the model" for name in read if name not in own]
     wrong += [
         f"{name} has shape {read[name]}, not {own[name]}" for name in own if name in read and own[name] != read[name]

@@ -10,6 +10,7 @@ data/cifar10: the images by torchvision, the weights from Yerlan Idelbayev's pyt
 """
 
 import os
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -75,11 +76,25 @@ class CifarResNet(nn.Module):
 def images() -> dict[str, np.ndarray]:
     """Return `test_images`, `train_images` (n, 32, 32, 3) uint8 and their labels."""
     if "COAR_DATA" in os.environ:
-        with np.load(Path(os.environ["COAR_DATA"]) / "cifar10_subset.npz", allow_pickle=False) as data:
-            return dict(data)
+        return read_subset(Path(os.environ["COAR_DATA"]) / "cifar10_subset.npz")
     sets = {name: CIFAR10(str(FOLDER), train=name == "train", download=True) for name in ("train", "test")}
     arrays = {f"{name}_images": data.data for name, data in sets.items()}
     return arrays | {f"{name}_labels": np.asarray(data.targets) for name, data in sets.items()}
+
+
+def read_subset(file: Path) -> dict[str, np.ndarray]:
+    """Read images and labels from a file; raise `PipelineError` when they are not there."""
+    needed = {f"{name}_{part}" for name in ("train", "test") for part in ("images", "labels")}
+    try:
+        with np.load(file, allow_pickle=False) as data:
+            found = dict(data)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise coar.errors.PipelineError(
+            f"cannot read {file}, where COAR_DATA says the images are ({error}); correct it, or unset it to fetch them"
+        ) from None
+    if needed - found.keys():
+        raise coar.errors.PipelineError(f"{file} lacks {', '.join(sorted(needed - found.keys()))}; get it again")
+    return found
 
 
 def examples(name: str, rows: slice) -> coar.Examples:
@@ -111,7 +126,7 @@ def study(*, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int =
         examples=examples("test", slice(0, STUDIED)),
         components=coar.conv_filters(net),
         output=coar.CorrectClassMargin(),
-        ablation=coar.Mean(calibration=calibration) if ablation == "mean" else coar.ZeroWeight(),
+        ablation=coar.choose_ablation(ablation, calibration=calibration),
         sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
     )
 

@@ -120,7 +120,7 @@ def study(*, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int =
         examples=split()["studied"],
         components=coar.conv_filters(net),
         output=coar.CorrectClassMargin(),
-        ablation=coar.Mean(calibration=split()["train"]) if ablation == "mean" else coar.ZeroWeight(),
+        ablation=coar.choose_ablation(ablation, calibration=split()["train"]),
         sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
     )
 

@@ -230,6 +230,7 @@ def test_safetensors_of_a_baseline_has_no_standard_errors(copy, tmp_path):
     writer.write(slice(0, N), weight=np.full((N, D), 2.0), intercept=np.zeros(N))
     writer.finish()
     coar.load(copy.path, "leave_one_out").to_safetensors(tmp_path / "b.safetensors")
+    assert coar.load(copy.path).facts["fit"]["method"] == "ridge"
     for baseline in (coar.load(copy.path, "leave_one_out"), coar.load(tmp_path / "b.safetensors")):
         assert (baseline.weights() == 2).all()
         assert baseline[3].standard_error is None
@@ -257,9 +258,7 @@ def spoil(exported, file, how):
         safetensors.numpy.save_file({}, file, metadata=header)
 
 
-@pytest.mark.parametrize(
-    "how", ["cut short", "empty", "text", "other tensors", "other metadata", "no tensors"]
-)
+@pytest.mark.parametrize("how", ["cut short", "empty", "text", "other tensors", "other metadata", "no tensors"])
 def test_file_without_attributions_is_refused(exported, tmp_path, how):
     spoil(exported, tmp_path / "x.safetensors", how)
     with pytest.raises(WeightsError, match=r"x\.safetensors does not hold attributions"):
@@ -289,6 +288,17 @@ def test_missing_fit_lists_those_there_are(copy):
     shutil.rmtree(copy.path / "attributions")
     with pytest.raises(RunError, match=r"no finished fit 'ridge' \(finished: none\)"):
         coar.load(copy.path)
+
+
+def test_a_baseline_is_loaded_only_by_name(copy):
+    shutil.move(copy.path / "attributions/ridge", copy.path / "attributions/cheap")
+    description = copy.path / "attributions/cheap/zarr.json"
+    content = json.loads(description.read_text())
+    content["attributes"]["coar"] |= {"method": "leave_one_out", "masks": 0}
+    description.write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"no finished fit 'ridge' \(finished: cheap\)"):
+        coar.load(copy.path)
+    assert coar.load(copy.path, "cheap").facts["fit"]["method"] == "leave_one_out"
 
 
 def test_missing_path_is_a_run_error(tmp_path):

@@ -176,9 +176,7 @@ def test_baselines_of_parameter_slices(digits, tmp_path):
         progress=False,
     )
     one = coar.leave_one_out(study, run, progress=False)
-    other = coar.leave_one_out(
-        replace(study, components=filters.components), filters, progress=False
-    )
+    other = coar.leave_one_out(replace(study, components=filters.components), filters, progress=False)
     np.testing.assert_allclose(one.weights(), other.weights(), **CLOSE)
     with pytest.raises(AblationError, match="parameter slice"):
         coar.gradient_x_gate(study, run, progress=False)

@@ -369,7 +369,7 @@ def test_inputs_by_name(run, tmp_path):
 
 
 def test_files_that_a_killed_writer_left_are_removed(run, fresh):
-    stray = fresh.path / "outputs/c/2/1.0123456789abcdef.partial"
+    stray = fresh.path / "outputs/c/2/1.0123456789abcdef0123456789abcdef.partial"
     stray.write_bytes(b"half a chunk")
     collect(study(), fresh.path, **ASKED)
     assert helpers.files(fresh.path) == helpers.files(run.path)

@@ -53,7 +53,9 @@ def test_welch_t_is_that_of_scipy(found):
 
 def test_welch_t_over_more_examples_than_are_read_at_once(tmp_path):
     n = 2_500
-    run = make(tmp_path / "r.zarr", linear(weights(n), 0.7), masks=40, blocks=(40, n), metadata={"label": np.arange(n) % 7})
+    run = make(
+        tmp_path / "r.zarr", linear(weights(n), 0.7), masks=40, blocks=(40, n), metadata={"label": np.arange(n) % 7}
+    )
     attributions = fit(run)
     w, chosen = attributions.weights().astype(float), np.arange(n) % 7 == 2
     expected = scipy.stats.ttest_ind(w[chosen], w[~chosen], equal_var=False).statistic
@@ -307,16 +309,33 @@ def test_forget_class_forgets_it_and_little_else(case):
     assert chosen.to_dict() == {"targets": after[labels == 3].mean(), "references": after[labels != 3].mean()}
 
 
-def test_forget_class_has_the_best_trade_off_on_studied_examples(case):
+@pytest.mark.parametrize(("direction", "label"), [("decrease", 7), ("increase", 8)])
+def test_without_a_budget_the_trade_off_is_the_best_on_studied_examples(case, direction, label):
     study, attributions, judge = case
-    edit = coar.forget_class(attributions, study.model, study.examples, judge, label=7, device="cpu").edits[0]
-    longest = coar.edit(attributions, digit_goal(7), budget=40)
+    wanted = digit_goal(label, direction)
+    common = (attributions, study.model, study.examples, judge)
+    result = coar.reach_goal(*common, goal=wanted, name="mine", device="cpu")
+    (edit,) = result.edits
+    longest = coar.edit(attributions, wanted, budget=40)
     order = [study.components.index(component.name) for component in longest.components]
     correct = effect_curve(study.model, attributions, order, study.examples, counts=range(41), device="cpu") > 0
-    seven = study.examples.targets.numpy() == 7
-    cost = [row[seven].mean() + 6 * (correct[0][~seven].mean() - row[~seven].mean()) for row in correct]
-    assert cost[len(edit)] == min(cost[1:])
+    chosen = study.examples.targets.numpy() == label
+    sign = 1 if direction == "decrease" else -1
+    cost = [sign * row[chosen].mean() - 6 * row[~chosen].mean() for row in correct]
+    np.testing.assert_allclose(cost[len(edit)], min(cost[1:]))
     assert edit.components == longest.components[: len(edit)]
+    assert (result.name, edit.goal) == ("mine", wanted)
+    assert result.table.equals(coar.judge_edit(edit, study.model, judge, device="cpu"))
+
+
+def test_forget_class_is_reaching_a_goal(case):
+    study, attributions, judge = case
+    common = (attributions, study.model, study.examples, judge)
+    one = coar.forget_class(*common, label=5, device="cpu")
+    other = coar.reach_goal(*common, goal=digit_goal(5), name="forget-5", device="cpu")
+    assert (one.name, one.edits) == (other.name, other.edits)
+    assert one.table.equals(other.table)
+    assert one.curve.equals(other.curve)
 
 
 def test_forget_class_with_a_budget_takes_that_many(case):

@@ -69,6 +69,7 @@ def test_scores_of_each_example(evaluation, run, name, fraction):
 
 def test_table_sums_up_the_examples(evaluation):
     table = evaluation.table
+    assert evaluation.ablated_fraction == FRACTION
     assert table[["fit", "ablated_fraction"]].to_numpy().tolist() == [
         [name, fraction] for name in ("least-squares", "ridge") for fraction in TESTS
     ]
@@ -155,7 +156,11 @@ def test_score_is_one_row_per_example(run, evaluation):
 
 
 def test_training_outputs_do_not_reach_the_scores(tmp_path):
-    run = make(tmp_path / "r.zarr", outputs, steps=[{("test", FRACTION): 20, ("train", FRACTION): 60}, {("test", FRACTION): 33}])
+    run = make(
+        tmp_path / "r.zarr",
+        outputs,
+        steps=[{("test", FRACTION): 20, ("train", FRACTION): 60}, {("test", FRACTION): 33}],
+    )
     fit(run)
     before = evaluate(run)
     values = run.array("outputs")[:]

@@ -258,9 +258,8 @@ def test_damaged_fit_is_deleted_whole(fresh):
     arrays.write_all(fresh.group, "attributions/ols/penalty", values[1], "component")
     flipped(fresh.path / "attributions/ridge/penalty/c/0")
     problems = verify(reopened(fresh))
-    assert [(p.chunk, p.what, p.mended_by) for p in problems] == [
-        ("attributions/ridge/penalty/c/0", "damaged", "coar fit")
-    ]
+    assert [(problem.chunk, problem.what) for problem in problems] == [("attributions/ridge/penalty/c/0", "damaged")]
+    assert "coar fit" in problems[0].mended_by
     assert repair(reopened(fresh), problems) == []
     assert "attributions/ridge" not in reopened(fresh).group
     np.testing.assert_array_equal(helpers.whole(fresh, "attributions/ols/penalty"), values[1])

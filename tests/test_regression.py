@@ -128,7 +128,9 @@ def test_primal_and_dual_forms_agree(masks):
         np.testing.assert_allclose(getattr(one, field), getattr(other, field), rtol=1e-6, atol=1e-9, err_msg=field)
 
 
-@pytest.mark.parametrize("settings", [{"method": "ols"}, {"method": "ridge"}, {"method": "ridge", "masks": 10}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"method": "ols"}, {"method": "ridge"}, {"method": "ridge", "masks": 10}], ids=str
+)
 def test_blocks_and_groups_of_any_size_give_the_same(run, tmp_path, monkeypatch, settings):
     whole = fit(run, **settings, name="whole")
     shutil.copytree(run.path, tmp_path / "copy.zarr")
@@ -197,7 +199,9 @@ def interleaved(path, outputs):
     return make(path, outputs, steps=steps)
 
 
-@pytest.mark.parametrize("settings", [{"method": "ols"}, {"method": "ridge"}, {"method": "ridge", "masks": 11}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"method": "ols"}, {"method": "ridge"}, {"method": "ridge", "masks": 11}], ids=str
+)
 def test_only_training_masks_are_read(tmp_path, settings):
     clean = interleaved(tmp_path / "clean.zarr", linear(weights(), 0.7, NOISE))
     spoilt = interleaved(tmp_path / "spoilt.zarr", linear(weights(), 0.7, NOISE))

@@ -198,7 +198,9 @@ def test_page_contains_the_tables(page, evaluation):
 def test_page_stands_alone_with_its_pictures(page, tmp_path):
     reader = Reader(page)
     assert reader.links == reader.images
-    pictures = [base64.b64decode(image.removeprefix("data:image/png;base64,"), validate=True) for image in reader.images]
+    pictures = [
+        base64.b64decode(image.removeprefix("data:image/png;base64,"), validate=True) for image in reader.images
+    ]
     assert pictures == [(tmp_path / "evaluation.png").read_bytes(), *(p.read_bytes() for p in tmp_path.glob("*/*.png"))]
     for picture in pictures:
         check_picture(picture)

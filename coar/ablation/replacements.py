@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from coar.components import Components
-from coar.errors import AblationError
+from coar.errors import AblationError, SettingsError
 from coar.examples import Examples, Inputs
 
 
@@ -106,6 +106,18 @@ class Mean(Ablation):
     def settings(self) -> dict[str, Any]:
         """Return the name and the calibration examples' fingerprint."""
         return {"name": "Mean", "calibration": self.calibration.fingerprint(), "examples": len(self.calibration)}
+
+
+def choose_ablation(label: str, *, calibration: Examples) -> Ablation:
+    """Return the ablation that a label stands for: `zero`, or `mean` over the calibration examples.
+
+    Raises:
+        SettingsError: When there is no such ablation.
+    """
+    choices: dict[str, Ablation] = {"zero": ZeroWeight(), "mean": Mean(calibration=calibration)}
+    if label not in choices:
+        raise SettingsError(f"unknown ablation {label!r}; choose one of {', '.join(choices)}")
+    return choices[label]
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:

@@ -13,9 +13,9 @@ from torch import nn
 
 from coar.ablation import fold
 from coar.attributions import Attributions
-from coar.components import Component
+from coar.components import Component, read_component
 from coar.editing.goals import EditGoal
-from coar.errors import CoarError, EditError, GoalError, SettingsError, StorageError
+from coar.errors import EditError, GoalError, SettingsError, StorageError
 from coar.weights import weights_fingerprint
 
 if TYPE_CHECKING:
@@ -100,9 +100,11 @@ class Edit:
             content: dict[str, Any] = json.loads(file.read_text())
             if content["format"] > FORMAT:
                 raise EditError(f"{file} has format {content['format']}, this version reads {FORMAT}; update coar")
-            rows = content["components"]
+            rows: list[dict[str, Any]] = content["components"]
+            if not isinstance(rows, list):
+                raise TypeError("components is not a list")
             return cls(
-                tuple(Component(*(row[field] for field in Component._fields)) for row in rows),
+                tuple(read_component([row[field] for field in Component._fields]) for row in rows),
                 tuple(float(row["replacement"]) for row in rows),
                 tuple(float(row["score"]) for row in rows),
                 EditGoal(**content["goal"]),
@@ -112,7 +114,7 @@ class Edit:
             )
         except EditError:
             raise
-        except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError, CoarError) as error:
+        except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise EditError(f"{file} does not hold an edit ({error!r}); write it again with Edit.save") from None
 
     def to_pandas(self) -> "pd.DataFrame":

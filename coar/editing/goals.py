@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from coar.errors import GoalError
 from coar.expressions import select
@@ -28,12 +28,22 @@ class EditGoal(BaseModel):
     direction: Literal["decrease", "increase"]
 
     def __init__(self, **settings: Any) -> None:
-        plain = {key: tuple(map(int, v)) if isinstance(v, list | np.ndarray) else v for key, v in settings.items()}
         try:
-            super().__init__(**plain)
+            super().__init__(**settings)
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise GoalError(f"this goal cannot be read: {problems}; correct these fields") from None
+
+    @field_validator("targets", "references", mode="before")
+    @classmethod
+    def _as_positions(cls, value: Any) -> Any:
+        """Turn truth values or positions, in any kind of sequence, into a tuple of positions."""
+        if isinstance(value, str):
+            return value
+        rows = np.asarray(value)
+        if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "biu"):
+            raise ValueError("give a condition, positions, or one truth value per example")
+        return tuple(int(row) for row in (np.flatnonzero(rows) if rows.dtype == bool else rows))
 
     def resolve(self, metadata: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Return the positions of targets and references, ascending.
@@ -59,10 +69,10 @@ def _positions(role: str, selection: Selection, metadata: Mapping[str, np.ndarra
     if isinstance(selection, str):
         found = np.flatnonzero(select(selection, metadata))
     else:
-        found = np.unique(np.asarray(selection, dtype=np.int64))
-        outside = found[(found < 0) | (found >= n)]
-        if len(outside):
+        outside = [row for row in selection if not 0 <= row < n]
+        if outside:
             raise GoalError(f"{role} names example {outside[0]}, but there are {n}, counted from 0; correct it")
+        found = np.unique(np.asarray(selection, dtype=np.int64))
     if not len(found):
         raise GoalError(f"{role}={selection!r} selects none of the {n} examples; widen it")
     return found

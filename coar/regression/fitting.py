@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from coar.progress import progress_bar
 from coar.regression.ridge import LinearFit, Spectrum, solve
 from coar.regression.sums import Gram, accumulate, batches
 from coar.store import Run
-from coar.store.fits import FitWriter, fit_facts
+from coar.store.fits import FitWriter, check_name, chunk_rows, fit_facts
 
 METHODS = ("ridge", "ols")
 MOMENT_BYTES = 256 * 2**20  # of X'Y held at a time; more examples than fit take another reading of the masks
@@ -57,14 +58,16 @@ def fit(
         raise RegressionError(
             f"a fit needs at least two training masks and {run.path} has {len(rows)}; collect with --masks"
         )
-    label = name or method
+    label = check_name(name or method)
     facts = {"method": method, "masks": len(rows), "ablated_fraction": run.sampler.ablated_fraction}
     known = fit_facts(run, label)
     if refit or {key: known.get(key) for key in facts} != facts or known.get("state") != "ready":
         with run.lock():
+            solutions = _solutions(run, rows, method, chunk_rows(run))
+            first = next(solutions)  # what cannot be fitted raises here, before the stored fit is replaced
             writer = FitWriter(run, label, FIELDS, facts)
             for examples, result in progress_bar(
-                _solutions(run, rows, method, writer.rows), desc=f"fit {label}", unit="block", shown=progress
+                chain([first], solutions), desc=f"fit {label}", unit="block", shown=progress
             ):
                 writer.write(examples, **{field: getattr(result, field).numpy() for field in FIELDS})
             writer.finish()

@@ -32,7 +32,7 @@ class Spectrum:
     def primal(cls, gram: Gram) -> "Spectrum":
         """Decompose the (components, components) Gram matrix: for more masks than components."""
         values, vectors = torch.linalg.eigh(gram.centred())
-        kept = values > RANK * values[-1]
+        kept = values > max(RANK * float(values[-1]), RANK)
         return cls(values[kept], vectors[:, kept] * values[kept].sqrt(), gram.total / gram.count, gram.count)
 
     def scores_primal(self, gram: Gram, moments: Moments) -> Tensor:
@@ -50,7 +50,7 @@ class Spectrum:
         row = masks.double() @ mean
         kernel = (masks @ masks.T).double() - row[:, None] - row[None, :] + mean @ mean
         values, vectors = torch.linalg.eigh(kernel)
-        kept = values > RANK * values[-1]
+        kept = values > max(RANK * float(values[-1]), RANK)
         left = vectors[:, kept]
         basis = masks.T.double() @ left - torch.outer(mean, left.sum(0))
         return cls(values[kept], basis, mean, len(masks)), left
@@ -90,6 +90,10 @@ def solve(spectrum: Spectrum, scores: Tensor, mean: Tensor, variation: Tensor, *
     """
     values = spectrum.eigenvalues
     components = len(spectrum.mean)
+    if not len(values):
+        raise RegressionError(
+            f"the {spectrum.count} masks are all alike, so they say nothing; collect more, or ablate more"
+        )
     if method == "ols":
         if len(values) < components or spectrum.count < components + 2:
             raise RegressionError(

@@ -52,6 +52,18 @@ def read_fit(run: Run, name: str, array: str, *slices: slice) -> np.ndarray:
     return values
 
 
+def check_name(name: str) -> str:
+    """Return the name, or raise `SettingsError` when it cannot name a fit."""
+    if not name.replace("-", "_").isidentifier():
+        raise SettingsError(f"{name!r} cannot name a fit; use letters, digits, '_' and '-', and begin with a letter")
+    return name
+
+
+def chunk_rows(run: Run) -> int:
+    """Return how many examples a fit's chunks hold: blocks of examples are written in multiples of this."""
+    return max(1, min(run.n_examples, CHUNK_BYTES // (4 * run.n_components)))
+
+
 class FitWriter:
     """Replaces a fit block by block; it counts as made once `finish` has been called.
 
@@ -63,11 +75,8 @@ class FitWriter:
     """
 
     def __init__(self, run: Run, name: str, fields: tuple[str, ...], facts: dict[str, Any]) -> None:
-        if not name.replace("-", "_").isidentifier():
-            raise SettingsError(f"{name!r} cannot name a fit; use letters, digits, '_' and '-'")
         self._facts = {"state": "ready", **facts}
-        n, d = run.n_examples, len(run.components)
-        self.rows = max(1, min(n, CHUNK_BYTES // (4 * d)))
+        n, d, rows = run.n_examples, run.n_components, chunk_rows(run)
         with arrays.storage_errors(run.path):
             self._group = run.group.create_group(
                 f"{GROUP}/{name}", overwrite=True, attributes={ATTRIBUTE: {"state": "fitting"}}
@@ -78,7 +87,7 @@ class FitWriter:
                 self._group,
                 field,
                 shape=(n, d) if wide else (n,),
-                chunks=(self.rows, d) if wide else (self.rows,),
+                chunks=(rows, d) if wide else (rows,),
                 dtype="float32",
                 dimensions=("example", "component") if wide else ("example",),
             )

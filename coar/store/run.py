@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 import zarr
 
-from coar.components import Component, Components
+from coar.components import Component, Components, read_component
 from coar.errors import CorruptRunError, IncompleteRunError, MismatchError, RunError, SettingsError
 from coar.sampling import Sampler, sampler_from_settings
 from coar.store import arrays
@@ -143,7 +143,7 @@ class Run:
     def components(self) -> Components:
         """The component table."""
         columns = [self.column(f"component/{field}").tolist() for field in COMPONENT_FIELDS]
-        table = Components(Component(*row) for row in zip(*columns, strict=True))
+        table = Components(read_component(row) for row in zip(*columns, strict=True))
         if table.fingerprint() != self._manifest["fingerprint"].get("components"):
             raise CorruptRunError(f"the component table of {self.path} is not the one it was made with; restore a copy")
         return table

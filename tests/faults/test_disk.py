@@ -137,7 +137,7 @@ def test_read_only_disk(disk, reference, attempt, left_over):
     (path / "outputs/c/2/0").unlink()
     (path / "outputs/c/30/1").write_bytes(b"damaged")
     if left_over:
-        (path / "outputs/c/7/0.0123456789abcdef.partial").write_bytes(b"by a writer that was killed")
+        (path / "outputs/c/7/0.0123456789abcdef0123456789abcdef.partial").write_bytes(b"by a writer that was killed")
     stored = files(disk)
     assert mount("-o", "remount,ro", disk).returncode == 0
     problems = verify(coar.Run.open(path))
