@@ -39,7 +39,7 @@ type: $(READY) ## Check types
 	$(BIN)/mypy
 
 test: $(READY) ## Run the fast tests
-	$(BIN)/pytest -m "not slow and not gpu and not network"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu and not network"
 
 bench: $(READY) ## Run the benchmarks that need no data from outside
 	$(BIN)/python benchmarks/fit.py

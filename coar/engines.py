@@ -40,6 +40,7 @@ from coar.worker import (
 
 log = logging.getLogger(__name__)
 
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} masks [{elapsed}<{remaining}, {rate_fmt}]"
 MASK_BLOCK = 64  # masks per unit: seconds of work, so that an interruption costs little
 EXAMPLE_BLOCK = 512  # examples per unit at most
 CHECK_MASKS = 16  # masks on which precisions are compared
@@ -131,7 +132,7 @@ def _collect_units(study: Study, run: Run, worker: Worker, *, progress: bool) ->
     loaded = -1
     with (
         _interrupts() as stopped,
-        progress_bar(total=total, initial=round(stored, 1), unit="mask", desc="collect", shown=progress) as bar,
+        progress_bar(total=total, initial=stored, unit="mask", desc="collect", bar_format=BAR, shown=progress) as bar,
     ):
         for unit in missing:
             rows, examples = run.rows_of(unit)

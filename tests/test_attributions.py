@@ -267,7 +267,7 @@ def test_file_without_attributions_is_refused(exported, tmp_path, how):
 
 def test_unwritable_place_is_a_storage_error(found, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="file/a.safetensors"):
+    with pytest.raises(StorageError, match=r"file/a\.safetensors"):
         found.to_safetensors(tmp_path / "file/a.safetensors")
 
 

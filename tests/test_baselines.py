@@ -45,7 +45,7 @@ def sites(model):
 
 
 def constants(study, digits):
-    """Per convolution, what replaces each channel: nothing (no filter here has a bias), or its mean on training scans."""
+    """What replaces each channel of a convolution: nothing (none has a bias), or its mean on training scans."""
     model = deepcopy(study.model)
     if isinstance(study.ablation, coar.ZeroWeight):
         return {name: torch.zeros(module.out_channels) for name, module in sites(model).items()}

@@ -1,5 +1,6 @@
 """Choosing components, edits on disk and in weights, and the ready tasks on trained digits."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -209,7 +210,7 @@ def test_missing_and_future_edits_are_refused(found, tmp_path):
     coar.edit(found, goal(), budget=2).save(tmp_path / "edit.json")
     content = json.loads((tmp_path / "edit.json").read_text())
     (tmp_path / "edit.json").write_text(json.dumps({**content, "format": 99}))
-    with pytest.raises(EditError, match="format 99.*update coar"):
+    with pytest.raises(EditError, match=r"format 99.*update coar"):
         coar.Edit.load(tmp_path / "edit.json")
 
 
@@ -373,7 +374,7 @@ def test_fix_errors_corrects_what_it_says_it_corrects(case, tmp_path):
 def test_nothing_to_fix_is_a_goal_error(case):
     study, attributions, judge = case
     right = study.examples.subset(np.flatnonzero(margins(study.model, study.examples) > 0))
-    with pytest.raises(GoalError, match="classifies all .* correctly"):
+    with pytest.raises(GoalError, match=r"classifies all .* correctly"):
         coar.fix_errors(attributions, study.model, right, judge, device="cpu")
 
 
@@ -388,8 +389,6 @@ def test_forgetting_a_class_that_is_not_there_is_a_goal_error(case):
 def test_tasks_refuse_budgets_outside_the_components(case, task, budget):
     study, attributions, judge = case
     common = (attributions, study.model, study.examples, judge.subset(range(20)))
+    run = {"forget": functools.partial(coar.forget_class, label=3), "fix": coar.fix_errors}[task]
     with pytest.raises(SettingsError, match=f"budget of {budget} .*1 to 336"):
-        if task == "forget":
-            coar.forget_class(*common, label=3, budget=budget, device="cpu")
-        else:
-            coar.fix_errors(*common, budget=budget, device="cpu")
+        run(*common, budget=budget, device="cpu")

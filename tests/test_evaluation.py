@@ -173,12 +173,12 @@ def test_training_outputs_do_not_reach_the_scores(tmp_path):
 def test_too_few_test_masks_is_an_error(tmp_path, test_masks):
     run = make(tmp_path / "r.zarr", linear(weights()), test_masks=test_masks)
     fit(run)
-    with pytest.raises(IncompleteRunError, match="fewer than two test masks.*--test-masks"):
+    with pytest.raises(IncompleteRunError, match=r"fewer than two test masks.*--test-masks"):
         evaluate(run)
 
 
 def test_no_fits_is_an_error(tmp_path):
-    with pytest.raises(RunError, match="no attributions to evaluate.*coar fit"):
+    with pytest.raises(RunError, match=r"no attributions to evaluate.*coar fit"):
         evaluate(make(tmp_path / "r.zarr", linear(weights()), test_masks=9))
 
 

@@ -248,7 +248,7 @@ def test_everything_else_is_refused_and_nothing_is_run(expression, tmp_path, mon
 
 @pytest.mark.parametrize("expression", ["lable == 3", "flag and lable in [3]", "label == three", "print", "True_"])
 def test_unknown_name_lists_the_columns(expression):
-    with pytest.raises(GoalError, match="no metadata column .*there are flag, group, label, other, score"):
+    with pytest.raises(GoalError, match=r"no metadata column .*there are flag, group, label, other, score"):
         select(expression, COLUMNS)
 
 

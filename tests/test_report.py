@@ -102,7 +102,7 @@ def test_evaluation_figure_shows_the_scores(evaluation):
     left, right = evaluation_figure(evaluation).axes
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["ols", "ridge"]
     for container, name in zip(right.containers, ("ols", "ridge"), strict=True):
-        rows = evaluation.table.query("fit == @name")
+        rows = evaluation.table[evaluation.table["fit"] == name]
         np.testing.assert_array_equal(container[0].get_xdata(), TESTS)
         np.testing.assert_array_equal(container[0].get_ydata(), rows["pearson"])
 
@@ -111,7 +111,8 @@ def test_evaluation_figure_is_of_the_fraction_that_was_fitted(evaluation):
     left, _ = evaluation_figure(evaluation).axes
     assert left.get_xlabel() == "held-out correlation at fraction 0.1"
     for line, name in zip(left.lines, ("ols", "ridge"), strict=True):
-        scores = evaluation.per_example.query("fit == @name and ablated_fraction == @FRACTION")["pearson"]
+        rows = evaluation.per_example[evaluation.per_example["fit"] == name]
+        scores = rows[rows["ablated_fraction"] == FRACTION]["pearson"]
         np.testing.assert_array_equal(np.sort(scores), line.get_xdata()[1:])
 
 

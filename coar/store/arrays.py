@@ -69,8 +69,8 @@ def read(array: zarr.Array[Any], *slices: slice) -> np.ndarray:
         bad = [key for key in chunks_of(array, slices) if not readable(array, key)]
         keys = ", ".join(chunk_path(array, key) for key in bad) or array.path
         raise CorruptRunError(
-            f"chunk {keys} of {array.store} is damaged ({error}); 'coar verify --repair' deletes damaged chunks, and "
-            f"the next collect or fit makes them again"
+            f"chunk {keys} of {array.store} is damaged ({error}); 'coar verify --repair' deletes what collect or fit "
+            f"can make again, and names what only a copy can bring back"
         ) from error
 
 

@@ -27,9 +27,9 @@ def write_lock(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(
-                f"another process is writing to {root}; wait until it is done, or collect into another path"
-            ) from None
+            raise _taken(root) from None
+        if not root.exists() or not os.path.samestat(os.fstat(handle), root.stat()):
+            raise _taken(root)  # the folder was removed, or made anew, between opening and locking it
         try:
             yield
         finally:
@@ -37,3 +37,7 @@ def write_lock(root: Path) -> Iterator[None]:
                 root.rmdir()
     finally:
         os.close(handle)
+
+
+def _taken(root: Path) -> RunError:
+    return RunError(f"another process is writing to {root}; wait until it is done, or collect into another path")

@@ -185,7 +185,10 @@ class Run:
         missing = set(arrays.all_chunks(array)) - arrays.stored_chunks(array)
         if missing:
             chunk = arrays.chunk_path(array, min(missing))
-            raise CorruptRunError(f"chunk {chunk} of {self.path} is missing; restore it from a copy")
+            raise CorruptRunError(
+                f"chunk {chunk} of {self.path} is missing; 'coar verify --repair' says whether it can be made again, "
+                f"else restore it from a copy"
+            )
         values = arrays.read(array, slice(None))
         return np.array(values.tolist()) if values.dtype.kind in "OT" else values
 
@@ -311,7 +314,7 @@ def needs_creation(path: str | Path) -> bool:
 
 def local_path(path: str | Path) -> Path:
     """Return the path; raise `SettingsError` for an address that is not on this machine's disks."""
-    if "://" in str(path):
+    if "://" in str(path) or (Path(path).parts or ("",))[0].endswith(":"):
         raise SettingsError(f"{str(path)!r} is an address of an object store; give a path on a local or mounted disk")
     return Path(path)
 
@@ -334,7 +337,8 @@ def _state(root: Path) -> str:
 
 def _empty(root: Path) -> None:
     """Remove what a creation cut short has left in a folder, but not the folder, which may be locked."""
-    for path in root.iterdir() if root.exists() else ():
+    entries = root.iterdir() if root.exists() else ()
+    for path in sorted(entries, key=lambda entry: entry.name == "zarr.json"):  # what says `creating` goes last
         if path.is_dir():
             shutil.rmtree(path)
         else:
