@@ -41,7 +41,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         StorageError: When the disk refuses the write.
     """
     file = Path(path)
-    partial = file.with_name(f"{file.name}.partial")
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: value.detach().cpu().contiguous() for name, value in _state(model).items()}, partial)

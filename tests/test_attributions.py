@@ -105,6 +105,12 @@ def test_a_truth_value_per_example_chooses_examples(either, run):
     np.testing.assert_array_equal(either.weights(chosen), raw(run, "weight")[chosen])
 
 
+@pytest.mark.parametrize("length", [5, N + 1])
+def test_truth_values_of_another_length_are_refused(either, length):
+    with pytest.raises(IndexError, match=str(length)):
+        either.weights(np.arange(length) < 3)
+
+
 def test_chosen_examples_count_from_the_end_too(either, run):
     np.testing.assert_array_equal(either.weights(np.array([-1, 3])), raw(run, "weight")[[-1, 3]])
 

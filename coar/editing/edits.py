@@ -73,7 +73,7 @@ class Edit:
             StorageError: When the disk refuses the write.
         """
         file = Path(path)
-        partial = file.with_name(f"{file.name}.partial")
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         content = {
             "format": FORMAT,
             "goal": self.goal.model_dump(mode="json"),
