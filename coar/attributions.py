@@ -214,6 +214,8 @@ class Attributions:
 
     def _positions(self, examples: np.ndarray) -> np.ndarray:
         """Turn truth values, or positions that may count from the end, into positions."""
+        if examples.dtype == bool and examples.shape != (len(self),):
+            raise IndexError(f"{len(examples)} truth values were given for {len(self)} examples; give one for each")
         rows = np.flatnonzero(examples) if examples.dtype == bool else examples
         outside = rows[(rows < -len(self)) | (rows >= len(self))]
         if len(outside):

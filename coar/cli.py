@@ -94,7 +94,7 @@ def collect(
         precision=precision,
         precision_tolerance=precision_tolerance,
         batch_size=batch_size,
-        mask_block=mask_block or MASK_BLOCK,
+        mask_block=MASK_BLOCK if mask_block is None else mask_block,
         example_block=example_block,
     )
     typer.echo(f"{finished.path}: {len(finished.plan)} masks x {finished.n_examples} examples, complete")
@@ -180,9 +180,11 @@ def edit(
     if task is None:
         if targets is None or references is None:
             raise SettingsError("give --targets and --references, or --task with --pipeline")
+        if label is not None:
+            raise SettingsError("--label names the class of --task forget; add that task, or leave --label out")
         goal = EditGoal(targets=targets, references=references, direction=direction)
-    elif targets is not None or references is not None:
-        raise SettingsError("--task sets targets and references itself; leave --targets and --references out")
+    elif targets is not None or references is not None or name != "edit":
+        raise SettingsError("--task sets targets, references and name; leave those options out")
     if pipeline is not None:
         _apply_and_judge(run, pipeline, attributions, folder, task, label, goal, name, budget, device)
         return

@@ -40,7 +40,7 @@ from coar.worker import (
 
 log = logging.getLogger(__name__)
 
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} masks [{elapsed}<{remaining}, {rate_fmt}]"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 MASK_BLOCK = 64  # masks per unit: seconds of work, so that an interruption costs little
 EXAMPLE_BLOCK = 512  # examples per unit at most
 CHECK_MASKS = 16  # masks on which precisions are compared
@@ -132,7 +132,14 @@ def _collect_units(study: Study, run: Run, worker: Worker, *, progress: bool) ->
     loaded = -1
     with (
         _interrupts() as stopped,
-        progress_bar(total=total, initial=stored, unit="mask", desc="collect", bar_format=BAR, shown=progress) as bar,
+        progress_bar(
+            total=total,
+            initial=min(stored, total),
+            unit="mask",
+            desc="collect",
+            bar_format=BAR,
+            shown=progress,
+        ) as bar,
     ):
         for unit in missing:
             rows, examples = run.rows_of(unit)
@@ -143,7 +150,7 @@ def _collect_units(study: Study, run: Run, worker: Worker, *, progress: bool) ->
             _check_finite(study, run, unit, outputs, base)
             run.write_unit(unit, outputs, base)
             done += 1
-            bar.update(share[unit])
+            bar.update(min(share[unit], total - bar.n))  # shares are fractions, and their sum may round up
             if stopped.is_set() and done < len(share):
                 raise KeyboardInterrupt(
                     f"stopped after unit {done} of {len(share)}; everything so far is stored in {run.path}: run the "

@@ -84,12 +84,11 @@ def score(attributions: Attributions, run: Run, ablated_fraction: float) -> "pd.
     from scipy.stats import rankdata
 
     rows = run.plan.rows("test", ablated_fraction)
-    low, high = int(rows[0]), int(rows[-1]) + 1
-    masks = run.masks(low, high)[rows - low]
+    masks = run.masks_at(rows)
     parts = []
     for start in range(0, run.n_examples, BLOCK):
         examples = slice(start, min(start + BLOCK, run.n_examples))
-        truth = run.outputs(slice(low, high), examples)[rows - low].astype(np.float64)
+        truth = run.outputs_at(rows, examples).astype(np.float64)
         weights = attributions.weights(examples).astype(np.float64)
         predicted = masks @ weights.T + attributions.intercept[examples]
         parts.append(

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,11 +112,10 @@ def write_page(run: Run, folder: Path) -> Path:
     parts = [f"<h1>{html.escape(run.path.name)}</h1>", _facts(run)]
     if (folder / "evaluation.csv").is_file():
         parts += ["<h2>Predicting outputs under held-out masks</h2>", _table(pd.read_csv(folder / "evaluation.csv"))]
-        parts.append(_image(folder / "evaluation.png"))
+        parts += _images(folder / "evaluation.png")
     for table in sorted(folder.glob("*/table.csv")):
         parts += [f"<h2>Edit: {html.escape(table.parent.name)}</h2>", _table(pd.read_csv(table))]
-        if (table.parent / "curve.png").is_file():
-            parts.append(_image(table.parent / "curve.png"))
+        parts += _images(table.parent / "curve.png")
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(run.path.name)}</title>'
         f"<style>{STYLE}</style><body>{''.join(parts)}<p>Made by coar {__version__}.</p></body></html>\n"
@@ -125,7 +123,7 @@ def write_page(run: Run, folder: Path) -> Path:
     file = folder / "index.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(page)
+        file.write_text(page, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"cannot write {file}: {error}; free space or choose another folder") from error
     return file
@@ -159,11 +157,12 @@ def _table(frame: "pd.DataFrame") -> str:
     return str(frame.to_html(index=False, escape=True, float_format=lambda value: f"{value:.3f}", border=0))
 
 
-def _image(file: Path) -> str:
-    buffer = io.BytesIO(file.read_bytes())
-    return (
-        f'<img alt="{html.escape(file.stem)}" src="data:image/png;base64,{base64.b64encode(buffer.read()).decode()}">'
-    )
+def _images(file: Path) -> list[str]:
+    """Return the image as a list of one, of none where the file is missing."""
+    if not file.is_file():
+        return []
+    data = base64.b64encode(file.read_bytes()).decode()
+    return [f'<img alt="{html.escape(file.stem)}" src="data:image/png;base64,{data}">']
 
 
 def _colours(count: int) -> list[str]:

@@ -373,9 +373,15 @@ def test_fix_errors_corrects_what_it_says_it_corrects(case, tmp_path):
 
 def test_nothing_to_fix_is_a_goal_error(case):
     study, attributions, judge = case
-    right = study.examples.subset(np.flatnonzero(margins(study.model, study.examples) > 0))
+    with torch.no_grad():
+        predicted = study.model(study.examples.inputs).argmax(1)
+    right = coar.Examples(
+        inputs=study.examples.inputs, targets=predicted, metadata={"id": study.examples.metadata["id"]}
+    )
     with pytest.raises(GoalError, match=r"classifies all .* correctly"):
         coar.fix_errors(attributions, study.model, right, judge, device="cpu")
+    with pytest.raises(GoalError, match=r"not the .* by their ids"):
+        coar.fix_errors(attributions, study.model, judge, judge, device="cpu")
 
 
 def test_forgetting_a_class_that_is_not_there_is_a_goal_error(case):

@@ -10,6 +10,7 @@ from torch import nn
 from coar.attributions import Attributions
 from coar.editing.edits import Edit
 from coar.editing.goals import EditGoal
+from coar.errors import GoalError
 from coar.examples import Examples
 from coar.outputs import CorrectClassMargin
 from coar.worker import ModelRunner, Worker, choose_device, device_copy
@@ -61,12 +62,19 @@ def judge_edit(
             conditions, not as positions.
         device: Where to compute.
 
+    Raises:
+        GoalError: When the edit's goal names examples by position and no other is given.
+
     Returns:
         One row per group: number of examples, accuracy and mean margin (against the largest other logit) before and
         after, and the change of accuracy in points.
     """
     import pandas as pd
 
+    if goal is None and not all(isinstance(part, str) for part in (edit.goal.targets, edit.goal.references)):
+        raise GoalError(
+            "the edit's goal names examples by position, which says nothing of others; give goal= with conditions"
+        )
     targets, references = (goal or edit.goal).resolve({k: np.asarray(v) for k, v in examples.metadata.items()})
     before, after = margins(model, examples, device=device), margins(edit.apply(model), examples, device=device)
     rows = []

@@ -71,6 +71,7 @@ def reach_goal(
         GoalError: When the studied or judging examples have no targets or no references.
         SettingsError: When the budget is out of range.
     """
+    _check_studied(attributions, studied)
     scores = welch_t(attributions, goal)
     order = ranking(scores, goal)
     counts = _counts(budget, len(order))
@@ -147,6 +148,7 @@ def fix_errors(
     """
     import pandas as pd
 
+    _check_studied(attributions, studied)
     if budget is not None:
         check_budget(budget, len(attributions.components))
     before = margins(model, studied, device=device)
@@ -189,6 +191,14 @@ def fix_errors(
         ignore_index=True,
     )
     return TaskResult("fix", tuple(edits), pd.DataFrame(rows), overview)
+
+
+def _check_studied(attributions: Attributions, studied: Examples) -> None:
+    if not np.array_equal(attributions.metadata["id"], np.asarray(studied.metadata["id"])):
+        raise GoalError(
+            f"the {len(studied)} studied examples are not the {len(attributions)} that have attributions by their ids; "
+            f"give the examples of the study"
+        )
 
 
 def _counts(budget: int | None, components: int) -> list[int]:

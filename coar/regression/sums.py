@@ -76,12 +76,9 @@ def batches(run: Run, rows: np.ndarray, examples: slice) -> Iterator[tuple[Tenso
     starts = [start for start in range(0, len(run.plan), step) if ((rows >= start) & (rows < start + step)).any()]
 
     def load(start: int) -> tuple[Tensor, Tensor]:
-        stop = min(start + step, len(run.plan))
-        wanted = rows[(rows >= start) & (rows < stop)]
-        low, high = int(wanted[0]), int(wanted[-1]) + 1
-        masks = torch.from_numpy(run.masks(low, high)[wanted - low])
-        outputs = torch.from_numpy(run.outputs(slice(low, high), examples)[wanted - low])
-        return masks.float(), outputs
+        wanted = rows[(rows >= start) & (rows < start + step)]
+        masks, outputs = run.masks_at(wanted), run.outputs_at(wanted, examples)
+        return torch.from_numpy(masks).float(), torch.from_numpy(outputs)
 
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(load, starts[0])

@@ -253,6 +253,14 @@ class Run:
             )
         return values
 
+    def masks_at(self, rows: np.ndarray) -> np.ndarray:
+        """Return the (rows, components) masks of ascending row numbers, reading no others."""
+        return np.concatenate([self.masks(int(part[0]), int(part[-1]) + 1) for part in _stretches(rows)])
+
+    def outputs_at(self, rows: np.ndarray, examples: slice) -> np.ndarray:
+        """Return the (rows, examples) outputs of ascending row numbers, reading no others."""
+        return np.concatenate([self.outputs(slice(int(p[0]), int(p[-1]) + 1), examples) for p in _stretches(rows)])
+
     def rows_of(self, unit: Unit) -> tuple[slice, slice]:
         """Return the rows and the examples that a unit covers."""
         masks, examples = self.blocks
@@ -317,6 +325,11 @@ def local_path(path: str | Path) -> Path:
     if "://" in str(path) or (Path(path).parts or ("",))[0].endswith(":"):
         raise SettingsError(f"{str(path)!r} is an address of an object store; give a path on a local or mounted disk")
     return Path(path)
+
+
+def _stretches(rows: np.ndarray) -> list[np.ndarray]:
+    """Cut ascending row numbers where one or more are left out."""
+    return np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
 
 
 def _state(root: Path) -> str:
