@@ -101,7 +101,7 @@ def _dual(run: Run, rows: np.ndarray, method: str, step: int, blocks: list[slice
     for block in blocks:
         parts = list(batches(run, rows, block))
         if spectrum is None:
-            spectrum, left = Spectrum.dual(torch.cat([x for x, _ in parts]))
+            spectrum, left = Spectrum.dual(torch.cat([x[:, :-1] for x, _ in parts]))
         outputs = torch.cat([y for _, y in parts]).double()  # (masks, examples)
         mean = outputs.mean(0)
         outputs -= mean

@@ -64,7 +64,7 @@ class Moments:
 
 
 def batches(run: Run, rows: np.ndarray, examples: slice) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (rows, components) masks and (rows, examples) outputs in float32, reading ahead by one batch.
+    """Yield (rows, components + 1) masks, the last column ones, and (rows, examples) outputs; float32, one batch ahead.
 
     Args:
         run: The run to read.
@@ -77,8 +77,10 @@ def batches(run: Run, rows: np.ndarray, examples: slice) -> Iterator[tuple[Tenso
 
     def load(start: int) -> tuple[Tensor, Tensor]:
         wanted = rows[(rows >= start) & (rows < start + step)]
-        masks, outputs = run.masks_at(wanted), run.outputs_at(wanted, examples)
-        return torch.from_numpy(masks).float(), torch.from_numpy(outputs)
+        masks, outputs = torch.from_numpy(run.masks_at(wanted)), torch.from_numpy(run.outputs_at(wanted, examples))
+        design = torch.ones(len(masks), masks.shape[1] + 1)
+        design[:, :-1] = masks
+        return design, outputs
 
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(load, starts[0])
@@ -90,21 +92,24 @@ def batches(run: Run, rows: np.ndarray, examples: slice) -> Iterator[tuple[Tenso
 
 
 def accumulate(run: Run, rows: np.ndarray, examples: slice, *, gram: Gram | None = None) -> tuple[Gram, Moments]:
-    """Read rows once and return the masks' Gram matrix (unless it is given) and the examples' moments."""
-    d, n = len(run.components), examples.stop - examples.start
-    square = torch.zeros(d, d, dtype=torch.float64) if gram is None else gram.product
-    ones = torch.zeros(d, dtype=torch.float64)
-    product = torch.zeros(d, n, dtype=torch.float64)
-    total, squares = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    shift: Tensor | None = None
-    for x, y in batches(run, rows, examples):
-        shift = y.mean(0) if shift is None else shift
-        moved = y - shift
+    """Read rows once and return the masks' Gram matrix (unless it is given) and the examples' moments.
+
+    A column of ones stands beside the masks, so that the same products give the column sums.
+    """
+    d, n = run.n_components, examples.stop - examples.start
+    square = torch.zeros(d + 1, d + 1, dtype=torch.float64)
+    product = torch.zeros(d + 1, n, dtype=torch.float64)
+    squares = torch.zeros(1, n, dtype=torch.float64)
+    part, shift = torch.empty(d + 1, n), torch.zeros(n)
+    for number, (x, y) in enumerate(batches(run, rows, examples)):
+        if number == 0:
+            shift = y.mean(0)
+        y.sub_(shift)
+        ones = x[:, -1:].T  # (1, rows)
         if gram is None:
             square += x.T @ x  # whole numbers below 2**24: exact in float32
-        ones += x.sum(0, dtype=torch.float64)
-        product += x.T @ moved
-        total += moved.sum(0, dtype=torch.float64)
-        squares += (moved.double() ** 2).sum(0)
-    offset = torch.zeros(n) if shift is None else shift
-    return Gram(square, ones, len(rows)), Moments(product, total, squares, offset.double(), len(rows))
+        product += torch.mm(x.T, y, out=part)
+        squares += ones @ y.square_()
+    if gram is None:
+        gram = Gram(square[:d, :d].clone(), square[d, :d].clone(), len(rows))
+    return gram, Moments(product[:d], product[d], squares[0], shift.double(), len(rows))

@@ -255,11 +255,13 @@ class Run:
 
     def masks_at(self, rows: np.ndarray) -> np.ndarray:
         """Return the (rows, components) masks of ascending row numbers, reading no others."""
-        return np.concatenate([self.masks(int(part[0]), int(part[-1]) + 1) for part in _stretches(rows)])
+        parts = [self.masks(int(part[0]), int(part[-1]) + 1) for part in _stretches(rows)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def outputs_at(self, rows: np.ndarray, examples: slice) -> np.ndarray:
         """Return the (rows, examples) outputs of ascending row numbers, reading no others."""
-        return np.concatenate([self.outputs(slice(int(p[0]), int(p[-1]) + 1), examples) for p in _stretches(rows)])
+        parts = [self.outputs(slice(int(part[0]), int(part[-1]) + 1), examples) for part in _stretches(rows)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def rows_of(self, unit: Unit) -> tuple[slice, slice]:
         """Return the rows and the examples that a unit covers."""
