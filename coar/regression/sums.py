@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coar.store import Run
 
-BATCH = 2048  # rows per matrix product: float32 products over so few rows, summed up in float64
+BATCH = 4096  # rows per matrix product: float32 products over so few rows, summed up in float64
 
 
 @dataclass(frozen=True)
