@@ -30,12 +30,14 @@ class Run:
     Attributes:
         path: Where the run is.
         group: The Zarr group itself.
+        plan: The rows of the mask axis.
     """
 
     def __init__(self, path: Path, group: zarr.Group, manifest: dict[str, Any]) -> None:
         self.path = path
         self.group = group
         self._manifest = manifest
+        self.plan = Plan.from_json(manifest["plan"])
 
     @classmethod
     def create(
@@ -108,21 +110,15 @@ class Run:
                     f"the run at {root} has format {manifest['format']}, and this version reads up to {FORMAT}; update "
                     f"coar"
                 )
-            Plan.from_json(manifest["plan"])
             sampler_from_settings(manifest["fingerprint"]["sampler"])
             dict(manifest["facts"])
+            return cls(root, group, manifest)
         except RunError:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptRunError(
                 f"the attributes of the run at {root} are damaged ({error!r}); restore its zarr.json from a copy"
             ) from error
-        return cls(root, group, manifest)
-
-    @property
-    def plan(self) -> Plan:
-        """The rows of the mask axis."""
-        return Plan.from_json(self._manifest["plan"])
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -134,7 +130,7 @@ class Run:
         """What else is known: the precision as measured, and the batch norms that follow a site."""
         return dict(self._manifest["facts"])
 
-    @property
+    @cached_property
     def sampler(self) -> Sampler:
         """The sampler that made the masks."""
         return sampler_from_settings(self._manifest["fingerprint"]["sampler"])
@@ -159,17 +155,17 @@ class Run:
         group = self.group["example"]
         return {name: self.column(f"example/{name}") for name in sorted(group.array_keys())}  # type: ignore[union-attr]
 
-    @property
+    @cached_property
     def n_components(self) -> int:
         """Number of components."""
         return self.array("component/name").shape[0]
 
-    @property
+    @cached_property
     def n_examples(self) -> int:
         """Number of examples."""
         return self.array("base_output").shape[0]
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[int, int]:
         """Masks and examples per unit of work."""
         masks, examples = self.array("outputs").chunks
@@ -222,6 +218,7 @@ class Run:
                 arrays.write_all(self.group, name, column, "mask")
             self._manifest = {**self._manifest, "plan": plan.to_json()}
             self.group.attrs[ATTRIBUTE] = self._manifest
+        self.plan = plan
 
     def masks(self, start: int, stop: int) -> np.ndarray:
         """Return the (rows, components) boolean masks of rows `start` up to `stop`, checked against the stored ones."""
