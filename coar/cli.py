@@ -140,13 +140,11 @@ def baselines(run: RunArgument, pipeline: PipelineOption, device: DeviceOption =
 def evaluate(run: RunArgument, out: OutOption = None) -> None:
     """Score the run's fits and baselines on masks that no fit has seen."""
     from coar.evaluation import evaluate as evaluate_run
-    from coar.report import write_evaluation
+    from coar.report import compact, write_evaluation
     from coar.store import Run
 
     evaluation = evaluate_run(Run.open(run))
-    short = {"ablated_fraction": "fraction", "tenth_percentile": "p10", "explained_variance": "R2"}
-    shown = evaluation.table.drop(columns=["test_masks", "median"]).rename(columns=short)
-    _show(shown if shown["undefined"].any() else shown.drop(columns="undefined"))
+    _show(compact(evaluation.table))
     _written(write_evaluation(evaluation, out or _reports(run)))
 
 

@@ -25,7 +25,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; display: block; overflow-x: auto }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd } th { background: #f5f5f5 }
-td:first-child, th:first-child { text-align: left } img { max-width: 100% } code { font-size: 13px }
+.facts td, td:first-child, th:first-child { text-align: left } img { max-width: 100% } code { font-size: 13px }
 """
 
 
@@ -111,11 +111,12 @@ def write_page(run: Run, folder: Path) -> Path:
 
     parts = [f"<h1>{html.escape(run.path.name)}</h1>", _facts(run)]
     if (folder / "evaluation.csv").is_file():
-        parts += ["<h2>Predicting outputs under held-out masks</h2>", _table(pd.read_csv(folder / "evaluation.csv"))]
+        table = compact(pd.read_csv(folder / "evaluation.csv"))
+        parts += ["<h2>Predicting outputs under held-out masks</h2>", _table(table)]
         parts += _images(folder / "evaluation.png")
-    for table in sorted(folder.glob("*/table.csv")):
-        parts += [f"<h2>Edit: {html.escape(table.parent.name)}</h2>", _table(pd.read_csv(table))]
-        parts += _images(table.parent / "curve.png")
+    for file in sorted(folder.glob("*/table.csv")):
+        parts += [f"<h2>Edit: {html.escape(file.parent.name)}</h2>", _table(pd.read_csv(file))]
+        parts += _images(file.parent / "curve.png")
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(run.path.name)}</title>'
         f"<style>{STYLE}</style><body>{''.join(parts)}<p>Made by coar {__version__}.</p></body></html>\n"
@@ -127,6 +128,13 @@ def write_page(run: Run, folder: Path) -> Path:
     except OSError as error:
         raise StorageError(f"cannot write {file}: {error}; free space or choose another folder") from error
     return file
+
+
+def compact(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Return an evaluation's table narrow enough for a terminal; `undefined` only where there are any."""
+    short = {"ablated_fraction": "fraction", "tenth_percentile": "p10", "explained_variance": "R2"}
+    shown = table.drop(columns=["test_masks", "median"]).rename(columns=short)
+    return shown if shown["undefined"].any() else shown.drop(columns="undefined")
 
 
 def describe(run: Run) -> dict[str, str]:
@@ -150,7 +158,7 @@ def describe(run: Run) -> dict[str, str]:
 
 def _facts(run: Run) -> str:
     rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in describe(run).items())
-    return f"<table>{rows}</table>"
+    return f'<table class="facts">{rows}</table>'
 
 
 def _table(frame: "pd.DataFrame") -> str:
