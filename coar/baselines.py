@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from coar.attributions import Attributions
+from coar.engines import worker_of
 from coar.errors import AblationError
 from coar.progress import progress_bar
 from coar.store import Run
@@ -89,15 +89,7 @@ def _store(
     facts = {"method": name, "masks": 0, "ablated_fraction": run.sampler.ablated_fraction}
     if {key: fit_facts(run, name).get(key) for key in facts} == facts:
         return Attributions.open(run, name)
-    worker = Worker(
-        device_copy(study.model, choose_device(device)),
-        run.components,
-        torch.from_numpy(run.replacements),
-        study.output,
-        batch_norms=run.facts["batch_norms"],
-        precision=run.facts["precision"]["name"],
-        batch_size=batch_size,
-    )
+    worker = worker_of(study, run, device_copy(study.model, choose_device(device)), batch_size=batch_size)
     with run.lock():
         writer = FitWriter(run, name, ("weight", "intercept"), facts)
         step = max(run.blocks[1] // chunk_rows(run), 1) * chunk_rows(run)

@@ -118,9 +118,22 @@ def collect(
         plan = run.plan.extended(wanted)
         if plan != run.plan or not run.rows_intact():
             run.extend(plan)
-        worker = _worker(study, run, model, batch_size)
+        worker = worker_of(study, run, model, batch_size=batch_size)
         _collect_units(study, run, worker, progress=progress)
     return run
+
+
+def worker_of(study: Study, run: Run, model: nn.Module, *, batch_size: int | None = None) -> Worker:
+    """Return a worker that computes as the run does, on a copy of the model made by `device_copy`."""
+    return Worker(
+        model,
+        run.components,
+        torch.from_numpy(run.replacements),
+        study.output,
+        batch_norms=run.facts["batch_norms"],
+        precision=run.facts["precision"]["name"],
+        batch_size=batch_size,
+    )
 
 
 def _collect_units(study: Study, run: Run, worker: Worker, *, progress: bool) -> None:
@@ -250,18 +263,6 @@ def _gate_error(
     shared = np.ones_like(masks)
     shared[:, rows] = masks[:, rows]
     return compare_gates(plain.outputs(block, masks[:, rows]), fast.outputs(block, shared))
-
-
-def _worker(study: Study, run: Run, model: nn.Module, batch_size: int | None) -> Worker:
-    return Worker(
-        model,
-        run.components,
-        torch.from_numpy(run.replacements),
-        study.output,
-        batch_norms=run.facts["batch_norms"],
-        precision=run.facts["precision"]["name"],
-        batch_size=batch_size,
-    )
 
 
 def _check_same(run: Run, fingerprint: dict[str, Any], precision: str) -> None:

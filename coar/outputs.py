@@ -4,17 +4,15 @@ from abc import abstractmethod
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional
 
 from coar.errors import OutputError
+from coar.settings import Settings
 
 
-class Output(BaseModel):
+class Output(Settings):
     """Base of all output functions: settings that turn a model's result into one number per example."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     @abstractmethod
     def __call__(self, result: Any, targets: Tensor) -> Tensor:

@@ -6,15 +6,16 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from coar.errors import SettingsError
+from coar.settings import Settings
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
-class Sampler(BaseModel):
+class Sampler(Settings):
     """Base of the samplers: True keeps a component, False ablates it.
 
     Attributes:
@@ -22,17 +23,8 @@ class Sampler(BaseModel):
         seed: Seed of all masks, 0 to 2**63 - 1.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     ablated_fraction: float = 0.10
     seed: int = Field(default=0, ge=0, lt=2**63)
-
-    def __init__(self, **settings: Any) -> None:
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise SettingsError(f"{type(self).__name__} cannot be made: {problems}; correct these settings") from None
 
     @field_validator("ablated_fraction")
     @classmethod

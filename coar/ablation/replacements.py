@@ -6,15 +6,15 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from coar.components import Components
 from coar.errors import AblationError, SettingsError
 from coar.examples import Examples, Inputs
+from coar.settings import Settings
 
 
-class Ablation(BaseModel):
+class Ablation(Settings):
     """Base of all ablations that replace a component's output by a constant.
 
     Attributes:
@@ -22,8 +22,6 @@ class Ablation(BaseModel):
     """
 
     label: ClassVar[str]
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     @abstractmethod
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:

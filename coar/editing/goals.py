@@ -1,18 +1,19 @@
 """What an edit is for: which examples must change, in which direction, and which must stay as they are."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import field_validator
 
-from coar.errors import GoalError
+from coar.errors import CoarError, GoalError
 from coar.expressions import select
+from coar.settings import Settings
 
 Selection = str | tuple[int, ...]
 
 
-class EditGoal(BaseModel):
+class EditGoal(Settings):
     """Targets, references and a direction.
 
     Attributes:
@@ -21,18 +22,11 @@ class EditGoal(BaseModel):
         direction: Whether the targets' output shall `decrease` or `increase`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    mistake: ClassVar[type[CoarError]] = GoalError
 
     targets: Selection
     references: Selection
     direction: Literal["decrease", "increase"]
-
-    def __init__(self, **settings: Any) -> None:
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise GoalError(f"this goal cannot be read: {problems}; correct these fields") from None
 
     @field_validator("targets", "references", mode="before")
     @classmethod

@@ -1,0 +1,22 @@
+"""Settings that check themselves: frozen, without unknown fields, and with this package's own errors."""
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from coar.errors import CoarError, SettingsError
+
+
+class Settings(BaseModel):
+    """Base of everything a user sets; all mistakes are reported at once, by field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    mistake: ClassVar[type[CoarError]] = SettingsError
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise self.mistake(f"{type(self).__name__} cannot be made: {problems}; correct these settings") from None
