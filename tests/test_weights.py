@@ -1,6 +1,5 @@
 """Weights on disk: whole or not at all, and never somebody's code."""
 
-import os
 import pickle
 import resource
 import zipfile
@@ -222,11 +221,9 @@ def test_a_path_below_a_file_is_an_error(tmp_path):
         coar.save_weights(small(), tmp_path / "plain" / "net.safetensors")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_an_error(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(StorageError):
-        coar.save_weights(small(), tmp_path / "net.safetensors")
+def test_a_folder_that_takes_no_files_is_an_error():
+    with pytest.raises(StorageError):  # nobody, root included, may make files there
+        coar.save_weights(small(), Path("/proc/self/task") / "net.safetensors")
 
 
 def test_the_fingerprint_tells_apart_names_types_shapes_and_values():

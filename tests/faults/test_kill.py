@@ -40,18 +40,21 @@ def whole(path):
         return False
 
 
+def let_run(path, more, seconds):
+    """Wait until some more units are stored, or the time is up."""
+    goal, end = min(stored_units(path) + more, TOTAL), time.monotonic() + seconds
+    until(lambda: stored_units(path) >= goal or time.monotonic() > end, "progress")
+
+
 def test_killed_twenty_times(server, uninterrupted, tmp_path):
     path = tmp_path / "killed.zarr"
     rng = random.Random(0)
     landed = 0
     for attempt in range(KILLS):
         child = server.start(path, *CALLS)
-        if attempt % 5 == 0:  # while it starts, creates or opens the run
-            time.sleep(rng.uniform(0, 0.4))
-        else:
-            goal = min(stored_units(path) + rng.randint(1, 12), TOTAL)
-            until(lambda goal=goal: stored_units(path) >= goal, "progress")
-            time.sleep(rng.uniform(0, 0.02))
+        more = rng.randint(1, 6)  # so few that all the kills together stay short of the end
+        let_run(path, more, seconds=rng.uniform(0, 0.4) if attempt % 5 == 0 else 60.0)  # one in five may hit the start
+        time.sleep(rng.uniform(0, 0.003))
         child.send(signal.SIGKILL)
         landed += child.wait() == -signal.SIGKILL and not whole(path)
     assert landed >= 15
