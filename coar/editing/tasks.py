@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -155,42 +155,41 @@ def fix_errors(
     wrong, right = np.flatnonzero(before <= 0), np.flatnonzero(before > 0)
     if not len(wrong):
         raise GoalError(f"the model classifies all {len(studied)} studied examples correctly; there is nothing to fix")
-    judged = margins(model, judge, device=device)
+    counts = _counts(budget, len(attributions.components))
     rows, edits, curves = [], [], []
     for i in wrong.tolist():
         goal = EditGoal(targets=(i,), references=tuple(right.tolist()), direction="increase")
         scores = welch_t(attributions, goal)
         order = ranking(scores, goal)
-        counts = _counts(budget, len(order))
         own = effect_curve(model, attributions, order, studied.subset([i]), counts=counts, device=device)[:, 0]
-        reached = np.flatnonzero(own > 0)
-        count = budget or (counts[int(reached[0])] if len(reached) else counts[int(own.argmax())])
-        curve = effect_curve(model, attributions, order, judge, counts=counts, device=device)
-        curves.append((own, curve))
+        others = effect_curve(model, attributions, order, judge, counts=counts, device=device)
+        fewest = int((own > 0).argmax()) if (own > 0).any() else int(own.argmax())
+        count = budget or fewest  # counts are 0, 1, 2, ..., so that a count is its own row
+        identity = {name: np.asarray(column)[i] for name, column in studied.metadata.items()}
+        rows.append({**identity, **_before_and_after(own, others, count)})
         edits.append(edit_of(attributions, goal, order[:count], scores))
-        after = curve[counts.index(count)]
-        rows.append(
-            {
-                **{name: np.asarray(column)[i] for name, column in studied.metadata.items()},
-                "components": count,
-                "corrected": bool(own[counts.index(count)] > 0),
-                "margin_before": float(before[i]),
-                "margin_after": float(own[counts.index(count)]),
-                "judge_before": float((judged > 0).mean()),
-                "judge_after": float((after > 0).mean()),
-                "points": 100 * float((after > 0).mean() - (judged > 0).mean()),
-            }
-        )
+        curves.append((own, others))
     own = np.stack([own for own, _ in curves], axis=1)  # (counts, errors)
     others = np.concatenate([curve for _, curve in curves], axis=1)  # (counts, errors * judged examples)
-    overview = pd.concat(
-        [
-            _curve(own, counts, {"errors": np.arange(own.shape[1])}),
-            _curve(others, counts, {"judged examples": np.arange(others.shape[1])}),
-        ],
-        ignore_index=True,
-    )
-    return TaskResult("fix", tuple(edits), pd.DataFrame(rows), overview)
+    overview = [
+        _curve(own, counts, {"errors": np.arange(own.shape[1])}),
+        _curve(others, counts, {"judged examples": np.arange(others.shape[1])}),
+    ]
+    return TaskResult("fix", tuple(edits), pd.DataFrame(rows), pd.concat(overview, ignore_index=True))
+
+
+def _before_and_after(own: np.ndarray, others: np.ndarray, count: int) -> dict[str, Any]:
+    """Return what ablating `count` components does, from (counts,) margins of the error and (counts, n) of others."""
+    accuracy = (others > 0).mean(1)
+    return {
+        "components": count,
+        "corrected": bool(own[count] > 0),
+        "margin_before": float(own[0]),
+        "margin_after": float(own[count]),
+        "judge_before": float(accuracy[0]),
+        "judge_after": float(accuracy[count]),
+        "points": 100 * float(accuracy[count] - accuracy[0]),
+    }
 
 
 def _check_studied(attributions: Attributions, studied: Examples) -> None:
