@@ -272,7 +272,8 @@ def load(path: str | Path, fit: str | None = None) -> Attributions:
 
     Args:
         path: A run, or a file written by `Attributions.to_safetensors`.
-        fit: Name of the fit in the run; by default the best kind that is there, never a baseline.
+        fit: Name of the fit in the run; by default, of those named after their method, the one that predicted
+            validation masks best or else the best kind that is there; never a baseline.
 
     Raises:
         RunError: When the run has no such fit.
@@ -280,6 +281,8 @@ def load(path: str | Path, fit: str | None = None) -> Attributions:
     if Path(path).is_file():
         return Attributions.from_safetensors(path)
     run = Run.open(path)
-    fitted = [name for name in fit_names(run) if fit_facts(run, name)["masks"]]  # baselines have no masks
-    default = next((name for name in (*PREFERRED, *fitted) if name in fitted), "ridge")
-    return Attributions.open(run, fit or default)
+    facts = {name: fit_facts(run, name) for name in fit_names(run)}
+    fitted = [name for name in facts if facts[name]["masks"] or facts[name].get("probes")]  # baselines have neither
+    usual = [name for name in PREFERRED if name in fitted]
+    usual.sort(key=lambda name: -facts[name].get("validation", -1.0))
+    return Attributions.open(run, fit or next(iter([*usual, *fitted]), PREFERRED[0]))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from coar.attributions import Attributions
     from coar.editing import EditGoal
+    from coar.planning import Progress
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,6 +61,9 @@ def collect(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A pipeline file.")],
     run: Annotated[Path | None, typer.Option(help="The run [default: runs/<pipeline>-<ablation>.zarr].")] = None,
     masks: Annotated[int | None, typer.Option(help="Training masks [default: the pipeline's].")] = None,
+    probes: Annotated[int, typer.Option(help="Probes, for informed attributions.")] = 0,
+    until: Annotated[float | None, typer.Option(help="Go on until validation masks are predicted so well.")] = None,
+    until_flat: Annotated[bool, typer.Option("--until-flat", help="Go on until more passes promise little.")] = False,
     test_masks: Annotated[int | None, typer.Option(help="Held-out masks [default: the pipeline's].")] = None,
     validation_masks: Annotated[int, typer.Option(help="Masks kept apart for choices along the way.")] = 0,
     test_fractions: Annotated[
@@ -79,33 +83,92 @@ def collect(
     from coar.engines import MASK_BLOCK
     from coar.engines import collect as collect_run
     from coar.pipeline import load_pipeline
+    from coar.planning import VALIDATION_MASKS, collect_until
+    from coar.store import Probes
 
     loaded = load_pipeline(pipeline)
     study = loaded.study(ablation=ablation, ablated_fraction=ablated_fraction, seed=seed)
     path = run or Path("runs") / f"{loaded.name}-{study.ablation.label}.zarr"
-    finished = collect_run(
-        study,
-        path,
-        masks=loaded.masks if masks is None else masks,
-        test_masks=loaded.test_masks if test_masks is None else test_masks,
-        validation_masks=validation_masks,
-        test_fractions=loaded.test_fractions if test_fractions is None else _numbers(test_fractions),
+    options = {
+        "test_masks": loaded.test_masks if test_masks is None else test_masks,
+        "test_fractions": loaded.test_fractions if test_fractions is None else _numbers(test_fractions),
+        "device": device,
+        "precision": precision,
+        "precision_tolerance": precision_tolerance,
+        "batch_size": batch_size,
+        "mask_block": MASK_BLOCK if mask_block is None else mask_block,
+        "example_block": example_block,
+    }
+    if until is not None or until_flat:
+        if (until is not None and until_flat) or masks is not None or probes:
+            raise SettingsError(
+                "--until and --until-flat choose masks and probes themselves; give one of the two alone"
+            )
+        finished, why = collect_until(
+            study,
+            path,
+            correlation=until,
+            validation_masks=validation_masks or VALIDATION_MASKS,
+            report=_step,
+            **options,
+        )
+        typer.echo(why)
+    else:
+        count = (0 if probes else loaded.masks) if masks is None else masks
+        finished = collect_run(
+            study,
+            path,
+            masks=count,
+            probes=probes,
+            validation_masks=validation_masks,
+            **options,  # type: ignore[arg-type]
+        )
+    probed = Probes(finished).count
+    also = f" and {probed} probes" if probed else ""
+    typer.echo(f"{finished.path}: {len(finished.plan)} masks{also} x {finished.n_examples} examples, complete")
+
+
+@app.command(epilog="Example: coar plan pipelines/cifar10.py --masks 4000 --probes 128 --workers 8")
+@told
+def plan(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A pipeline file.")],
+    masks: Annotated[
+        int | None, typer.Option(help="Training masks [default: the pipeline's, or 0 with probes].")
+    ] = None,
+    probes: Annotated[int, typer.Option(help="Probes, for informed attributions.")] = 0,
+    workers: Annotated[int, typer.Option(help="Machines like this one that share the work.")] = 1,
+    ablation: Annotated[str | None, typer.Option(help="mean or zero [default: the pipeline's].")] = None,
+    device: DeviceOption = "auto",
+    precision: Annotated[str, typer.Option(help="float32, bf16, or auto.")] = "float32",
+    batch_size: Annotated[int | None, typer.Option(help="Most examples per forward pass.")] = None,
+) -> None:
+    """Time a few passes and make a small pilot run; say what a run would cost before anything is spent."""
+    from coar.pipeline import load_pipeline
+    from coar.planning import estimate
+    from coar.report import describe_estimate
+
+    loaded = load_pipeline(pipeline)
+    found = estimate(
+        loaded.study(ablation=ablation),
+        masks=(0 if probes else loaded.masks) if masks is None else masks,
+        probes=probes,
+        test_masks=loaded.test_masks,
+        workers=workers,
         device=device,
         precision=precision,
-        precision_tolerance=precision_tolerance,
         batch_size=batch_size,
-        mask_block=MASK_BLOCK if mask_block is None else mask_block,
-        example_block=example_block,
     )
-    typer.echo(f"{finished.path}: {len(finished.plan)} masks x {finished.n_examples} examples, complete")
+    for heading, words in describe_estimate(found).items():
+        typer.echo(f"{heading:16} {words}")
 
 
 @app.command(epilog="Example: coar fit runs/digits-mean.zarr --method ols")
 @told
 def fit(
     run: RunArgument,
-    method: Annotated[str, typer.Option(help="ridge or ols.")] = "ridge",
+    method: Annotated[str, typer.Option(help="auto, informed, ridge or ols.")] = "auto",
     masks: Annotated[int | None, typer.Option(help="Use only the first so many training masks.")] = None,
+    probes: Annotated[int | None, typer.Option(help="Use only the first so many probes.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the fit [default: the method].")] = None,
     refit: Annotated[bool, typer.Option("--refit", help="Fit again even when it is there.")] = False,
 ) -> None:
@@ -113,8 +176,10 @@ def fit(
     from coar.regression import fit as fit_run
     from coar.store import Run
 
-    attributions = fit_run(Run.open(run), method=method, masks=masks, name=name, refit=refit)
-    typer.echo(f"{run}: {attributions!r}, fitted on {attributions.facts['fit']['masks']} masks")
+    attributions = fit_run(Run.open(run), method=method, masks=masks, probes=probes, name=name, refit=refit)
+    facts = attributions.facts["fit"]
+    probed = f" and {facts['probes']} probes" if "probes" in facts else ""
+    typer.echo(f"{run}: {attributions!r}, fitted on {facts['masks']} masks{probed}")
 
 
 @app.command(epilog="Example: coar baselines runs/digits-mean.zarr --pipeline pipelines/digits.py")
@@ -281,6 +346,13 @@ def _apply_and_judge(
         result = fix_errors(*common, budget=budget, device=device)
     _show(result.table)
     _written(write_task(result, study.model, folder / result.name))
+
+
+def _step(now: "Progress") -> None:
+    typer.echo(
+        f"{now.probes} probes, {now.masks} masks: correlation {now.correlation:.3f}, "
+        f"reachable about {now.reachable:.3f}"
+    )
 
 
 def _show(table: "pd.DataFrame") -> None:

@@ -5,11 +5,11 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from coar.errors import MismatchError, OutputError, SettingsError
 from coar.outputs import Output
 from coar.progress import progress_bar
 from coar.sampling import Split
-from coar.store import Plan, Run, Unit
+from coar.store import Plan, Probes, ProbeUnit, Run, Unit
 from coar.store.arrays import storage_errors, sweep
 from coar.store.lock import write_lock
 from coar.store.run import local_path, needs_creation
@@ -39,6 +39,7 @@ from coar.worker import (
 )
 
 log = logging.getLogger(__name__)
+AnyUnit = TypeVar("AnyUnit", Unit, ProbeUnit)
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 MASK_BLOCK = 64  # masks per unit: seconds of work, so that an interruption costs little
@@ -51,7 +52,8 @@ def collect(
     study: Study,
     path: str | Path,
     *,
-    masks: int,
+    masks: int = 0,
+    probes: int = 0,
     test_masks: int = 0,
     validation_masks: int = 0,
     test_fractions: Sequence[float] = (),
@@ -63,12 +65,14 @@ def collect(
     example_block: int | None = None,
     progress: bool = True,
 ) -> Run:
-    """Record the outputs of every example under random masks; go on with, or extend, the run when it exists.
+    """Record outputs under random masks, and gradients under probes; go on with, or extend, the run when it exists.
 
     Args:
         study: What is examined.
         path: The run: a path that does not exist yet, or a run of the same study.
         masks: Training masks the run shall have; those it already has count.
+        probes: Probes the run shall have, for informed attributions: forward and backward passes that give the output's
+            gradient by every gate, each example under masks of its own.
         test_masks: Held-out masks at the sampler's fraction, for `coar.evaluate`.
         validation_masks: Masks kept apart for choices made along the way.
         test_fractions: Further ablated fractions, at each of which `test_masks` held-out masks are drawn.
@@ -88,11 +92,17 @@ def collect(
     Raises:
         SettingsError: When a setting is out of range.
         MismatchError: When the run was made for another study.
+        AblationError: When probes are asked of components that have no gradient.
         OutputError: When an output is not finite; it names the mask and the example, and the unit is not stored.
         KeyboardInterrupt: After Ctrl-C, once the current unit is stored.
     """
     _check_settings(
-        masks or test_masks or validation_masks, precision, precision_tolerance, batch_size, mask_block, example_block
+        masks or probes or test_masks or validation_masks,
+        precision,
+        precision_tolerance,
+        batch_size,
+        mask_block,
+        example_block,
     )
     fractions = {study.sampler.ablated_fraction, *test_fractions}
     wanted: dict[tuple[Split, float], int] = {("test", fraction): test_masks for fraction in sorted(fractions)}
@@ -119,6 +129,11 @@ def collect(
         if plan != run.plan or not run.rows_intact():
             run.extend(plan)
         worker = worker_of(study, run, model, batch_size=batch_size)
+        probing = Probes(run)
+        if probes > probing.count:
+            worker.probe(worker.load(study.examples, 0, 1), probing.first_masks(), np.zeros(1, dtype=np.int64))
+        probing.extend(probes)
+        _collect_probes(study, probing, worker, progress=progress)
         _collect_units(study, run, worker, progress=progress)
     return run
 
@@ -136,45 +151,94 @@ def worker_of(study: Study, run: Run, model: nn.Module, *, batch_size: int | Non
     )
 
 
+def _collect_probes(study: Study, probes: Probes, worker: Worker, *, progress: bool) -> None:
+    missing = probes.missing_units()
+    share = {unit: _width(probes.examples_of(unit), probes.run) * probes.rounds[unit.round] for unit in probes.units()}
+
+    def work(unit: ProbeUnit, block: Block) -> None:
+        examples = probes.examples_of(unit)
+        kept, ablated, outputs = worker.probe(block, probes.masks(unit.round), probes.slot_of(examples))
+        _check_probes(study, unit, examples, kept, ablated, outputs)
+        probes.write_unit(unit, kept, ablated, outputs)
+
+    _work_off(study, probes.run, worker, missing, share, probes.examples_of, work, "probe", progress)
+
+
 def _collect_units(study: Study, run: Run, worker: Worker, *, progress: bool) -> None:
     missing = run.missing_units()
-    total, done = len(run.plan), len(run.units()) - len(missing)
-    share = {unit: _share(run, unit) for unit in run.units()}
+    spans = {unit: run.rows_of(unit) for unit in run.units()}
+    share = {unit: _width(examples, run) * (rows.stop - rows.start) for unit, (rows, examples) in spans.items()}
+
+    def work(unit: Unit, block: Block) -> None:
+        rows = spans[unit][0]
+        outputs = worker.outputs(block, run.plan.masks(run.sampler, run.n_components, rows.start, rows.stop))
+        base = worker.base_output(block) if unit.mask_block == 0 else None
+        _check_finite(study, run, unit, outputs, base)
+        run.write_unit(unit, outputs, base)
+
+    _work_off(study, run, worker, missing, share, lambda unit: spans[unit][1], work, "mask", progress)
+
+
+def _work_off(
+    study: Study,
+    run: Run,
+    worker: Worker,
+    missing: list[AnyUnit],
+    share: dict[AnyUnit, float],
+    examples_of: Callable[[AnyUnit], slice],
+    work: Callable[[AnyUnit, Block], None],
+    noun: str,
+    progress: bool,
+) -> None:
+    """Do the missing units one after another; `share` is each unit's size in passes over all examples."""
+    if not share:
+        return
+    total, done = round(sum(share.values())), len(share) - len(missing)
     stored = sum(share.values()) - sum(share[unit] for unit in missing)
     block: Block | None = None
-    loaded = -1
+    loaded = slice(0)
     with (
         _interrupts() as stopped,
         progress_bar(
             total=total,
             initial=min(stored, total),
-            unit="mask",
-            desc="collect",
+            unit=noun,
+            desc=f"collect {noun}s",
             bar_format=BAR,
             shown=progress,
         ) as bar,
     ):
         for unit in missing:
-            rows, examples = run.rows_of(unit)
-            if block is None or loaded != unit.example_block:
-                block, loaded = worker.load(study.examples, examples.start, examples.stop), unit.example_block
-            outputs = worker.outputs(block, run.plan.masks(run.sampler, run.n_components, rows.start, rows.stop))
-            base = worker.base_output(block) if unit.mask_block == 0 else None
-            _check_finite(study, run, unit, outputs, base)
-            run.write_unit(unit, outputs, base)
+            examples = examples_of(unit)
+            if block is None or loaded != examples:
+                block, loaded = worker.load(study.examples, examples.start, examples.stop), examples
+            work(unit, block)
             done += 1
             bar.update(min(share[unit], total - bar.n))  # shares are fractions, and their sum may round up
             if stopped.is_set() and done < len(share):
                 raise KeyboardInterrupt(
-                    f"stopped after unit {done} of {len(share)}; everything so far is stored in {run.path}: run the "
-                    f"same command again to go on"
+                    f"stopped after unit {done} of {len(share)} of {noun}s; everything so far is stored in {run.path}: "
+                    f"run the same command again to go on"
                 )
 
 
-def _share(run: Run, unit: Unit) -> float:
-    """Return a unit's size in masks over all examples."""
-    rows, examples = run.rows_of(unit)
-    return float((rows.stop - rows.start) * (examples.stop - examples.start) / run.n_examples)
+def _width(examples: slice, run: Run) -> float:
+    """Return a block's share of all examples."""
+    return float(examples.stop - examples.start) / run.n_examples
+
+
+def _check_probes(
+    study: Study, unit: ProbeUnit, examples: slice, kept: np.ndarray, ablated: np.ndarray, outputs: np.ndarray
+) -> None:
+    bad = ~np.isfinite(outputs).all(0) | np.isinf(kept).any(1) | np.isinf(ablated).any(1)
+    bad |= (np.isnan(kept) & np.isnan(ablated)).any(1)  # one end without probes is NaN, never both
+    if bad.any():
+        example = examples.start + int(bad.argmax())
+        raise OutputError(
+            f"round {unit.round} of probes gives outputs or gradients that are not finite for example "
+            f"{_identity(study, example)}; nothing of the unit was stored: use float32, a smaller ablated fraction, or "
+            f"leave the example out in a new run"
+        )
 
 
 def _check_finite(study: Study, run: Run, unit: Unit, outputs: np.ndarray, base: np.ndarray | None) -> None:
@@ -288,7 +352,9 @@ def _check_settings(
     example_block: int | None,
 ) -> None:
     if masks == 0:
-        raise SettingsError("zero masks were asked for; ask for at least 2, better several thousand")
+        raise SettingsError(
+            "zero masks and zero probes were asked for; ask for at least 2 masks, better several thousand, or 32 probes"
+        )
     if precision not in CHOICES:
         raise SettingsError(f"unknown precision {precision!r}; choose one of {', '.join(CHOICES)}")
     if not tolerance > 0:

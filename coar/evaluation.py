@@ -7,6 +7,7 @@ import numpy as np
 
 from coar.attributions import Attributions
 from coar.errors import IncompleteRunError, RunError
+from coar.sampling import Split
 from coar.store import Run
 from coar.store.fits import fit_names
 
@@ -70,6 +71,7 @@ def evaluate(run: Run, *, fits: list[str] | None = None, seed: int = 0) -> Evalu
                 {
                     "fit": name,
                     "masks": facts["masks"],
+                    "probes": facts.get("probes", 0),
                     "ablated_fraction": fraction,
                     "test_masks": run.plan.count("test", fraction),
                     **_summary(scores, seed),
@@ -78,12 +80,12 @@ def evaluate(run: Run, *, fits: list[str] | None = None, seed: int = 0) -> Evalu
     return Evaluation(pd.DataFrame(rows), pd.concat(parts, ignore_index=True), run.sampler.ablated_fraction)
 
 
-def score(attributions: Attributions, run: Run, ablated_fraction: float) -> "pd.DataFrame":
-    """Return one row of scores per example, over the run's test masks at one ablated fraction."""
+def score(attributions: Attributions, run: Run, ablated_fraction: float, *, split: Split = "test") -> "pd.DataFrame":
+    """Return one row of scores per example, over the run's masks of a split at one ablated fraction."""
     import pandas as pd
     from scipy.stats import rankdata
 
-    rows = run.plan.rows("test", ablated_fraction)
+    rows = run.plan.rows(split, ablated_fraction)
     masks = run.masks_at(rows)
     parts = []
     for start in range(0, run.n_examples, BLOCK):

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,11 +15,13 @@ from coar._version import __version__
 from coar.editing import Edit, TaskResult
 from coar.errors import StorageError
 from coar.evaluation import Evaluation
-from coar.store import Run
+from coar.store import Probes, Run
 from coar.weights import save_weights
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from coar.planning import Estimate
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")  # Paul Tol's bright scheme
 STYLE = """
@@ -149,11 +152,34 @@ def describe(run: Run) -> dict[str, str]:
         "components": repr(run.components).removeprefix("Components(").removesuffix(")"),
         "examples": str(run.n_examples),
         "masks": ", ".join(dict.fromkeys(counts)) or "none",
+        "probes": str(Probes(run).count or "none"),
         "ablation": str(run.fingerprint["ablation"]["name"]),
         "output": ", ".join(f"{key}={value}" for key, value in run.fingerprint["output"].items()),
         "precision": f"{precision['name']}{measured}",
         "collected": f"{units - len(missing)} of {units} units" + ("" if missing else ", complete"),
     }
+
+
+def describe_estimate(estimate: "Estimate") -> dict[str, str]:
+    """Return what a run would cost, in words, by heading."""
+    ratio = estimate.seconds_per_probe / estimate.seconds_per_mask
+    probe = "none: these components have no gradient" if math.isnan(ratio) else f"{ratio:.2f} masks"
+    words = {
+        "one mask": f"{estimate.seconds_per_mask:.3g} s over all examples",
+        "one probe": probe,
+        "passes": f"{estimate.passes:,.0f}",
+        "time": f"{estimate.hours:.3g} h on all workers",
+        "disk": f"{estimate.disk_bytes / 2**20:,.0f} MiB at most, with one fit",
+        "memory to fit": f"{estimate.fit_bytes / 2**20:,.0f} MiB",
+    }
+    if estimate.pilot:
+        pilot, more = estimate.pilot, estimate.passes_per_hundredth
+        words["pilot"] = (
+            f"correlation {pilot.correlation:.3f} from {pilot.probes} probes and {pilot.masks} masks on a few "
+            f"examples, reachable about {pilot.reachable:.3f}"
+        )
+        words["0.01 more"] = f"about {more:,.0f} passes" if math.isfinite(more) else "beyond what is reachable"
+    return words
 
 
 def _facts(run: Run) -> str:

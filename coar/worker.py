@@ -160,15 +160,56 @@ class Worker(ModelRunner):
 
     def gradients(self, block: Block) -> np.ndarray:
         """Return (examples, components) float32 gradients of the output by each gate of the unablated model."""
-        parts = []
+        everything = np.ones((1, 1, len(self._components)), dtype=bool)
+        return self.probe(block, everything, np.zeros(block.size, dtype=np.int64))[0]
+
+    def probe(self, block: Block, masks: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Run each example forward and backward under masks of its own.
+
+        Args:
+            block: The examples.
+            masks: (probes, slots, components) boolean masks.
+            slots: (examples,) which slot's masks each example takes.
+
+        Returns:
+            (examples, components) float32 mean gradients of the output by each gate over the probes that keep the
+            component, the same over those that ablate it (NaN where there is none), and (probes, examples) outputs.
+
+        Raises:
+            AblationError: When a component has no gate that a gradient could pass, or the output has no gradient.
+        """
+        probes, n = len(masks), block.size
+        keeps = torch.from_numpy(masks).to(self.device)
+        which = torch.from_numpy(slots).to(self.device)
+        sums = torch.zeros(2, n, len(self._components), device=self.device)  # all probes, and those that keep
+        out = torch.empty(probes, n, device=self.device)
         with Gates(self._model, self._components, self._replacements, through_outputs=True) as gates, self._cast():
-            for inputs, targets in block.batches:
-                keep = torch.ones(len(targets), len(self._components), device=self.device, requires_grad=True)
-                gates.set(keep)
-                result = self._run(inputs)
-                gates.confirm()
-                parts.append(torch.autograd.grad(self._output(result, targets).sum(), keep)[0])
-        return torch.cat(parts).float().cpu().numpy()
+            for number, of_slots in enumerate(keeps):
+                at = 0
+                for inputs, targets in block.batches:
+                    part = slice(at, at + len(targets))
+                    keep = of_slots[which[part]].float().requires_grad_()
+                    gates.set(keep)
+                    values = self._output(self._run(inputs), targets)
+                    gates.confirm()
+                    gradient = _gradient(values, keep)
+                    sums[0, part] += gradient
+                    sums[1, part] += gradient * keep.detach()
+                    out[number, part] = values.detach()
+                    at = part.stop
+        kept = keeps.sum(0)[which].float()  # (examples, components), how many probes keep
+        means = torch.stack([sums[1] / kept, (sums[0] - sums[1]) / (probes - kept)])
+        return means[0].cpu().numpy(), means[1].cpu().numpy(), out.cpu().numpy()
+
+
+def _gradient(values: Tensor, keep: Tensor) -> Tensor:
+    """Return the (examples, components) gradient of each example's output by its own gates."""
+    if not values.requires_grad:
+        raise AblationError(
+            "the output has no gradient by the gates: something between them detaches it, such as no_grad, argmax or a "
+            "conversion to numpy; use an output that can be differentiated, or collect masks instead of probes"
+        )
+    return torch.autograd.grad(values.sum(), keep)[0].float()
 
 
 @dataclass(frozen=True)

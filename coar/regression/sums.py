@@ -27,6 +27,10 @@ class Gram:
     total: Tensor
     count: int
 
+    def scaled(self, factors: Tensor) -> "Gram":
+        """Return the sums of a design whose columns are multiplied by (components,) factors."""
+        return Gram(self.product * torch.outer(factors, factors), self.total * factors, self.count)
+
     def centred(self) -> Tensor:
         """Return the (components, components) Gram matrix of the centred design."""
         return self.product - torch.outer(self.total, self.total) / self.count
@@ -96,7 +100,7 @@ def accumulate(run: Run, rows: np.ndarray, examples: slice, *, gram: Gram | None
 
     A column of ones stands beside the masks, so that the same products give the column sums.
     """
-    d, n = run.n_components, examples.stop - examples.start
+    d, n = run.n_components, len(range(run.n_examples)[examples])
     square = torch.zeros(d + 1, d + 1, dtype=torch.float64)
     product = torch.zeros(d + 1, n, dtype=torch.float64)
     squares = torch.zeros(1, n, dtype=torch.float64)

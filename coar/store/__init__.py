@@ -2,6 +2,7 @@
 
 from coar.store.integrity import Problem, repair, verify
 from coar.store.plan import Plan, Segment, Unit
+from coar.store.probes import Probes, ProbeUnit
 from coar.store.run import Run
 
-__all__ = ["Plan", "Problem", "Run", "Segment", "Unit", "repair", "verify"]
+__all__ = ["Plan", "ProbeUnit", "Probes", "Problem", "Run", "Segment", "Unit", "repair", "verify"]

@@ -31,6 +31,13 @@ def fit_facts(run: Run, name: str) -> dict[str, Any]:
     return dict(cast(dict[str, Any], run.group[key].attrs.get(ATTRIBUTE, {})))
 
 
+def add_fit_fact(run: Run, name: str, key: str, value: Any) -> None:
+    """Keep one more fact beside a finished fit."""
+    group = cast(zarr.Group, run.group[f"{GROUP}/{name}"])
+    with arrays.storage_errors(run.path):
+        group.attrs[ATTRIBUTE] = {**fit_facts(run, name), key: value}
+
+
 def fit_array(run: Run, name: str, array: str) -> zarr.Array[Any]:
     """Open an array of a finished fit; raise `RunError` when there is no such fit or array."""
     if fit_facts(run, name).get("state") != "ready":

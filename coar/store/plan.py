@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coar.errors import SettingsError
-from coar.sampling import SPLITS, Sampler, Split, check_fraction
+from coar.sampling import Sampler, Split, check_fraction
+
+ROW_SPLITS = ("train", "validation", "test")
 
 
 class Segment(NamedTuple):
@@ -110,7 +112,7 @@ class Plan:
             raise ValueError("a plan has segments and extents, and nothing else")
         plan = cls()
         for split, fraction, first, count in data["segments"]:
-            if split not in SPLITS or int(count) < 1 or int(first) != plan.count(split, fraction):
+            if split not in ROW_SPLITS or int(count) < 1 or int(first) != plan.count(split, fraction):
                 raise ValueError(f"segment {[split, fraction, first, count]} does not follow from those before it")
             segment = Segment(split, check_fraction(float(fraction)), int(first), int(count))
             plan = cls((*plan.segments, segment))

@@ -300,6 +300,16 @@ class Run:
             arrays.write(self.array("base_output"), base_output, examples)
         arrays.write(self.array("outputs"), outputs, rows, examples)
 
+    def entry(self, name: str) -> Any:
+        """Return a further entry of the run's manifest; None when it has none of that name."""
+        return self._manifest.get(name)
+
+    def set_entry(self, name: str, value: Any) -> None:
+        """Keep a further entry in the run's manifest."""
+        self._manifest = {**self._manifest, name: value}
+        with arrays.storage_errors(self.path):
+            self.group.attrs[ATTRIBUTE] = self._manifest
+
     def require_complete(self) -> None:
         """Raise `IncompleteRunError` unless every unit is stored."""
         missing = self.missing_units()

@@ -1,0 +1,288 @@
+"""Informed fits: weights from gate gradients by what examples share, then corrected example by example by masks."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coar.errors import RegressionError
+from coar.regression.ridge import PENALTIES, LinearFit, Spectrum
+from coar.regression.shared import Rows, SharedModel, Slot, cross_fitted, learn
+from coar.regression.sums import Gram, accumulate, batches
+from coar.store import Probes, Run
+
+LEAST_PROBES = 8
+FOLDS = 4  # of the probes, round by round
+LEARNING_NUMBERS = 16 * 2**20  # examples x components that the shared model is learned from, at most
+COLUMN_FLOOR = 1e-2  # of the mean column: what a mask may correct where gradients saw nothing
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What probes say before any mask is looked at.
+
+    Attributes:
+        probes: The probes.
+        rounds: How many of their rounds are used.
+        shared: Turns gradients into weights.
+        column: (components,) root mean square of the weights over examples, relative to the mean component's.
+        quality: How good the weights are.
+    """
+
+    probes: Probes
+    rounds: int
+    shared: SharedModel
+    column: Tensor
+    quality: "Quality"
+
+    def weights(self, examples: slice) -> tuple[Tensor, Tensor]:
+        """Return (examples, components) weights and the (examples,) spread of the outputs."""
+        means, counts = self.probes.gradients(range(self.rounds), examples)
+        spread = _spread(self.probes, self.rounds, examples)
+        return self.shared.weights(_ends(means * counts, counts) / spread[:, None]) * spread[:, None], spread
+
+
+def informed(
+    run: Run, rows: np.ndarray, rounds: int, step: int
+) -> tuple[dict[str, Any], Iterator[tuple[slice, LinearFit]]]:
+    """Fit a run from its probes and, where there are any, its masks.
+
+    Args:
+        run: A complete run.
+        rows: Row numbers of the training masks to use; may be empty.
+        rounds: How many rounds of probes to use.
+        step: Examples per block.
+
+    Returns:
+        What was learned, in plain numbers, and the solved blocks of examples.
+
+    Raises:
+        RegressionError: When there are too few probes, or their gradients are all zero.
+    """
+    prior = learn_prior(run, rounds)
+    masks = _Masks.of(run, rows, prior) if len(rows) >= 2 else None
+    facts = {
+        "gain_penalty": prior.shared.gain_penalty,
+        "structure_penalty": prior.shared.structure_penalty,
+        "mask_penalty": masks.penalty if masks else None,
+        "prior_quality": {**dataclasses.asdict(prior.quality), "reachable": prior.quality.reachable},
+    }
+    return facts, _blocks(run, prior, masks, step)
+
+
+def learn_prior(run: Run, rounds: int) -> Prior:
+    """Learn what examples share, from the examples that fit in memory, evenly spaced."""
+    probes, examples = Probes(run), _spread_out(run)
+    count = sum(probes.rounds[:rounds])
+    if count < LEAST_PROBES or rounds < 2:
+        raise RegressionError(
+            f"an informed fit needs at least {LEAST_PROBES} probes, in two rounds or more; it would use {count} in "
+            f"{rounds} of {run.path}: collect more with --probes, 64 or so"
+        )
+    folds = [list(range(fold, rounds, FOLDS)) for fold in range(min(FOLDS, rounds))]
+    gradients, whole, spread = _fold_gradients(probes, folds, examples)
+    if not whole.any():
+        raise RegressionError(
+            f"every gate gradient in {run.path} is zero, so the probes say nothing; look at the output, or fit masks "
+            f"by ridge"
+        )
+    rows = _rows(probes, folds, examples, spread)
+    numbers = {site: i for i, site in enumerate(dict.fromkeys(component.site for component in run.components))}
+    sites = torch.tensor([numbers[component.site] for component in run.components])
+    shared = learn(rows, gradients, sites)
+    column = shared.weights(whole).square().mean(0).sqrt()
+    column = (column / column.mean().clamp_min(1e-30)).clamp_min(COLUMN_FLOOR)
+    trials = [_trial(held, weights) for held, weights in cross_fitted(shared, rows, gradients, sites)]
+    return Prior(probes, rounds, shared, column, _pooled(trials))
+
+
+def _fold_gradients(probes: Probes, folds: list[list[int]], examples: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (2, folds, examples, components) gradients of all folds but one, those of all, and the spread."""
+    parts = [probes.gradients(fold, examples) for fold in folds]
+    sums = np.stack([mean * count for mean, count in parts])  # (folds, 2, examples, components)
+    counts = np.stack([count for _, count in parts])
+    spread = _spread(probes, sum(map(len, folds)), examples)
+    others = [_ends(sums.sum(0) - own, counts.sum(0) - number) for own, number in zip(sums, counts, strict=True)]
+    whole = _ends(sums.sum(0), counts.sum(0)) / spread[:, None]
+    return torch.stack(others, dim=1) / spread[:, None], whole, spread
+
+
+def _ends(sums: np.ndarray, counts: np.ndarray) -> Tensor:
+    """Turn (2, examples, components) sums and counts into means; where an end has none, the other stands in."""
+    means = sums / np.maximum(counts, 1)
+    return torch.from_numpy(np.where(counts > 0, means, means[::-1]))
+
+
+def _rows(probes: Probes, folds: list[list[int]], examples: slice, spread: Tensor) -> Rows:
+    slots = torch.from_numpy(probes.slot_of(examples))
+    outputs = torch.from_numpy(probes.outputs(sum(map(len, folds)), examples))
+    outputs = (outputs - outputs.mean(0)) / spread
+    starts = np.cumsum([0, *probes.rounds])
+    parts = []
+    for number, fold in enumerate(folds):
+        masks = torch.from_numpy(np.concatenate([probes.masks(i) for i in fold]))  # (probes, slots, components)
+        y = torch.cat([outputs[starts[i] : starts[i + 1]] for i in fold])
+        for slot in sorted(set(slots.tolist())):
+            members = (slots == slot).nonzero()[:, 0]
+            parts.append(Slot(masks[:, slot], y[:, members], members, number))
+    run = probes.run
+    return Rows(tuple(parts), (len(folds), len(slots), run.n_components), 1 - run.sampler.ablated_fraction)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good weights are that were learned without the rows they are judged on.
+
+    Attributes:
+        explained: Share of the outputs' variance that they explain.
+        error: Estimated share that their errors cost: the variance over masks of (weights - best weights) . mask.
+        deviation: Standard error of `error`.
+    """
+
+    explained: float
+    error: float
+    deviation: float
+
+    @property
+    def reachable(self) -> float:
+        """Estimated correlation of the best linear model."""
+        return math.sqrt(min(max(self.explained + self.error, 0.0), 1.0))
+
+
+def _trial(held: Rows, weights: Tensor) -> Tensor:
+    """Return (slots, 3): sums of squared outputs and residuals, and the estimated sum that errors cost.
+
+    The product of two rows' residuals with the product of their centred masks has the product of the errors for its
+    mean, free of the residuals' own variance, so sums over pairs of different rows estimate the squared errors.
+    """
+    rows = []
+    for slot, residual in zip(held.slots, held.residual(weights), strict=True):
+        design = held.design(slot) / math.sqrt(held.variance())
+        pull = residual.T @ design  # (examples, components), sums over rows
+        own = (residual**2).sum(1) @ (design**2).sum(1)
+        pairs = ((pull**2).sum() - own) / max(len(design) - 1, 1)
+        rows.append(torch.stack([(slot.outputs**2).sum(), (residual**2).sum(), pairs]))
+    return torch.stack(rows)
+
+
+def _pooled(trials: list[Tensor]) -> Quality:
+    sums = torch.stack(trials).sum(0).double()  # (slots, 3)
+    total, missed, pairs = sums.sum(0).tolist()
+    deviation = float((sums[:, 2] - pairs / len(sums)).square().sum().sqrt()) / total
+    return Quality(1 - missed / total, pairs / total, deviation)
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """Ridge on what the prior leaves of the masks' outputs, one penalty for all examples.
+
+    A penalty per example is too free when masks are far fewer than components: generalised cross-validation then takes
+    some examples' noise for signal. One penalty is chosen by the sum of its scores over the examples learned from.
+    """
+
+    run: Run
+    rows: np.ndarray
+    column: Tensor
+    spectrum: Spectrum
+    left: Tensor  # (masks, rank) in the dual form, else empty
+    gram: Gram | None
+    penalty: float
+
+    @classmethod
+    def of(cls, run: Run, rows: np.ndarray, prior: Prior) -> "_Masks":
+        column = prior.column.double()
+        examples = _spread_out(run)
+        if len(rows) <= run.n_components:
+            x = torch.cat([part[:, :-1] for part, _ in batches(run, rows, slice(0, 1))])
+            spectrum, left = Spectrum.dual(x * prior.column)
+            gram = None
+        else:
+            gram, _ = accumulate(run, rows, slice(0, 1))
+            spectrum, left = Spectrum.primal(gram.scaled(column)), torch.empty(0)
+        start = cls(run, rows, column, spectrum, left, gram, 0.0)
+        weights, spread = prior.weights(examples)
+        scores, variation, _ = start.scores(examples, weights)
+        grid = PENALTIES * spectrum.eigenvalues.mean()
+        left_over = grid / (spectrum.eigenvalues[:, None] + grid)
+        freedom = spectrum.count - 1 - (1 - left_over).sum(0)
+        loose = freedom >= spectrum.count / 2  # nearer to interpolation, cross-validation compares noise with noise
+        grid, left_over, freedom = grid[loose], left_over[:, loose], freedom[loose]
+        residual = (variation[:, None] - scores.T**2 @ (1 - left_over**2)).clamp_min(0)
+        best = (residual / freedom**2 / spread.double()[:, None] ** 2).sum(0).argmin()
+        return cls(run, rows, column, spectrum, left, gram, float(grid[best]))
+
+    def scores(self, examples: slice, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U'R (rank, examples), sums of squares and (examples,) mean outputs; R is what the weights leave."""
+        w = weights.double().T  # (components, examples)
+        if self.gram is None:
+            parts = list(batches(self.run, self.rows, examples))
+            y = torch.cat([part for _, part in parts]).double()
+            residual = y - torch.cat([x[:, :-1] for x, _ in parts]).double() @ w
+            residual -= residual.mean(0)
+            return self.left.T @ residual, (residual**2).sum(0), y.mean(0)
+        _, moments = accumulate(self.run, self.rows, examples, gram=self.gram)
+        product, centred = moments.centred(self.gram.total), self.gram.centred()
+        image = centred @ w
+        variation = moments.variation() - 2 * (w * product).sum(0) + (w * image).sum(0)
+        scores = (self.spectrum.basis.T @ ((product - image) * self.column[:, None])) / self.spectrum.eigenvalues[
+            :, None
+        ]
+        return scores, variation.clamp_min(0), moments.mean()
+
+    def correct(self, examples: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return corrected (examples, components) weights, and the masks' (examples,) mean outputs."""
+        scores, _, mean = self.scores(examples, weights)
+        shrink = 1 / (self.spectrum.eigenvalues + self.penalty)
+        more = (self.spectrum.basis @ (scores * shrink[:, None])).T * self.column
+        return weights + more.float(), mean
+
+    def left_unknown(self) -> Tensor:
+        """Return the (components,) share of the prior's squared error that the masks leave."""
+        known = self.spectrum.basis**2 @ (1 / (self.spectrum.eigenvalues + self.penalty))
+        return (1 - known).clamp(0, 1).float()
+
+    def mean_mask(self) -> Tensor:
+        """Return the (components,) share of masks that keep each component."""
+        return self.spectrum.mean / self.column
+
+
+def _blocks(run: Run, prior: Prior, masks: _Masks | None, step: int) -> Iterator[tuple[slice, LinearFit]]:
+    probes, count = prior.probes, sum(prior.probes.rounds[: prior.rounds])
+    kept = sum(probes.masks(i).sum(0) for i in range(prior.rounds)) / count  # (slots, components)
+    fraction = run.sampler.ablated_fraction
+    error = (
+        prior.column**2 * max(prior.quality.error, 0.0) / (fraction * (1 - fraction)) / float((prior.column**2).sum())
+    )
+    error = error * masks.left_unknown() if masks else error
+    for start in range(0, run.n_examples, step):
+        examples = slice(start, min(start + step, run.n_examples))
+        weights, spread = prior.weights(examples)
+        outputs = torch.from_numpy(probes.outputs(prior.rounds, examples)).double().mean(0)
+        seen = torch.from_numpy(kept[probes.slot_of(examples)]).double()  # (examples, components)
+        total, rows = count, 0
+        if masks:
+            weights, mean = masks.correct(examples, weights)
+            rows = len(masks.rows)
+            outputs = (outputs * total + mean * rows) / (total + rows)
+            seen = (seen * total + masks.mean_mask() * rows) / (total + rows)
+        intercept = outputs - (weights.double() * seen).sum(1)
+        standard_error = error.sqrt() * spread[:, None]
+        yield examples, LinearFit(weights, intercept, standard_error, torch.zeros(len(weights)))
+
+
+def _spread(probes: Probes, rounds: int, examples: slice) -> Tensor:
+    """Return the (examples,) standard deviation of the probes' outputs; 1 for an output that never varies."""
+    spread = torch.from_numpy(probes.outputs(rounds, examples)).std(0)
+    return torch.where(spread > 0, spread, torch.ones(()))
+
+
+def _spread_out(run: Run) -> slice:
+    """Return evenly spaced examples, as many as the shared model is learned from; an odd step meets every slot."""
+    most = max(LEARNING_NUMBERS // run.n_components, 64)
+    step = math.ceil(run.n_examples / most)
+    return slice(0, run.n_examples, step if step % 2 else step + 1)

@@ -1,0 +1,174 @@
+"""Probes inside a run: gate gradients and outputs of examples that each have masks of their own, in rounds."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from coar.errors import CorruptRunError, IncompleteRunError, SettingsError
+from coar.store import arrays
+from coar.store.run import Run
+
+SLOTS = 64  # different masks per probe: example n takes that of slot n modulo 64
+ROUND, ROUNDS = 32, 4  # probes per round at most, and rounds that probes are collected in at least
+CHUNK_BYTES = 64 * 2**20
+ENTRY = "probes"
+GRADIENTS = ("probe_kept", "probe_ablated")
+OUTPUTS = "probe_outputs"
+ARRAYS = (*GRADIENTS, OUTPUTS)
+
+
+class ProbeUnit(NamedTuple):
+    """The smallest piece of probing: one round on one block of examples."""
+
+    round: int
+    example_block: int
+
+
+class Probes:
+    """The probes of a run.
+
+    A round is a few dozen probes whose means are stored together and never written again, so that probes can be added
+    at any time. Arrays: `probe_kept` and `probe_ablated` (round, example, component), mean gradients of the output by
+    each gate over the probes that kept and that ablated the component, NaN where there was none; `probe_outputs`
+    (round, probe, example).
+
+    Attributes:
+        run: The run.
+        rounds: Number of probes in each round.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        kept = run.entry(ENTRY) or {"rounds": [], "slots": SLOTS}
+        try:
+            self.rounds = tuple(int(count) for count in kept["rounds"])
+            self.slots = int(kept["slots"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptRunError(
+                f"the probes of {run.path} are described wrongly ({error!r}); restore its zarr.json from a copy"
+            ) from error
+
+    @property
+    def count(self) -> int:
+        """Number of probes, collected or planned."""
+        return sum(self.rounds)
+
+    def extend(self, total: int) -> None:
+        """Give the run at least `total` probes, in further rounds; arrays first, so that a cut leaves the old plan."""
+        if isinstance(total, bool) or not isinstance(total, int) or total < 0:
+            raise SettingsError(f"{total!r} probes were asked for; give a whole number, 0 or more")
+        missing = total - self.count
+        if missing <= 0:
+            return
+        size = min(ROUND, max(-(-missing // ROUNDS), 1))
+        more = [size] * (missing // size) + [missing % size] * (missing % size > 0)
+        rounds = (*self.rounds, *more)
+        n, d = self.run.n_examples, self.run.n_components
+        block = max(1, min(self.run.blocks[1], CHUNK_BYTES // (4 * d)))
+        axes = ("round", "example", "component")
+        layout: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]] = {
+            name: ((len(rounds), n, d), (1, block, d), axes) for name in GRADIENTS
+        }
+        layout[OUTPUTS] = ((len(rounds), ROUND, n), (1, ROUND, block), ("round", "probe", "example"))
+        with arrays.storage_errors(self.run.path):
+            for name, (shape, chunks, dimensions) in layout.items():
+                if name in self.run.group:
+                    self.run.array(name).resize(shape)
+                else:
+                    arrays.create_array(
+                        self.run.group, name, shape=shape, chunks=chunks, dtype="float32", dimensions=dimensions
+                    )
+        self.run.set_entry(ENTRY, {"rounds": list(rounds), "slots": self.slots})
+        self.rounds = rounds
+
+    def slot_of(self, examples: slice) -> np.ndarray:
+        """Return the slots of a slice of examples."""
+        return np.arange(self.run.n_examples)[examples] % self.slots
+
+    def masks(self, number: int) -> np.ndarray:
+        """Return the (probes, slots, components) boolean masks of one round."""
+        first = sum(self.rounds[:number]) * self.slots
+        indices = range(first, first + self.rounds[number] * self.slots)
+        masks = self.run.sampler.masks("probe", indices, self.run.n_components)
+        return masks.reshape(self.rounds[number], self.slots, -1)
+
+    def first_masks(self) -> np.ndarray:
+        """Return the (1, 1, components) mask of the first probe's first slot, planned or not."""
+        return self.run.sampler.masks("probe", range(1), self.run.n_components)[None]
+
+    def examples_of(self, unit: ProbeUnit) -> slice:
+        """Return the examples that a unit covers."""
+        block = self._array(OUTPUTS).chunks[2]
+        return slice(unit.example_block * block, min((unit.example_block + 1) * block, self.run.n_examples))
+
+    def units(self) -> list[ProbeUnit]:
+        """Return all units, the rounds of one block of examples after another."""
+        if not self.rounds:
+            return []
+        block = self._array(OUTPUTS).chunks[2]
+        return [ProbeUnit(i, j) for j in range(-(-self.run.n_examples // block)) for i in range(len(self.rounds))]
+
+    def missing_units(self) -> list[ProbeUnit]:
+        """Return the units that are not stored whole, in the order of `units`."""
+        if not self.rounds:
+            return []
+        kept, ablated, outputs = (arrays.stored_chunks(self._array(name)) for name in ARRAYS)
+        return [
+            unit
+            for unit in self.units()
+            if (unit.round, 0, unit.example_block) not in outputs
+            or (unit.round, unit.example_block, 0) not in kept & ablated
+        ]
+
+    def write_unit(self, unit: ProbeUnit, kept: np.ndarray, ablated: np.ndarray, outputs: np.ndarray) -> None:
+        """Store one unit: (examples, components) mean gradients, and (probes, examples) outputs last."""
+        examples, number = self.examples_of(unit), slice(unit.round, unit.round + 1)
+        padded = np.full((ROUND, outputs.shape[1]), np.nan, dtype=np.float32)
+        padded[: len(outputs)] = outputs
+        for name, values in zip(GRADIENTS, (kept, ablated), strict=True):
+            arrays.write(self._array(name), values[None], number, examples, slice(None))
+        arrays.write(self._array(OUTPUTS), padded[None], number, slice(None), examples)
+
+    def whole_rounds(self, probes: int | None) -> int:
+        """Return how many rounds make up the first `probes` probes (by default all); raise when none do so exactly."""
+        totals: list[int] = np.cumsum([0, *self.rounds]).tolist()
+        if probes is not None and probes not in totals:
+            raise SettingsError(
+                f"{probes} probes were asked for; those of {self.run.path} were collected in rounds, so choose one of "
+                f"{', '.join(map(str, totals))}"
+            )
+        return totals.index(self.count if probes is None else probes)
+
+    def outputs(self, rounds: int, examples: slice) -> np.ndarray:
+        """Return the (probes, examples) outputs of the first rounds."""
+        parts = [
+            arrays.read(self._array(OUTPUTS), slice(i, i + 1), slice(0, self.rounds[i]), examples)[0]
+            for i in range(rounds)
+        ]
+        values = np.concatenate(parts) if parts else np.zeros((0, len(self.slot_of(examples))), np.float32)
+        if not np.isfinite(values).all():
+            raise IncompleteRunError(f"probes of {self.run.path} have not been collected; run 'coar collect' again")
+        return values
+
+    def gradients(self, rounds: Sequence[int], examples: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return (2, examples, components) mean gradients over some rounds, and how many probes they are means of.
+
+        The first row is the kept end, the second the ablated one; a mean of no probes is 0.
+        """
+        slots = self.slot_of(examples)
+        sums, counts = np.zeros((2, 2, len(slots), self.run.n_components), np.float32)
+        for i in rounds:
+            kept = self.masks(i).sum(0).astype(np.float32)[slots]  # (examples, components)
+            for end, count in enumerate((kept, self.rounds[i] - kept)):
+                values = arrays.read(self._array(GRADIENTS[end]), slice(i, i + 1), examples, slice(None))[0]
+                if np.isnan(values[count > 0]).any():
+                    raise IncompleteRunError(
+                        f"probes of {self.run.path} have not been collected; run 'coar collect' again"
+                    )
+                sums[end] += np.where(count > 0, values, 0) * count
+                counts[end] += count
+        return sums / np.maximum(counts, 1), counts
+
+    def _array(self, name: str) -> Any:
+        return self.run.array(name)
