@@ -1,22 +1,36 @@
-"""Counterfactuals per second on cifar10's ResNet-20, beside the published loop written plainly.
+"""Masks x images per second beside three other ways of running ablated models, on five models.
 
-    COAR_DATA=/path/to/folder python benchmarks/collect.py
-    python benchmarks/collect.py        # without the data: random weights and pictures of the same shape
+    COAR_DATA=/path/to/folder python benchmarks/collect.py          # everything, under a quarter of an hour
+    python benchmarks/collect.py --models vit-b-16 gpt2 --examples 4 64 --rounds 5
 
-The published loop copies the model for every mask, zeroes the ablated rows, and reads the data again through a data
-loader, in float32. Its loader here is the cheapest there is (tensors in memory, no decoding, no transforms), so the
-ratio is a lower bound. All variants run in turn, several rounds, in one process; the median ratio is what to quote.
-The floor is the arithmetic of the forward passes at the speed of a plain matrix product of the same type.
+The others, all in float32:
+
+- the published loop copies the model for every mask, zeroes the ablated rows and reads the examples again through a
+  data loader: here the cheapest loader there is, without decoding or transforms, so ratios to it are lower bounds;
+- captum's LayerFeatureAblation makes one perturbation of one module per forward pass; all its passes count, also the
+  two that it makes before the first perturbation of a module;
+- the hook loop multiplies activations by the mask in forward hooks, on one copy of the model, the examples in memory.
+
+Ours is what `coar.collect` computes, units of 64 masks by `Worker.outputs`, in float32 and in bfloat16, without the
+storing. Where a unit would take too long, its time is that of its first mask, gates put on and taken off, plus 63 times
+what a further mask takes in a longer call. Masks are drawn within the time of whoever uses them.
+
+The ways take turns, in rounds, in one process. What is printed of each is its median over rounds, and of each ratio,
+taken within a round, the median and the range. The peak is the best of all matrix products of the same type made along
+the way; the share of it is our rate times the arithmetic of the plain forward pass.
 """
 
 import argparse
 import copy
-import json
 import os
+import platform
 import statistics
-import tempfile
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,115 +40,275 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import coar
-from pipelines import cifar10
+from benchmarks.models import SUBJECTS
+from benchmarks.peers import layer_feature_ablation
+from coar.ablation import following_batch_norms
+from coar.components import Components
+from coar.engines import MASK_BLOCK
+from coar.worker import BATCH_SIZE, Block, ModelRunner, Worker, device_copy
 
-EXAMPLES = 256
+CPU = torch.device("cpu")
+BATCH = BATCH_SIZE["cpu"]  # examples per forward pass, the same for all
+MOST = 512  # masks per round
+FEW = 4  # examples on which batch norms are told to follow a layer
+OURS = {"float32": torch.float32, "bf16": torch.bfloat16}
+PEERS = ("published loop", "captum", "hook loop")
+
+Run = Callable[[np.ndarray], object]  # takes (masks, components) masks
+Way = Callable[[int], float]  # takes a number of masks, returns forward passes over all examples per second
 
 
-def make_study() -> coar.Study:
-    """Return the cifar10 study, or the same shapes with random numbers where the data is missing."""
-    if "COAR_DATA" in os.environ:
-        return cifar10.study(ablation="zero")
-    torch.manual_seed(0)
-    net = cifar10.CifarResNet().eval()
-    pictures, labels = torch.randn(EXAMPLES, 3, 32, 32), torch.randint(0, 10, (EXAMPLES,))
-    examples = coar.Examples(inputs=pictures, targets=labels)
-    return coar.Study(model=net, examples=examples, components=coar.conv_filters(net))
+@dataclass(frozen=True)
+class Timing:
+    """What was measured on one model and one number of examples.
+
+    Attributes:
+        model: Name of the model.
+        components: How many it has.
+        examples: How many it was run on.
+        rates: Masks x images per second in each round, by the way's name.
+        flops: Floating-point operations of a plain forward pass of one example.
+        difference: Largest difference of our float32 outputs to the published loop's, relative to the largest output.
+    """
+
+    model: str
+    components: int
+    examples: int
+    rates: dict[str, list[float]]
+    flops: float
+    difference: float
 
 
-def published_loop(study: coar.Study, masks: np.ndarray) -> Tensor:
-    """Copy, zero, read the data again, run, for every mask; return (masks, examples) margins."""
-    rows = [(component.site, component.position) for component in study.components]
+def margins(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the (examples,) margins of the target classes against the log-sum-exp of the other logits."""
+    correct = logits.gather(1, targets[:, None])[:, 0]
+    return correct - logits.scatter(1, targets[:, None], -torch.inf).logsumexp(1)
+
+
+def published_loop(study: coar.Study) -> Callable[[np.ndarray], Tensor]:
+    """Return a function that copies, zeroes, reads and runs for every mask, and returns (masks, examples) margins."""
     data = TensorDataset(study.examples.inputs, study.examples.targets)
-    margins = []
-    for mask in masks:
-        model = copy.deepcopy(study.model).eval()
-        layers = dict(model.named_modules())
-        for keep, (site, position) in zip(mask, rows, strict=True):
-            if not keep:
-                layers[site].weight.data[position] = 0
-        parts = []
-        with torch.no_grad():
-            for inputs, targets in DataLoader(data, batch_size=EXAMPLES):
-                logits = model(inputs)
-                correct = logits.gather(1, targets[:, None])[:, 0]
-                others = logits.scatter(1, targets[:, None], -torch.inf).logsumexp(1)
-                parts.append(correct - others)
-        margins.append(torch.cat(parts))
-    return torch.stack(margins)
+    sites = {site: np.array(indices) for (site, _, _), indices in study.components.sites().items()}
+
+    def run(masks: np.ndarray) -> Tensor:
+        rows = []
+        for mask in masks:
+            model = copy.deepcopy(study.model)
+            for site, indices in sites.items():  # a site's components are all its rows, in order
+                model.get_submodule(site).weight.data[torch.from_numpy(~mask[indices])] = 0
+            with torch.no_grad():
+                batches = DataLoader(data, batch_size=BATCH)
+                rows.append(torch.cat([margins(model(inputs), targets) for inputs, targets in batches]))
+        return torch.stack(rows)
+
+    return run
 
 
-def ours(study: coar.Study, folder: Path, precision: str) -> Callable[[int], float]:
-    """Return a function that extends a run by so many masks and returns the seconds that took, storage included."""
-    path = folder / f"{precision}.zarr"
-    settings = {"precision": precision, "progress": False, "device": "cpu", "precision_tolerance": 0.5}
-    coar.collect(study, path, masks=64, **settings)
+def hook_loop(study: coar.Study) -> Callable[[np.ndarray], Tensor]:
+    """Return a function that runs one model with hooks for every mask, and returns (masks, examples) margins."""
+    model = copy.deepcopy(study.model)
+    keeps: dict[str, Tensor] = {}
+    sites = {site: (axis, indices) for (site, _, axis), indices in study.components.sites().items()}
+    for site in sites:
+        model.get_submodule(site).register_forward_hook(lambda _module, _args, y, site=site: y * keeps[site])
+    inputs, targets = (part.split(BATCH) for part in study.examples.block(0, len(study.examples)))
+    batches = list(zip(inputs, targets, strict=True))
 
-    def extend(masks: int) -> float:
-        have = len(coar.Run.open(path).plan)
-        start = time.perf_counter()
-        coar.collect(study, path, masks=have + masks, **settings)
-        return time.perf_counter() - start
+    def run(masks: np.ndarray) -> Tensor:
+        rows = []
+        for mask in torch.from_numpy(masks).float():
+            for site, (axis, indices) in sites.items():
+                keeps[site] = mask[indices] if axis == -1 else mask[indices][:, None, None]
+            with torch.inference_mode():
+                rows.append(torch.cat([margins(model(x), y) for x, y in batches]))
+        return torch.stack(rows)
 
-    return extend
+    return run
 
 
-def product_speed(kind: torch.dtype, size: int = 2048) -> float:
-    """Return the floating-point operations per second of a square matrix product."""
-    a = torch.randn(size, size).to(kind)
-    a @ a
+def workers(study: coar.Study) -> dict[str, tuple[Worker, Block]]:
+    """Return, by precision, the worker that a run would have, and the examples it has loaded."""
+    model = device_copy(study.model, CPU)
+    constants = study.ablation.replacements(model, study.components, batch_size=BATCH)
+    few = ModelRunner(model, study.output).load(study.examples, 0, FEW)
+
+    def outputs(variant: nn.Module) -> Tensor:
+        return torch.from_numpy(ModelRunner(variant, study.output).base_output(few))
+
+    norms = following_batch_norms(model, study.components, run=outputs)
+    made = {}
+    for precision in OURS:
+        worker = Worker(model, study.components, constants, study.output, batch_norms=norms, precision=precision)
+        made[precision] = worker, worker.load(study.examples, 0, len(study.examples))
+    return made
+
+
+def seconds_of(study: coar.Study, run: Run, masks: range) -> float:
+    """Return how long it takes to draw some masks and run them."""
     start = time.perf_counter()
-    for _ in range(6):
-        a @ a
-    return 6 * 2 * size**3 / (time.perf_counter() - start)
+    run(study.sampler.masks("train", masks, len(study.components)))
+    return time.perf_counter() - start
+
+
+def plain_way(study: coar.Study, run: Run) -> Way:
+    """Return a way that runs one mask after another."""
+    return lambda count: count / seconds_of(study, run, range(count))
+
+
+def unit_way(study: coar.Study, run: Run) -> Way:
+    """Return a way that runs whole units of masks, or infers the time of one from less."""
+
+    def way(count: int) -> float:
+        units = count // MASK_BLOCK
+        if units:
+            took = [seconds_of(study, run, range(at * MASK_BLOCK, (at + 1) * MASK_BLOCK)) for at in range(units)]
+            return units * MASK_BLOCK / sum(took)
+        first = seconds_of(study, run, range(1))
+        further = (seconds_of(study, run, range(1 + count)) - first) / count
+        return MASK_BLOCK / (first + (MASK_BLOCK - 1) * further)
+
+    return way
+
+
+def captum_way(study: coar.Study) -> Way:
+    """Return a way that ablates as many components, one at a time, spread over the table."""
+
+    def way(count: int) -> float:
+        chosen = np.unique(np.linspace(0, len(study.components) - 1, count).astype(int))
+        few = replace(study, components=Components(study.components[int(i)] for i in chosen))
+        found = layer_feature_ablation(few, device="cpu", batch_size=BATCH)
+        return found.forwards / found.seconds
+
+    return way
+
+
+def masks_for(way: Way, seconds: float) -> int:
+    """Return how many masks a way runs in so many seconds, at least one; this also warms it up."""
+    count = 1
+    while True:
+        start = time.perf_counter()
+        way(count)
+        took = time.perf_counter() - start
+        if took > seconds / 3 or count == MOST:
+            return max(1, min(MOST, int(count * seconds / took)))
+        count = min(2 * count, MOST)
+
+
+def measure(name: str, study: coar.Study, rounds: int, seconds: float) -> Timing:
+    """Let all ways take turns on one model and its examples, every other round in reverse order."""
+    n, loop = len(study.examples), published_loop(study)
+    ours = workers(study)
+    ways = {"published loop": plain_way(study, loop), "captum": captum_way(study)}
+    ways["hook loop"] = plain_way(study, hook_loop(study))
+    for precision, (worker, block) in ours.items():
+        ways[precision] = unit_way(study, lambda masks, w=worker, b=block: w.outputs(b, masks))
+    counts = {way: masks_for(run, seconds) for way, run in ways.items()}
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(rounds):
+        for way in list(ways)[:: (-1) ** number]:
+            rates[way].append(n * ways[way](counts[way]))
+    masks = study.sampler.masks("train", range(2), len(study.components))
+    expected = loop(masks).numpy()
+    worker, block = ours["float32"]
+    difference = np.abs(worker.outputs(block, masks) - expected).max() / np.abs(expected).max()
+    flops = flops_per_example(study.model, study.examples.block(0, 1)[0])
+    return Timing(name, len(study.components), n, rates, flops, float(difference))
+
+
+def product_speed(kind: torch.dtype) -> float:
+    """Return the floating-point operations per second of the fastest of some square matrix products."""
+    best = 0.0
+    for size in (512, 1024, 2048):
+        a = torch.randn(size, size).to(kind)
+        for _ in range(6):
+            start = time.perf_counter()
+            a @ a
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
 
 
 def flops_per_example(model: nn.Module, inputs: Tensor) -> float:
-    """Return the floating-point operations of one forward pass of one example."""
+    """Return the floating-point operations of one forward pass of one example.
+
+    Attention's fused path, which the counter does not see into, is off while counting.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(inputs[:4])
-    return counter.get_total_flops() / 4
+        model(inputs)
+    torch.backends.mha.set_fastpath_enabled(fused)
+    return counter.get_total_flops() / len(inputs)
+
+
+def header(arguments: argparse.Namespace, peak: dict[str, float]) -> str:
+    """Return date, machine, versions and settings."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":")[1].strip() if names else cpu
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "transformers", "captum"))
+    speeds = ", ".join(f"{value / 1e9:.0f} GFLOP/s {precision}" for precision, value in peak.items())
+    weights = "trained" if "COAR_DATA" in os.environ else "random"
+    return (
+        f"# Collecting, {datetime.now(UTC):%Y-%m-%d}\n\n{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB, "
+        f"{torch.get_num_threads()} threads; {platform.system()}, Python {platform.python_version()}, {packages}.\n"
+        f"{arguments.rounds} rounds of {arguments.seconds:g} s per way; resnet20 with {weights} weights. Best matrix "
+        f"product: {speeds}.\n"
+    )
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def rate_row(timing: Timing) -> list[str]:
+    """Return the row of rates."""
+    values = [f"{statistics.median(values):,.3g}" for values in timing.rates.values()]
+    return [timing.model, f"{timing.components:,}", str(timing.examples), *values]
+
+
+def ratio_row(timing: Timing, peak: dict[str, float]) -> list[str]:
+    """Return the row of ratios, shares of the peak, and the difference of the outputs."""
+    cells = [timing.model, str(timing.examples)]
+    for precision in OURS:
+        for peer in PEERS:
+            ratios = [a / b for a, b in zip(timing.rates[precision], timing.rates[peer], strict=True)]
+            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        cells.append(f"{statistics.median(timing.rates[precision]) * timing.flops / peak[precision]:.2f}")
+    return [*cells, f"{timing.difference:.0e}"]
 
 
 def main() -> None:
-    """Run the rounds and print rates, ratios and shares of the floor."""
+    """Measure every model at every number of examples, and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--masks", type=int, default=128, help="masks per round, a multiple of 64")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--models", choices=SUBJECTS, nargs="+", default=list(SUBJECTS))
+    parser.add_argument("--examples", type=int, nargs="+", help="by default few and many, as each model allows")
+    parser.add_argument("--seconds", type=float, default=1.0, help="budget of each way in each round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    study = make_study()
-    n = len(study.examples)
-    masks = study.sampler.masks("train", range(arguments.masks // 8), len(study.components))
-    published_loop(study, masks[:2])
-    rates: dict[str, list[float]] = {"published loop": [], "float32": [], "bf16": []}
-    with tempfile.TemporaryDirectory() as folder:
-        extend = {name: ours(study, Path(folder), name) for name in ("float32", "bf16")}
-        for _ in range(arguments.rounds):
+    torch.set_num_threads(arguments.threads)
+    peak = dict.fromkeys(OURS, 0.0)
+    timings = []
+    for name in arguments.models:
+        sizes = arguments.examples or SUBJECTS[name].examples
+        study = SUBJECTS[name].study(max(sizes))
+        for size in sizes:
+            peak = {precision: max(peak[precision], product_speed(kind)) for precision, kind in OURS.items()}
+            few = replace(study, examples=study.examples.subset(range(min(size, len(study.examples)))))
             start = time.perf_counter()
-            published_loop(study, masks)
-            rates["published loop"].append(len(masks) * n / (time.perf_counter() - start))
-            for name, run in extend.items():
-                rates[name].append(arguments.masks * n / run(arguments.masks))
-        stored = coar.Run.open(Path(folder) / "float32.zarr")
-        expected = published_loop(study, stored.masks(0, 2)).numpy()
-        difference = np.abs(stored.outputs(slice(0, 2), slice(None)) - expected).max()
-        error = coar.Run.open(Path(folder) / "bf16.zarr").facts["precision"]["error"]
-    flops = flops_per_example(study.model, study.examples.inputs)
-    floors = {"float32": torch.float32, "bf16": torch.bfloat16}
-    report = {"threads": torch.get_num_threads(), "examples": n, "megaflops_per_example": round(flops / 1e6, 1)}
-    for name, values in rates.items():
-        report[name] = {"masks_x_images_per_second": round(statistics.median(values))}
-        if name in floors:
-            ratios = [a / b for a, b in zip(values, rates["published loop"], strict=True)]
-            share = statistics.median(values) * flops / product_speed(floors[name])
-            report[name] |= {
-                "ratio_to_published_loop": round(statistics.median(ratios), 2),
-                "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
-                "of_matrix_product_speed": round(share, 3),
-            }
-    report["largest_difference_to_published_loop_float32"] = float(difference)
-    report["bf16_error_of_spread"] = round(error, 4)
-    print(json.dumps(report, indent=1))
+            timings.append(measure(name, few, arguments.rounds, arguments.seconds))
+            print(f"{name}, {size} examples: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    print(header(arguments, peak))
+    print("Masks x images per second, medians:\n")
+    print(table(["model", "components", "examples", *PEERS, *OURS], [rate_row(timing) for timing in timings]))
+    ratios = [f"{precision} / {peer}" for precision in OURS for peer in PEERS]
+    columns = ["model", "examples", *ratios[:3], "float32 of peak", *ratios[3:], "bf16 of peak", "difference"]
+    print("Ratios of ours to the others, medians and ranges over rounds:\n")
+    print(table(columns, [ratio_row(timing, peak) for timing in timings]))
 
 
 if __name__ == "__main__":
