@@ -4,13 +4,21 @@ from coar._version import __version__
 from coar.ablation import Mean, ZeroWeight, choose_ablation
 from coar.attributions import Attributions, load
 from coar.baselines import gradient_x_gate, leave_one_out
-from coar.components import Component, Components, conv_filters, neurons, parameter_slices
+from coar.components import (
+    Component,
+    Components,
+    attention_heads,
+    conv_filters,
+    input_features,
+    neurons,
+    parameter_slices,
+)
 from coar.editing import Edit, EditGoal, edit, fix_errors, forget_class, judge_edit, reach_goal
 from coar.engines import collect
 from coar.errors import CoarError
 from coar.evaluation import Evaluation, evaluate
 from coar.examples import Examples
-from coar.outputs import ClassLogit, CorrectClassMargin, CrossEntropy
+from coar.outputs import ClassLogit, CorrectClassMargin, CosineSimilarity, CrossEntropy
 from coar.regression import fit
 from coar.sampling import BernoulliSampler, FixedSizeSampler
 from coar.store import Problem, Run, repair, verify
@@ -25,6 +33,7 @@ __all__ = [
     "Component",
     "Components",
     "CorrectClassMargin",
+    "CosineSimilarity",
     "CrossEntropy",
     "Edit",
     "EditGoal",
@@ -37,6 +46,7 @@ __all__ = [
     "Study",
     "ZeroWeight",
     "__version__",
+    "attention_heads",
     "choose_ablation",
     "collect",
     "conv_filters",
@@ -46,6 +56,7 @@ __all__ = [
     "fix_errors",
     "forget_class",
     "gradient_x_gate",
+    "input_features",
     "judge_edit",
     "leave_one_out",
     "load",

@@ -24,6 +24,7 @@ from coar.sampling import Split
 from coar.store import Plan, Probes, ProbeUnit, Run, Unit
 from coar.store.arrays import storage_errors, sweep
 from coar.store.lock import write_lock
+from coar.store.probes import check_probes
 from coar.store.run import local_path, needs_creation
 from coar.study import Study
 from coar.worker import (
@@ -35,6 +36,7 @@ from coar.worker import (
     choose_precision,
     compare_gates,
     compare_precisions,
+    compare_rows,
     device_copy,
 )
 
@@ -46,6 +48,7 @@ MASK_BLOCK = 64  # masks per unit: seconds of work, so that an interruption cost
 EXAMPLE_BLOCK = 512  # examples per unit at most
 CHECK_MASKS = 16  # masks on which precisions are compared
 CHECK_EXAMPLES = 32  # examples on which batch norms are told to follow a site
+CHECK_ROWS = 8  # examples on which a mask per row is compared with one mask for all
 
 
 def collect(
@@ -92,7 +95,7 @@ def collect(
     Raises:
         SettingsError: When a setting is out of range.
         MismatchError: When the run was made for another study.
-        AblationError: When probes are asked of components that have no gradient.
+        AblationError: When probes are asked of components or of an output that have no gradient; nothing is made then.
         OutputError: When an output is not finite; it names the mask and the example, and the unit is not stored.
         KeyboardInterrupt: After Ctrl-C, once the current unit is stored.
     """
@@ -104,6 +107,7 @@ def collect(
         mask_block,
         example_block,
     )
+    check_probes(probes)
     fractions = {study.sampler.ablated_fraction, *test_fractions}
     wanted: dict[tuple[Split, float], int] = {("test", fraction): test_masks for fraction in sorted(fractions)}
     wanted |= {
@@ -115,6 +119,8 @@ def collect(
     root = local_path(path)
     with write_lock(root):
         model = device_copy(study.model, target)
+        if probes:
+            try_probe(study, model)
         if needs_creation(root):
             plan = Plan().extended(wanted)
             blocks = (mask_block, example_block or _balanced(len(study.examples)))
@@ -130,8 +136,6 @@ def collect(
             run.extend(plan)
         worker = worker_of(study, run, model, batch_size=batch_size)
         probing = Probes(run)
-        if probes > probing.count:
-            worker.probe(worker.load(study.examples, 0, 1), probing.first_masks(), np.zeros(1, dtype=np.int64))
         probing.extend(probes)
         _collect_probes(study, probing, worker, progress=progress)
         _collect_units(study, run, worker, progress=progress)
@@ -151,6 +155,14 @@ def worker_of(study: Study, run: Run, model: nn.Module, *, batch_size: int | Non
     )
 
 
+def try_probe(study: Study, model: nn.Module) -> None:
+    """Probe a few examples on a copy of the model; raise `AblationError` when there is no gradient to be had."""
+    nothing = torch.zeros(len(study.components))
+    worker = Worker(model, study.components, nothing, study.output, through_outputs=True)
+    block = worker.load(study.examples, 0, CHECK_ROWS)
+    compare_rows(worker, block, study.sampler.masks("probe", range(block.size), len(study.components)))
+
+
 def _collect_probes(study: Study, probes: Probes, worker: Worker, *, progress: bool) -> None:
     missing = probes.missing_units()
     share = {unit: _width(probes.examples_of(unit), probes.run) * probes.rounds[unit.round] for unit in probes.units()}
@@ -161,7 +173,8 @@ def _collect_probes(study: Study, probes: Probes, worker: Worker, *, progress: b
         _check_probes(study, unit, examples, kept, ablated, outputs)
         probes.write_unit(unit, kept, ablated, outputs)
 
-    _work_off(study, probes.run, worker, missing, share, probes.examples_of, work, "probe", progress)
+    more = bool(probes.run.missing_units())
+    _work_off(study, probes.run, worker, missing, share, probes.examples_of, work, "probe", progress, more=more)
 
 
 def _collect_units(study: Study, run: Run, worker: Worker, *, progress: bool) -> None:
@@ -189,8 +202,13 @@ def _work_off(
     work: Callable[[AnyUnit, Block], None],
     noun: str,
     progress: bool,
+    *,
+    more: bool = False,
 ) -> None:
-    """Do the missing units one after another; `share` is each unit's size in passes over all examples."""
+    """Do the missing units one after another.
+
+    `share` is each unit's size in passes over all examples, and `more` says whether other work follows.
+    """
     if not share:
         return
     total, done = round(sum(share.values())), len(share) - len(missing)
@@ -215,9 +233,9 @@ def _work_off(
             work(unit, block)
             done += 1
             bar.update(min(share[unit], total - bar.n))  # shares are fractions, and their sum may round up
-            if stopped.is_set() and done < len(share):
+            if stopped.is_set() and (done < len(share) or more):
                 raise KeyboardInterrupt(
-                    f"stopped after unit {done} of {len(share)} of {noun}s; everything so far is stored in {run.path}: "
+                    f"stopped after {noun} unit {done} of {len(share)}; everything so far is stored in {run.path}: "
                     f"run the same command again to go on"
                 )
 
@@ -287,6 +305,8 @@ def _create(
     norms = following_batch_norms(model, study.components, run=outputs)
     fast = Worker(*parts, batch_norms=norms, batch_size=batch_size)
     masks = plan.masks(study.sampler, len(study.components), 0, min(CHECK_MASKS, blocks[0]))
+    if not len(masks):  # nothing but probes is asked for
+        masks = study.sampler.masks("probe", range(CHECK_MASKS), len(study.components))
     called = called_sites(model, study.components, run=outputs)
     facts: dict[str, Any] = {
         "batch_norms": norms,
@@ -319,7 +339,7 @@ def _gate_error(
 ) -> float | None:
     """Check gated weights against gated outputs, for components that have an output; None when there is none."""
     model, components, constants, output = parts
-    rows = [i for i, row in enumerate(components) if row.side == "output" and row.site in called]
+    rows = [i for i, row in enumerate(components) if row.side != "parameter" and row.site in called]
     if not rows:
         return None
     chosen = Components(components[i] for i in rows)

@@ -183,7 +183,9 @@ class Worker(ModelRunner):
         which = torch.from_numpy(slots).to(self.device)
         sums = torch.zeros(2, n, len(self._components), device=self.device)  # all probes, and those that keep
         out = torch.empty(probes, n, device=self.device)
-        with Gates(self._model, self._components, self._replacements, through_outputs=True) as gates, self._cast():
+        fast = self._fast | {"through_outputs": True}
+        gated = Gates(self._model, self._components, self._replacements, **fast)  # type: ignore[arg-type]
+        with gated as gates, self._cast():
             for number, of_slots in enumerate(keeps):
                 at = 0
                 for inputs, targets in block.batches:
@@ -243,6 +245,30 @@ def compare_gates(expected: np.ndarray, found: np.ndarray) -> float:
         raise AblationError(
             f"ablating by weights and by outputs gives outputs that differ by {error:.1e} of the largest, and "
             f"{GATE_TOLERANCE} is allowed: some layer does not compute what its type promises; exclude it"
+        )
+    return error
+
+
+def compare_rows(worker: Worker, block: Block, masks: np.ndarray) -> float:
+    """Return the largest difference that a mask per example makes to one mask for all, relative to the largest output.
+
+    Args:
+        worker: The worker.
+        block: A few examples.
+        masks: (examples, components) boolean masks, one per example.
+
+    Raises:
+        AblationError: When they disagree, since an example was then given another one's mask, or when there is no
+            gradient to be had.
+    """
+    found = worker.probe(block, masks[None], np.arange(block.size))[2][0]
+    expected = worker.outputs(block, masks).diagonal()
+    error = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
+    if error > GATE_TOLERANCE:
+        raise AblationError(
+            f"a mask for every example gives outputs that differ by {error:.1e} of the largest from those of one mask "
+            f"for all, and {GATE_TOLERANCE} is allowed: some layer does not lay the entries of an example out side by "
+            f"side; exclude it, or collect masks instead of probes"
         )
     return error
 

@@ -28,7 +28,8 @@ TEST_MASKS = 512
 TEST_FRACTIONS = (0.05, 0.20)
 
 FOLDER = Path("data/cifar10")
-WEIGHTS = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/resnet20-12fca82f.th"
+WEIGHTS = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models"
+FILES = {20: "resnet20-12fca82f.th", 44: "resnet44-014dd654.th"}  # by number of layers
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STUDIED, CALIBRATION = 256, 500
 
@@ -106,20 +107,22 @@ def examples(name: str, rows: slice) -> coar.Examples:
     return coar.Examples(inputs=normal, targets=torch.from_numpy(labels).long(), metadata={"id": numbers})
 
 
-def model() -> nn.Module:
-    """Return the pretrained ResNet-20."""
+def model(layers: int = 20) -> nn.Module:
+    """Return the pretrained ResNet of 20 or 44 layers."""
+    if layers not in FILES:
+        raise coar.errors.SettingsError(f"there are no weights for {layers} layers; choose 20 or 44")
     if "COAR_DATA" in os.environ:
-        file, prefix = Path(os.environ["COAR_DATA"]) / "cifar10_resnet20.safetensors", ""
+        file, prefix = Path(os.environ["COAR_DATA"]) / f"cifar10_resnet{layers}.safetensors", ""
     else:
-        file, prefix = FOLDER / Path(WEIGHTS).name, "module."
+        file, prefix = FOLDER / FILES[layers], "module."
         if not file.exists():
-            download_url(WEIGHTS, str(FOLDER), file.name)
-    return coar.load_weights(CifarResNet(), file, prefix=prefix).eval()
+            download_url(f"{WEIGHTS}/{file.name}", str(FOLDER), file.name)
+    return coar.load_weights(CifarResNet(blocks=(layers - 2) // 6), file, prefix=prefix).eval()
 
 
-def study(*, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int = 0) -> coar.Study:
-    """Define the study of the first 256 test pictures; `ablation` is `mean` or `zero`."""
-    net = model()
+def study(*, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int = 0, layers: int = 20) -> coar.Study:
+    """Define the study of the first 256 test pictures; `ablation` is `mean` or `zero`, `layers` 20 or 44."""
+    net = model(layers)
     calibration = examples("train", slice(0, CALIBRATION))
     return coar.Study(
         model=net,

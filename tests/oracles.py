@@ -42,6 +42,51 @@ def zeroed(model, rows):
     return copy
 
 
+def features_zeroed(model, features):
+    """A copy whose weights that read the given (module path, input feature) are zero."""
+    copy = deepcopy(model)
+    with torch.no_grad():
+        for path, feature in features:
+            layer = copy.get_submodule(path)
+            if isinstance(layer, nn.Linear):
+                layer.weight[:, feature] = 0
+            else:  # transformers' Conv1D, whose weight is (inputs, outputs)
+                layer.weight[feature] = 0
+    return copy
+
+
+class Reread(nn.Module):
+    """Writes constants over some features of what it is given, and calls a module with it."""
+
+    def __init__(self, inner, constants):
+        super().__init__()
+        self.inner, self.constants = inner, constants
+
+    def forward(self, x):
+        x = x.clone()
+        for feature, value in self.constants.items():
+            x[..., feature] = value
+        return self.inner(x)
+
+
+def features_replaced(model, constants):
+    """A copy whose inputs at (module path, feature) are overwritten by the constants."""
+    copy = deepcopy(model)
+    for path in {path for path, _ in constants}:
+        features = {feature: value for (other, feature), value in constants.items() if other == path}
+        with_module(copy, path, lambda inner, features=features: Reread(inner, features))
+    return copy
+
+
+def feature_means(model, x, path):
+    """Mean of each input feature of one module, over examples and positions."""
+    given = []
+    copy = deepcopy(model)
+    copy.get_submodule(path).register_forward_pre_hook(lambda _module, args: given.append(args[0].double()))
+    forward(copy, x)
+    return [float(sum(column) / len(column)) for column in torch.cat([g.flatten(0, -2) for g in given]).T.numpy()]
+
+
 def zeroed_outputs(model, x, y, rows, kind="logsumexp"):
     return read_outputs(forward(zeroed(model, rows), x), y, kind)
 

@@ -1,5 +1,6 @@
 """The component table: what finders find, in which order, under which names, and what they refuse."""
 
+import functools
 import pickle
 
 import pytest
@@ -12,7 +13,7 @@ from coar.components import Component, check_components
 from coar.errors import ComponentError
 from pipelines.cifar10 import CifarResNet
 from pipelines.digits import DigitsNet
-from tests import oracles
+from tests import oracles, tiny
 
 # a stem of 64, then per stage four convolutions of its width and, from the second on, a shortcut of that width
 RESNET18_FILTERS = 64 + 4 * 64 + (4 + 1) * 128 + (4 + 1) * 256 + (4 + 1) * 512
@@ -60,6 +61,27 @@ def test_neurons_are_rows_of_linear_layers_the_last_among_them(planar):
     assert len(coar.neurons(layer)) == 8 + 16 + 8
 
 
+def test_input_features_are_columns_of_linear_layers_and_rows_of_transformers_conv1d(planar):
+    components = coar.input_features(planar)
+    assert components.names == tuple(f"last.input[{i}]" for i in range(6))
+    assert components[4] == Component("last.input[4]", "input feature", "last", "input", -1, 4, 1)
+    gpt2 = tiny.model("gpt2")
+    assert gpt2.body.h[1].mlp.c_proj.weight.shape == (tiny.FEED, tiny.WIDTH)  # (inputs, outputs)
+    components = coar.input_features(gpt2, include="*.1.mlp.c_proj")
+    assert components.names == tuple(f"body.h.1.mlp.c_proj.input[{i}]" for i in range(tiny.FEED))
+    widths = {"c_attn": tiny.WIDTH, "c_proj": tiny.WIDTH, "c_fc": tiny.WIDTH}
+    assert len(coar.input_features(gpt2)) == tiny.LAYERS * (sum(widths.values()) + tiny.FEED)
+    assert coar.input_features(nn.Linear(2, 3)).names == ("input[0]", "input[1]")
+
+
+def test_what_is_merely_called_conv1d_is_no_linear_layer():
+    class Conv1D(nn.Conv1d):
+        """A convolution of a user's own."""
+
+    model = nn.Sequential(Conv1D(3, 4, 1), nn.Linear(2, 5))
+    assert {row.site for row in coar.input_features(model)} == {"1"}
+
+
 def test_slices_cut_a_parameter_along_an_axis(planar):
     rows = coar.parameter_slices(planar, ["bare.weight", "last.*"])
     assert rows.names == tuple(f"{name}[{i}]" for name, n in (("bare.weight", 6), ("last.weight", 5), ("last.bias", 5))
@@ -94,6 +116,9 @@ def test_patterns_choose_modules_in_model_order(planar, settings, sites):
         (lambda model: coar.conv_filters(model, include="up", exclude="up"), "include='up'"),
         (lambda model: coar.neurons(model, include="up"), "up"),
         (lambda model: coar.neurons(model, exclude="last"), "linear layer"),
+        (lambda model: coar.input_features(model, include="up"), "up"),
+        (lambda model: coar.input_features(model.up), "ConvTranspose2d has no linear layer"),
+        (lambda _model: coar.input_features(nn.Sequential(nn.LazyLinear(3))), "lazy"),
         (lambda model: coar.parameter_slices(model, "up"), "up"),
         (lambda model: coar.parameter_slices(model, []), "parameter"),
         (lambda model: coar.parameter_slices(model, "last.bias", axis=1), "last.bias"),
@@ -157,6 +182,7 @@ def test_equality_hash_and_fingerprint_follow_the_rows(planar):
 
 def test_addition_keeps_order_and_refuses_duplicates(planar):
     filters, neurons = coar.conv_filters(planar), coar.neurons(planar)
+    assert (neurons + coar.input_features(planar)).sites().keys() == {("last", "output", -1), ("last", "input", -1)}
     both = neurons + filters
     assert both.names == neurons.names + filters.names
     assert both.index("grouped[0]") == 5
@@ -194,7 +220,8 @@ def test_the_repr_counts_kinds(planar):
 
 
 def test_components_fit_any_model_of_the_architecture(planar):
-    for find in (coar.conv_filters, coar.neurons, lambda model: coar.parameter_slices(model, "*")):
+    slices = functools.partial(coar.parameter_slices, patterns="*")
+    for find in (coar.conv_filters, coar.neurons, coar.input_features, slices):
         check_components(planar, find(oracles.PlanarNet()))
 
 
@@ -205,6 +232,8 @@ def test_components_fit_any_model_of_the_architecture(planar):
         (lambda: coar.conv_filters(nn.ModuleDict({"up": nn.Conv2d(1, 7, 1)})), "up"),
         (lambda: coar.neurons(nn.ModuleDict({"last": nn.Linear(6, 6)})), "last"),
         (lambda: coar.neurons(nn.ModuleDict({"norm": nn.Linear(6, 6)})), "norm"),
+        (lambda: coar.input_features(nn.ModuleDict({"last": nn.Linear(7, 5)})), "last"),
+        (lambda: coar.input_features(nn.ModuleDict({"up": nn.Linear(1, 1)})), "up"),
         (lambda: coar.parameter_slices(nn.ModuleDict({"last": nn.Linear(7, 5)}), "last.weight", axis=1), "last.weight"),
         (lambda: coar.parameter_slices(nn.ModuleDict({"norm": nn.Linear(2, 8)}), "norm.weight", axis=1), "norm.weight"),
         (lambda: coar.parameter_slices(nn.ModuleDict({"bare": nn.Conv2d(6, 6, 3)}), "bare.bias"), "bare.bias"),

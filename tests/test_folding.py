@@ -16,7 +16,7 @@ import coar
 from coar.ablation import Gates, fold, following_batch_norms
 from coar.components import Component
 from coar.errors import ComponentError, EditError
-from tests import oracles
+from tests import oracles, tiny
 
 
 def random_constants(components, seed=5):
@@ -213,6 +213,20 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("coar", "pipe
 """
 
 
+def outputs_without_the_package(edited, x, architecture, construction, folder):
+    """What a new process makes of an edited checkpoint, with nothing but the source of its architecture."""
+    coar.save_weights(edited, folder / "edited.safetensors")
+    save_file({"x": x.contiguous()}, folder / "x.safetensors")
+    script = folder / "plain.py"
+    script.write_text(SCRIPT.format(architecture=architecture, construction=construction))
+    files = [str(folder / f"{name}.safetensors") for name in ("edited", "x", "logits")]
+    done = subprocess.run(
+        [sys.executable, "-I", str(script), *files], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return load_file(files[2])["logits"]
+
+
 @pytest.mark.parametrize("mean", [False, True], ids=["zero weight", "mean"])
 @pytest.mark.parametrize("case", ["digits", "resnet18"])
 def test_an_edited_checkpoint_needs_only_torch(case, mean, request, tmp_path):
@@ -222,8 +236,6 @@ def test_an_edited_checkpoint_needs_only_torch(case, mean, request, tmp_path):
     values = ablation.replacements(model, components, batch_size=64)
     rows = some_rows(components)
     edited = folded(model, components, rows, values, norms_of(model, x, components))
-    coar.save_weights(edited, tmp_path / "edited.safetensors")
-    save_file({"x": x.contiguous()}, tmp_path / "x.safetensors")
     if case == "digits":
         source = request.getfixturevalue("digits")
         architecture = (
@@ -232,13 +244,66 @@ def test_an_edited_checkpoint_needs_only_torch(case, mean, request, tmp_path):
         construction = "DigitsNet()"
     else:
         architecture, construction = "from torchvision.models import resnet18", "resnet18(num_classes=7)"
-    script = tmp_path / "plain.py"
-    script.write_text(SCRIPT.format(architecture=architecture, construction=construction))
-    files = [str(tmp_path / f"{name}.safetensors") for name in ("edited", "x", "logits")]
-    done = subprocess.run(
-        [sys.executable, "-I", str(script), *files], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    logits = load_file(files[2])["logits"]
+    logits = outputs_without_the_package(edited, x, architecture, construction, tmp_path)
     torch.testing.assert_close(logits, gated(model, x, components, rows, values), rtol=0, atol=1e-4)
     assert (logits - oracles.forward(model, x)).abs().mean() > 0.01
+
+
+def transformer_parts(model, kind):
+    """Heads, neurons after their activation and, of plain linear layers, outputs of the heads' projections."""
+    feed, projection = tiny.PROJECTION[kind]
+    inputs = coar.attention_heads(model) + coar.input_features(model, include=feed.format("[0-9]"))
+    return inputs if kind == "gpt2" else inputs + coar.neurons(model, include=projection.format("*"))
+
+
+@pytest.mark.parametrize("constants", [False, True], ids=["zero weight", "constants"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_folding_inputs_gives_what_the_gates_give_and_keeps_the_keys(kind, constants):
+    model, x = tiny.model(kind), tiny.inputs(kind)
+    components = transformer_parts(model, kind)
+    zero = coar.ZeroWeight().replacements(model, components, batch_size=8)
+    values = random_constants(components) if constants else zero
+    rows = list(range(0, len(components), 3))
+    expected = gated(model, x, components, rows, values)
+    assert (expected - oracles.forward(model, x)).abs().mean() > 0.01
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    new = {f"{components[i].site}.bias" for i in rows} if constants and kind == "llama" else set()
+    for order in (rows, rows[::-1]):  # inputs before outputs, and after
+        edited = folded(model, components, order, values, {})
+        torch.testing.assert_close(oracles.forward(edited, x), expected, rtol=0, atol=1e-4)
+        assert set(edited.state_dict()) == set(before) | new
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_inputs_beside_a_batch_norm_that_takes_the_outputs_constants():
+    model = oracles.rough(nn.Sequential(nn.Linear(8, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)))
+    x, components = torch.randn(6, 8), coar.input_features(model, include="0") + coar.neurons(model, include="0")
+    values = random_constants(components)
+    assert norms_of(model, x, components) == {"0": "1"}
+    rows = [1, 6, 8, 11]
+    for order in (rows, rows[::-1]):
+        edited = oracles.forward(folded(model, components, order, values, {"0": "1"}), x)
+        torch.testing.assert_close(edited, gated(model, x, components, rows, values), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_inputs_of_layers_whose_parameters_are_not_their_own_are_an_error(name):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    feature = coar.input_features(model)[0]
+    setattr(model[2], name, getattr(model[0], name))
+    with pytest.raises(EditError, match=r"shared by 0, 2"):
+        fold(model, [feature], [1.5], batch_norms={})
+    weight_norm(model[0], name, dim=0 if name == "weight" else None)
+    with pytest.raises(EditError, match="computed from other parameters"):
+        fold(model, [feature], [1.5], batch_norms={})
+
+
+def test_an_edited_transformer_needs_only_its_own_library(tmp_path):
+    model, x = tiny.model("gpt2"), tiny.inputs("gpt2")
+    components = transformer_parts(model, "gpt2")
+    values, rows = random_constants(components), list(range(0, len(components), 4))
+    edited = folded(model, components, rows, values, {})
+    architecture = "from transformers import GPT2Config, GPT2Model\n" + inspect.getsource(tiny.Pooled)
+    construction = f"Pooled(GPT2Model(GPT2Config(**{tiny.GPT2!r})))"
+    found = outputs_without_the_package(edited, x, architecture, construction, tmp_path)
+    torch.testing.assert_close(found, gated(model, x, components, rows, values), rtol=0, atol=1e-4)

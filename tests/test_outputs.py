@@ -1,5 +1,6 @@
 """Output functions against plain loops, and what they refuse."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,3 +141,36 @@ def test_gradients_reach_the_logits():
         function(live, targets).sum().backward()
         assert torch.isfinite(live.grad).all()
         assert live.grad.abs().sum() > 0
+
+
+def test_similarity_is_the_cosine_of_the_two_embeddings():
+    pairs = torch.randn(7, 2, 5, generator=torch.Generator().manual_seed(0)) * 3
+    values = coar.CosineSimilarity()(pairs, torch.zeros(7))
+    assert values.shape == (7,)
+    expected = [
+        sum(a * b for a, b in zip(one, other, strict=True))
+        / math.sqrt(sum(a * a for a in one) * sum(b * b for b in other))
+        for one, other in pairs.tolist()
+    ]
+    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
+    low = coar.CosineSimilarity()(pairs.bfloat16(), torch.zeros(7))
+    assert low.dtype == torch.float32
+    live = pairs.clone().requires_grad_()
+    coar.CosineSimilarity()(live, torch.zeros(7)).sum().backward()
+    assert live.grad.abs().sum() > 0
+    assert coar.CosineSimilarity().settings() == {"name": "CosineSimilarity"}
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (torch.zeros(3, 5), r"a tensor of shape \(3, 5\) for 3 pairs"),
+        (torch.zeros(6, 2, 5), r"\(6, 2, 5\) for 3 pairs"),
+        (torch.zeros(3, 3, 5), r"\(3, 3, 5\)"),
+        (torch.zeros(3, 2, 5, 1), r"\(3, 2, 5, 1\)"),
+        (Result(torch.zeros(3, 2, 5)), "a Result for 3 pairs"),
+    ],
+)
+def test_what_holds_no_two_embeddings_of_each_pair_is_an_error(result, message):
+    with pytest.raises(OutputError, match=message):
+        coar.CosineSimilarity()(result, torch.zeros(3))

@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coar.ablation.gates import Gates, reads_own_weight
-from coar.components import TRANSPOSED_CONVOLUTIONS, Component, Components, check_components, output_channels
+from coar.ablation.by_weight import reads_own_weight
+from coar.ablation.gates import Gates
+from coar.components import (
+    TRANSPOSED_CONVOLUTIONS,
+    Component,
+    Components,
+    check_components,
+    input_axis,
+    output_channels,
+)
 from coar.errors import EditError
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -21,9 +29,9 @@ def fold(
 ) -> None:
     """Replace components by constants for good, in place.
 
-    A component's weights are zeroed. Its constant then goes into the layer's own bias; where there is none, into the
-    running mean of the batch norm that follows, which keeps the state dict's keys; where there is neither, into a new
-    bias of zeros.
+    A component's weights are zeroed: rows for an output, columns for an input. Its constant then goes into the layer's
+    own bias; where there is none, an output's goes into the running mean of the batch norm that follows, which keeps
+    the state dict's keys; where there is neither, and for inputs, it goes into a new bias of zeros.
 
     Args:
         model: The model to change.
@@ -43,6 +51,8 @@ def fold(
             if component.side == "parameter":
                 parameter = model.get_parameter(component.site)
                 parameter.narrow(component.axis, component.position, component.size).zero_()
+            elif component.side == "input":
+                _fold_input(model, component, value)
             else:
                 _fold_output(model, component, value, batch_norms.get(component.site))
 
@@ -60,6 +70,18 @@ def _fold_output(model: nn.Module, component: Component, value: float, batch_nor
         else:
             layer.bias = nn.Parameter(weight.new_zeros(output_channels(layer)))
             layer.bias[position] = value
+
+
+def _fold_input(model: nn.Module, component: Component, value: float) -> None:
+    layer = model.get_submodule(component.site)
+    weight, bias = _own(model, component.site, "weight"), _own(model, component.site, "bias")
+    axis = input_axis(layer)
+    columns = weight.narrow(axis, component.position, component.size)  # type: ignore[union-attr]
+    if value != 0:
+        if bias is None:
+            layer.bias = bias = nn.Parameter(columns.new_zeros(output_channels(layer)))
+        bias.add_(columns.sum(axis), alpha=value)
+    columns.zero_()
 
 
 def _own(model: nn.Module, site: str, name: str) -> nn.Parameter | None:
@@ -106,23 +128,23 @@ def following_batch_norms(
         Path of the batch norm by path of the site.
     """
     candidates = _candidates(model, components, run)
-
+    outputs = [i for i, row in enumerate(components) if row.side == "output"]
     spread = _spread(model, components, candidates)
 
     def agree(pairs: dict[str, str], constants: Tensor) -> bool:
-        rows = [i for i, row in enumerate(components) if row.site in pairs and row.position % 2 == 0]
+        rows = [i for i in outputs if components[i].site in pairs and components[i].position % 2 == 0]
         keep = torch.ones(len(components), dtype=torch.bool, device=next(model.parameters()).device)
         keep[rows] = False
-        outputs = []
+        results = []
         for norms in ({}, pairs):
             with Gates(model, components, constants, batch_norms=norms) as gates:
                 gates.set(keep)
-                outputs.append(run(model))
+                results.append(run(model))
         folded = deepcopy(model)
         fold(folded, [components[i] for i in rows], constants[rows].tolist(), batch_norms=pairs)
-        outputs.append(run(folded))
-        limit = AGREEMENT * outputs[0].abs().max()
-        return all(bool((other - outputs[0]).abs().max() <= limit) for other in outputs[1:])
+        results.append(run(folded))
+        limit = AGREEMENT * results[0].abs().max()
+        return all(bool((other - results[0]).abs().max() <= limit) for other in results[1:])
 
     def agrees(pairs: dict[str, str]) -> bool:
         return agree(pairs, spread) and agree(pairs, -spread)
@@ -136,7 +158,7 @@ def _spread(model: nn.Module, components: Components, candidates: Mapping[str, s
     """Return constants that a batch norm shows clearly: a channel's mean in size plus one standard deviation."""
     constants = torch.zeros(len(components))
     for i, row in enumerate(components):
-        if row.site in candidates:
+        if row.side == "output" and row.site in candidates:
             norm = model.get_submodule(candidates[row.site])
             constants[i] = norm.running_mean[row.position].abs() + norm.running_var[row.position].sqrt()  # type: ignore[index]
     return constants

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from coar.ablation.by_hook import hook
 from coar.components import Components
 from coar.errors import AblationError, SettingsError
 from coar.examples import Examples, Inputs
@@ -15,7 +16,7 @@ from coar.settings import Settings
 
 
 class Ablation(Settings):
-    """Base of all ablations that replace a component's output by a constant.
+    """Base of all ablations that replace a component's output, or what it is of a layer's input, by a constant.
 
     Attributes:
         label: The word for this ablation in commands and file names.
@@ -39,7 +40,10 @@ class Ablation(Settings):
 
 
 class ZeroWeight(Ablation):
-    """Zero a component's weights and keep its bias, as published (Shah et al. 2024): the output becomes the bias."""
+    """Zero a component's weights and keep its bias, as published (Shah et al. 2024).
+
+    An output becomes the bias; an input counts as 0.
+    """
 
     label: ClassVar[str] = "zero"
 
@@ -47,7 +51,7 @@ class ZeroWeight(Ablation):
         """Return each component's bias, 0 where it has none."""
         values = torch.zeros(len(components))
         for (site, side, _), indices in components.sites().items():
-            bias = None if side == "parameter" else model.get_submodule(site).bias
+            bias = model.get_submodule(site).bias if side == "output" else None
             if isinstance(bias, Tensor):
                 positions = [components[i].position for i in indices]
                 values[indices] = bias.detach().float().cpu()[positions]
@@ -55,7 +59,7 @@ class ZeroWeight(Ablation):
 
 
 class Mean(Ablation):
-    """Replace a component's output by its mean over calibration examples and, for convolutions, positions.
+    """Replace a component by its mean over calibration examples and positions, such as pixels or tokens.
 
     Attributes:
         calibration: The examples to average over; apart from those used to test, so that nothing leaks.
@@ -66,39 +70,37 @@ class Mean(Ablation):
     calibration: Examples
 
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:
-        """Return each component's mean output; raise `AblationError` where a component has no output."""
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
+        """Return each component's mean; raise `AblationError` where no one constant is its mean."""
+        sums: dict[tuple[str, str], Tensor] = {}
+        counts: dict[tuple[str, str], int] = {}
         sites = components.sites()
+        _check_means(components)
 
-        def recorder(site: str, axis: int) -> Callable[[nn.Module, Any, Tensor], None]:
-            def record(_module: nn.Module, _args: Any, y: Tensor) -> None:
+        def recorder(key: tuple[str, str], axis: int) -> Callable[[Tensor], Tensor]:
+            def record(y: Tensor) -> Tensor:
                 columns = y.detach().movedim(axis, -1).reshape(-1, y.shape[axis])  # (values, channels)
-                sums[site] = sums.get(site, 0) + columns.sum(0, dtype=torch.float64)
-                counts[site] = counts.get(site, 0) + len(columns)
+                sums[key] = sums.get(key, 0) + columns.sum(0, dtype=torch.float64)
+                counts[key] = counts.get(key, 0) + len(columns)
+                return y
 
             return record
 
         with ExitStack() as stack, torch.inference_mode():
-            for (site, side, axis), indices in sites.items():
-                if side == "parameter":
-                    raise AblationError(
-                        f"{components[indices[0]].name!r} is a parameter slice and has no output whose mean could "
-                        f"replace it; use ZeroWeight() or components found by conv_filters or neurons"
-                    )
-                handle = model.get_submodule(site).register_forward_hook(recorder(site, axis))
-                stack.callback(handle.remove)
+            for site, side, axis in sites:
+                if side != "parameter":
+                    handle = hook(model.get_submodule(site), side, recorder((site, side), axis))
+                    stack.callback(handle.remove)
             for start in range(0, len(self.calibration), batch_size):
                 call(model, self.calibration.block(start, start + batch_size)[0])
         values = torch.zeros(len(components))
-        for (site, _, _), indices in sites.items():
-            if site not in sums:
+        for (site, side, _), indices in sites.items():
+            if (site, side) not in sums:
                 raise AblationError(
                     f"module {site!r} was never called while the calibration examples passed through the model, so "
-                    f"its outputs have no mean; exclude it from the components"
+                    f"its {side}s have no mean; exclude it from the components"
                 )
             positions = [components[i].position for i in indices]
-            values[indices] = (sums[site] / counts[site]).float().cpu()[positions]
+            values[indices] = (sums[site, side] / counts[site, side]).float().cpu()[positions]
         return values
 
     def settings(self) -> dict[str, Any]:
@@ -124,3 +126,18 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, dict):
         return model(**{name: value.to(device) for name, value in inputs.items()})
     return model(inputs.to(device))
+
+
+def _check_means(components: Components) -> None:
+    """Raise `AblationError` for the first component that no one constant could replace by its mean."""
+    for row in components:
+        if row.side == "parameter":
+            raise AblationError(
+                f"{row.name!r} is a parameter slice and has no output whose mean could replace it; use ZeroWeight() or "
+                f"components found by conv_filters, neurons or input_features"
+            )
+        if row.size > 1:
+            raise AblationError(
+                f"{row.name!r} is {row.size} features, each with a mean of its own, and an ablation replaces a "
+                f"component by one constant; use ZeroWeight() for attention heads"
+            )

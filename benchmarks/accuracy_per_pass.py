@@ -1,0 +1,191 @@
+"""Held-out correlation against cost: informed fits, regressions, gradients and published peers under one evaluator.
+
+    COAR_DATA=/path/to/folder python benchmarks/accuracy_per_pass.py                        # everything: hours
+    COAR_DATA=/path/to/folder python benchmarks/accuracy_per_pass.py --models digits resnet20 --seeds 0
+
+Zero weight, ablated fraction 0.10, 8,000 training masks, 512 test masks, three seeds of masks and probes; 400 digits,
+256 pictures for ResNet-20 and 128 for ResNet-44, 48 pairs for MiniLM (2,000 masks). Every method is judged on the same
+test masks of its seed. Cost is counted in forward passes over the examples, a probe as many as it was measured to take
+on this machine in the same precision, and at 2.5 beside. Runs are kept in runs/passes/, and gone on with when they are
+there; tables go to stdout, and with the figures to reports/benchmarks/.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from benchmarks import passes_report, peers
+from pipelines import cifar10, digits, sentence_embeddings
+
+import coar
+from coar.evaluation import correlation
+from coar.planning import measure
+from coar.store import Probes, Run
+
+RUNS, OUT = Path("runs/passes"), Path("reports/benchmarks")
+TEST, VALIDATION = 512, 128
+PEER_EXAMPLES, PEER_STEPS = 32, 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One model: its study by seed, and the sizes at which fits are made."""
+
+    study: Callable[[int], coar.Study]
+    masks: tuple[int, ...]
+    probes: tuple[int, ...]
+    embedding: str | None = None
+    baseline: str = "zero"
+
+
+def resnet44(seed: int) -> coar.Study:
+    """Study ResNet-44 on half as many pictures."""
+    study = cifar10.study(ablation="zero", seed=seed, layers=44)
+    return dataclasses.replace(study, examples=study.examples.subset(range(128)))
+
+
+STAGES = (16, 32, 64, 96, 128, 160, 192, 256)
+SUBJECTS = {
+    "digits": Subject(lambda seed: digits.study(ablation="zero", seed=seed), (250, 500, 1000, 2000, 4000, 8000), STAGES[:5]),
+    "resnet20": Subject(
+        lambda seed: cifar10.study(ablation="zero", seed=seed), (250, 500, 1000, 2000, 4000, 8000), STAGES
+    ),
+    "resnet44": Subject(resnet44, (500, 1000, 2000, 4000, 8000), STAGES[:6]),
+    "minilm": Subject(
+        lambda seed: sentence_embeddings.study(seed=seed),
+        (250, 500, 1000, 2000),
+        (8, *STAGES[:5]),
+        embedding="minilm.embeddings.word_embeddings",
+    ),
+}
+
+
+class Judge:
+    """Scores (examples, components) weights on one run's test masks."""
+
+    def __init__(self, run: Run) -> None:
+        rows = run.plan.rows("test", run.sampler.ablated_fraction)
+        self._masks = run.masks_at(rows).astype(np.float32)
+        self._outputs = run.outputs_at(rows, slice(None))
+
+    def __call__(self, weights: np.ndarray) -> float:
+        """Return the mean correlation over the examples that the weights are for."""
+        return float(np.nanmean(correlation(self._masks @ weights.T, self._outputs[:, : len(weights)])))
+
+
+def collect(study: coar.Study, subject: Subject, path: Path, precision: str) -> Run:
+    """Collect all masks and probes, the probes in the stages at which they are judged."""
+    options = {"precision": precision if not path.exists() else "auto"}
+    for probes in subject.probes:
+        run = coar.collect(study, path, probes=probes, validation_masks=VALIDATION, test_masks=TEST, **options)
+    return coar.collect(study, path, masks=subject.masks[-1], **options)
+
+
+def regressions(run: Run, subject: Subject, judge: Judge) -> list[dict[str, object]]:
+    """Fit and judge least squares, ridge and lasso at each number of masks."""
+    rows = []
+    for masks in subject.masks:
+        for method in ("ols", "ridge", "lasso"):
+            if method == "ols" and masks < run.n_components + 2:
+                continue
+            fitted = coar.fit(run, method=method, masks=masks, name=f"{method}-{masks}", progress=False)
+            rows.append({"method": method, "probes": 0, "masks": masks, "r": judge(fitted.weights(slice(None)))})
+    return rows
+
+
+def informed(run: Run, subject: Subject, judge: Judge) -> list[dict[str, object]]:
+    """Fit and judge informed attributions at each number of probes, alone and with a few or many masks."""
+    rows = []
+    for probes in subject.probes:
+        gradients, counts = Probes(run).gradients(range(Probes(run).whole_rounds(probes)), slice(None))
+        kept, ablated = np.where(counts > 0, gradients, gradients[::-1])
+        mean = (gradients * counts).sum(0) / counts.sum(0)
+        for name, weights in (("mean gradient", mean), ("trapezoid", (kept + ablated) / 2)):
+            rows.append({"method": name, "probes": probes, "masks": 0, "r": judge(weights)})
+        for masks in (0, 128, 512, 2000):
+            fitted = coar.fit(
+                run, method="informed", probes=probes, masks=masks, name=f"informed-{probes}-{masks}", progress=False
+            )
+            rows.append({"method": "informed", "probes": probes, "masks": masks, "r": judge(fitted.weights(slice(None)))})
+    return rows
+
+
+def baselines(study: coar.Study, run: Run, subject: Subject, judge: Judge, ratio: float) -> list[dict[str, object]]:
+    """Judge leave-one-out, gradient x gate, and captum's peers on some examples."""
+    d = run.n_components
+    drops = coar.leave_one_out(study, run, progress=False).weights(slice(None))
+    slopes = coar.gradient_x_gate(study, run, progress=False).weights(slice(None))
+    rows = [
+        {"method": "leave-one-out", "probes": 0, "masks": 0, "r": judge(drops), "passes": d},
+        {"method": "gradient x gate", "probes": 1, "masks": 0, "r": judge(slopes)},
+    ]
+    few = dataclasses.replace(study, examples=study.examples.subset(range(PEER_EXAMPLES)))
+    for name, peer in (("conductance", peers.conductance), ("internal influence", peers.internal_influence)):
+        found = peer(few, PEER_STEPS, embedding=subject.embedding)
+        passes = (found.forwards + found.backwards * (ratio - 1)) / found.sites  # as if all sites shared one path
+        rows.append({"method": name, "probes": 0, "masks": 0, "r": judge(found.weights), "passes": passes})
+    return rows
+
+
+def coverage(run: Run, others: list[Run], masks: int) -> dict[str, float]:
+    """Compare informed standard errors with least squares from all masks of other seeds, averaged."""
+    fits = [coar.fit(other, method="ols", masks=masks, name=f"ols-{masks}", progress=False) for other in others]
+    reference = np.mean([fitted.weights(slice(None)) for fitted in fits], axis=0)
+    variance = np.mean([fitted.standard_errors(slice(None)) ** 2 for fitted in fits], axis=0) / len(fits)
+    shares = {}
+    for name in (name for name in run.group["attributions"].group_keys() if name.startswith("informed-")):
+        fitted = coar.Attributions.open(run, name)
+        own = fitted.standard_errors(slice(None)) ** 2
+        distance = (fitted.weights(slice(None)) - reference) ** 2
+        shares[name] = float((distance <= 1.96**2 * (own + variance)).mean())
+    return shares
+
+
+def examine(name: str, seeds: list[int], precision: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the curve of one model, and the coverage of its standard errors."""
+    subject = SUBJECTS[name]
+    rows, runs = [], []
+    for seed in seeds:
+        study = subject.study(seed)
+        run = collect(study, subject, RUNS / f"{name}-{seed}.zarr", precision)
+        runs.append(run)
+        judge = Judge(run)
+        per_mask, per_probe = measure(study, run)
+        ratio = per_probe / per_mask
+        found = regressions(run, subject, judge) + informed(run, subject, judge)
+        found += baselines(study, run, subject, judge, ratio) if seed == seeds[0] else []
+        for row in found:
+            nominal = row.get("passes", row["masks"] + 2.5 * row["probes"])
+            passes = row.get("passes", row["masks"] + ratio * row["probes"])
+            rows.append({"model": name, "components": run.n_components, "seed": seed, **row, "ratio": ratio} | {
+                "nominal": nominal, "passes": passes, "seconds": passes * per_mask
+            })
+        print(f"{name}, seed {seed}: a probe takes {ratio:.2f} masks", file=sys.stderr, flush=True)
+    shares = []
+    if len(runs) > 1 and subject.masks[-1] >= runs[0].n_components + 2:
+        found = coverage(runs[0], runs[1:], subject.masks[-1])
+        shares = [{"model": name, "fit": fit, "coverage": share} for fit, share in found.items()]
+    return pd.DataFrame(rows), pd.DataFrame(shares)
+
+
+def main() -> None:
+    """Print tables and write figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--precision", default="bf16")
+    arguments = parser.parse_args()
+    parts = [examine(name, arguments.seeds, arguments.precision) for name in arguments.models]
+    curves, shares = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
+    OUT.mkdir(parents=True, exist_ok=True)
+    curves.to_csv(OUT / "accuracy_per_pass.csv", index=False)
+    shares.to_csv(OUT / "coverage.csv", index=False)
+    passes_report.write(curves, shares, OUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Tables and figures of accuracy_per_pass.py, from its curves alone.
+
+    python benchmarks/passes_report.py reports/benchmarks
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777", "#000000", "#bb8844")
+CURVES = ("informed", "trapezoid", "mean gradient", "ols", "ridge", "lasso")
+
+
+def frontier(curve: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a curve that no cheaper row beats, by passes; seeds averaged before."""
+    mean = curve.groupby(["probes", "masks"], as_index=False)[["r", "passes", "nominal", "seconds"]].mean()
+    mean = mean.sort_values("passes")
+    return mean[mean["r"] > mean["r"].cummax().shift(fill_value=-1.0)]
+
+
+def passes_for(curve: pd.DataFrame, target: float, cost: str = "passes") -> float:
+    """Return the cost at which a frontier reaches a correlation, linear in the logarithm between its points."""
+    found = frontier(curve)
+    if found["r"].max() < target:
+        return float("nan")
+    return float(np.exp(np.interp(target, found["r"], np.log(found[cost]))))
+
+
+def savings(curves: pd.DataFrame) -> pd.DataFrame:
+    """Return, per model and number of masks, what regression reaches and what informed fits need for the same."""
+    rows = []
+    for model, table in curves.groupby("model", sort=False):
+        plain, quick = table[table["method"].isin(["ols", "ridge"])], table[table["method"] == "informed"]
+        for (method, masks), part in plain.groupby(["method", "masks"]):
+            target = float(part["r"].mean())
+            row = {"model": model, "components": int(table["components"].iloc[0]), "method": method, "masks": masks}
+            row |= {"r": target, "spread": float(part["r"].std())}
+            row |= {"informed passes": passes_for(quick, target), "at 2.5 a probe": passes_for(quick, target, "nominal")}
+            row["times fewer"] = masks / row["informed passes"]
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def curve_figure(curves: pd.DataFrame) -> Figure:
+    """Draw held-out correlation against passes, one panel a model."""
+    models = list(dict.fromkeys(curves["model"]))
+    figure = Figure(figsize=(5.2 * len(models), 4.2), layout="constrained")
+    for axis, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        table = curves[curves["model"] == model]
+        for number, (method, part) in enumerate(table.groupby("method", sort=False)):
+            colour = COLOURS[number % len(COLOURS)]
+            if method in CURVES:
+                line = frontier(part)
+                axis.plot(line["passes"], line["r"], "o-", color=colour, ms=4, label=method)
+                axis.plot(part["passes"], part["r"], ".", color=colour, ms=3, alpha=0.4)
+            else:
+                axis.plot(part["passes"], part["r"], "D", color=colour, ms=6, label=method)
+        axis.set(xscale="log", xlabel="forward passes over the examples", title=f"{model}, {table['components'].iloc[0]:,}")
+        axis.set_ylim(bottom=max(0.0, float(table["r"].min()) - 0.03))
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("held-out correlation, mean over examples")
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def ratio_figure(table: pd.DataFrame) -> Figure:
+    """Draw how many times fewer passes informed fits need, against the number of components."""
+    figure = Figure(figsize=(5.2, 4.2), layout="constrained")
+    axis = figure.subplots()
+    best = table.loc[table.groupby(["model", "masks"])["r"].idxmax()].dropna(subset=["times fewer"])
+    for number, (masks, part) in enumerate(best[best["masks"] >= 1000].groupby("masks")):
+        part = part.sort_values("components")
+        axis.plot(part["components"], part["times fewer"], "o-", color=COLOURS[number], label=f"{masks:,} masks")
+    for _, row in best[best["masks"] == best["masks"].max()].iterrows():
+        axis.annotate(row["model"], (row["components"], row["times fewer"]), fontsize=8, xytext=(4, 4), textcoords="offset points")
+    axis.set(xscale="log", yscale="log", xlabel="components", ylabel="times fewer passes than regression, same correlation")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, frameon=False, title="regression's masks")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def write(curves: pd.DataFrame, shares: pd.DataFrame, folder: Path) -> None:
+    """Print markdown tables and write figures."""
+    columns = ["model", "method", "probes", "masks"]
+    mean = curves.groupby(columns, sort=False, as_index=False).agg(
+        r=("r", "mean"), spread=("r", "std"), passes=("passes", "mean"), nominal=("nominal", "mean"), seconds=("seconds", "mean")
+    )
+    table = savings(curves)
+    formats = {"float_format": lambda value: f"{value:.4g}", "index": False}
+    for heading, frame in (("Correlation", mean), ("Same accuracy", table), ("Coverage of 95 % intervals", shares)):
+        print(f"\n## {heading}\n\n{frame.to_string(**formats)}", flush=True)
+    curve_figure(curves).savefig(folder / "accuracy_per_pass.png", dpi=130)
+    ratio_figure(table).savefig(folder / "ratio.png", dpi=130)
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    coverage = place / "coverage.csv"
+    write(
+        pd.read_csv(place / "accuracy_per_pass.csv"),
+        pd.read_csv(coverage) if coverage.stat().st_size > 1 else pd.DataFrame(),
+        place,
+    )

@@ -1,0 +1,170 @@
+"""Gates in the weights: one mask for a whole batch, at no cost per example."""
+
+import torch
+from torch import Tensor, nn
+
+from coar.ablation.channels import Channels, along
+from coar.components import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, input_axis, is_conv1d, is_linear
+from coar.errors import AblationError
+
+
+def reads_own_weight(layer: nn.Module) -> bool:
+    """Say whether swapping the layer's weight and bias gates it: plain convolutions and linear layers."""
+    if not (isinstance(layer, CONVOLUTIONS) or is_linear(layer)) or "bias" not in layer._parameters:
+        return False
+    return layer._parameters.get("weight") is not None and not (
+        isinstance(layer, TRANSPOSED_CONVOLUTIONS) and layer.groups > 1
+    )
+
+
+class LayerGate:
+    """Swaps a layer's weight and bias for gated buffers, with the batch norm that follows folded in if one is given.
+
+    Output channel c then computes keep_c * (scale_c w_c (k x + (1 - k) r) + kept_c) + (1 - keep_c) * ablated_c, where
+    k and r are mask and replacements of the input features, and scale and both constants hold what the batch norm
+    does, which itself steps aside.
+
+    Args:
+        layer: A layer of which `reads_own_weight` is true.
+        outputs: Which component each output channel belongs to; None where none does.
+        inputs: Which component each input feature of a linear layer belongs to; None where none does.
+        norm: The batch norm that alone follows the layer.
+    """
+
+    def __init__(
+        self, layer: nn.Module, outputs: Channels | None, inputs: Channels | None, norm: nn.Module | None
+    ) -> None:
+        self._layer, self._norm = layer, norm
+        self._forward = {name: value for name, value in vars(norm).items() if name == "forward"} if norm else {}
+        self._outputs, self._inputs = outputs, inputs
+        self._originals = {name: layer._parameters[name] for name in ("weight", "bias")}
+        weight, bias = self._originals["weight"], self._originals["bias"]
+        if weight is None:
+            raise AblationError(f"{type(layer).__name__} has no weight of its own to gate; use through_outputs")
+        axis = 1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) or is_conv1d(layer) else 0  # of the outputs
+        plain = weight.new_zeros(weight.shape[axis]) if bias is None else bias.detach()
+        scale, shift = _affine(norm) if norm is not None else (torch.ones_like(plain), torch.zeros_like(plain))
+        self._weight = weight.detach() * scale.view(along(axis, weight))
+        self.kept = self.ablated = plain * scale + shift
+        if outputs is not None:
+            self.ablated = torch.where(outputs.taken, outputs.replacement.to(plain) * scale + shift, self.kept)
+        sides = ((outputs, axis), (inputs, input_axis(layer)))
+        self._scaled = [(channels, along(side, weight)) for channels, side in sides if channels is not None]
+        self._buffers = {"weight": self._weight.clone()}
+        moved = inputs is not None and bool(inputs.replacement.any())
+        if norm is not None or moved or not torch.equal(self.ablated, self.kept):  # else the bias stays as it is
+            self._buffers["bias"] = self.kept.clone()
+
+    def install(self) -> None:
+        """Put the buffers in the place of weight and bias."""
+        self._layer._parameters.update(self._buffers)  # type: ignore[arg-type]
+        if self._norm is not None:
+            self._norm.forward = _unchanged
+
+    def restore(self) -> None:
+        """Put weight and bias back, and the batch norm to work."""
+        self._layer._parameters.update(self._originals)
+        if self._norm is not None:
+            vars(self._norm).pop("forward", None)
+            vars(self._norm).update(self._forward)  # some libraries keep a wrapper there
+
+    def set(self, extended: Tensor) -> None:
+        """Write what the (components + 1,) mask makes of weight and bias into the buffers."""
+        if extended.ndim != 1:
+            raise AblationError("one mask per row needs Gates(..., through_outputs=True); give one mask instead")
+        source, weight = self._weight, self._buffers["weight"]
+        for channels, shape in self._scaled:
+            source = torch.mul(source, channels.keep(extended).to(weight.dtype).view(shape), out=weight)
+        if "bias" in self._buffers:
+            self._set_bias(self._buffers["bias"].copy_(self.kept), extended)
+
+    def _set_bias(self, bias: Tensor, extended: Tensor) -> None:
+        if self._inputs is not None:
+            constants = (1 - self._inputs.keep(extended).to(bias.dtype)) * self._inputs.replacement.to(bias.dtype)
+            bias.addmv_(self._weight.T if is_conv1d(self._layer) else self._weight, constants)
+        if self._outputs is not None:
+            keep = self._outputs.keep(extended).to(bias.dtype)
+            bias.mul_(keep).addcmul_(self.ablated, 1 - keep)
+
+    def confirm(self) -> None:
+        """Nothing to confirm: the layer cannot run without reading its weight."""
+
+
+class FoldedNorm:
+    """Multiplies a layer's weight by what a batch norm that follows it scales by, and takes both biases away.
+
+    Attributes:
+        kept: (channels,) constants that the batch norm and the layer's bias add to what the layer then returns.
+        ablated: (channels,) what the batch norm makes of the replacements.
+
+    Args:
+        layer: A layer of which `reads_own_weight` is true.
+        outputs: Which component each output channel belongs to.
+        norm: The batch norm that alone follows the layer.
+    """
+
+    def __init__(self, layer: nn.Module, outputs: Channels, norm: nn.Module) -> None:
+        self._gate, self._layer = LayerGate(layer, outputs, None, norm), layer
+        self.kept, self.ablated = self._gate.kept, self._gate.ablated
+
+    def install(self) -> None:
+        """Put the scaled weight in place, without a bias, and let the batch norm step aside."""
+        self._gate.install()
+        self._layer._parameters["bias"] = None
+
+    def restore(self) -> None:
+        """Put weight and bias back, and the batch norm to work."""
+        self._gate.restore()
+
+    def set(self, extended: Tensor) -> None:
+        """Nothing to set: the hook on the layer's output applies the mask."""
+
+    def confirm(self) -> None:
+        """Nothing to confirm: the layer cannot run without reading its weight."""
+
+
+class SliceGate:
+    """Zeroes slices of a parameter in place, since a bare parameter may be read in any way, and puts them back.
+
+    Args:
+        parameter: The parameter.
+        axis: Its axis along which the slices lie.
+        channels: Which component each position along the axis belongs to.
+    """
+
+    def __init__(self, parameter: nn.Parameter, axis: int, channels: Channels) -> None:
+        self._live = parameter.detach()
+        self._kept = self._live.clone()
+        self._shape = along(axis, self._live)
+        self._channels = channels
+
+    def install(self) -> None:
+        """Nothing to install before the first mask."""
+
+    def restore(self) -> None:
+        """Put the parameter's values back."""
+        self._live.copy_(self._kept)
+
+    def set(self, extended: Tensor) -> None:
+        """Zero what the (components + 1,) mask ablates."""
+        if extended.ndim != 1:
+            raise AblationError("a parameter slice cannot have one mask per row of the batch; give one mask instead")
+        keep = self._channels.keep(extended).to(self._kept.dtype)
+        torch.mul(self._kept, keep.view(self._shape), out=self._live)
+
+    def confirm(self) -> None:
+        """Nothing to confirm: whatever reads the parameter reads it zeroed."""
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return (channels,) scale and shift of a batch norm in evaluation mode."""
+    mean: Tensor = norm.running_mean  # type: ignore[assignment]
+    variance: Tensor = norm.running_var  # type: ignore[assignment]
+    scale = (variance + norm.eps).rsqrt()  # type: ignore[operator]
+    scale = scale if norm.weight is None else scale * norm.weight.detach()  # type: ignore[operator]
+    shift = -mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach()  # type: ignore[operator]
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

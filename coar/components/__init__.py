@@ -1,0 +1,34 @@
+"""Which parts of a model can be ablated: the table, the finders that fill it, and what they know of layers."""
+
+from coar.components.attention import attention_heads
+from coar.components.finders import conv_filters, input_features, neurons, parameter_slices
+from coar.components.layers import (
+    CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    input_axis,
+    input_channels,
+    is_conv1d,
+    is_linear,
+    output_channels,
+)
+from coar.components.table import Component, Components, Side, check_components, read_component
+
+__all__ = [
+    "CONVOLUTIONS",
+    "TRANSPOSED_CONVOLUTIONS",
+    "Component",
+    "Components",
+    "Side",
+    "attention_heads",
+    "check_components",
+    "conv_filters",
+    "input_axis",
+    "input_channels",
+    "input_features",
+    "is_conv1d",
+    "is_linear",
+    "neurons",
+    "output_channels",
+    "parameter_slices",
+    "read_component",
+]

@@ -1,0 +1,126 @@
+"""The finder of attention heads."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from coar.components.finders import Patterns, inside, matching
+from coar.components.layers import input_channels, is_linear
+from coar.components.table import Component, Components
+from coar.errors import ComponentError
+
+COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")  # attributes that say how many heads
+SIZES = ("head_dim", "attention_head_size", "head_size", "dim_head")  # attributes that say how wide a head is
+PROJECTIONS = (
+    "o_proj",
+    "out_proj",
+    "c_proj",
+    "out_lin",
+    "to_out",
+    "linear_out",
+    "Wo",
+    "o",
+    "proj",
+    "projection",
+    "dense",
+)
+BESIDE = "output.dense"  # where BERT and its kin keep the projection, next to the block that computes the heads
+
+
+def attention_heads(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> Components:
+    """Find the heads of every attention block: one component per head.
+
+    A head is a contiguous slice of what the block's output projection reads, whichever attention kernel computed it;
+    with grouped queries there is one per query head.
+
+    Blocks are found by type and role. A block has `attention` or `attn` in the name of its type, parameters, and no
+    smaller block inside. Its output projection is a linear layer under one of the usual names (`o_proj`, `out_proj`,
+    `c_proj`, ...) or, as in BERT, `output.dense` beside the block. Its heads are told by an attribute of the block such
+    as `num_heads` or `head_dim`, or by `num_attention_heads` of its configuration, and must fill the projection's
+    input exactly.
+
+    Args:
+        model: The model to look through.
+        include: Shell-style patterns of the blocks' names; only blocks that match one are taken.
+        exclude: Patterns of the blocks' names to leave out; applied after `include`.
+
+    Raises:
+        ComponentError: When the model has no attention block, a pattern matches none, or the heads or the projection
+            of a block cannot be told; torch's own `nn.MultiheadAttention` is such a block.
+    """
+    blocks = _blocks(model)
+    if not blocks:
+        raise ComponentError(
+            f"{type(model).__name__} has no attention block; choose a finder for another kind of component"
+        )
+    names = matching(blocks, include, exclude, "attention block")
+    return Components(head for name in names for head in _heads(model, name))
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """Return the paths of modules named for attention that have parameters and no other such module inside."""
+    named = [
+        name
+        for name, module in model.named_modules()
+        if any(word in type(module).__name__.lower() for word in ("attention", "attn"))
+        and next(module.parameters(), None) is not None
+    ]
+    return [name for name in named if not any(other.startswith(inside(name, "")) for other in named if other != name)]
+
+
+def _heads(model: nn.Module, name: str) -> Iterator[Component]:
+    block, projections = model.get_submodule(name), _projections(model, name)
+    if isinstance(block, nn.MultiheadAttention):
+        raise ComponentError(
+            f"{name!r} is torch's nn.MultiheadAttention, whose fused path calls no hook and reads out_proj without "
+            f"calling it; attention_heads does not support it yet: exclude it, or zero its heads with "
+            f"parameter_slices(model, {inside(name, 'out_proj.weight')!r}, axis=1, size={block.head_dim})"
+        )
+    width = input_channels(model.get_submodule(projections[0])) if len(projections) == 1 else 0
+    count = _count(block, width) if width else 0
+    if count == 0:
+        raise _not_understood(model, name, projections)
+    size = width // count
+    for i in range(count):
+        yield Component(f"{inside(name, 'head')}[{i}]", "attention head", projections[0], "input", -1, i * size, size)
+
+
+def _projections(model: nn.Module, name: str) -> list[str]:
+    """Return the paths of the linear layers that may be a block's output projection."""
+    modules = dict(model.named_modules())
+    own = [inside(name, child) for child in PROJECTIONS]
+    found = [path for path in own if path in modules and is_linear(modules[path])]
+    beside = inside(name.rpartition(".")[0], BESIDE)
+    return found or [path for path in [beside] if name and path in modules and is_linear(modules[path])]
+
+
+def _count(block: nn.Module, width: int) -> int:
+    """Return how many heads fill the projection's input, 0 when what the block says of them does not fit."""
+    count = _number(block, COUNTS) or _number(getattr(block, "config", None), COUNTS)
+    size = _number(block, SIZES)
+    count = count or (width // size if size else 0)
+    fits = bool(count) and width % count == 0 and size in (0, width // count)
+    return count if fits else 0
+
+
+def _number(holder: object, names: Sequence[str]) -> int:
+    """Return the first of these attributes that is a whole number, 0 when none is."""
+    values = [getattr(holder, name, None) for name in names]
+    return next((value for value in values if type(value) is int), 0)
+
+
+def _not_understood(model: nn.Module, name: str, projections: list[str]) -> ComponentError:
+    block, parent = model.get_submodule(name), name.rpartition(".")[0]
+    seen = {key: getattr(block, key) for key in (*COUNTS, *SIZES) if hasattr(block, key)}
+    reads = {path: input_channels(model.get_submodule(path)) for path in projections}
+    around = f", in {_described(model.get_submodule(parent))}" if name else ""
+    return ComponentError(
+        f"the heads of {name!r} cannot be told: it is {_described(block)}{around}; it says {seen} of its heads, and "
+        f"{reads} are layers that could be its output projection with what they read; expected are heads that fill the "
+        f"input of exactly one: exclude it, or cut the projection's weight with parameter_slices"
+    )
+
+
+def _described(module: nn.Module) -> str:
+    children = ", ".join(f"{name} ({type(child).__name__})" for name, child in module.named_children())
+    return f"a {type(module).__name__} of {children or 'no children'}"

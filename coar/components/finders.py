@@ -1,0 +1,163 @@
+"""Finders of components: filters, neurons, input features and slices of parameters."""
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import nn
+
+from coar.components.layers import CONVOLUTIONS, input_channels, is_linear, output_channels
+from coar.components.table import Component, Components
+from coar.errors import ComponentError
+
+Patterns = str | Sequence[str] | None
+
+
+def conv_filters(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> Components:
+    """Find the output filters of every convolution: 1-d, 2-d, 3-d, transposed, grouped and depthwise.
+
+    Args:
+        model: The model to look through.
+        include: Shell-style patterns of module names (`layer1.*`, `*conv*`); only modules that match one are taken.
+        exclude: Patterns of module names to leave out; applied after `include`.
+
+    Raises:
+        ComponentError: When a pattern matches no convolution, or no convolution is left.
+    """
+
+    def filters(name: str, module: nn.Module) -> Iterator[Component]:
+        for i in range(output_channels(module)):
+            yield Component(f"{name}[{i}]", "conv filter", name, "output", 1, i, 1)
+
+    return _find(model, lambda module: isinstance(module, CONVOLUTIONS), filters, "convolution", include, exclude)
+
+
+def neurons(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> Components:
+    """Find the neurons of every `nn.Linear`: one component per output row.
+
+    The last layer of a classifier is among them unless `exclude` names it.
+
+    Args:
+        model: The model to look through.
+        include: Shell-style patterns of module names; only modules that match one are taken.
+        exclude: Patterns of module names to leave out; applied after `include`.
+
+    Raises:
+        ComponentError: When a pattern matches no linear layer, or no linear layer is left.
+    """
+
+    def rows(name: str, module: nn.Module) -> Iterator[Component]:
+        for i in range(output_channels(module)):
+            yield Component(f"{name}[{i}]", "neuron", name, "output", -1, i, 1)
+
+    return _find(model, lambda module: isinstance(module, nn.Linear), rows, "linear layer", include, exclude)
+
+
+def input_features(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> Components:
+    """Find the input features of every linear layer: one component per column of an `nn.Linear`'s weight.
+
+    The `Conv1D` of transformers counts as a linear layer; its weight is (inputs, outputs), so rows are meant. A feature
+    is ablated where the layer reads it: the input features of a feed-forward block's second layer are the block's
+    neurons after the activation.
+
+    Args:
+        model: The model to look through.
+        include: Shell-style patterns of module names; only modules that match one are taken.
+        exclude: Patterns of module names to leave out; applied after `include`.
+
+    Raises:
+        ComponentError: When a pattern matches no linear layer, or no linear layer is left.
+    """
+
+    def columns(name: str, module: nn.Module) -> Iterator[Component]:
+        for i in range(input_channels(module)):
+            yield Component(f"{inside(name, 'input')}[{i}]", "input feature", name, "input", -1, i, 1)
+
+    return _find(model, is_linear, columns, "linear layer", include, exclude)
+
+
+def parameter_slices(model: nn.Module, patterns: str | Sequence[str], *, axis: int = 0, size: int = 1) -> Components:
+    """Cut parameters into slices along one axis, each slice a component that can only be zeroed.
+
+    Args:
+        model: The model to look through.
+        patterns: Shell-style patterns of parameter names, such as `*.conv?.weight`.
+        axis: Axis to cut along; 0 is the output side of most layers.
+        size: Width of a slice, in indices along the axis; must divide the parameter's length there.
+
+    Raises:
+        ComponentError: When a pattern matches no parameter, or the axis or size does not fit one that it matches.
+    """
+    parameters = dict(model.named_parameters())
+    rows = []
+    for name in matching(list(parameters), patterns, None, "parameter"):
+        shape = tuple(parameters[name].shape)
+        if not 0 <= axis < len(shape):
+            raise ComponentError(f"parameter {name!r} has shape {shape}: there is no axis {axis}; choose another axis")
+        if size < 1 or shape[axis] % size:
+            raise ComponentError(
+                f"slices of size {size} do not divide axis {axis} of {name!r}, whose length is {shape[axis]}; "
+                f"choose a size that does"
+            )
+        before = ":," * axis
+        for start in range(0, shape[axis], size):
+            label = str(start) if size == 1 else f"{start}:{start + size}"
+            rows.append(Component(f"{name}[{before}{label}]", "parameter slice", name, "parameter", axis, start, size))
+    return Components(rows)
+
+
+def _find(
+    model: nn.Module,
+    chosen: Callable[[nn.Module], bool],
+    rows: Callable[[str, nn.Module], Iterator[Component]],
+    noun: str,
+    include: Patterns,
+    exclude: Patterns,
+) -> Components:
+    modules = {name: module for name, module in model.named_modules() if chosen(module)}
+    if not modules:
+        raise ComponentError(f"{type(model).__name__} has no {noun}; choose a finder for another kind of component")
+    for name, module in modules.items():
+        if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
+            raise ComponentError(f"{name!r} is lazy and has no shape yet; run the model once on real inputs first")
+    kept = matching(list(modules), include, exclude, noun)
+    return Components(row for name in kept for row in rows(name, modules[name]))
+
+
+def matching(names: list[str], include: Patterns, exclude: Patterns, noun: str) -> list[str]:
+    """Return the names that match, in their order.
+
+    Args:
+        names: Paths of modules or parameters.
+        include: Shell-style patterns; only names that match one are kept; None keeps all.
+        exclude: Patterns of names to leave out; applied after `include`.
+        noun: What the names are of, for messages.
+
+    Raises:
+        ComponentError: When a pattern has no effect, which is a mistake, or no name is left.
+    """
+
+    def match(patterns: Patterns) -> set[str]:
+        matched: set[str] = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+            hits = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+            if not hits:
+                some = ", ".join(repr(name) for name in names[:5])
+                raise ComponentError(
+                    f"pattern {pattern!r} matches no {noun} of this model; it has {len(names)}, such as {some}: "
+                    f"correct the pattern ('*' stands for any characters)"
+                )
+            matched |= hits
+        return matched
+
+    wanted = set(names) if include is None else match(include)
+    left = [name for name in names if name in wanted - match(exclude)]
+    if not left:
+        raise ComponentError(
+            f"include={include!r} and exclude={exclude!r} together leave no {noun}; loosen one of them"
+        )
+    return left
+
+
+def inside(path: str, name: str) -> str:
+    """Return the path of what is called `name` inside a module; the model's own path is empty."""
+    return f"{path}.{name}" if path else name

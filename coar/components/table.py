@@ -1,0 +1,150 @@
+"""The table of components: immutable, ordered and named."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
+
+from torch import nn
+
+from coar.components.layers import input_channels, output_channels
+from coar.errors import ComponentError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Side = Literal["output", "input", "parameter"]
+
+
+class Component(NamedTuple):
+    """One part of a model that is ablated as a whole.
+
+    Attributes:
+        name: Unique name, such as `layer1.0.conv1[17]`.
+        kind: `conv filter`, `neuron`, `input feature`, `attention head` or `parameter slice`.
+        site: Path of the module, or of the parameter for a parameter slice.
+        side: What of the site is ablated: the module's `output`, its `input`, or the `parameter` itself.
+        axis: Axis of the module's output or input, or of the parameter, along which the component lies.
+        position: First index of the component along that axis.
+        size: How many indices it takes along that axis.
+    """
+
+    name: str
+    kind: str
+    site: str
+    side: Side
+    axis: int
+    position: int
+    size: int
+
+
+def read_component(values: Sequence[object]) -> Component:
+    """Return a component from a row of plain values; raise `ValueError` unless each has its type and makes sense."""
+    types = (str, str, str, str, int, int, int)
+    if len(values) != len(types) or any(type(v) is not kind for v, kind in zip(values, types, strict=True)):
+        raise ValueError(f"{values!r} is no row of a component table")
+    component = Component(*values)  # type: ignore[arg-type]
+    if component.side not in get_args(Side) or component.position < 0 or component.size < 1:
+        raise ValueError(f"{values!r} is no row of a component table")
+    return component
+
+
+class Components(Sequence[Component]):
+    """The ordered table of all components; a row number is the component's index everywhere."""
+
+    def __init__(self, rows: Iterable[Component]) -> None:
+        self._rows = tuple(rows)
+        self._index = {row.name: i for i, row in enumerate(self._rows)}
+        if not self._rows:
+            raise ComponentError("a component table needs at least one component, but none was given")
+        if len(self._index) != len(self._rows):
+            names = [row.name for row in self._rows]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ComponentError(f"component {twice!r} is in the table twice; leave one of the two out")
+
+    @overload
+    def __getitem__(self, index: int) -> Component: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Components": ...
+    def __getitem__(self, index: int | slice) -> "Component | Components":
+        return Components(self._rows[index]) if isinstance(index, slice) else self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Component]:
+        return iter(self._rows)
+
+    def __add__(self, other: "Components") -> "Components":
+        return Components(self._rows + other._rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Components) and self._rows == other._rows
+
+    def __hash__(self) -> int:
+        return hash(self._rows)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{sum(row.kind == kind for row in self)} {kind}s" for kind in dict.fromkeys(self.kinds))
+        return f"Components({kinds}, from {self[0].name} to {self[-1].name})"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in table order."""
+        return tuple(row.name for row in self._rows)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds in table order."""
+        return tuple(row.kind for row in self._rows)
+
+    def index(self, name: str, *_: int) -> int:
+        """Return the row number of a component by its name; raise `ComponentError` for an unknown name."""
+        if name not in self._index:
+            near = ", ".join(list(self._index)[:3])
+            raise ComponentError(f"no component is called {name!r}; this table has {len(self)}, such as {near}")
+        return self._index[name]
+
+    def sites(self) -> dict[tuple[str, Side, int], list[int]]:
+        """Group row numbers by (site, side, axis), in table order."""
+        groups: dict[tuple[str, Side, int], list[int]] = {}
+        for i, row in enumerate(self._rows):
+            groups.setdefault((row.site, row.side, row.axis), []).append(i)
+        return groups
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the whole table, in hexadecimal."""
+        return hashlib.sha256(json.dumps(self._rows).encode()).hexdigest()
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return the table as a frame, one row per component, its index the component's index."""
+        import pandas as pd
+
+        return pd.DataFrame(self._rows, columns=list(Component._fields)).rename_axis("component")
+
+
+def check_components(model: nn.Module, components: Components) -> None:
+    """Raise `ComponentError`, naming the first culprit, unless every component is a part of this model."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for (site, side, axis), indices in components.sites().items():
+        found = parameters.get(site) if side == "parameter" else modules.get(site)
+        if found is None:
+            raise ComponentError(
+                f"component {components[indices[0]].name!r} lies in {site!r}, which this {type(model).__name__} does "
+                f"not have; the components belong to another model: find them again on this one"
+            )
+        length = _length(found, side, axis)
+        last = max(components[i].position + components[i].size for i in indices)
+        if last > length:
+            noun = "input features" if side == "input" else "rows"
+            raise ComponentError(
+                f"{site!r} has {length} {noun} in this model, but the component table reaches number {last - 1}; "
+                f"the components belong to another model: find them again on this one"
+            )
+
+
+def _length(found: nn.Module | nn.Parameter, side: Side, axis: int) -> int:
+    if isinstance(found, nn.Module):
+        return input_channels(found) if side == "input" else output_channels(found)
+    return found.shape[axis] if axis < found.ndim else 0
