@@ -285,4 +285,4 @@ def load(path: str | Path, fit: str | None = None) -> Attributions:
     fitted = [name for name in facts if facts[name]["masks"] or facts[name].get("probes")]  # baselines have neither
     usual = [name for name in PREFERRED if name in fitted]
     usual.sort(key=lambda name: -facts[name].get("validation", -1.0))
-    return Attributions.open(run, fit or next(iter([*usual, *fitted]), PREFERRED[0]))
+    return Attributions.open(run, fit or next(iter([*usual, *fitted]), "ridge"))

@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
@@ -89,7 +89,7 @@ def collect(
     loaded = load_pipeline(pipeline)
     study = loaded.study(ablation=ablation, ablated_fraction=ablated_fraction, seed=seed)
     path = run or Path("runs") / f"{loaded.name}-{study.ablation.label}.zarr"
-    options = {
+    options: dict[str, Any] = {
         "test_masks": loaded.test_masks if test_masks is None else test_masks,
         "test_fractions": loaded.test_fractions if test_fractions is None else _numbers(test_fractions),
         "device": device,
@@ -101,28 +101,13 @@ def collect(
     }
     if until is not None or until_flat:
         if (until is not None and until_flat) or masks is not None or probes:
-            raise SettingsError(
-                "--until and --until-flat choose masks and probes themselves; give one of the two alone"
-            )
-        finished, why = collect_until(
-            study,
-            path,
-            correlation=until,
-            validation_masks=validation_masks or VALIDATION_MASKS,
-            report=_step,
-            **options,
-        )
+            raise SettingsError("--until and --until-flat choose masks and probes themselves; give one of them alone")
+        judged: dict[str, Any] = {"validation_masks": validation_masks or VALIDATION_MASKS, "report": _step}
+        finished, why = collect_until(study, path, correlation=until, **judged, **options)
         typer.echo(why)
     else:
         count = (0 if probes else loaded.masks) if masks is None else masks
-        finished = collect_run(
-            study,
-            path,
-            masks=count,
-            probes=probes,
-            validation_masks=validation_masks,
-            **options,  # type: ignore[arg-type]
-        )
+        finished = collect_run(study, path, masks=count, probes=probes, validation_masks=validation_masks, **options)
     probed = Probes(finished).count
     also = f" and {probed} probes" if probed else ""
     typer.echo(f"{finished.path}: {len(finished.plan)} masks{also} x {finished.n_examples} examples, complete")
@@ -148,11 +133,12 @@ def plan(
     from coar.report import describe_estimate
 
     loaded = load_pipeline(pipeline)
+    study = loaded.study(ablation=ablation)
     found = estimate(
-        loaded.study(ablation=ablation),
+        study,
         masks=(0 if probes else loaded.masks) if masks is None else masks,
         probes=probes,
-        test_masks=loaded.test_masks,
+        test_masks=loaded.test_masks * len({study.sampler.ablated_fraction, *loaded.test_fractions}),
         workers=workers,
         device=device,
         precision=precision,
@@ -349,10 +335,7 @@ def _apply_and_judge(
 
 
 def _step(now: "Progress") -> None:
-    typer.echo(
-        f"{now.probes} probes, {now.masks} masks: correlation {now.correlation:.3f}, "
-        f"reachable about {now.reachable:.3f}"
-    )
+    typer.echo(f"{now.probes} probes, {now.masks} masks: correlation {now.correlation:.3f}; {now.ceiling()}")
 
 
 def _show(table: "pd.DataFrame") -> None:

@@ -1,6 +1,7 @@
 """Before and while money is spent: what a run will cost, what more passes would buy, and when to stop."""
 
 import dataclasses
+import logging
 import math
 import tempfile
 import time
@@ -11,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from coar.attributions import Attributions
-from coar.engines import collect, worker_of
-from coar.errors import SettingsError
+from coar.engines import collect, try_probe, worker_of
+from coar.errors import AblationError, SettingsError
 from coar.regression import fit
 from coar.store import Probes, Run
 from coar.store.probes import ROUND, ROUNDS
 from coar.study import Study
 from coar.worker import choose_device, device_copy
+
+log = logging.getLogger(__name__)
 
 FIRST_PROBES, FIRST_MASKS = 32, 256
 VALIDATION_MASKS = 64
@@ -36,7 +39,7 @@ class Progress:
         probes, masks: How many there are.
         correlation: Mean correlation of the fit on validation masks.
         reachable: Estimated correlation of the best linear model; NaN where only masks are there to tell.
-        deviation: Standard error of `reachable`, roughly.
+        deviation: Standard error of `reachable`, roughly; NaN likewise.
         error: Share of the outputs' variance that the weights' errors cost, estimated.
         explained: Share that they explain.
     """
@@ -58,6 +61,12 @@ class Progress:
         gain = self._left(self.probes, self.masks, components)
         gain -= self._left(self.probes + probes, self.masks + masks, components)
         return math.sqrt(self.correlation**2 + max(gain, 0.0)) - self.correlation
+
+    def ceiling(self) -> str:
+        """Say how far the best linear model is estimated to reach."""
+        if math.isnan(self.reachable):
+            return "masks alone do not tell what is reachable"
+        return f"the linear model's ceiling is estimated at {self.reachable:.3f} +- {self.deviation:.3f}"
 
     def _left(self, probes: int, masks: int, components: int) -> float:
         """Return the share of variance that errors still cost."""
@@ -93,9 +102,14 @@ class Estimate:
     passes_per_hundredth: float = math.nan
 
 
-def has_gradients(study: Study) -> bool:
-    """Say whether probes can be had: parameter slices have no gate that a gradient could pass."""
-    return all(component.side != "parameter" for component in study.components)
+def has_gradients(study: Study, *, device: str = "auto") -> bool:
+    """Say whether probes can be had: parameter slices have no gate that a gradient could pass, some outputs detach."""
+    try:
+        try_probe(study, device_copy(study.model, choose_device(device)))
+    except AblationError as error:
+        log.info("without probes: %s", error)
+        return False
+    return True
 
 
 def collect_until(
@@ -131,7 +145,7 @@ def collect_until(
         raise SettingsError(f"a correlation of {correlation} was asked for; give a number between 0 and 1")
     if validation_masks < 16:
         raise SettingsError(f"{validation_masks} validation masks judge nothing; give 16 or more, 64 is usual")
-    gradients, ratio = has_gradients(study), 1.0
+    gradients, ratio = has_gradients(study, device=options.get("device", "auto")), 1.0
     probes, masks = (FIRST_PROBES, 0) if gradients else (0, FIRST_MASKS)
     before: Progress | None = None
     for _ in range(STEPS):
@@ -147,20 +161,19 @@ def collect_until(
             ratio = per_probe / per_mask
         more = _next(now, gradients, run.n_components, ratio)
         promise = now.rise(*more, run.n_components)
-        ceiling = f"the linear model's ceiling is estimated at {now.reachable:.3f} +- {now.deviation:.3f}"
         if (
             correlation is not None
             and now.probes >= 2 * FIRST_PROBES
             and now.reachable + 2 * now.deviation < correlation
         ):
-            return run, f"stopped at {now.correlation:.3f} short of {correlation}: {ceiling}"
+            return run, f"stopped at {now.correlation:.3f} short of {correlation}: {now.ceiling()}"
         if promise < FLAT:
             short = (
                 f"stopped at {now.correlation:.3f} short of {correlation}"
                 if correlation
                 else f"flat at {now.correlation:.3f}"
             )
-            return run, f"{short}: half as many passes again promise {promise:+.4f}; {ceiling}"
+            return run, f"{short}: half as many passes again promise {promise:+.4f}; {now.ceiling()}"
         probes, masks, before = probes + more[0], masks + more[1], now
     return run, f"stopped at {now.correlation:.3f} after {STEPS} rounds"
 
@@ -173,7 +186,7 @@ def measure(study: Study, run: Run, *, device: str = "auto", batch_size: int | N
     scale = len(study.examples) / examples
     masks = run.sampler.masks("train", range(TIMED_MASKS), run.n_components)
     seconds = _timed(lambda: worker.outputs(block, masks)) / TIMED_MASKS * scale
-    if not has_gradients(study):
+    if not has_gradients(study, device=device):
         return seconds, math.nan
     slots = np.arange(examples) % TIMED_PROBES
     probes = run.sampler.masks("probe", range(TIMED_PROBES**2), run.n_components)
@@ -206,17 +219,22 @@ def estimate(
 
     Raises:
         SettingsError: When a number is out of range.
+        AblationError: When probes are asked of components or of an output that have no gradient.
     """
-    if workers < 1 or min(masks, probes, test_masks) < 0 or not masks + probes:
+    counts = (masks, probes, test_masks, workers)
+    whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
+    if not whole or not workers or not masks + probes:
         raise SettingsError(
             f"{masks} masks, {probes} probes, {test_masks} test masks on {workers} workers make no run; ask for masks "
             f"or probes, and one worker or more"
         )
+    if probes:
+        try_probe(study, device_copy(study.model, choose_device(device)))
     n, d = len(study.examples), len(study.components)
     few = np.unique(np.linspace(0, n - 1, min(n, PILOT_EXAMPLES)).astype(int))
     small = dataclasses.replace(study, examples=study.examples.subset(few))
     where: dict[str, Any] = {"device": device, "batch_size": batch_size}
-    gradients = has_gradients(study)
+    gradients = has_gradients(study, device=device)
     with tempfile.TemporaryDirectory() as folder:
         run = collect(
             small,
@@ -279,9 +297,7 @@ def _progress(fitted: Attributions, probes: int, masks: int, before: Progress | 
     # from masks alone, errors fall as one over their number: the last rise tells how far there is to go
     rise = correlation**2 - before.correlation**2 if before else 0.25
     error = max(rise * (before.masks / (masks - before.masks) if before and masks > before.masks else 1.0), 0.0)
-    return Progress(
-        probes, masks, correlation, math.sqrt(min(correlation**2 + error, 1.0)), math.nan, error, correlation**2
-    )
+    return Progress(probes, masks, correlation, error=error, explained=correlation**2)
 
 
 def _next(now: Progress, gradients: bool, components: int, ratio: float) -> tuple[int, int]:

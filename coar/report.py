@@ -142,21 +142,22 @@ def compact(table: "pd.DataFrame") -> "pd.DataFrame":
 
 def describe(run: Run) -> dict[str, str]:
     """Return what a run is, in words, by heading."""
-    plan, missing = run.plan, run.missing_units()
+    plan, probes = run.plan, Probes(run)
+    missing = len(run.missing_units()) + len(probes.missing_units())
     precision = run.facts["precision"]
     measured = f", error {precision['error']:.4f} of the spread" if "error" in precision else ""
     counts = [f"{plan.count(s.split, s.ablated_fraction)} {s.split} at {s.ablated_fraction:g}" for s in plan.segments]
-    units = len(run.units())
+    units = len(run.units()) + len(probes.units())
     return {
         "run": str(run.path),
         "components": repr(run.components).removeprefix("Components(").removesuffix(")"),
         "examples": str(run.n_examples),
         "masks": ", ".join(dict.fromkeys(counts)) or "none",
-        "probes": str(Probes(run).count or "none"),
+        "probes": str(probes.count or "none"),
         "ablation": str(run.fingerprint["ablation"]["name"]),
         "output": ", ".join(f"{key}={value}" for key, value in run.fingerprint["output"].items()),
         "precision": f"{precision['name']}{measured}",
-        "collected": f"{units - len(missing)} of {units} units" + ("" if missing else ", complete"),
+        "collected": f"{units - missing} of {units} units" + ("" if missing else ", complete"),
     }
 
 
@@ -176,7 +177,7 @@ def describe_estimate(estimate: "Estimate") -> dict[str, str]:
         pilot, more = estimate.pilot, estimate.passes_per_hundredth
         words["pilot"] = (
             f"correlation {pilot.correlation:.3f} from {pilot.probes} probes and {pilot.masks} masks on a few "
-            f"examples, reachable about {pilot.reachable:.3f}"
+            f"examples; {pilot.ceiling()}"
         )
         words["0.01 more"] = f"about {more:,.0f} passes" if math.isfinite(more) else "beyond what is reachable"
     return words

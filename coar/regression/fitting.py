@@ -18,7 +18,7 @@ from coar.regression.lasso import SparseFit, sparse
 from coar.regression.ridge import LinearFit, Spectrum, solve
 from coar.regression.sums import Gram, accumulate, batches
 from coar.store import Probes, Run
-from coar.store.fits import FitWriter, add_fit_fact, check_name, chunk_rows, fit_facts
+from coar.store.fits import FitWriter, add_fit_facts, check_name, chunk_rows, fit_facts
 
 METHODS = ("ridge", "ols", "lasso", "informed")
 MOMENT_BYTES = 256 * 2**20  # of X'Y held at a time; more examples than fit take another reading of the masks
@@ -60,7 +60,8 @@ def fit(
     """
     if method not in (*METHODS, "auto"):
         raise SettingsError(f"unknown method {method!r}; choose auto or one of {', '.join(METHODS)}")
-    run.require_complete()
+    if len(run.plan) or not Probes(run).count:
+        run.require_complete()
     rows = _rows(run, masks)
     rounds = _rounds(run, probes, method)
     common = {"refit": refit, "progress": progress}
@@ -125,16 +126,18 @@ def _fit(
             ):
                 writer.write(examples, **{field: getattr(result, field).numpy() for field in fields})
             writer.finish()
-            _validate(run, label)
+    _validate(run, label)
     return Attributions.open(run, label)
 
 
 def _validate(run: Run, label: str) -> None:
-    """Keep the fit's mean correlation on validation masks, where there are any, beside it."""
+    """Keep the fit's mean correlation on all validation masks, where there are any, beside it."""
     fraction = run.sampler.ablated_fraction
-    if run.plan.count("validation", fraction) >= 2:
+    count = run.plan.count("validation", fraction)
+    if count >= 2 and fit_facts(run, label).get("validation_masks") != count:
         scores = score(Attributions.open(run, label), run, fraction, split="validation")
-        add_fit_fact(run, label, "validation", float(scores["pearson"].mean()))
+        with run.lock():
+            add_fit_facts(run, label, validation=float(scores["pearson"].mean()), validation_masks=count)
 
 
 def _solutions(run: Run, rows: np.ndarray, method: str, step: int) -> Iterator[tuple[slice, LinearFit | SparseFit]]:

@@ -31,11 +31,11 @@ def fit_facts(run: Run, name: str) -> dict[str, Any]:
     return dict(cast(dict[str, Any], run.group[key].attrs.get(ATTRIBUTE, {})))
 
 
-def add_fit_fact(run: Run, name: str, key: str, value: Any) -> None:
-    """Keep one more fact beside a finished fit."""
+def add_fit_facts(run: Run, name: str, **facts: Any) -> None:
+    """Keep more facts beside a finished fit."""
     group = cast(zarr.Group, run.group[f"{GROUP}/{name}"])
     with arrays.storage_errors(run.path):
-        group.attrs[ATTRIBUTE] = {**fit_facts(run, name), key: value}
+        group.attrs[ATTRIBUTE] = {**fit_facts(run, name), **facts}
 
 
 def fit_array(run: Run, name: str, array: str) -> zarr.Array[Any]:

@@ -8,9 +8,11 @@ import zarr
 
 from coar.errors import CorruptRunError
 from coar.store import arrays
+from coar.store import probes as probing
+from coar.store.probes import Probes
 from coar.store.run import ROW_COLUMNS, Run
 
-REMADE_BY_COLLECT = ("outputs", "masks", "base_output")
+REMADE_BY_COLLECT = ("outputs", "masks", "base_output", *probing.ARRAYS)
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ def verify(run: Run) -> list[Problem]:
         CorruptRunError: When the description of an array is damaged, so that its chunks cannot be read at all.
     """
     problems: list[Problem] = []
-    for name in arrays.array_names(run.group):
+    probes = Probes(run)
+    expected = probing.ARRAYS if probes.rounds else ()
+    for name in sorted({*arrays.array_names(run.group), *expected}):
         array = run.array(name)
         stored = arrays.stored_chunks(array)
-        wanted = _collected(run, name) if name in REMADE_BY_COLLECT else set(arrays.all_chunks(array))
+        wanted = _collected(run, probes, name) if name in REMADE_BY_COLLECT else set(arrays.all_chunks(array))
         for key in sorted(stored | wanted):
-            what = _look(run, array, name, key) if key in stored else "missing"
+            what = _look(run, probes, array, name, key) if key in stored else "missing"
             if what:
                 problems.append(Problem(name, arrays.chunk_path(array, key), what, _mended_by(name)))
     if not run.rows_intact() and not any(problem.array in ROW_COLUMNS for problem in problems):
@@ -50,8 +54,13 @@ def verify(run: Run) -> list[Problem]:
     return problems
 
 
-def _collected(run: Run, name: str) -> set[arrays.Chunk]:
-    """Return the chunks that a complete run has of an array; for masks and base outputs, as far as it is collected."""
+def _collected(run: Run, probes: Probes, name: str) -> set[arrays.Chunk]:
+    """Return the chunks that a complete run has of an array; of what goes with outputs, as far as those are there."""
+    if name in probing.GRADIENTS:
+        done = arrays.stored_chunks(run.array(probing.OUTPUTS)) & probes.chunks(probing.OUTPUTS)
+        return {(number, block, 0) for number, _, block in done}
+    if name == probing.OUTPUTS:
+        return probes.chunks(name)
     outputs = {tuple(unit) for unit in run.units()}
     if name == "outputs":
         return outputs
@@ -91,7 +100,7 @@ def _mended_by(name: str) -> str:
     return "coar verify --repair" if name in ROW_COLUMNS else ""
 
 
-def _look(run: Run, array: zarr.Array[Any], name: str, key: arrays.Chunk) -> str:
+def _look(run: Run, probes: Probes, array: zarr.Array[Any], name: str, key: arrays.Chunk) -> str:
     """Return what is wrong with a stored chunk, or an empty string."""
     region = [slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(key, array.chunks, array.shape, strict=True)]
     try:
@@ -99,6 +108,8 @@ def _look(run: Run, array: zarr.Array[Any], name: str, key: arrays.Chunk) -> str
     except CorruptRunError:
         return "damaged"
     rows = region[0]
+    if name in probing.ARRAYS:
+        return _look_at_probes(probes, name, key[0], region[-1 if name == probing.OUTPUTS else 1], values)
     if name in ("masks", "outputs"):
         return _look_at_rows(run, name, rows.start, values[: len(run.plan) - rows.start])
     if name == "base_output" and not np.isfinite(values).all():
@@ -120,6 +131,20 @@ def _look_at_rows(run: Run, name: str, start: int, values: np.ndarray) -> str:
     if any(right[:cut].all() and _blank(values[cut:]) for cut in cuts):
         return "partly filled"
     return "not finite" if planned is None else "not from its seed"
+
+
+def _look_at_probes(probes: Probes, name: str, number: int, examples: slice, values: np.ndarray) -> str:
+    """Return what is wrong with one round's outputs or mean gradients, or an empty string."""
+    if number >= len(probes.rounds):
+        return "not as planned"
+    values = values[0]
+    if name == probing.OUTPUTS:
+        planned = np.repeat(np.arange(len(values))[:, None] < probes.rounds[number], values.shape[1], axis=1)
+    else:
+        planned = probes.counts(number, examples)[probing.GRADIENTS.index(name)] > 0
+    if not np.isfinite(values[planned]).all():
+        return "not finite"
+    return "" if np.isnan(values[~planned]).all() else "not as planned"  # a mean of no probes is not a number
 
 
 def _blank(values: np.ndarray) -> bool:

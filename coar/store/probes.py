@@ -40,6 +40,7 @@ class Probes:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self._kept: dict[int, np.ndarray] = {}
         kept = run.entry(ENTRY) or {"rounds": [], "slots": SLOTS}
         try:
             self.rounds = tuple(int(count) for count in kept["rounds"])
@@ -56,9 +57,7 @@ class Probes:
 
     def extend(self, total: int) -> None:
         """Give the run at least `total` probes, in further rounds; arrays first, so that a cut leaves the old plan."""
-        if isinstance(total, bool) or not isinstance(total, int) or total < 0:
-            raise SettingsError(f"{total!r} probes were asked for; give a whole number, 0 or more")
-        missing = total - self.count
+        missing = check_probes(total) - self.count
         if missing <= 0:
             return
         size = min(ROUND, max(-(-missing // ROUNDS), 1))
@@ -93,9 +92,16 @@ class Probes:
         masks = self.run.sampler.masks("probe", indices, self.run.n_components)
         return masks.reshape(self.rounds[number], self.slots, -1)
 
-    def first_masks(self) -> np.ndarray:
-        """Return the (1, 1, components) mask of the first probe's first slot, planned or not."""
-        return self.run.sampler.masks("probe", range(1), self.run.n_components)[None]
+    def counts(self, number: int, examples: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many probes of a round keep, and how many ablate, each component of the (examples, components)."""
+        if number not in self._kept:
+            self._kept[number] = self.masks(number).sum(0).astype(np.float32)  # (slots, components)
+        kept = self._kept[number][self.slot_of(examples)]
+        return kept, self.rounds[number] - kept
+
+    def chunks(self, name: str) -> set[arrays.Chunk]:
+        """Return the keys of the chunks that all rounds have of an array."""
+        return {_chunk(name, unit) for unit in self.units()}
 
     def examples_of(self, unit: ProbeUnit) -> slice:
         """Return the examples that a unit covers."""
@@ -113,13 +119,8 @@ class Probes:
         """Return the units that are not stored whole, in the order of `units`."""
         if not self.rounds:
             return []
-        kept, ablated, outputs = (arrays.stored_chunks(self._array(name)) for name in ARRAYS)
-        return [
-            unit
-            for unit in self.units()
-            if (unit.round, 0, unit.example_block) not in outputs
-            or (unit.round, unit.example_block, 0) not in kept & ablated
-        ]
+        stored = {name: arrays.stored_chunks(self._array(name)) for name in ARRAYS}
+        return [unit for unit in self.units() if not all(_chunk(name, unit) in stored[name] for name in ARRAYS)]
 
     def write_unit(self, unit: ProbeUnit, kept: np.ndarray, ablated: np.ndarray, outputs: np.ndarray) -> None:
         """Store one unit: (examples, components) mean gradients, and (probes, examples) outputs last."""
@@ -156,11 +157,9 @@ class Probes:
 
         The first row is the kept end, the second the ablated one; a mean of no probes is 0.
         """
-        slots = self.slot_of(examples)
-        sums, counts = np.zeros((2, 2, len(slots), self.run.n_components), np.float32)
+        sums, counts = np.zeros((2, 2, len(self.slot_of(examples)), self.run.n_components), np.float32)
         for i in rounds:
-            kept = self.masks(i).sum(0).astype(np.float32)[slots]  # (examples, components)
-            for end, count in enumerate((kept, self.rounds[i] - kept)):
+            for end, count in enumerate(self.counts(i, examples)):
                 values = arrays.read(self._array(GRADIENTS[end]), slice(i, i + 1), examples, slice(None))[0]
                 if np.isnan(values[count > 0]).any():
                     raise IncompleteRunError(
@@ -172,3 +171,15 @@ class Probes:
 
     def _array(self, name: str) -> Any:
         return self.run.array(name)
+
+
+def check_probes(total: int) -> int:
+    """Return a number of probes; raise `SettingsError` when it is no whole number, 0 or more."""
+    if isinstance(total, bool) or not isinstance(total, int) or total < 0:
+        raise SettingsError(f"{total!r} probes were asked for; give a whole number, 0 or more")
+    return total
+
+
+def _chunk(name: str, unit: ProbeUnit) -> arrays.Chunk:
+    """Return the key of the chunk that a unit has of an array."""
+    return (unit.round, 0, unit.example_block) if name == OUTPUTS else (unit.round, unit.example_block, 0)

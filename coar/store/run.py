@@ -214,7 +214,8 @@ class Run:
             for name, shape in shapes.items():
                 self.array(name).resize(shape)
             for name in ROW_COLUMNS:
-                column = np.concatenate([np.repeat(getattr(segment, name), segment.count) for segment in plan.segments])
+                parts = [np.repeat(getattr(segment, name), segment.count) for segment in plan.segments]
+                column = np.concatenate([np.zeros(0, str if name == "split" else float), *parts])
                 arrays.write_all(self.group, name, column, "mask")
             self._manifest = {**self._manifest, "plan": plan.to_json()}
             self.group.attrs[ATTRIBUTE] = self._manifest

@@ -1,0 +1,310 @@
+"""Sparse attributions: the lasso for many examples at once, from the same sums that ridge needs."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coar.errors import RegressionError
+from coar.regression.sums import Gram, accumulate
+from coar.store import Run
+
+PATH = torch.logspace(0, -3, 30, dtype=torch.float64)  # penalties, as shares of the least that leaves no weight
+PATIENCE = 5  # penalties without a better score after which an example's path ends
+PATH_TOLERANCE = 1e-4  # duality gap as a share of the outputs' mean square: what scikit-learn's Lasso stops at
+TOLERANCE = 1e-7  # the same at the chosen penalty
+STEPS = 20_000
+CHECK = 5  # steps from one look at the duality gap to the next
+POWER_STEPS, MARGIN = 100, 1.02  # after so many steps the eigenvalues of masks are known to 1 %
+ENTRY_BYTES = 20  # per entry of the Gram matrix: the sums, and their centred form in two types
+
+
+@dataclass(frozen=True)
+class Design:
+    """What the lasso needs of the masks.
+
+    Attributes:
+        covariance: (components, components) float64, the centred Gram matrix by the number of masks.
+        single: The same in float32.
+        largest: Its largest eigenvalue, or up to 2 % more.
+        mean: (components,) share of masks that keep each component.
+        count: Number of masks.
+    """
+
+    covariance: Tensor
+    single: Tensor
+    largest: float
+    mean: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, gram: Gram) -> "Design":
+        """Centre the Gram matrix and find its largest eigenvalue.
+
+        Raises:
+            RegressionError: When all masks are alike.
+        """
+        covariance = gram.product * gram.count
+        covariance.addr_(gram.total, gram.total, alpha=-1)  # whole numbers so far, and exact
+        covariance.div_(gram.count**2)
+        if not covariance.any():
+            raise RegressionError(
+                f"the {gram.count} masks are all alike, so they say nothing; collect more, or ablate more"
+            )
+        single = covariance.float()
+        return cls(covariance, single, largest_eigenvalue(single), gram.total / gram.count, gram.count)
+
+
+@dataclass(frozen=True)
+class SparseFit:
+    """One sparse linear model per example.
+
+    Attributes:
+        weight: (examples, components), most of them zero.
+        intercept: (examples,), the prediction where everything is ablated.
+        penalty: (examples,), by which the sum of the weights' magnitudes counts against half the mean squared error:
+            the `alpha` of scikit-learn's Lasso.
+    """
+
+    weight: Tensor
+    intercept: Tensor
+    penalty: Tensor
+
+
+def check_memory(components: int) -> None:
+    """Raise `RegressionError` when this machine cannot hold the Gram matrix of so many components."""
+    needed = ENTRY_BYTES * components**2
+    memory = physical_memory()
+    if needed > memory:
+        raise RegressionError(
+            f"lasso on {components} components needs {needed / 2**30:,.0f} GiB for their Gram matrix and this machine "
+            f"has {memory / 2**30:,.0f}; use ridge on fewer masks than components, or components of a larger size"
+        )
+
+
+def largest_eigenvalue(matrix: Tensor) -> float:
+    """Return the largest eigenvalue of a positive semidefinite matrix by the power method, with a margin on top.
+
+    Were it too small all the same, steps would be too long, and the duality gap would tell.
+    """
+    vector = torch.rand(len(matrix), dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
+    for _ in range(POWER_STEPS):
+        vector = vector / vector.norm()
+        vector = matrix @ vector
+    return float(vector.norm()) * MARGIN
+
+
+def physical_memory() -> int:
+    """Return this machine's memory in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def sparse(run: Run, rows: np.ndarray, step: int, blocks: list[slice]) -> Iterator[tuple[slice, SparseFit]]:
+    """Yield solved blocks of `step` examples.
+
+    The (components, components) Gram matrix is used for few masks too: it serves all examples, and a product with it
+    costs no more than two with the masks unless these are fewer than half as many as components.
+
+    Args:
+        run: A complete run.
+        rows: Row numbers of the training masks to use.
+        step: Examples solved at once.
+        blocks: Examples whose sums are held at once.
+
+    Raises:
+        RegressionError: When the Gram matrix does not fit in memory, when all masks are alike, or when an example does
+            not converge.
+    """
+    check_memory(run.n_components)
+    gram: Gram | None = None
+    design: Design | None = None
+    for block in blocks:
+        gram, moments = accumulate(run, rows, block, gram=gram)
+        design = design or Design.of(gram)
+        product, mean, variation = moments.centred(gram.total), moments.mean(), moments.variation()
+        for start in range(block.start, block.stop, step):
+            examples = slice(start, min(start + step, block.stop))
+            part = slice(start - block.start, examples.stop - block.start)
+            yield examples, solve(design, product[:, part], mean=mean[part], variation=variation[part], first=start)
+
+
+def solve(design: Design, product: Tensor, *, mean: Tensor, variation: Tensor, first: int = 0) -> SparseFit:
+    """Solve for a block of examples, each with the penalty of the lowest generalised cross-validation score.
+
+    The path of penalties is followed in float32 to `PATH_TOLERANCE`. At the chosen penalty the weights are taken to
+    `TOLERANCE` in float64, and from there to the exact solution.
+
+    Args:
+        design: What the masks say.
+        product: (components, examples) float64 products of centred masks and centred outputs.
+        mean: (examples,) mean outputs.
+        variation: (examples,) sums of squared deviations of the outputs.
+        first: The block's first example, for messages.
+
+    Raises:
+        RegressionError: When an example does not converge.
+    """
+    spread = (variation / design.count).sqrt()  # (examples,)
+    spread[spread <= torch.finfo(torch.float32).eps * mean.abs()] = 0  # constant, but for the rounding of float32
+    target = (product / design.count / spread).where(spread > 0, 0)  # as if every output had a mean square of 1
+    labels = torch.arange(first, first + len(mean))
+    penalty, weight = follow(design, target, labels=labels)
+    weight, product = descend(design, target, penalty=penalty, start=weight, tolerance=TOLERANCE, labels=labels)
+    weight = (refined(design, target, weight=weight, product=product, penalty=penalty) * spread).T
+    return SparseFit(weight, mean - weight @ design.mean, penalty * spread)
+
+
+def follow(design: Design, target: Tensor, *, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Follow every example's path from the least penalty that leaves no weight down, each solved from the one before.
+
+    An example's path ends when its score has not improved for `PATIENCE` penalties: beyond lie fits that come near to
+    as many weights as masks, where the score means little and the problem converges slowly.
+
+    Args:
+        design: What the masks say.
+        target: (components, examples) float64 covariances of masks and outputs of mean square 1.
+        labels: (examples,) numbers of the examples, for messages.
+
+    Returns:
+        (examples,) penalties of the lowest score and (components, examples) weights there, in float64.
+    """
+    highest = target.abs().amax(0)  # (examples,)
+    highest[highest == 0] = 1  # any penalty leaves no weight
+    single, going = target.float(), torch.arange(len(labels))
+    weight, chosen = torch.zeros_like(single), torch.zeros_like(target)
+    penalty, best = highest.clone(), torch.full_like(highest, torch.inf)
+    behind = torch.zeros(len(labels), dtype=torch.int64)  # penalties since the best score
+    for share in PATH:
+        at = share * highest[going]
+        goal = single[:, going]
+        weight, product = descend(
+            design, goal, penalty=at, start=weight, tolerance=PATH_TOLERANCE, labels=labels[going]
+        )
+        score = cross_validation_score(residual(goal, weight, product), (weight != 0).sum(0), design.count)
+        better = score < best[going]
+        hit = going[better]
+        best[hit], penalty[hit], chosen[:, hit] = score[better], at[better], weight[:, better].double()
+        behind = torch.where(better, 0, behind + 1)
+        kept = behind < PATIENCE
+        going, weight, behind = going[kept], weight[:, kept], behind[kept]
+        if not len(going):
+            break
+    return penalty, chosen
+
+
+def cross_validation_score(left_over: Tensor, nonzero: Tensor, count: int) -> Tensor:
+    """Return the generalised cross-validation score (Golub, Heath and Wahba 1979), infinite without freedom left.
+
+    The degrees of freedom are the number of weights that are not zero (Zou, Hastie and Tibshirani 2007), and one for
+    the intercept. Below `PATH_TOLERANCE` the squared error is not known any better, so that it counts as equal and the
+    fit with fewest weights wins.
+
+    Args:
+        left_over: (examples,) mean squared errors as shares of the outputs' mean square.
+        nonzero: (examples,) numbers of weights that are not zero.
+        count: Number of masks.
+    """
+    freedom = 1 - (nonzero + 1) / count
+    return (left_over.clamp_min(PATH_TOLERANCE) / freedom**2).where(freedom > 0, torch.inf)
+
+
+def residual(target: Tensor, weight: Tensor, product: Tensor) -> Tensor:
+    """Return (examples,) mean squared errors, in float64: 1 - 2 w'c + w'Gw where `product` is Gw."""
+    return 1 + (weight * (product - 2 * target)).sum(0, dtype=torch.float64)
+
+
+def duality_gap(target: Tensor, weight: Tensor, product: Tensor, penalty: Tensor) -> Tensor:
+    """Return how far (examples,) objectives may at most lie above their minimum, in float64.
+
+    The dual point is the residual, scaled until no component's covariance with it exceeds the penalty (Kim, Koh,
+    Lustig, Boyd and Gorinevsky 2007).
+    """
+    square = residual(target, weight, product)
+    along = 1 - (weight * target).sum(0, dtype=torch.float64)  # outputs times residuals
+    steepest = (target - product).abs().amax(0).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = torch.minimum(penalty / steepest, along / square.clamp_min(torch.finfo(torch.float32).tiny))
+    magnitude = weight.abs().sum(0, dtype=torch.float64)
+    return square / 2 + penalty * magnitude - scale * along + scale**2 * square / 2
+
+
+def descend(
+    design: Design, target: Tensor, *, penalty: Tensor, start: Tensor, tolerance: float, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Minimise w'Gw / 2 - w'c + penalty |w| for every example by FISTA (Beck and Teboulle 2009).
+
+    Momentum starts again where it points uphill (O'Donoghue and Candes 2015), example by example. Gw is carried along
+    with the momentum, so that a step takes one matrix product and the duality gap none. Examples leave when their gap
+    is within the tolerance.
+
+    Args:
+        design: What the masks say; G is its covariance in the type of `target`.
+        target: c, (components, examples) covariances of masks and outputs of mean square 1.
+        penalty: (examples,) float64.
+        start: (components, examples) weights to start from.
+        tolerance: The largest duality gap.
+        labels: (examples,) numbers of the examples, for messages.
+
+    Returns:
+        (components, examples) weights w, and Gw.
+
+    Raises:
+        RegressionError: When an example's gap is not within the tolerance after `STEPS` steps.
+    """
+    gram = design.single if target.dtype == torch.float32 else design.covariance
+    weight, product, step = torch.empty_like(start), torch.empty_like(start), 1 / design.largest
+    going, threshold = torch.arange(len(labels)), penalty.to(target.dtype) * step
+    now, ahead = start, start  # where the weights are, and where momentum carries them
+    gram_now = gram_ahead = gram @ start
+    pace = torch.ones_like(threshold)
+    for number in range(STEPS):
+        if number % CHECK == 1:
+            far = duality_gap(target, now, gram_now, penalty) > tolerance
+            done = going[~far]
+            weight[:, done], product[:, done] = now[:, ~far], gram_now[:, ~far]
+            if not far.any():
+                return weight, product
+            if len(done):
+                going, penalty, threshold, pace = (values[far] for values in (going, penalty, threshold, pace))
+                target, now, ahead, gram_now, gram_ahead = (
+                    values[:, far] for values in (target, now, ahead, gram_now, gram_ahead)
+                )
+        raw = ahead + step * (target - gram_ahead)
+        new = raw - raw.clamp(-threshold, threshold)
+        gram_new, moved = gram @ new, new - now
+        uphill = ((ahead - new) * moved).sum(0) > 0
+        faster = torch.where(uphill, 1, (1 + (1 + 4 * pace**2).sqrt()) / 2)
+        momentum = torch.where(uphill, 0, (pace - 1) / faster)
+        ahead, gram_ahead = new + momentum * moved, gram_new + momentum * (gram_new - gram_now)
+        now, gram_now, pace = new, gram_new, faster
+    raise RegressionError(
+        f"lasso did not converge for example {int(labels[going[0]])} within {STEPS} steps on {design.count} masks; "
+        f"collect more masks, or use ridge"
+    )
+
+
+def refined(design: Design, target: Tensor, *, weight: Tensor, product: Tensor, penalty: Tensor) -> Tensor:
+    """Return the exact solution of every example for the weights that are not zero and their signs.
+
+    Where some of them belong to columns that cannot be told apart, or ought to be zero, that solution has the larger
+    duality gap, and the weights stay as they are.
+
+    Args:
+        design: What the masks say.
+        target: (components, examples) float64 covariances of masks and outputs of mean square 1.
+        weight: (components, examples) weights that are nearly the solution.
+        product: The covariance of the masks times `weight`.
+        penalty: (examples,) penalties.
+    """
+    exact = torch.zeros_like(weight)
+    for i in range(weight.shape[1]):
+        there = weight[:, i].nonzero()[:, 0]
+        goal = target[there, i] - penalty[i] * weight[there, i].sign()
+        factor, _ = torch.linalg.cholesky_ex(design.covariance[there[:, None], there])
+        exact[there, i] = torch.cholesky_solve(goal[:, None], factor)[:, 0]
+    nearer = duality_gap(target, exact, design.covariance @ exact, penalty) < duality_gap(
+        target, weight, product, penalty
+    )
+    return torch.where(nearer, exact, weight)
