@@ -1,6 +1,6 @@
 """Tables and figures of accuracy_per_pass.py, from its curves alone.
 
-    python benchmarks/passes_report.py reports/benchmarks
+python benchmarks/passes_report.py reports/benchmarks
 """
 
 import sys
@@ -38,7 +38,10 @@ def savings(curves: pd.DataFrame) -> pd.DataFrame:
             target = float(part["r"].mean())
             row = {"model": model, "components": int(table["components"].iloc[0]), "method": method, "masks": masks}
             row |= {"r": target, "spread": float(part["r"].std())}
-            row |= {"informed passes": passes_for(quick, target), "at 2.5 a probe": passes_for(quick, target, "nominal")}
+            row |= {
+                "informed passes": passes_for(quick, target),
+                "at 2.5 a probe": passes_for(quick, target, "nominal"),
+            }
             row["times fewer"] = masks / row["informed passes"]
             rows.append(row)
     return pd.DataFrame(rows)
@@ -58,7 +61,9 @@ def curve_figure(curves: pd.DataFrame) -> Figure:
                 axis.plot(part["passes"], part["r"], ".", color=colour, ms=3, alpha=0.4)
             else:
                 axis.plot(part["passes"], part["r"], "D", color=colour, ms=6, label=method)
-        axis.set(xscale="log", xlabel="forward passes over the examples", title=f"{model}, {table['components'].iloc[0]:,}")
+        axis.set(
+            xscale="log", xlabel="forward passes over the examples", title=f"{model}, {table['components'].iloc[0]:,}"
+        )
         axis.set_ylim(bottom=max(0.0, float(table["r"].min()) - 0.03))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -73,11 +78,12 @@ def ratio_figure(table: pd.DataFrame) -> Figure:
     axis = figure.subplots()
     best = table.loc[table.groupby(["model", "masks"])["r"].idxmax()].dropna(subset=["times fewer"])
     for number, (masks, part) in enumerate(best[best["masks"] >= 1000].groupby("masks")):
-        part = part.sort_values("components")
-        axis.plot(part["components"], part["times fewer"], "o-", color=COLOURS[number], label=f"{masks:,} masks")
-    for _, row in best[best["masks"] == best["masks"].max()].iterrows():
-        axis.annotate(row["model"], (row["components"], row["times fewer"]), fontsize=8, xytext=(4, 4), textcoords="offset points")
-    axis.set(xscale="log", yscale="log", xlabel="components", ylabel="times fewer passes than regression, same correlation")
+        line = part.sort_values("components")
+        axis.plot(line["components"], line["times fewer"], "o-", color=COLOURS[number], label=f"{masks:,} masks")
+        for _, row in line.iterrows():
+            place = (row["components"], row["times fewer"])
+            axis.annotate(row["model"], place, fontsize=8, xytext=(4, 4), textcoords="offset points")
+    axis.set(xscale="log", yscale="log", xlabel="components", ylabel="times fewer passes at the same correlation")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False, title="regression's masks")
     axis.spines[["top", "right"]].set_visible(False)
@@ -88,7 +94,11 @@ def write(curves: pd.DataFrame, shares: pd.DataFrame, folder: Path) -> None:
     """Print markdown tables and write figures."""
     columns = ["model", "method", "probes", "masks"]
     mean = curves.groupby(columns, sort=False, as_index=False).agg(
-        r=("r", "mean"), spread=("r", "std"), passes=("passes", "mean"), nominal=("nominal", "mean"), seconds=("seconds", "mean")
+        r=("r", "mean"),
+        spread=("r", "std"),
+        passes=("passes", "mean"),
+        nominal=("nominal", "mean"),
+        seconds=("seconds", "mean"),
     )
     table = savings(curves)
     formats = {"float_format": lambda value: f"{value:.4g}", "index": False}
