@@ -4,7 +4,7 @@
     COAR_DATA=/path/to/folder python benchmarks/accuracy_per_pass.py --models digits resnet20 --seeds 0
 
 Zero weight, ablated fraction 0.10, 8,000 training masks, 512 test masks, three seeds of masks and probes; 400 digits,
-256 pictures for ResNet-20 and 128 for ResNet-44, 48 pairs for MiniLM (1,000 masks, 256 test masks; leave-one-out would
+256 pictures for ResNet-20 and 128 for ResNet-44, 48 pairs for MiniLM (500 masks, 256 test masks; leave-one-out would
 take 9,288 passes and is left out). Every method is judged on the same test masks of its seed. Cost is counted in
 forward passes over the examples, a probe as many as it was measured to take on this machine in the same precision, and
 at 2.5 beside. Runs are kept in runs/passes/, and gone on with when they are there; tables go to stdout, and with the
@@ -24,6 +24,7 @@ import coar
 from benchmarks import passes_report, peers
 from coar.evaluation import correlation
 from coar.planning import measure
+from coar.regression.informed import learn_prior
 from coar.store import Probes, Run
 from pipelines import cifar10, digits, sentence_embeddings
 
@@ -57,7 +58,7 @@ SUBJECTS = {
     "resnet44": Subject(resnet44, MASKS[1:], STAGES[:6]),
     "minilm": Subject(
         lambda seed: sentence_embeddings.study(seed=seed),
-        MASKS[:3],
+        MASKS[:2],
         (8, *STAGES[:4]),
         test_masks=256,
         validation_masks=64,
@@ -101,13 +102,20 @@ def regressions(run: Run, subject: Subject, judge: Judge) -> list[dict[str, obje
 
 
 def informed(run: Run, subject: Subject, judge: Judge) -> list[dict[str, object]]:
-    """Fit and judge informed attributions at each number of probes, alone and with a few or many masks."""
+    """Fit and judge informed attributions at each number of probes, alone and with a few or many masks.
+
+    Beside them stand the gradients alone: their plain mean, the mean of both ends (the trapezoid rule), and both ends
+    with the factors per site that the outputs teach.
+    """
     rows = []
     for probes in subject.probes:
-        gradients, counts = Probes(run).gradients(range(Probes(run).whole_rounds(probes)), slice(None))
+        rounds = Probes(run).whole_rounds(probes)
+        gradients, counts = Probes(run).gradients(range(rounds), slice(None))
         kept, ablated = np.where(counts > 0, gradients, gradients[::-1])
         mean = (gradients * counts).sum(0) / counts.sum(0)
-        for name, weights in (("mean gradient", mean), ("trapezoid", (kept + ablated) / 2)):
+        by_kept, by_ablated = learn_prior(run, rounds).shared.placing.numpy()
+        learned = by_kept * kept + by_ablated * ablated
+        for name, weights in (("mean gradient", mean), ("trapezoid", (kept + ablated) / 2), ("learned ends", learned)):
             rows.append({"method": name, "probes": probes, "masks": 0, "r": judge(weights)})
         for masks in (count for count in (0, 128, 512, 2000) if count <= subject.masks[-1]):
             fitted = coar.fit(

@@ -2,9 +2,20 @@
 
     python benchmarks/fit.py                 # 50,000 masks x 2,304 components x 10,000 examples; about 2.3 GB of disk
     python benchmarks/fit.py --masks 10000 --examples 2000 --components 1000
+    python benchmarks/fit.py --masks 4096 --examples 100 --components 50 --scale 0.1   # a look at whether it works
 
 The outputs are generated (linear in the masks plus noise) and stored in a real run on disk, which is then fitted as any
-other. The floor is X'X and X'Y of the same size and type (float32), from memory, in the same process.
+other. The floor is X'X and X'Y of the same size and type (float32), from memory, in the same process. How time grows
+with masks is in `fit_growth.py`.
+
+Lasso stands beside scikit-learn's Lasso at the penalties that ours chose, from the rows and from the Gram matrix, and
+beside its path of as many penalties as ours follows. scikit-learn solves example after example, so its times are taken
+on a few and multiplied up to all. What is computed once for all, the Gram matrix, is not multiplied.
+
+fast_l1, the SAGA solver of the method's authors (github.com/MadryLab/fast_l1), needs a CUDA device: it imports CuPy,
+pins memory and sends tensors to the device by name. So it is left out. Its published settings are 100 penalties down to
+1e-6 of the largest, a learning rate of 0.01 and an end when no weight's squared move in a pass is above 5e-10; the
+settings published with the method have a single penalty, of zero.
 """
 
 import argparse
@@ -14,19 +25,23 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.linear_model import Ridge, RidgeCV
+from sklearn.linear_model import Lasso, Ridge, RidgeCV, lasso_path
 
 import coar
 from coar.components import Component, Components
+from coar.regression.lasso import PATH
 from coar.regression.ridge import PENALTIES
 from coar.regression.sums import BATCH as ROWS
 from coar.store import Plan
 from coar.store.arrays import write
+
+FEW = 20  # examples that scikit-learn's lasso is timed and compared on
 
 
 def generate(path: Path, masks: int, components: int, examples: int) -> coar.Run:
@@ -92,13 +107,19 @@ def penalties(x: np.ndarray) -> np.ndarray:
     return PENALTIES.numpy() * np.linalg.eigvalsh(np.cov(x.T) * (len(x) - 1)).mean()
 
 
-def measure(kind: str, path: Path) -> tuple[float, float]:
-    """Fit in one way; return the seconds, and the GiB by which memory rose above what the imports take."""
+def measure(kind: str, path: Path, masks: int | None = None) -> tuple[float, float]:
+    """Fit in one way; return the seconds, and the GiB by which memory rose above what the imports take.
+
+    Args:
+        kind: A method of the package, or a class of scikit-learn.
+        path: The run.
+        masks: For a method of the package, the first so many masks alone.
+    """
     forget_peak()
     before = memory_gib("VmRSS")
-    if kind == "ours":
+    if kind in ("ridge", "lasso"):
         start = time.perf_counter()
-        coar.fit(coar.Run.open(path), refit=True, progress=False)
+        coar.fit(coar.Run.open(path), method=kind, masks=masks, refit=True, progress=False)
     else:
         x, y = load(path)
         ways = {"Ridge": Ridge(solver="cholesky"), "RidgeCV": RidgeCV(alphas=penalties(x), alpha_per_target=True)}
@@ -107,25 +128,26 @@ def measure(kind: str, path: Path) -> tuple[float, float]:
     return time.perf_counter() - start, memory_gib("VmHWM") - before
 
 
-def beside_scikit_learn(folder: Path, masks: int, components: int, examples: int) -> None:
+def measure_apart(kind: str, path: Path, masks: int | None = None) -> tuple[float, float]:
+    """Measure in a process of its own, so that memory starts from the same."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, kind, path, masks).result()
+
+
+def beside_scikit_learn(path: Path, masks: int, components: int, examples: int) -> None:
     """Fit a run that scikit-learn can hold in memory, each way in a process of its own, and compare."""
-    path = folder / "small.zarr"
-    generate(path, masks, components, examples)
-    figures = {}
-    for kind in ("ours", "Ridge", "RidgeCV"):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            figures[kind] = pool.submit(measure, kind, path).result()
+    figures = {kind: measure_apart(kind, path) for kind in ("ridge", "Ridge", "RidgeCV")}
     notes = {
-        "ours": "read from disk, a penalty per example, standard errors",
+        "ridge": "ours, read from disk, a penalty per example, standard errors",
         "Ridge": "from memory, one given penalty, no errors",
         "RidgeCV": "from memory, a penalty per example, no errors",
     }
     print(f"beside scikit-learn at {masks} masks, {components} components, {examples} examples")
     for kind, (seconds, memory) in figures.items():
-        time_ratio, memory_ratio = figures["ours"][0] / seconds, figures["ours"][1] / memory
-        print(f"  {kind:8} {notes[kind]:55} {seconds:7.2f} s {memory:6.2f} GiB", end="  ")
+        time_ratio, memory_ratio = figures["ridge"][0] / seconds, figures["ridge"][1] / memory
+        print(f"  {kind:8} {notes[kind]:61} {seconds:7.2f} s {memory:6.2f} GiB", end="  ")
         print(f"ours takes {time_ratio:.2f} of the time, {memory_ratio:.2f} of the memory")
-    attributions = coar.load(path)
+    attributions = coar.load(path, "ridge")
     x, y = load(path)
     few = range(20)
     exact = np.stack([Ridge(alpha=attributions.penalty[i]).fit(x, y[:, i]).coef_ for i in few])
@@ -136,14 +158,57 @@ def beside_scikit_learn(folder: Path, masks: int, components: int, examples: int
     print(f"  share of them for which RidgeCV (leave-one-out) picks our penalty (GCV): {same:.2f}")
 
 
+def beside_scikit_learns_lasso(path: Path, masks: int, components: int, examples: int) -> None:
+    """Compare lasso with scikit-learn's at the penalties that ours chose, in time and in weights."""
+    ours, memory = measure_apart("lasso", path)
+    attributions = coar.load(path, "lasso")
+    few = min(FEW, examples)
+    weight, penalty = attributions.weights(slice(0, few)), attributions.penalty[:few].astype(float)
+    x, y = load(path)
+    start = time.perf_counter()
+    x, y = x - x.mean(0), np.asfortranarray(y[:, :few] - y[:, :few].mean(0))
+    gram, products = x.T @ x, np.asfortranarray(x.T @ y)
+    once = time.perf_counter() - start
+
+    def seconds(solve: Callable[[int], object]) -> float:
+        start = time.perf_counter()
+        for i in range(few):
+            solve(i)
+        return (time.perf_counter() - start) * examples / few
+
+    def rows(i: int, tol: float = 1e-4) -> np.ndarray:
+        return Lasso(alpha=penalty[i], fit_intercept=False, tol=tol, max_iter=100_000).fit(x, y[:, i]).coef_
+
+    def path_of(i: int, alphas: np.ndarray) -> object:
+        return lasso_path(x, y[:, i], alphas=alphas, precompute=gram, Xy=products[:, i], check_input=False)
+
+    times = {
+        "one given penalty, from the rows": seconds(rows),
+        "one given penalty, from the Gram matrix": once + seconds(lambda i: path_of(i, penalty[i : i + 1])),
+        f"{len(PATH)} penalties, from the Gram matrix": once
+        + seconds(lambda i: path_of(i, PATH.numpy() * np.abs(products[:, i]).max() / masks)),
+    }
+    print(f"lasso beside scikit-learn's at {masks} masks, {components} components, {examples} examples")
+    kept = f"{(weight != 0).mean():.2f} of weights kept"
+    print(f"  ours, up to {len(PATH)} penalties and a choice: {ours:.2f} s {memory:.2f} GiB; {kept}")
+    for note, taken in times.items():
+        print(f"  Lasso, {note:41} {taken:8.2f} s, from {few} examples; ours takes {ours / taken:.3f} of the time")
+    exact = np.stack([rows(i, 1e-12) for i in range(few)])
+    difference = np.abs(exact - weight).max(1) / np.abs(exact).max(1)
+    print(f"  largest coefficient difference, as a share of an example's largest weight: {difference.max():.1e}")
+    print("  fast_l1 left out: it needs a CUDA device (see the head of this file)")
+
+
 def main() -> None:
-    """Run both parts and print what they took."""
+    """Run all parts and print what they took."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, size in (("masks", 50_000), ("components", 2_304), ("examples", 10_000)):
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--folder", type=Path, default=None, help="where to put the run; a temporary folder by default")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the sizes at which others are compared with")
     sizes = parser.parse_args()
     shape = (sizes.masks, sizes.components, sizes.examples)
+    small = [max(round(size * sizes.scale), 10) for size in (10_000, 700, 500)]
     folder = Path(tempfile.mkdtemp(dir=sizes.folder, prefix="coar-fit-"))
     try:
         run = generate(folder / "run.zarr", *shape)
@@ -164,7 +229,9 @@ def main() -> None:
             "peak_gib": round(peak, 2),
         }
         print(json.dumps(result, indent=1))
-        beside_scikit_learn(folder, 10_000, 700, 500)
+        generate(folder / "small.zarr", *small)
+        beside_scikit_learn(folder / "small.zarr", *small)
+        beside_scikit_learns_lasso(folder / "small.zarr", *small)
     finally:
         shutil.rmtree(folder)
 

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777", "#000000", "#bb8844")
-CURVES = ("informed", "trapezoid", "mean gradient", "ols", "ridge", "lasso")
+CURVES = ("informed", "learned ends", "trapezoid", "mean gradient", "ols", "ridge", "lasso")
 
 
 def frontier(curve: pd.DataFrame) -> pd.DataFrame:

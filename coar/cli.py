@@ -75,7 +75,9 @@ def collect(
     device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="float32, bf16, or auto: bf16 if faster and near enough.")] = "float32",
     precision_tolerance: Annotated[float, typer.Option(help="Largest bf16 error, in units of the spread.")] = 0.05,
-    batch_size: Annotated[int | None, typer.Option(help="Most examples per forward pass.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Most examples per forward pass [default: measured].")] = None,
+    memory_limit: Annotated[str | None, typer.Option(help="Memory for activations, as in 4GiB.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model, if that is faster.")] = False,
     mask_block: Annotated[int | None, typer.Option(help="Masks per unit of work, for a new run.")] = None,
     example_block: Annotated[int | None, typer.Option(help="Examples per unit of work, for a new run.")] = None,
 ) -> None:
@@ -96,6 +98,8 @@ def collect(
         "precision": precision,
         "precision_tolerance": precision_tolerance,
         "batch_size": batch_size,
+        "memory_limit": memory_limit,
+        "compile": compiled,
         "mask_block": MASK_BLOCK if mask_block is None else mask_block,
         "example_block": example_block,
     }
@@ -152,7 +156,7 @@ def plan(
 @told
 def fit(
     run: RunArgument,
-    method: Annotated[str, typer.Option(help="auto, informed, ridge or ols.")] = "auto",
+    method: Annotated[str, typer.Option(help="auto, informed, ridge, lasso or ols.")] = "auto",
     masks: Annotated[int | None, typer.Option(help="Use only the first so many training masks.")] = None,
     probes: Annotated[int | None, typer.Option(help="Use only the first so many probes.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the fit [default: the method].")] = None,

@@ -16,9 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from coar.ablation import called_sites, following_batch_norms
-from coar.components import Components
-from coar.errors import MismatchError, OutputError, SettingsError
-from coar.outputs import Output
+from coar.checks import (
+    check_finite,
+    check_probes_finite,
+    choose_precision,
+    compare_precisions,
+    compare_rows,
+    compare_with_hooks,
+)
+from coar.errors import MismatchError, SettingsError
 from coar.progress import progress_bar
 from coar.sampling import Split
 from coar.store import Plan, Probes, ProbeUnit, Run, Unit
@@ -27,18 +33,8 @@ from coar.store.lock import write_lock
 from coar.store.probes import check_probes
 from coar.store.run import local_path, needs_creation
 from coar.study import Study
-from coar.worker import (
-    CHOICES,
-    Block,
-    ModelRunner,
-    Worker,
-    choose_device,
-    choose_precision,
-    compare_gates,
-    compare_precisions,
-    compare_rows,
-    device_copy,
-)
+from coar.tuning import batch_sizes, choose_pace
+from coar.worker import CHOICES, Block, ModelRunner, Worker, choose_device, device_copy
 
 log = logging.getLogger(__name__)
 AnyUnit = TypeVar("AnyUnit", Unit, ProbeUnit)
@@ -66,6 +62,8 @@ def collect(
     batch_size: int | None = None,
     mask_block: int = MASK_BLOCK,
     example_block: int | None = None,
+    memory_limit: int | str | None = None,
+    compile: bool = False,  # noqa: A002
     progress: bool = True,
 ) -> Run:
     """Record outputs under random masks, and gradients under probes; go on with, or extend, the run when it exists.
@@ -84,62 +82,67 @@ def collect(
             within the tolerance on the first unit.
         precision_tolerance: Largest root mean square difference that bfloat16 may make, in units of the outputs'
             standard deviation over masks.
-        batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on CUDA, 256 on MPS.
+        batch_size: Most examples per forward pass; by default at most 128 on a CPU, 512 on CUDA, 256 on MPS, and what
+            is measured to be fastest, which may be several masks per forward pass.
         mask_block: Masks per unit of work; fixed when the run is created.
         example_block: Examples per unit of work; fixed when the run is created; by default at most 512.
+        memory_limit: Bytes, or text such as `4GiB`, that activations may take, measured on some examples; by default
+            80 % of what is free on a CUDA device, and no limit elsewhere. Give this or a batch size.
+        compile: Compile the model, if that is faster on the first unit; a warning says why where it fails.
         progress: Show a progress bar.
 
     Returns:
         The complete run.
 
     Raises:
-        SettingsError: When a setting is out of range.
+        SettingsError: When a setting is out of range, or one example does not fit into the memory limit.
         MismatchError: When the run was made for another study.
-        AblationError: When probes are asked of components or of an output that have no gradient; nothing is made then.
+        AblationError: When probes are asked of components or of an output that have no gradient, and nothing is made
+            then; or when two ways of ablating disagree.
         OutputError: When an output is not finite; it names the mask and the example, and the unit is not stored.
         KeyboardInterrupt: After Ctrl-C, once the current unit is stored.
     """
-    _check_settings(
-        masks or probes or test_masks or validation_masks,
-        precision,
-        precision_tolerance,
-        batch_size,
-        mask_block,
-        example_block,
-    )
+    sizes = {"batch size": batch_size, "mask block": mask_block, "example block": example_block}
+    _check_settings(masks or probes or test_masks or validation_masks, precision, precision_tolerance, sizes)
+    if batch_size is not None and memory_limit is not None:
+        raise SettingsError(f"batch size {batch_size} and memory limit {memory_limit} both bound a batch; give one")
     check_probes(probes)
-    fractions = {study.sampler.ablated_fraction, *test_fractions}
-    wanted: dict[tuple[Split, float], int] = {("test", fraction): test_masks for fraction in sorted(fractions)}
-    wanted |= {
-        ("validation", study.sampler.ablated_fraction): validation_masks,
-        ("train", study.sampler.ablated_fraction): masks,
-    }
+    wanted = _wanted(study.sampler.ablated_fraction, masks, test_masks, validation_masks, test_fractions)
     target = choose_device(device)
     fingerprint = study.fingerprint()
     root = local_path(path)
     with write_lock(root):
         model = device_copy(study.model, target)
+        batches = (batch_size, batch_size)  # rows per forward pass of masks, and of probes
+        if batch_size is None:
+            batches = batch_sizes(study, model, memory_limit=memory_limit, probes=bool(probes))
         if probes:
-            try_probe(study, model)
+            try_probe(study, model, batch_size=batches[1])
         if needs_creation(root):
             plan = Plan().extended(wanted)
             blocks = (mask_block, example_block or _balanced(len(study.examples)))
-            run = _create(study, root, model, fingerprint, plan, blocks, batch_size, precision, precision_tolerance)
+            run = _create(study, root, model, fingerprint, plan, blocks, batches[0], precision, precision_tolerance)
         else:
             run = Run.open(root)
         _check_same(run, fingerprint, precision)
-        with storage_errors(root):
-            for stray in sweep(root):
-                log.info("removed %s, left by a writer that was killed", stray)
-        plan = run.plan.extended(wanted)
-        if plan != run.plan or not run.rows_intact():
-            run.extend(plan)
-        worker = worker_of(study, run, model, batch_size=batch_size)
+        _make_ready(run, run.plan.extended(wanted))
         probing = Probes(run)
         probing.extend(probes)
-        _collect_probes(study, probing, worker, progress=progress)
+        _collect_probes(study, probing, worker_of(study, run, model, batch_size=batches[1]), progress=progress)
+        worker = worker_of(study, run, model, batch_size=batches[0])
+        if run.missing_units() and (batch_size is None or compile):
+            _set_pace(study, run, worker, model, tune=batch_size is None, compiled=compile)
         _collect_units(study, run, worker, progress=progress)
     return run
+
+
+def _make_ready(run: Run, plan: Plan) -> None:
+    """Remove what a killed writer left behind, and give the run the rows of a plan."""
+    with storage_errors(run.path):
+        for stray in sweep(run.path):
+            log.info("removed %s, left by a writer that was killed", stray)
+    if plan != run.plan or not run.rows_intact():
+        run.extend(plan)
 
 
 def worker_of(study: Study, run: Run, model: nn.Module, *, batch_size: int | None = None) -> Worker:
@@ -155,12 +158,29 @@ def worker_of(study: Study, run: Run, model: nn.Module, *, batch_size: int | Non
     )
 
 
-def try_probe(study: Study, model: nn.Module) -> None:
+def try_probe(study: Study, model: nn.Module, *, batch_size: int | None = None) -> None:
     """Probe a few examples on a copy of the model; raise `AblationError` when there is no gradient to be had."""
     nothing = torch.zeros(len(study.components))
-    worker = Worker(model, study.components, nothing, study.output, through_outputs=True)
+    worker = Worker(model, study.components, nothing, study.output, through_outputs=True, batch_size=batch_size)
     block = worker.load(study.examples, 0, CHECK_ROWS)
     compare_rows(worker, block, study.sampler.masks("probe", range(block.size), len(study.components)))
+
+
+def _set_pace(study: Study, run: Run, worker: Worker, model: nn.Module, *, tune: bool, compiled: bool) -> None:
+    """Choose batch size and masks per forward on the first missing unit, and check them against plain hooks there."""
+    missing = [run.rows_of(unit) for unit in run.missing_units()]
+    rows, span = missing[0]
+    examples = study.examples.subset(range(span.start, span.stop))
+    masks = run.plan.masks(run.sampler, run.n_components, rows.start, rows.stop)
+    work = sum((r.stop - r.start) * (e.stop - e.start) for r, e in missing) / len(examples)
+    pace = choose_pace(worker, examples, masks, work=work, tune=tune, compiled=compiled)
+    log.info("pace: %s", pace)
+    if pace.masks_per_forward > 1:
+        parts = (model, run.components, torch.from_numpy(run.replacements), study.output)
+        exact = Worker(*parts, batch_norms=run.facts["batch_norms"], batch_size=pace.batch_size)
+        exact.masks_per_forward = pace.masks_per_forward
+        block = exact.load(examples, 0, len(examples))
+        compare_with_hooks(exact, parts, block, masks[: pace.masks_per_forward], {row.site for row in run.components})
 
 
 def _collect_probes(study: Study, probes: Probes, worker: Worker, *, progress: bool) -> None:
@@ -170,7 +190,7 @@ def _collect_probes(study: Study, probes: Probes, worker: Worker, *, progress: b
     def work(unit: ProbeUnit, block: Block) -> None:
         examples = probes.examples_of(unit)
         kept, ablated, outputs = worker.probe(block, probes.masks(unit.round), probes.slot_of(examples))
-        _check_probes(study, unit, examples, kept, ablated, outputs)
+        check_probes_finite(study, unit, examples, kept, ablated, outputs)
         probes.write_unit(unit, kept, ablated, outputs)
 
     more = bool(probes.run.missing_units())
@@ -186,7 +206,7 @@ def _collect_units(study: Study, run: Run, worker: Worker, *, progress: bool) ->
         rows = spans[unit][0]
         outputs = worker.outputs(block, run.plan.masks(run.sampler, run.n_components, rows.start, rows.stop))
         base = worker.base_output(block) if unit.mask_block == 0 else None
-        _check_finite(study, run, unit, outputs, base)
+        check_finite(study, run, unit, outputs, base)
         run.write_unit(unit, outputs, base)
 
     _work_off(study, run, worker, missing, share, lambda unit: spans[unit][1], work, "mask", progress)
@@ -245,43 +265,6 @@ def _width(examples: slice, run: Run) -> float:
     return float(examples.stop - examples.start) / run.n_examples
 
 
-def _check_probes(
-    study: Study, unit: ProbeUnit, examples: slice, kept: np.ndarray, ablated: np.ndarray, outputs: np.ndarray
-) -> None:
-    bad = ~np.isfinite(outputs).all(0) | np.isinf(kept).any(1) | np.isinf(ablated).any(1)
-    bad |= (np.isnan(kept) & np.isnan(ablated)).any(1)  # one end without probes is NaN, never both
-    if bad.any():
-        example = examples.start + int(bad.argmax())
-        raise OutputError(
-            f"round {unit.round} of probes gives outputs or gradients that are not finite for example "
-            f"{_identity(study, example)}; nothing of the unit was stored: use float32, a smaller ablated fraction, or "
-            f"leave the example out in a new run"
-        )
-
-
-def _check_finite(study: Study, run: Run, unit: Unit, outputs: np.ndarray, base: np.ndarray | None) -> None:
-    rows, examples = run.rows_of(unit)
-    if base is not None and not np.isfinite(base).all():
-        example = examples.start + int((~np.isfinite(base)).argmax())
-        raise OutputError(
-            f"the unablated model gives {base[example - examples.start]} for example {_identity(study, example)}; mend "
-            f"that input or leave it out"
-        )
-    bad = np.argwhere(~np.isfinite(outputs))
-    if len(bad):
-        row, example = rows.start + int(bad[0, 0]), examples.start + int(bad[0, 1])
-        raise OutputError(
-            f"{run.plan.label(row)} gives {outputs[tuple(bad[0])]} for example {_identity(study, example)} ({len(bad)} "
-            f"of {outputs.size} outputs in this unit are not finite); nothing of the unit was stored: use float32, a "
-            f"smaller ablated fraction, or leave the example out in a new run"
-        )
-
-
-def _identity(study: Study, example: int) -> str:
-    identifier = np.asarray(study.examples.metadata["id"])[example]
-    return f"{example} (id {identifier})"
-
-
 def _create(
     study: Study,
     path: Path,
@@ -310,7 +293,7 @@ def _create(
     called = called_sites(model, study.components, run=outputs)
     facts: dict[str, Any] = {
         "batch_norms": norms,
-        "gate_error": _gate_error(fast, parts, few, masks[:2], called),
+        "gate_error": compare_with_hooks(fast, parts, few, masks[:2], called),
         "precision": {"name": "float32"},
     }
     if precision != "float32":
@@ -330,25 +313,6 @@ def _create(
     )
 
 
-def _gate_error(
-    fast: Worker,
-    parts: tuple[nn.Module, Components, Tensor, Output],
-    block: Block,
-    masks: np.ndarray,
-    called: set[str],
-) -> float | None:
-    """Check gated weights against gated outputs, for components that have an output; None when there is none."""
-    model, components, constants, output = parts
-    rows = [i for i, row in enumerate(components) if row.side != "parameter" and row.site in called]
-    if not rows:
-        return None
-    chosen = Components(components[i] for i in rows)
-    plain = Worker(model, chosen, constants[rows], output, through_outputs=True)
-    shared = np.ones_like(masks)
-    shared[:, rows] = masks[:, rows]
-    return compare_gates(plain.outputs(block, masks[:, rows]), fast.outputs(block, shared))
-
-
 def _check_same(run: Run, fingerprint: dict[str, Any], precision: str) -> None:
     run.check(fingerprint)
     kept = run.facts["precision"]["name"]
@@ -363,14 +327,15 @@ def _balanced(examples: int) -> int:
     return math.ceil(examples / math.ceil(examples / EXAMPLE_BLOCK))
 
 
-def _check_settings(
-    masks: int,
-    precision: str,
-    tolerance: float,
-    batch_size: int | None,
-    mask_block: int,
-    example_block: int | None,
-) -> None:
+def _wanted(
+    fraction: float, masks: int, test_masks: int, validation_masks: int, test_fractions: Sequence[float]
+) -> dict[tuple[Split, float], int]:
+    """Return how many masks a run shall have by split and ablated fraction, in the order in which they are done."""
+    wanted: dict[tuple[Split, float], int] = {("test", at): test_masks for at in sorted({fraction, *test_fractions})}
+    return wanted | {("validation", fraction): validation_masks, ("train", fraction): masks}
+
+
+def _check_settings(masks: int, precision: str, tolerance: float, sizes: dict[str, int | None]) -> None:
     if masks == 0:
         raise SettingsError(
             "zero masks and zero probes were asked for; ask for at least 2 masks, better several thousand, or 32 probes"
@@ -379,7 +344,6 @@ def _check_settings(
         raise SettingsError(f"unknown precision {precision!r}; choose one of {', '.join(CHOICES)}")
     if not tolerance > 0:
         raise SettingsError(f"precision tolerance {tolerance} is not above 0; 0.05 is usual")
-    sizes = {"batch size": batch_size, "mask block": mask_block, "example block": example_block}
     for name, size in sizes.items():
         if size is not None and (not isinstance(size, int) or size < 1):
             raise SettingsError(f"{name} {size} is no size; give a whole number above 0")

@@ -1,9 +1,8 @@
 """Runs units of work on one device: many masks on a block of examples that stays there."""
 
-import platform
-import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 
 from coar.ablation import Gates
 from coar.components import Components
-from coar.errors import AblationError, PrecisionError, SettingsError
+from coar.errors import AblationError, SettingsError
 from coar.examples import Examples, Inputs
 from coar.outputs import Output
 
+log = logging.getLogger(__name__)
+
 Precision = Literal["float32", "bf16"]
 CHOICES = ("float32", "bf16", "auto")
-GATE_TOLERANCE = 1e-3
 BATCH_SIZE = {"cpu": 128, "cuda": 512, "mps": 256}  # examples per forward, unless the user says otherwise
 
 
@@ -50,6 +50,20 @@ def device_copy(model: nn.Module, device: torch.device) -> nn.Module:
     return copy
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Keep CUDA's convolutions and recurrent layers from rounding float32 to TF32; put the settings back afterwards."""
+    kinds: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # type: ignore[attr-defined]
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
+
+
 @dataclass(frozen=True)
 class Block:
     """A block of examples on the device, cut into batches."""
@@ -73,7 +87,7 @@ class ModelRunner:
     ) -> None:
         self._model = model
         self._output = output
-        self._precision = precision
+        self.precision = precision
         self.device = next(model.parameters()).device
         self.batch_size = batch_size or BATCH_SIZE[self.device.type]
 
@@ -83,35 +97,43 @@ class ModelRunner:
         batches = []
         for at in range(0, len(targets), self.batch_size):
             part = slice(at, at + self.batch_size)
-            x = {k: v[part] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[part]
-            batches.append((self._place(x), targets[part].to(self.device)))
+            batches.append((self._place(rows_of(inputs, part)), self._sent(targets[part])))
         return Block(batches, len(targets))
 
     def base_output(self, block: Block) -> np.ndarray:
         """Return (examples,) float32 outputs of the unablated model."""
         out = torch.empty(block.size, device=self.device)
-        with torch.inference_mode(), self._cast():
-            self._fill(out, block)
+        with torch.inference_mode(), self._computing():
+            self._fill(out, block, self._run)
         return out.cpu().numpy()
 
-    def _fill(self, row: Tensor, block: Block) -> None:
+    def _fill(self, row: Tensor, block: Block, run: Callable[[Inputs], Any]) -> None:
         at = 0
         for inputs, targets in block.batches:
-            row[at : at + len(targets)] = self._output(self._run(inputs), targets)
+            row[at : at + len(targets)] = self._output(run(inputs), targets)
             at += len(targets)
 
     def _run(self, inputs: Inputs) -> Any:
         return self._model(**inputs) if isinstance(inputs, dict) else self._model(inputs)
 
-    def _cast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Set precision for what runs inside."""
+        with full_float32(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            yield
 
     def _place(self, inputs: Inputs) -> Inputs:
         if isinstance(inputs, dict):
-            return {name: value.to(self.device) for name, value in inputs.items()}
+            return {name: self._sent(value) for name, value in inputs.items()}
         if inputs.ndim == 4:
-            return inputs.to(self.device, memory_format=torch.channels_last)
-        return inputs.to(self.device)
+            return self._sent(inputs.to(memory_format=torch.channels_last))
+        return self._sent(inputs)
+
+    def _sent(self, value: Tensor) -> Tensor:
+        """Copy to the device; to CUDA from pinned memory, so that computing goes on meanwhile."""
+        if self.device.type == "cuda" and value.device.type == "cpu":
+            return value.pin_memory().to(self.device, non_blocking=True)
+        return value.to(self.device)
 
 
 class Worker(ModelRunner):
@@ -126,6 +148,10 @@ class Worker(ModelRunner):
         through_outputs: Gate outputs by hooks, the plain way, instead of weights.
         precision: `float32`, or `bf16` for automatic mixed precision.
         batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on CUDA, 256 on MPS.
+
+    Attributes:
+        masks_per_forward: How many masks at most share a forward pass, each with the block's examples to itself, gated
+            by hooks, where the batch size leaves room for two; 1 gates the weights, or what `through_outputs` says.
     """
 
     def __init__(
@@ -143,20 +169,94 @@ class Worker(ModelRunner):
         super().__init__(model, output, precision=precision, batch_size=batch_size)
         self._components = components
         self._replacements = replacements
-        self._fast = {"batch_norms": batch_norms or {}, "through_outputs": through_outputs}
+        self._batch_norms = batch_norms or {}
+        self._through_outputs = through_outputs
+        self._gates: dict[bool, Gates] = {}  # by weights and by hooks, made when first needed
+        self._compiled: tuple[nn.Module | Callable[..., Any], int] | None = None  # and the rows it was compiled for
+        self.masks_per_forward = 1
 
     def outputs(self, block: Block, masks: np.ndarray) -> np.ndarray:
         """Return (masks, examples) float32 outputs of the block under (masks, components) boolean masks."""
         keeps = torch.from_numpy(masks).to(self.device)
         out = torch.empty(len(masks), block.size, device=self.device)
-        gated = Gates(self._model, self._components, self._replacements, **self._fast)  # type: ignore[arg-type]
-        with gated as gates, torch.inference_mode(), self._cast():
+        group = min(self.masks_per_forward, self.batch_size // block.size)
+        grouped = group > 1 and len(block.batches) == 1
+        gated = self._gates_for(block, hooks=grouped or self._through_outputs)
+        with gated as gates, torch.inference_mode(), self._computing():
+            if grouped:
+                self._fill_grouped(out, block, keeps, gates, group)
+                return out.cpu().numpy()
             for row, keep in enumerate(keeps):
                 gates.set(keep)
-                self._fill(out[row], block)
+                self._fill(out[row], block, self._run_compiled)
                 if row == 0:
                     gates.confirm()
         return out.cpu().numpy()
+
+    def _fill_grouped(self, out: Tensor, block: Block, keeps: Tensor, gates: Gates, group: int) -> None:
+        """Run the block's one batch for `group` masks at once: a mask's examples lie side by side."""
+        ((inputs, targets),) = block.batches
+        many, labels = _repeated(inputs, group), torch.cat([targets] * group)
+        for start in range(0, len(keeps), group):
+            few = keeps[start : start + group]  # (group, components), fewer at the end
+            part = slice(len(few) * block.size)
+            gates.set(few)
+            values = self._output(self._run(rows_of(many, part)), labels[part])
+            out[start : start + len(few)] = values.view(len(few), block.size)
+            if start == 0:
+                gates.confirm()
+
+    def compile(self, block: Block) -> None:
+        """From now on run batches as large as the block's first through a compiled model, if one mask gates weights.
+
+        Masks are written into the tensors that the compiled model reads, so it is compiled once for all of them.
+        """
+        for buffer in self._gates_for(block, hooks=False).buffers():
+            torch._dynamo.mark_static_address(buffer)  # or CUDA graphs would copy the weights on every forward
+        mode = "reduce-overhead" if self.device.type == "cuda" else None  # that is, CUDA graphs
+        self._compiled = torch.compile(self._model, dynamic=False, mode=mode), len(block.batches[0][1])
+
+    def stop_compiling(self) -> None:
+        """Let all batches run through the model as it is."""
+        self._compiled = None
+
+    def _run_compiled(self, inputs: Inputs) -> Any:
+        if self._compiled is None or _length(inputs) != self._compiled[1]:
+            return self._run(inputs)
+        if self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        model = self._compiled[0]
+        return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+    def _gates_for(self, block: Block, *, hooks: bool) -> Gates:
+        """Return the gates in the hooks or in the weights; in bfloat16 the weights are held so, where nothing changes.
+
+        Automatic mixed precision then has no weight to convert on every forward. A layer that is run without it could
+        not read such a weight, or would read another one.
+        """
+        if hooks not in self._gates:
+            parts = (self._model, self._components, self._replacements)
+            gates = Gates(*parts, batch_norms=self._batch_norms, through_outputs=hooks)
+            if self.precision == "bf16" and not hooks:
+                low = Gates(*parts, batch_norms=self._batch_norms, dtype=torch.bfloat16)
+                gates = low if self._same(gates, low, block) else gates
+            self._gates[hooks] = gates
+        return self._gates[hooks]
+
+    def _same(self, plain: Gates, low: Gates, block: Block) -> bool:
+        """Say whether gates in bfloat16 weights give the outputs of those in float32 weights, on two examples."""
+        inputs, targets = rows_of(block.batches[0][0], slice(2)), block.batches[0][1][:2]
+        found: list[Tensor] = []
+        try:
+            for gated in (plain, low):
+                with gated, torch.inference_mode(), self._computing():
+                    found.append(self._output(self._run(inputs), targets))
+        except RuntimeError as error:
+            if len(found) == 0:
+                raise
+            log.info("gated weights stay in float32: %s", error)
+            return False
+        return torch.equal(*found)
 
     def gradients(self, block: Block) -> np.ndarray:
         """Return (examples, components) float32 gradients of the output by each gate of the unablated model."""
@@ -183,9 +283,7 @@ class Worker(ModelRunner):
         which = torch.from_numpy(slots).to(self.device)
         sums = torch.zeros(2, n, len(self._components), device=self.device)  # all probes, and those that keep
         out = torch.empty(probes, n, device=self.device)
-        fast = self._fast | {"through_outputs": True}
-        gated = Gates(self._model, self._components, self._replacements, **fast)  # type: ignore[arg-type]
-        with gated as gates, self._cast():
+        with self._gates_for(block, hooks=True) as gates, self._computing():
             for number, of_slots in enumerate(keeps):
                 at = 0
                 for inputs, targets in block.batches:
@@ -214,90 +312,16 @@ def _gradient(values: Tensor, keep: Tensor) -> Tensor:
     return torch.autograd.grad(values.sum(), keep)[0].float()
 
 
-@dataclass(frozen=True)
-class PrecisionCheck:
-    """How bfloat16 compares with float32 on the same masks and examples.
-
-    Attributes:
-        error: Root mean square difference over masks, relative to the float32 outputs' standard deviation over masks,
-            averaged over examples.
-        speedup: Time of float32 over time of bfloat16.
-        tolerance: Largest error that was allowed.
-        masks: How many masks were compared.
-        device: The kind of device and processor.
-    """
-
-    error: float
-    speedup: float
-    tolerance: float
-    masks: int
-    device: str
+def rows_of(inputs: Inputs, part: slice) -> Inputs:
+    """Return some of the inputs' rows."""
+    return {name: value[part] for name, value in inputs.items()} if isinstance(inputs, dict) else inputs[part]
 
 
-def compare_gates(expected: np.ndarray, found: np.ndarray) -> float:
-    """Return the largest difference between gated outputs and gated weights, relative to the largest output.
-
-    Raises:
-        AblationError: When they disagree, so that no run is made of numbers that depend on how a mask is applied.
-    """
-    error = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
-    if error > GATE_TOLERANCE:
-        raise AblationError(
-            f"ablating by weights and by outputs gives outputs that differ by {error:.1e} of the largest, and "
-            f"{GATE_TOLERANCE} is allowed: some layer does not compute what its type promises; exclude it"
-        )
-    return error
+def _repeated(inputs: Inputs, times: int) -> Inputs:
+    if isinstance(inputs, dict):
+        return {name: torch.cat([value] * times) for name, value in inputs.items()}
+    return torch.cat([inputs] * times)
 
 
-def compare_rows(worker: Worker, block: Block, masks: np.ndarray) -> float:
-    """Return the largest difference that a mask per example makes to one mask for all, relative to the largest output.
-
-    Args:
-        worker: The worker.
-        block: A few examples.
-        masks: (examples, components) boolean masks, one per example.
-
-    Raises:
-        AblationError: When they disagree, since an example was then given another one's mask, or when there is no
-            gradient to be had.
-    """
-    found = worker.probe(block, masks[None], np.arange(block.size))[2][0]
-    expected = worker.outputs(block, masks).diagonal()
-    error = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
-    if error > GATE_TOLERANCE:
-        raise AblationError(
-            f"a mask for every example gives outputs that differ by {error:.1e} of the largest from those of one mask "
-            f"for all, and {GATE_TOLERANCE} is allowed: some layer does not lay the entries of an example out side by "
-            f"side; exclude it, or collect masks instead of probes"
-        )
-    return error
-
-
-def compare_precisions(plain: Worker, low: Worker, block: Block, masks: np.ndarray, tolerance: float) -> PrecisionCheck:
-    """Measure bfloat16 against float32 on the first masks of the first unit."""
-    for worker in (plain, low):
-        worker.outputs(block, masks[:1])  # the first pass also pays for kernels to be chosen
-    start = time.perf_counter()
-    exact = plain.outputs(block, masks)
-    middle = time.perf_counter()
-    rough = low.outputs(block, masks)
-    end = time.perf_counter()
-    spread = exact.std(axis=0)
-    difference = np.sqrt(((rough - exact) ** 2).mean(axis=0))
-    error = float((difference / np.maximum(spread, 1e-6)).mean())
-    return PrecisionCheck(
-        error, (middle - start) / (end - middle), tolerance, len(masks), f"{plain.device.type} {platform.machine()}"
-    )
-
-
-def choose_precision(asked: str, check: PrecisionCheck) -> Precision:
-    """Return the precision to use; raise `PrecisionError` when `bf16` was asked for and is too far off.
-
-    `auto` takes bfloat16 when it is within the tolerance and faster, and float32 otherwise.
-    """
-    if asked == "bf16" and not check.error <= check.tolerance:
-        raise PrecisionError(
-            f"bfloat16 moves the outputs by {check.error:.3f} of their spread over {check.masks} masks, and the "
-            f"tolerance is {check.tolerance}; use float32 or auto, or raise the precision tolerance"
-        )
-    return "bf16" if asked == "bf16" or (check.error <= check.tolerance and check.speedup > 1) else "float32"
+def _length(inputs: Inputs) -> int:
+    return len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs)

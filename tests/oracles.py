@@ -138,6 +138,35 @@ def replaced_outputs(model, x, y, constants, kind="logsumexp"):
     return read_outputs(forward(replaced(model, constants), x), y, kind)
 
 
+class Gated(nn.Module):
+    """Calls a module and blends the channels of each row with constants, by (rows, channels) gates."""
+
+    def __init__(self, inner, gate, constants):
+        super().__init__()
+        self.inner, self.gate, self.constants = inner, nn.Parameter(gate), constants
+
+    def forward(self, x):
+        y = self.inner(x)
+        ones = [1] * (y.ndim - 2)
+        linear = isinstance(self.inner, nn.Linear)
+        gate = self.gate.view(len(y), *ones, -1) if linear else self.gate.view(len(y), -1, *ones)
+        constants = self.constants if linear else self.constants.view(-1, *ones)
+        return constants + gate * (y - constants)
+
+
+def gated_margins(model, x, y, gates, constants):
+    """Margins in float64, each row under gates of its own, and their gradients by {path: (rows, channels)} gates."""
+    copy = deepcopy(model).double()
+    for path, gate in gates.items():
+        parts = torch.as_tensor(gate).double(), torch.as_tensor(constants[path]).double()
+        with_module(copy, path, lambda inner, parts=parts: Gated(inner, *parts))
+    logits = copy(x.double())
+    margins = [row[t] - torch.cat([row[:t], row[t + 1 :]]).logsumexp(0) for row, t in zip(logits, y, strict=True)]
+    sum(margins).backward()
+    gradients = {path: copy.get_submodule(path).gate.grad.numpy() for path in gates}
+    return np.array([float(margin.detach()) for margin in margins]), gradients
+
+
 def channel_means(model, x, path):
     """Mean of each output channel of one module, over examples and positions."""
     copy = with_module(deepcopy(model), path, Tap)

@@ -122,6 +122,21 @@ def test_options_of_collect_are_those_of_python(place, tmp_path):
     assert len(run.plan) == 7 + 2 + 3 * 3
 
 
+def test_memory_limit_and_compile_reach_collect(place, tmp_path, monkeypatch):
+    given, collect = {}, coar.engines.collect
+
+    def spy(*args, **settings):
+        given.update({name: settings[name] for name in ("memory_limit", "compile")})
+        return collect(*args, **settings | {"compile": False})
+
+    monkeypatch.setattr("coar.engines.collect", spy)
+    words = ("--run", tmp_path / "m.zarr", "--masks", 5, "--test-masks", 0, "--device", "cpu")
+    works("collect", place / "tiny.py", *words, "--memory-limit", "4GiB", "--compile")
+    assert given == {"memory_limit": "4GiB", "compile": True}
+    works("collect", place / "tiny.py", *words)
+    assert given == {"memory_limit": None, "compile": False}
+
+
 def test_options_of_fit_are_those_of_python(copy):
     works("fit", copy, "--method", "ridge", "--masks", 40, "--name", "short")
     expected = coar.fit(coar.Run.open(copy), masks=40, name="again", progress=False)

@@ -8,22 +8,22 @@ from torch import Tensor
 from coar.ablation.channels import along
 
 
-def blend(y: Tensor, keep: Tensor, kept: Tensor, ablated: Tensor, axis: int) -> Tensor:
+def blend(y: Tensor, keep: Tensor, ablated: Tensor, difference: Tensor | None, axis: int) -> Tensor:
     """Return y blended channel by channel.
 
     Args:
         y: The activations; axis 0 is the batch.
         keep: (channels,) mask, or (batch, channels) with one mask per entry of the batch.
-        kept: (channels,) constants added to what is kept.
-        ablated: (channels,) constants that replace it.
+        ablated: (channels,) constants that replace what is ablated.
+        difference: (channels,) constants added to what is kept, less `ablated`; None where all are 0.
         axis: Axis of y along which the channels lie.
     """
     if keep.ndim == 1:
         shape = along(axis, y)
         mask = keep.to(y.dtype).view(shape)
-        constant = ablated + keep.to(ablated) * (kept - ablated)
+        constant = ablated if difference is None else ablated + keep.to(ablated) * difference
         return y * mask + constant.to(y.dtype).view(shape)
-    blended: Tensor = _Blend.apply(y, keep, kept, ablated, axis)  # type: ignore[no-untyped-call]
+    blended: Tensor = _Blend.apply(y, keep, ablated, difference, axis)
     return blended
 
 
@@ -31,10 +31,9 @@ class _Blend(torch.autograd.Function):
     """One mask per entry of the batch, with gradients by activations and mask."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, keep: Tensor, kept: Tensor, ablated: Tensor, axis: int) -> Tensor:
-        ctx.axis = axis % y.ndim
-        ctx.difference = None if torch.equal(kept, ablated) else kept - ablated
-        constant = ablated if ctx.difference is None else ablated + keep.to(ablated) * ctx.difference
+    def forward(ctx: Any, y: Tensor, keep: Tensor, ablated: Tensor, difference: Tensor | None, axis: int) -> Tensor:
+        ctx.axis, ctx.difference = axis % y.ndim, difference
+        constant = ablated if difference is None else ablated + keep.to(ablated) * difference
         mask = keep.to(y.dtype)
         ctx.save_for_backward(y, mask)
         return _scale(y, mask, constant.to(y.dtype), ctx.axis)

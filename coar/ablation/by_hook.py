@@ -1,6 +1,6 @@
 """Gates in forward hooks: a mask for every row of a batch, and gradients by the mask."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,9 @@ def hook(module: nn.Module, side: ModuleSide, change: Callable[[Tensor], Tensor]
 class HookGate:
     """Turns a channel y of what a module returns, or is given, into keep * (y + kept) + (1 - keep) * ablated.
 
+    Attributes:
+        channels: Which component each channel belongs to, on the one side that is gated.
+
     Args:
         module: The module to hook.
         site: Its path, for messages.
@@ -54,14 +57,17 @@ class HookGate:
         channels: Channels,
         constants: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self._module, self._site, self._side, self._axis, self._channels = module, site, side, axis, channels
-        self._kept, self._ablated = constants or (torch.zeros_like(channels.replacement), channels.replacement)
+        self.channels: tuple[Channels, ...] = (channels,)
+        self._module, self._site, self._side, self._axis = module, site, side, axis
+        kept, self._ablated = constants or (torch.zeros_like(channels.replacement), channels.replacement)
+        self._difference = None if torch.equal(kept, self._ablated) else kept - self._ablated
         self._keep: Tensor | None = None  # (channels,) or (rows, channels)
         self._seen = False
         self._handle: RemovableHandle | None = None
 
     def install(self) -> None:
-        """Register the hook, after those of the model's owner."""
+        """Register the hook, after those of the model's owner; without a mask, and seen by nobody yet."""
+        self._keep, self._seen = None, False
         self._handle = hook(self._module, self._side, self._blend)
 
     def restore(self) -> None:
@@ -69,9 +75,9 @@ class HookGate:
         if self._handle is not None:
             self._handle.remove()
 
-    def set(self, extended: Tensor) -> None:
-        """Take the (components + 1,) mask, or the (rows, components + 1) masks, of the forwards that follow."""
-        self._keep = self._channels.keep(extended)
+    def set(self, keeps: Sequence[Tensor]) -> None:
+        """Take the (channels,) mask, or the (rows, channels) masks, of the forwards that follow."""
+        (self._keep,) = keeps
 
     def confirm(self) -> None:
         """Raise `AblationError` when the module was not called."""
@@ -85,14 +91,14 @@ class HookGate:
         self._seen = True
         if self._keep is None:
             return y
-        channels = len(self._channels.lookup)
+        channels = self._keep.shape[-1]
         if y.ndim == 0 or y.shape[self._axis] != channels:
             raise AblationError(
                 f"the {self._side} of {self._site!r} has shape {tuple(y.shape)}; {channels} channels were expected on "
                 f"axis {self._axis}: give inputs with a batch axis"
             )
         keep = self._keep if self._keep.ndim == 1 else self._spread(self._keep, y)
-        return blend(y, keep, self._kept, self._ablated, self._axis)
+        return blend(y, keep, self._ablated, self._difference, self._axis)
 
     def _spread(self, keep: Tensor, y: Tensor) -> Tensor:
         """Repeat (rows, channels) masks for a batch axis that holds several entries of each row, side by side."""

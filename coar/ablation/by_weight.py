@@ -1,5 +1,7 @@
 """Gates in the weights: one mask for a whole batch, at no cost per example."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -24,15 +26,25 @@ class LayerGate:
     k and r are mask and replacements of the input features, and scale and both constants hold what the batch norm
     does, which itself steps aside.
 
+    Attributes:
+        channels: Those of the outputs and of the inputs, where there are any, in this order.
+
     Args:
         layer: A layer of which `reads_own_weight` is true.
         outputs: Which component each output channel belongs to; None where none does.
         inputs: Which component each input feature of a linear layer belongs to; None where none does.
         norm: The batch norm that alone follows the layer.
+        dtype: Type of the gated weight where the layer's own is float32, such as the one that autocast would turn it
+            into on every forward; by default float32.
     """
 
     def __init__(
-        self, layer: nn.Module, outputs: Channels | None, inputs: Channels | None, norm: nn.Module | None
+        self,
+        layer: nn.Module,
+        outputs: Channels | None,
+        inputs: Channels | None,
+        norm: nn.Module | None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._layer, self._norm = layer, norm
         self._forward = {name: value for name, value in vars(norm).items() if name == "forward"} if norm else {}
@@ -44,19 +56,30 @@ class LayerGate:
         axis = 1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) or is_conv1d(layer) else 0  # of the outputs
         plain = weight.new_zeros(weight.shape[axis]) if bias is None else bias.detach()
         scale, shift = _affine(norm) if norm is not None else (torch.ones_like(plain), torch.zeros_like(plain))
-        self._weight = weight.detach() * scale.view(along(axis, weight))
+        exact = weight.detach() if norm is None else weight.detach() * scale.view(along(axis, weight))
+        self._weight = exact.to(dtype) if dtype is not None and exact.dtype == torch.float32 else exact
         self.kept = self.ablated = plain * scale + shift
         if outputs is not None:
             self.ablated = torch.where(outputs.taken, outputs.replacement.to(plain) * scale + shift, self.kept)
         sides = ((outputs, axis), (inputs, input_axis(layer)))
-        self._scaled = [(channels, along(side, weight)) for channels, side in sides if channels is not None]
+        self.channels = tuple(channels for channels, _ in sides if channels is not None)
+        self._shapes = [along(side, weight) for channels, side in sides if channels is not None]
         self._buffers = {"weight": self._weight.clone()}
         moved = inputs is not None and bool(inputs.replacement.any())
+        self._moving = exact if moved else None  # in full precision, since a sum over all inputs is taken of it
         if norm is not None or moved or not torch.equal(self.ablated, self.kept):  # else the bias stays as it is
             self._buffers["bias"] = self.kept.clone()
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The tensors that stand in the place of weight and bias, the same ones for all masks."""
+        return list(self._buffers.values())
+
     def install(self) -> None:
-        """Put the buffers in the place of weight and bias."""
+        """Put the buffers in the place of weight and bias, with everything kept."""
+        self._buffers["weight"].copy_(self._weight)
+        if "bias" in self._buffers:
+            self._buffers["bias"].copy_(self.kept)
         self._layer._parameters.update(self._buffers)  # type: ignore[arg-type]
         if self._norm is not None:
             self._norm.forward = _unchanged
@@ -68,22 +91,22 @@ class LayerGate:
             vars(self._norm).pop("forward", None)
             vars(self._norm).update(self._forward)  # some libraries keep a wrapper there
 
-    def set(self, extended: Tensor) -> None:
-        """Write what the (components + 1,) mask makes of weight and bias into the buffers."""
-        if extended.ndim != 1:
+    def set(self, keeps: Sequence[Tensor]) -> None:
+        """Write into the buffers what (channels,) masks of the outputs and inputs make of weight and bias."""
+        if keeps[0].ndim != 1:
             raise AblationError("one mask per row needs Gates(..., through_outputs=True); give one mask instead")
         source, weight = self._weight, self._buffers["weight"]
-        for channels, shape in self._scaled:
-            source = torch.mul(source, channels.keep(extended).to(weight.dtype).view(shape), out=weight)
+        for keep, shape in zip(keeps, self._shapes, strict=True):
+            source = torch.mul(source, keep.to(weight.dtype).view(shape), out=weight)
         if "bias" in self._buffers:
-            self._set_bias(self._buffers["bias"].copy_(self.kept), extended)
+            self._set_bias(self._buffers["bias"].copy_(self.kept), keeps)
 
-    def _set_bias(self, bias: Tensor, extended: Tensor) -> None:
-        if self._inputs is not None:
-            constants = (1 - self._inputs.keep(extended).to(bias.dtype)) * self._inputs.replacement.to(bias.dtype)
-            bias.addmv_(self._weight.T if is_conv1d(self._layer) else self._weight, constants)
+    def _set_bias(self, bias: Tensor, keeps: Sequence[Tensor]) -> None:
+        if self._moving is not None and self._inputs is not None:
+            constants = (1 - keeps[-1].to(bias.dtype)) * self._inputs.replacement.to(bias.dtype)
+            bias.addmv_(self._moving.T if is_conv1d(self._layer) else self._moving, constants)
         if self._outputs is not None:
-            keep = self._outputs.keep(extended).to(bias.dtype)
+            keep = keeps[0].to(bias.dtype)
             bias.mul_(keep).addcmul_(self.ablated, 1 - keep)
 
     def confirm(self) -> None:
@@ -94,6 +117,7 @@ class FoldedNorm:
     """Multiplies a layer's weight by what a batch norm that follows it scales by, and takes both biases away.
 
     Attributes:
+        channels: None, since the hook on the layer's output applies the mask.
         kept: (channels,) constants that the batch norm and the layer's bias add to what the layer then returns.
         ablated: (channels,) what the batch norm makes of the replacements.
 
@@ -102,6 +126,8 @@ class FoldedNorm:
         outputs: Which component each output channel belongs to.
         norm: The batch norm that alone follows the layer.
     """
+
+    channels: tuple[Channels, ...] = ()
 
     def __init__(self, layer: nn.Module, outputs: Channels, norm: nn.Module) -> None:
         self._gate, self._layer = LayerGate(layer, outputs, None, norm), layer
@@ -116,7 +142,7 @@ class FoldedNorm:
         """Put weight and bias back, and the batch norm to work."""
         self._gate.restore()
 
-    def set(self, extended: Tensor) -> None:
+    def set(self, keeps: Sequence[Tensor]) -> None:
         """Nothing to set: the hook on the layer's output applies the mask."""
 
     def confirm(self) -> None:
@@ -125,6 +151,9 @@ class FoldedNorm:
 
 class SliceGate:
     """Zeroes slices of a parameter in place, since a bare parameter may be read in any way, and puts them back.
+
+    Attributes:
+        channels: Which component each position along the axis belongs to.
 
     Args:
         parameter: The parameter.
@@ -136,7 +165,7 @@ class SliceGate:
         self._live = parameter.detach()
         self._kept = self._live.clone()
         self._shape = along(axis, self._live)
-        self._channels = channels
+        self.channels: tuple[Channels, ...] = (channels,)
 
     def install(self) -> None:
         """Nothing to install before the first mask."""
@@ -145,12 +174,12 @@ class SliceGate:
         """Put the parameter's values back."""
         self._live.copy_(self._kept)
 
-    def set(self, extended: Tensor) -> None:
-        """Zero what the (components + 1,) mask ablates."""
-        if extended.ndim != 1:
+    def set(self, keeps: Sequence[Tensor]) -> None:
+        """Zero what the (positions,) mask ablates."""
+        (keep,) = keeps
+        if keep.ndim != 1:
             raise AblationError("a parameter slice cannot have one mask per row of the batch; give one mask instead")
-        keep = self._channels.keep(extended).to(self._kept.dtype)
-        torch.mul(self._kept, keep.view(self._shape), out=self._live)
+        torch.mul(self._kept, keep.to(self._kept.dtype).view(self._shape), out=self._live)
 
     def confirm(self) -> None:
         """Nothing to confirm: whatever reads the parameter reads it zeroed."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,18 +38,20 @@ class Channels:
         Raises:
             AblationError: When two components overlap.
         """
+        sizes = np.array([components[i].size for i in indices])
+        starts = np.array([components[i].position for i in indices])
+        owners = np.repeat(indices, sizes)  # (channels that a component takes,)
+        taken = np.arange(len(owners)) + np.repeat(starts - (sizes.cumsum() - sizes), sizes)
+        _, first = np.unique(taken, return_index=True)
+        if len(first) < len(taken):
+            again = owners[np.setdiff1d(np.arange(len(taken)), first)[0]]
+            raise AblationError(
+                f"{components[int(again)].name!r} overlaps another component of the table; leave one out"
+            )
         lookup = torch.full((length,), len(components))
-        for i in indices:
-            span = slice(components[i].position, components[i].position + components[i].size)
-            if (lookup[span] != len(components)).any():
-                raise AblationError(f"{components[i].name!r} overlaps another component of the table; leave one out")
-            lookup[span] = i
+        lookup[torch.from_numpy(taken)] = torch.from_numpy(owners)
         lookup = lookup.to(values.device)
         return cls(lookup, lookup < len(components), torch.cat([values, values.new_zeros(1)])[lookup])
-
-    def keep(self, extended: Tensor) -> Tensor:
-        """Return (..., channels) entries of a (..., components + 1) mask whose last entry is 1."""
-        return extended[..., self.lookup]
 
 
 def along(axis: int, tensor: Tensor) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ and bias instead, which costs as much as reading the weights once and nothing pe
 hook does it, and then every row of a batch may have a mask of its own and gradients reach the mask.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Protocol, Self
@@ -24,6 +24,8 @@ from coar.errors import AblationError
 class Gates:
     """Context manager that gates a model's components; inside it, `set` chooses the mask of the next forwards.
 
+    It may be entered again and again, as long as the model's weights stay as they are.
+
     Args:
         model: The model; its parameters and hooks are as before when the context ends, also after an exception.
         components: The components a mask speaks of.
@@ -32,6 +34,7 @@ class Gates:
             the gated weights, which saves its pass over the activations.
         through_outputs: Gate every component by forward hooks, so that masks may differ between the rows of a batch
             and carry gradients; parameter slices cannot be gated so.
+        dtype: Type in which gated float32 weights are held; by default their own.
 
     Raises:
         ComponentError: When a component is not part of the model.
@@ -47,6 +50,7 @@ class Gates:
         *,
         batch_norms: Mapping[str, str] | None = None,
         through_outputs: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_components(model, components)
         if replacements.shape != (len(components),):
@@ -67,12 +71,18 @@ class Gates:
                 modules.setdefault(site, {})[side] = indices
         for site, sides in modules.items():
             norm = model.get_submodule(batch_norms[site]) if batch_norms and site in batch_norms else None
-            self._gates += _module_gates(model.get_submodule(site), components, sides, values, norm, through_outputs)
+            layer = model.get_submodule(site)
+            self._gates += _module_gates(layer, components, sides, values, norm, through_outputs, dtype)
+        parts = [part for gate in self._gates for part in gate.channels]
+        self._order = torch.cat([part.lookup for part in parts])  # entries of the extended mask, all gates in a row
+        self._sizes = [len(part.lookup) for part in parts]
 
     def __enter__(self) -> Self:
-        for gate in self._gates:
-            self._stack.callback(gate.restore)
-            gate.install()
+        with ExitStack() as stack:
+            for gate in self._gates:
+                stack.callback(gate.restore)
+                gate.install()
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -95,13 +105,22 @@ class Gates:
             )
         one = keep.new_ones((*keep.shape[:-1], 1))
         extended = torch.cat([keep, one], dim=-1)  # (..., components + 1), the last entry for what has no gate
+        order = self._order.expand(*keep.shape[:-1], -1)
+        gathered = torch.split(extended.gather(-1, order), self._sizes, dim=-1)  # backward, one scatter for all gates
+        start = 0
         for gate in self._gates:
-            gate.set(extended)
+            stop = start + len(gate.channels)
+            gate.set(gathered[start:stop])
+            start = stop
 
     def confirm(self) -> None:
         """Raise `AblationError` when a gate saw no forward pass, which would make its component silently immune."""
         for gate in self._gates:
             gate.confirm()
+
+    def buffers(self) -> list[Tensor]:
+        """Return the tensors in the place of weights and biases; masks are written into these very tensors."""
+        return [buffer for gate in self._gates if isinstance(gate, LayerGate) for buffer in gate.buffers]
 
 
 def called_sites(model: nn.Module, components: Components, *, run: Callable[[nn.Module], object]) -> set[str]:
@@ -117,9 +136,11 @@ def called_sites(model: nn.Module, components: Components, *, run: Callable[[nn.
 
 
 class _Gate(Protocol):
+    channels: tuple[Channels, ...]  # those whose masks `set` takes
+
     def install(self) -> None: ...
     def restore(self) -> None: ...
-    def set(self, extended: Tensor) -> None: ...
+    def set(self, keeps: Sequence[Tensor]) -> None: ...
     def confirm(self) -> None: ...
 
 
@@ -143,12 +164,13 @@ def _module_gates(
     values: Tensor,
     norm: nn.Module | None,
     through_outputs: bool,
+    dtype: torch.dtype | None,
 ) -> list[_Gate]:
     """Return one gate in a layer's weights for its outputs and inputs together, or one hook for each of the two."""
     lengths = {"output": output_channels(layer), "input": input_channels(layer)}
     channels = {side: Channels.of(lengths[side], components, rows, values) for side, rows in sides.items()}
     if reads_own_weight(layer) and not through_outputs:
-        return [LayerGate(layer, channels.get("output"), channels.get("input"), norm)]
+        return [LayerGate(layer, channels.get("output"), channels.get("input"), norm, dtype)]
     first = {side: components[rows[0]] for side, rows in sides.items()}
     if norm is None or not reads_own_weight(layer) or list(sides) != ["output"]:
         return [HookGate(layer, first[side].site, side, first[side].axis, channels[side]) for side in sides]

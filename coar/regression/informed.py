@@ -124,12 +124,13 @@ def _rows(probes: Probes, folds: list[list[int]], examples: slice, spread: Tenso
     outputs = (outputs - outputs.mean(0)) / spread
     starts = np.cumsum([0, *probes.rounds])
     parts = []
+    means = _mean_masks(probes, sum(map(len, folds)))
     for number, fold in enumerate(folds):
         masks = torch.from_numpy(np.concatenate([probes.masks(i) for i in fold]))  # (probes, slots, components)
         y = torch.cat([outputs[starts[i] : starts[i + 1]] for i in fold])
         for slot in sorted(set(slots.tolist())):
             members = (slots == slot).nonzero()[:, 0]
-            parts.append(Slot(masks[:, slot], y[:, members], members, number))
+            parts.append(Slot(masks[:, slot], means[slot], y[:, members], members, number))
     run = probes.run
     return Rows(tuple(parts), (len(folds), len(slots), run.n_components), 1 - run.sampler.ablated_fraction)
 
@@ -162,7 +163,7 @@ def _trial(held: Rows, weights: Tensor) -> Tensor:
     """
     rows = []
     for slot, residual in zip(held.slots, held.residual(weights), strict=True):
-        design = held.design(slot) / math.sqrt(held.variance())
+        design = (slot.masks.float() - held.kept) / math.sqrt(held.variance())  # rows independent of each other
         pull = residual.T @ design  # (examples, components), sums over rows
         own = (residual**2).sum(1) @ (design**2).sum(1)
         pairs = ((pull**2).sum() - own) / max(len(design) - 1, 1)
@@ -253,17 +254,16 @@ class _Masks:
 
 def _blocks(run: Run, prior: Prior, masks: _Masks | None, step: int) -> Iterator[tuple[slice, LinearFit]]:
     probes, count = prior.probes, sum(prior.probes.rounds[: prior.rounds])
-    kept = sum(probes.masks(i).sum(0) for i in range(prior.rounds)) / count  # (slots, components)
+    kept = _mean_masks(probes, prior.rounds)
     fraction = run.sampler.ablated_fraction
-    error = (
-        prior.column**2 * max(prior.quality.error, 0.0) / (fraction * (1 - fraction)) / float((prior.column**2).sum())
-    )
+    share = max(prior.quality.error, prior.quality.deviation)  # an estimate below its own error says little
+    error = prior.column**2 * share / (fraction * (1 - fraction)) / float((prior.column**2).sum())
     error = error * masks.left_unknown() if masks else error
     for start in range(0, run.n_examples, step):
         examples = slice(start, min(start + step, run.n_examples))
         weights, spread = prior.weights(examples)
         outputs = torch.from_numpy(probes.outputs(prior.rounds, examples)).double().mean(0)
-        seen = torch.from_numpy(kept[probes.slot_of(examples)]).double()  # (examples, components)
+        seen = kept[torch.from_numpy(probes.slot_of(examples))].double()  # (examples, components)
         total, rows = count, 0
         if masks:
             weights, mean = masks.correct(examples, weights)
@@ -273,6 +273,12 @@ def _blocks(run: Run, prior: Prior, masks: _Masks | None, step: int) -> Iterator
         intercept = outputs - (weights.double() * seen).sum(1)
         standard_error = error.sqrt() * spread[:, None]
         yield examples, LinearFit(weights, intercept, standard_error, torch.zeros(len(weights)))
+
+
+def _mean_masks(probes: Probes, rounds: int) -> Tensor:
+    """Return the (slots, components) share of the first rounds' probes that keep each component."""
+    kept = np.stack([probes.kept(i) for i in range(rounds)]).sum(0)
+    return torch.from_numpy(kept / sum(probes.rounds[:rounds])).float()
 
 
 def _spread(probes: Probes, rounds: int, examples: slice) -> Tensor:

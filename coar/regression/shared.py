@@ -29,12 +29,14 @@ class Slot:
 
     Attributes:
         masks: (rows, components) booleans.
-        outputs: (rows, examples) outputs, centred and in units of each example's spread.
+        mean: (components,) mean of the slot's masks in all folds.
+        outputs: (rows, examples) outputs less their mean in all folds, in units of each example's spread.
         examples: (examples,) their places among all.
         fold: The fold of the probes.
     """
 
     masks: Tensor
+    mean: Tensor
     outputs: Tensor
     examples: Tensor
     fold: int
@@ -68,8 +70,8 @@ class Rows:
         return self.kept * (1 - self.kept)
 
     def design(self, slot: Slot) -> Tensor:
-        """Return the (rows, components) masks less their mean."""
-        return slot.masks.float() - self.kept
+        """Return the (rows, components) masks less their mean, as the outputs are less theirs."""
+        return slot.masks.float() - slot.mean
 
     def predict(self, weight: Tensor) -> list[Tensor]:
         """Map (folds, examples, components) weights to (rows, examples) predictions of each slot."""

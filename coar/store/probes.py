@@ -92,11 +92,15 @@ class Probes:
         masks = self.run.sampler.masks("probe", indices, self.run.n_components)
         return masks.reshape(self.rounds[number], self.slots, -1)
 
+    def kept(self, number: int) -> np.ndarray:
+        """Return (slots, components) float32 how many probes of a round keep each component; made once."""
+        if number not in self._kept:
+            self._kept[number] = self.masks(number).sum(0).astype(np.float32)
+        return self._kept[number]
+
     def counts(self, number: int, examples: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return how many probes of a round keep, and how many ablate, each component of the (examples, components)."""
-        if number not in self._kept:
-            self._kept[number] = self.masks(number).sum(0).astype(np.float32)  # (slots, components)
-        kept = self._kept[number][self.slot_of(examples)]
+        kept = self.kept(number)[self.slot_of(examples)]
         return kept, self.rounds[number] - kept
 
     def chunks(self, name: str) -> set[arrays.Chunk]:

@@ -1,10 +1,12 @@
 """Small studies that several test files collect, and runs compared file by file."""
 
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -62,7 +64,7 @@ def digits_study(count: int = EXAMPLES) -> coar.Study:
 
 
 def collect(what: coar.Study, path: Path, **settings) -> coar.Run:
-    return coar.collect(what, path, **{"device": "cpu", "progress": False, **BLOCKS, **settings})
+    return coar.collect(what, path, **{"device": "cpu", "progress": False, "batch_size": 128, **BLOCKS, **settings})
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -100,3 +102,19 @@ def row_labels(run: coar.Run) -> list[str]:
 def whole(run: coar.Run, name: str) -> np.ndarray:
     """Read an array by nothing but Zarr."""
     return np.asarray(run.group[name][...])
+
+
+def mount(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def resize(disk: Path, size: str) -> None:
+    assert mount("-o", f"remount,rw,size={size}", disk).returncode == 0
+
+
+def fill(disk: Path) -> Path:
+    """Take all the room that is left, and return the file that takes it."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        file.writelines(bytes(4096) for _ in range(10_000))
+    return filler

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 EXAMPLES = 24
-BLOCKS = {"mask_block": 4, "example_block": 8}
+BLOCKS = {"mask_block": 4, "example_block": 8, "batch_size": 128}  # the pace is fixed, and so is every bit
 LIMIT = 120  # seconds after which a wait is a failure
 
 

@@ -9,47 +9,16 @@ import pytest
 import coar
 from coar.errors import StorageError
 from coar.store import repair, verify
-from tests.faults.helpers import collect, differing, files, study, whole
+from tests.faults.helpers import collect, differing, files, fill, mount, resize, study, whole
 
 ASKED = {"masks": 140, "test_masks": 20, "mask_block": 4}  # 120 units, each a file, and a file takes 4 kB at least
 UNITS = 40 * 3
-
-
-def mount(*arguments):
-    return subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """The run on a disk with room."""
     return collect(study(), tmp_path_factory.mktemp("run") / "whole.zarr", **ASKED)
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A small file system of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        mounted = mount("-t", "tmpfs", "-o", "size=500k", "tmpfs", folder)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command here")
-    if mounted.returncode:
-        pytest.skip(f"mounting a small disk is not permitted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def resize(disk, size):
-    assert mount("-o", f"remount,rw,size={size}", disk).returncode == 0
-
-
-def fill(disk):
-    """Take all the room that is left, and return the file that takes it."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-        file.writelines(bytes(4096) for _ in range(10_000))
-    return filler
 
 
 def test_disk_full_in_mid_run(disk, reference):

@@ -17,7 +17,9 @@ def test_first_interrupt_finishes_the_unit(server, tmp_path):
     until(lambda: stored_units(path) >= 3, "the third unit")
     child.send(signal.SIGINT)
     assert child.wait() == -signal.SIGINT
-    said = re.search(r"KeyboardInterrupt: stopped after unit (\d+) of 90; .* run the same command again", child.says())
+    said = re.search(
+        r"KeyboardInterrupt: stopped after mask unit (\d+) of 90; .* run the same command again", child.says()
+    )
     assert said, child.says()
     assert stored_units(path) == int(said[1]) == 90 - len(Run.open(path).missing_units())
     assert 3 <= int(said[1]) < 90
@@ -29,7 +31,7 @@ def test_first_interrupt_finishes_the_unit(server, tmp_path):
 def test_interrupt_in_the_last_unit_ends_as_usual(server, tmp_path):
     path = tmp_path / "last.zarr"
     child = server.start(path, {"masks": 1500, "mask_block": 1500, "example_block": 24})
-    until(lambda: "collect:" in child.says(), "the first unit's start")
+    until(lambda: "collect masks:" in child.says(), "the first unit's start")
     child.send(signal.SIGINT)
     assert child.wait() == 0
     assert "stopping after the current unit" in child.says()
@@ -40,11 +42,11 @@ def test_second_interrupt_stops_at_once(server, tmp_path):
     path = tmp_path / "twice.zarr"
     call = {"masks": 6000, "mask_block": 3000, "example_block": 24}
     child = server.start(path, call)
-    until(lambda: "collect:" in child.says(), "the first unit's start")
+    until(lambda: "collect masks:" in child.says(), "the first unit's start")
     child.send(signal.SIGINT)
     until(lambda: "press Ctrl-C again to stop at once" in child.says(), "the warning")
     child.send(signal.SIGINT)
     assert child.wait() == -signal.SIGINT
-    assert "stopped after unit" not in child.says()
+    assert "stopped after mask unit" not in child.says()
     assert stored_units(path) == 0
     assert len(Run.open(path).missing_units()) == 2
