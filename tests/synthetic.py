@@ -1,5 +1,6 @@
 """Small runs without a model, whose outputs are a known function of the masks."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import zarr
 
 import coar
 from coar.components import Component, Components
-from coar.store import Plan
+from coar.store import Plan, Probes
 
 FRACTION = 0.3
 PER_LAYER = 4
@@ -35,6 +36,71 @@ def linear(truth, intercept=0.0, noise=0.0, seed=2):
         return clean + noise * np.random.default_rng(seed).standard_normal(clean.shape)
 
     return outputs
+
+
+@dataclass(frozen=True)
+class Pairwise:
+    """Outputs with effects of components and of pairs of them, whose best linear model and gradients are known.
+
+    The mean gradient by a gate is the best weight exactly, and a single one strays from it by what the output strays
+    from the best linear model, so errors of the two go together as they do in a real model.
+
+    Attributes:
+        effect: (examples, components) effects.
+        pair: (examples, components, components) symmetric effects of pairs, zero on the diagonal.
+        ends: (2, components) factors on the gradients at the kept and the ablated end, which a model may have.
+    """
+
+    effect: np.ndarray
+    pair: np.ndarray
+    ends: np.ndarray
+
+    def outputs(self, masks):
+        """(masks, examples) outputs under (masks, components) masks for all."""
+        return masks @ self.effect.T + 0.5 * np.einsum("md,nde,me->mn", masks, self.pair, masks, optimize=True)
+
+    def probe(self, masks, examples=slice(None)):
+        """(probes, examples) outputs and (probes, examples, components) gradients under masks of their own."""
+        through = np.einsum("nde,pne->pnd", self.pair[examples], masks, optimize=True)
+        outputs = (masks * (self.effect[examples] + 0.5 * through)).sum(2)
+        return outputs, (self.effect[examples] + through) * np.where(masks == 1, *self.ends)
+
+    def best(self, kept=1 - FRACTION):
+        """(examples, components) weights of the best linear model."""
+        return self.effect + kept * self.pair.sum(2)
+
+    def shares(self, kept=1 - FRACTION):
+        """(examples,) share of the outputs' variance that the best linear model explains, and the variance."""
+        linear_part = (self.best(kept) ** 2).sum(1) * kept * (1 - kept)
+        rest = 0.5 * (self.pair**2).sum((1, 2)) * (kept * (1 - kept)) ** 2
+        return linear_part / (linear_part + rest), linear_part + rest
+
+
+def pairwise(examples=60, components=32, *, pairs=0.3, shared=3, own=0.5, ends=(1.0, 1.0), seed=0):
+    """Effects of a few kinds that examples share, each example's own, and of pairs."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.standard_normal((examples, shared)) @ rng.standard_normal((shared, components)) / np.sqrt(shared)
+    effect = kinds + own * rng.standard_normal((examples, components))
+    half = np.triu(rng.standard_normal((examples, components, components)) * pairs, 1)
+    factors = np.stack([np.broadcast_to(end, components) for end in ends])
+    return Pairwise(effect, half + half.transpose(0, 2, 1), factors)
+
+
+def add_probes(run, truth, count, *, slots=10):
+    """Give a run probes whose outputs and gradients are a `Pairwise` truth's; the number of slots stays as it was."""
+    if not run.entry("probes"):
+        run.set_entry("probes", {"rounds": [], "slots": slots})
+    probes = Probes(run)
+    probes.extend(count)
+    for unit in probes.missing_units():
+        examples = probes.examples_of(unit)
+        masks = probes.masks(unit.round)[:, probes.slot_of(examples)].astype(float)  # (probes, examples, components)
+        outputs, gradients = truth.probe(masks, examples)
+        with np.errstate(invalid="ignore"):
+            kept = (gradients * masks).sum(0) / masks.sum(0)
+            ablated = (gradients * (1 - masks)).sum(0) / (1 - masks).sum(0)
+        probes.write_unit(unit, *(values.astype(np.float32) for values in (kept, ablated, outputs)))
+    return run
 
 
 def make(
@@ -77,7 +143,8 @@ def make(
     run.extend(plan)
     run.array("masks")[:] = np.packbits(keep, axis=1, bitorder="little")
     run.array("outputs")[:] = values
-    run.array("base_output")[:] = values.mean(0)
+    if len(values):
+        run.array("base_output")[:] = values.mean(0)
     return run
 
 

@@ -293,7 +293,7 @@ MISTAKES = {
     "empty mask block": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--mask-block", "0"), "mask block 0"),
     "unknown precision": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--precision", "fp8"), "unknown precision"),
     "another seed": (("collect", "PIPELINE", "--run", "RUN", "--seed", "5"), "sampler: the run has"),
-    "unknown method": (("fit", "RUN", "--method", "lasso"), "unknown method 'lasso'"),
+    "unknown method": (("fit", "RUN", "--method", "elastic"), "unknown method 'elastic'"),
     "too many masks": (("fit", "RUN", "--masks", "9999"), "the run has 60"),
     "bad name": (("fit", "RUN", "--name", "a/b"), "cannot name a fit"),
     "misspelt column": (
@@ -320,7 +320,7 @@ MISTAKES = {
     "fixing a class": ((*TASK, "fix", "--label", "3"), "choose --task forget with --label"),
     "a class that is not there": ((*TASK, "forget", "--label", "17"), "label == 17"),
     "a task without a pipeline": (("edit", "RUN", "--task", "fix"), "without --pipeline"),
-    "unknown fit": (("edit", "RUN", *GOAL, "--budget", "3", "--fit", "lasso"), "no finished fit 'lasso'"),
+    "unknown fit": (("edit", "RUN", *GOAL, "--budget", "3", "--fit", "elastic"), "no finished fit 'elastic'"),
     "unwritable folder": (("report", "RUN", "--out", "PIPELINE"), "choose another folder"),
     "unwritable place for an edit": (("edit", "RUN", *GOAL, "--budget", "3", "--out", "PIPELINE"), "another path"),
 }
@@ -356,7 +356,7 @@ def test_mistakes_are_told_in_words(place, tmp_path, monkeypatch, mistake):
     assert not (tmp_path / "s3:").exists()
 
 
-COMMANDS = ("collect", "fit", "baselines", "evaluate", "edit", "report", "info", "verify")
+COMMANDS = ("collect", "fit", "baselines", "evaluate", "edit", "report", "info", "verify", "plan")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -58,13 +58,18 @@ PROBLEMS = {
 }
 
 
-def solved(x, y):
-    """The package's solution from exact sums."""
+def summed(x, y):
+    """The design and the moments of rows, exactly."""
     wide, outputs = torch.from_numpy(x), torch.from_numpy(y)
     gram = Gram(wide.T @ wide, wide.sum(0), len(x))
     moments = Moments(wide.T @ outputs, outputs.sum(0), (outputs**2).sum(0), torch.zeros(y.shape[1]), len(x))
-    product = moments.centred(gram.total)
-    return lasso.solve(lasso.Design.of(gram), product, mean=moments.mean(), variation=moments.variation())
+    return lasso.Design.of(gram), moments, moments.centred(gram.total)
+
+
+def solved(x, y):
+    """The package's solution."""
+    masks, moments, product = summed(x, y)
+    return lasso.solve(masks, product, mean=moments.mean(), variation=moments.variation())
 
 
 def oracle(x, y, penalty):
@@ -242,6 +247,16 @@ def test_example_that_does_not_converge_is_named(tmp_path, monkeypatch):
     with pytest.raises(RegressionError, match="example 13 within 2 steps on 200 masks"):
         fitted(run)
     assert "lasso" not in fits.fit_names(run)
+
+
+def test_refining_leaves_weights_that_should_be_zero_as_they_are():
+    masks, moments, product = summed(*correlated())
+    target = product / len(correlated()[0]) / (moments.variation() / len(correlated()[0])).sqrt()
+    penalty, weight = lasso.follow(masks, target, labels=torch.arange(15))
+    weight = lasso.refined(masks, target, weight=weight, product=masks.covariance @ weight, penalty=penalty)
+    wrong = torch.where(weight == 0, 1e-9, weight)
+    kept = lasso.refined(masks, target, weight=wrong, product=masks.covariance @ wrong, penalty=penalty)
+    torch.testing.assert_close(kept, wrong, rtol=0, atol=0)
 
 
 def test_steps_that_are_too_long_are_told_and_not_taken_for_a_solution(run, monkeypatch):

@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coar.errors import SettingsError
-from coar.sampling import SPLITS, BernoulliSampler, FixedSizeSampler
+from coar.sampling import BernoulliSampler, FixedSizeSampler
 from coar.store import Plan, Segment
+from coar.store.plan import ROW_SPLITS
 
 FRACTIONS = (0.05, 0.1, 0.5)
-KEYS = st.tuples(st.sampled_from(SPLITS), st.sampled_from(FRACTIONS))
+KEYS = st.tuples(st.sampled_from(ROW_SPLITS), st.sampled_from(FRACTIONS))
 WANTED = st.dictionaries(KEYS, st.integers(0, 30), max_size=4)
 VALID = Plan().extended({("test", 0.1): 20, ("train", 0.1): 100})
 
@@ -70,7 +71,7 @@ def test_json_round_trip(requests):
 @given(st.lists(WANTED, max_size=6))
 def test_fractions_of_a_split_in_the_order_of_rows(requests):
     plan = grown(requests)
-    for split in SPLITS:
+    for split in ROW_SPLITS:
         seen = [fraction for s, fraction, _ in expanded(plan) if s == split]
         assert plan.fractions(split) == sorted(set(seen), key=seen.index)
 

@@ -230,7 +230,7 @@ def test_masks_takes_the_first_training_masks(run, masks):
 
 
 MISTAKES = {
-    "unknown method": ({"method": "lasso"}, SettingsError, "lasso.*ridge"),
+    "unknown method": ({"method": "elastic"}, SettingsError, "elastic.*ridge"),
     "one mask": ({"masks": 1}, RegressionError, "1 masks.*2 to 200"),
     "no mask": ({"masks": 0}, RegressionError, "2 to 200"),
     "more masks than there are": ({"masks": 201}, RegressionError, "201.*200"),

@@ -23,7 +23,7 @@ repeatable = settings(deadline=None, derandomize=True, database=None, max_exampl
 
 def raw_words(seed, split, index, count):
     """Philox words, straight from numpy, as the format fixes them."""
-    key = np.array([seed, ("train", "validation", "test").index(split)], dtype=np.uint64)
+    key = np.array([seed, ("train", "validation", "test", "probe").index(split)], dtype=np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, index, 0, 0], dtype=np.uint64)).random_raw(count)
 
 

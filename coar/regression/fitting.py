@@ -62,8 +62,8 @@ def fit(
         raise SettingsError(f"unknown method {method!r}; choose auto or one of {', '.join(METHODS)}")
     if len(run.plan) or not Probes(run).count:
         run.require_complete()
-    rows = _rows(run, masks)
     rounds = _rounds(run, probes, method)
+    rows = _rows(run, masks, none_will_do=rounds > 0)
     common = {"refit": refit, "progress": progress}
     if method != "auto":
         return _fit(run, method, rows, rounds, name or method, **common)
@@ -76,9 +76,9 @@ def fit(
     return max(informed_fit, ridge_fit, key=lambda fitted: fitted.facts["fit"]["validation"])
 
 
-def _rows(run: Run, masks: int | None) -> np.ndarray:
+def _rows(run: Run, masks: int | None, *, none_will_do: bool) -> np.ndarray:
     rows = run.plan.rows("train", run.sampler.ablated_fraction)
-    if masks is not None and not (masks == 0 or 2 <= masks <= len(rows)):
+    if masks is not None and not (2 <= masks <= len(rows) or (masks == 0 and none_will_do)):
         raise RegressionError(f"a fit on {masks} masks was asked for; the run has {len(rows)}: choose 2 to {len(rows)}")
     return rows[:masks]
 

@@ -200,7 +200,7 @@ class _Masks:
         examples = _spread_out(run)
         if len(rows) <= run.n_components:
             x = torch.cat([part[:, :-1] for part, _ in batches(run, rows, slice(0, 1))])
-            spectrum, left = Spectrum.dual(x * prior.column)
+            spectrum, left = Spectrum.dual(x.double() * column)  # scaled masks are no whole numbers, exact in float32
             gram = None
         else:
             gram, _ = accumulate(run, rows, slice(0, 1))

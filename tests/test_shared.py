@@ -1,0 +1,186 @@
+"""What examples share: the linear algebra against explicit matrices, and folds that never see themselves."""
+
+import numpy as np
+import pytest
+import torch
+
+from coar.regression.shared import Rows, Slot, conjugate_gradients, cross_fitted, learn
+from tests.synthetic import FRACTION, pairwise
+
+FOLDS, PROBES, SLOTS = 4, 8, 5  # probes of each fold
+N, D = 40, 16
+SITES = torch.arange(D) // 4
+KEPT = 1 - FRACTION
+
+
+def parts(truth=None, seed=0):
+    """Masks, outputs and gradients of each fold: (folds, probes, slots, components) and (folds, probes, examples)."""
+    truth = truth or pairwise(N, D, seed=seed)
+    masks = np.random.default_rng(seed).random((FOLDS, PROBES, SLOTS, D)) > FRACTION
+    own = masks[:, :, np.arange(N) % SLOTS].astype(float)  # (folds, probes, examples, components)
+    outputs, gradients = zip(*(truth.probe(fold) for fold in own), strict=True)
+    return masks, np.stack(outputs), np.stack(gradients), own
+
+
+def rows_of(masks, outputs):
+    """Rows as a fit makes them, less the means over all folds and in units of the spread."""
+    pooled = outputs.reshape(-1, N)
+    scaled = torch.tensor((outputs - pooled.mean(0)) / pooled.std(0, ddof=1), dtype=torch.float32)
+    mean = torch.tensor(masks.reshape(-1, SLOTS, D).mean(0), dtype=torch.float32)
+    slots = []
+    for fold in range(FOLDS):
+        for slot in range(SLOTS):
+            members = torch.arange(slot, N, SLOTS)
+            y = scaled[fold][:, members]
+            slots.append(Slot(torch.tensor(masks[fold, :, slot]), mean[slot], y, members, fold))
+    return Rows(tuple(slots), (FOLDS, N, D), KEPT)
+
+
+def left_out(gradients, own, outputs):
+    """(2, folds, examples, components) mean gradients at both ends over all folds but one, in units of the spread."""
+    spread = outputs.reshape(-1, N).std(0, ddof=1)[:, None]
+    ends = []
+    for chosen in (own, 1 - own):
+        means = []
+        for fold in range(FOLDS):
+            others = [i for i in range(FOLDS) if i != fold]
+            g, m = gradients[others].reshape(-1, N, D), chosen[others].reshape(-1, N, D)
+            means.append((g * m).sum(0) / np.maximum(m.sum(0), 1) / spread)
+        ends.append(np.stack(means))
+    return torch.tensor(np.stack(ends), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    masks, outputs, gradients, own = parts()
+    return rows_of(masks, outputs), left_out(gradients, own, outputs)
+
+
+@pytest.mark.parametrize("size", [1, 7, 60])
+@pytest.mark.parametrize("shift", [1.0, 1e-3])
+def test_conjugate_gradients_solve(size, shift):
+    factor = torch.randn(size, size + 3, dtype=torch.float64)
+    matrix = factor @ factor.T / size + shift * torch.eye(size, dtype=torch.float64)
+    right = torch.randn(size, dtype=torch.float64)
+    found = conjugate_gradients(lambda x: matrix @ x, right, 1 / matrix.diagonal())
+    expected = torch.linalg.solve(matrix, right)
+    assert float((found - expected).norm() / expected.norm()) < 1e-3
+
+
+def test_conjugate_gradients_keep_the_shape_and_take_any_preconditioner():
+    scale = torch.rand(3, 5) + 0.5
+    right = torch.randn(3, 5)
+    for inverse in (1 / scale, torch.ones(3, 5), torch.rand(3, 5) + 0.1):
+        found = conjugate_gradients(lambda x: scale * x, right, inverse)
+        torch.testing.assert_close(found, right / scale, rtol=1e-3, atol=1e-4)
+
+
+def test_conjugate_gradients_of_nothing_are_nothing():
+    assert not conjugate_gradients(lambda x: 2 * x, torch.zeros(4), torch.ones(4)).any()
+
+
+def test_predictions_are_centred_masks_times_the_weights_of_their_fold(problem):
+    rows, _ = problem
+    weight = torch.randn(FOLDS, N, D)
+    masks = parts()[0]
+    for slot, found in zip(rows.slots, rows.predict(weight), strict=True):
+        number = int(slot.examples[0])
+        centred = masks[slot.fold, :, number] - masks[:, :, number].reshape(-1, D).mean(0)
+        expected = centred @ weight[slot.fold, number::SLOTS].numpy().T
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+def test_pull_is_the_transpose_of_predict(problem):
+    rows, _ = problem
+    for _ in range(5):
+        weight = torch.randn(FOLDS, N, D, dtype=torch.float32)
+        values = [torch.randn_like(slot.outputs) for slot in rows.slots]
+        forward = sum(float((a * b).sum()) for a, b in zip(rows.predict(weight), values, strict=True))
+        assert forward == pytest.approx(float((weight * rows.pull(values)).sum()), rel=1e-4, abs=1e-2)
+
+
+def test_split_deals_every_row_once(problem):
+    rows, _ = problem
+    for fold in range(FOLDS):
+        others, held = rows.split(fold)
+        assert {slot.fold for slot in held.slots} == {fold}
+        assert {slot.fold for slot in others.slots} == set(range(FOLDS)) - {fold}
+        assert len(others.slots) + len(held.slots) == len(rows.slots)
+        assert held.count() + others.count() == pytest.approx(rows.count())
+    assert rows.count() == FOLDS * PROBES
+
+
+def test_residuals_have_no_mean(problem):
+    """Outputs are less their means over all folds, and so are the masks: else each weight's error has a share of it."""
+    rows, gradients = problem
+    weight = learn(rows, gradients, SITES).weights(gradients).mean(0, keepdim=True).expand(FOLDS, N, D)
+    sums = torch.zeros(N)
+    for slot, part in zip(rows.slots, rows.residual(weight), strict=True):
+        sums[slot.examples] += part.sum(0)
+    assert float(sums.abs().max()) < 1e-3
+
+
+def test_learned_weights_predict_rows_that_were_not_learned_from(problem):
+    rows, gradients = problem
+    total = sum(float((slot.outputs**2).sum()) for slot in rows.slots)
+    left = sum(
+        held.error(weights) for held, weights in cross_fitted(learn(rows, gradients, SITES), rows, gradients, SITES)
+    )
+    truth, (_, outputs, _, _) = pairwise(N, D), parts()
+    best = torch.tensor(truth.best() / outputs.reshape(-1, N).std(0, ddof=1)[:, None], dtype=torch.float32)
+    least = rows.error(best.expand(FOLDS, N, D))
+    assert least < left < least + 0.1 * total
+
+
+@pytest.mark.parametrize("fold", range(FOLDS))
+def test_trial_weights_of_a_fold_do_not_know_its_outputs(problem, fold):
+    rows, gradients = problem
+    model = learn(rows, gradients, SITES)
+    noise = tuple(
+        Slot(s.masks, s.mean, torch.randn_like(s.outputs) if s.fold == fold else s.outputs, s.examples, s.fold)
+        for s in rows.slots
+    )
+    before = [weights for _, weights in cross_fitted(model, rows, gradients, SITES)]
+    after = [weights for _, weights in cross_fitted(model, Rows(noise, rows.shape, rows.kept), gradients, SITES)]
+    for number, (one, other) in enumerate(zip(before, after, strict=True)):
+        assert torch.equal(one, other) == (number == fold)
+
+
+def test_trial_weights_come_with_the_rows_of_their_fold(problem):
+    rows, gradients = problem
+    model = learn(rows, gradients, SITES)
+    held = [part for part, _ in cross_fitted(model, rows, gradients, SITES)]
+    assert [{slot.fold for slot in part.slots} for part in held] == [{fold} for fold in range(FOLDS)]
+
+
+def test_gains_undo_whatever_factor_a_site_has(problem):
+    rows, gradients = problem
+    factors = torch.tensor([0.1, 1.0, 3.0, 10.0])[SITES]
+    for end in (0, 1):
+        scaled = gradients.clone()
+        scaled[end] *= factors
+        plain, found = learn(rows, gradients, SITES), learn(rows, scaled, SITES)
+        torch.testing.assert_close(found.weights(scaled), plain.weights(gradients), rtol=1e-2, atol=2e-3)
+
+
+def test_noise_is_not_predicted():
+    masks, outputs, gradients, own = parts()
+    rows = rows_of(masks, np.random.default_rng(5).standard_normal(outputs.shape))
+    gradients = left_out(gradients, own, outputs)
+    total = rows.error(torch.zeros(FOLDS, N, D))
+    left = sum(held.error(w) for held, w in cross_fitted(learn(rows, gradients, SITES), rows, gradients, SITES))
+    assert 0.98 * total < left < 1.2 * total
+
+
+@pytest.mark.parametrize("examples", [1, 7, 8, 40])
+def test_directions_are_few_where_examples_are_few(examples):
+    masks, outputs, gradients, own = parts()
+    rows = rows_of(masks, outputs)
+    fewer = tuple(
+        Slot(s.masks, s.mean, s.outputs[:, s.examples < examples], s.examples[s.examples < examples], s.fold)
+        for s in rows.slots
+    )
+    gradients = left_out(gradients, own, outputs)[:, :, :examples]
+    model = learn(Rows(fewer, (FOLDS, examples, D), KEPT), gradients, SITES)
+    assert model.structure.shape == (examples // 8, D)
+    assert torch.isfinite(model.weights(gradients)).all()
