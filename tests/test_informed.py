@@ -59,6 +59,15 @@ def test_gradients_that_are_off_by_a_factor_at_either_end_do_as_well(run, truth,
     np.testing.assert_allclose(other.weights(), fit(run, method="informed").weights(), atol=2e-3)
 
 
+def test_factors_of_single_components_are_learned(tmp_path):
+    truth = pairwise(200, 16)
+    plain = off(fit(run_of(tmp_path / "plain.zarr", truth), method="informed"), truth)
+    uneven = replace(truth, ends=np.where(np.arange(16) % 2, 3.0, 0.5) * np.ones((2, 1)))
+    found = fit(run_of(tmp_path / "uneven.zarr", uneven), method="informed")
+    assert found.facts["fit"]["gain_penalty"] is not None
+    assert off(found, truth) < 1.3 * plain
+
+
 @pytest.mark.parametrize("masks", [40, 150, 400])
 def test_informed_beats_ridge_from_the_same_masks(run, masks):
     scores = {}
@@ -240,12 +249,12 @@ def test_dead_components_and_constant_outputs(run, truth, tmp_path):
 
 
 def test_learning_from_some_of_the_examples_is_nearly_as_good(tmp_path, monkeypatch):
-    truth = pairwise(300, 16)
-    run = run_of(tmp_path / "r.zarr", truth, slots=64, blocks=(16, 300))
+    truth = pairwise(600, 16)
+    run = run_of(tmp_path / "r.zarr", truth, slots=64, blocks=(16, 600))
     whole = off(fit(run, method="informed", name="whole"), truth)
-    monkeypatch.setattr(informed_fits, "LEARNING_NUMBERS", 16 * 100)
-    chosen = np.arange(300)[informed_fits._spread_out(run)]
-    assert len(chosen) == 100
+    monkeypatch.setattr(informed_fits, "LEARNING_NUMBERS", 16 * 160)  # every fourth example would meet 16 slots
+    chosen = np.arange(600)[informed_fits._spread_out(run)]
+    assert len(chosen) == 120
     assert set(Probes(run).slot_of(slice(None))[chosen]) == set(range(64))
     assert off(fit(run, method="informed", name="part"), truth) < 1.3 * whole
 
