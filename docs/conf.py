@@ -11,6 +11,7 @@ project_copyright = f"2026, {author}"
 release = re.findall(r'"([^"]+)"$', _VERSION.read_text(), re.MULTILINE)[-1]
 
 extensions = ["myst_parser"]
+myst_heading_anchors = 2  # links to sections
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"coar {release}"

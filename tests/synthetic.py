@@ -49,11 +49,13 @@ class Pairwise:
         effect: (examples, components) effects.
         pair: (examples, components, components) symmetric effects of pairs, zero on the diagonal.
         ends: (2, components) factors on the gradients at the kept and the ablated end, which a model may have.
+        unseen: (examples, components) part of the effects that gradients do not show.
     """
 
     effect: np.ndarray
     pair: np.ndarray
     ends: np.ndarray
+    unseen: np.ndarray | float = 0.0
 
     def outputs(self, masks):
         """(masks, examples) outputs under (masks, components) masks for all."""
@@ -63,7 +65,8 @@ class Pairwise:
         """(probes, examples) outputs and (probes, examples, components) gradients under masks of their own."""
         through = np.einsum("nde,pne->pnd", self.pair[examples], masks, optimize=True)
         outputs = (masks * (self.effect[examples] + 0.5 * through)).sum(2)
-        return outputs, (self.effect[examples] + through) * np.where(masks == 1, *self.ends)
+        seen = self.effect - self.unseen
+        return outputs, (seen[examples] + through) * np.where(masks == 1, *self.ends)
 
     def best(self, kept=1 - FRACTION):
         """(examples, components) weights of the best linear model."""
