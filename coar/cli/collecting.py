@@ -1,0 +1,120 @@
+"""Commands before and while a run is collected: plan and collect."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coar.cli.common import DeviceOption, app, told
+from coar.errors import SettingsError
+
+if TYPE_CHECKING:
+    from coar.planning import Progress
+
+
+@app.command(epilog="Example: coar collect pipelines/digits.py --ablation zero --masks 4000 --precision auto")
+@told
+def collect(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A pipeline file.")],
+    run: Annotated[Path | None, typer.Option(help="The run [default: runs/<pipeline>-<ablation>.zarr].")] = None,
+    masks: Annotated[int | None, typer.Option(help="Training masks [default: the pipeline's].")] = None,
+    probes: Annotated[int, typer.Option(help="Probes, for informed attributions.")] = 0,
+    until: Annotated[float | None, typer.Option(help="Go on until validation masks are predicted so well.")] = None,
+    until_flat: Annotated[bool, typer.Option("--until-flat", help="Go on until more passes promise little.")] = False,
+    test_masks: Annotated[int | None, typer.Option(help="Held-out masks [default: the pipeline's].")] = None,
+    validation_masks: Annotated[int, typer.Option(help="Masks kept apart for choices along the way.")] = 0,
+    test_fractions: Annotated[
+        str | None, typer.Option(help="Further ablated fractions to test at, as in 0.05,0.2 [default: the pipeline's].")
+    ] = None,
+    ablation: Annotated[str | None, typer.Option(help="mean or zero [default: the pipeline's].")] = None,
+    ablated_fraction: Annotated[float | None, typer.Option(help="Share of components ablated in a mask.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the masks.")] = None,
+    device: DeviceOption = "auto",
+    precision: Annotated[str, typer.Option(help="float32, bf16, or auto: bf16 if faster and near enough.")] = "float32",
+    precision_tolerance: Annotated[float, typer.Option(help="Largest bf16 error, in units of the spread.")] = 0.05,
+    batch_size: Annotated[int | None, typer.Option(help="Most examples per forward pass [default: measured].")] = None,
+    memory_limit: Annotated[str | None, typer.Option(help="Memory for activations, as in 4GiB.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model, if that is faster.")] = False,
+    mask_block: Annotated[int | None, typer.Option(help="Masks per unit of work, for a new run.")] = None,
+    example_block: Annotated[int | None, typer.Option(help="Examples per unit of work, for a new run.")] = None,
+) -> None:
+    """Record the model's outputs under random masks. Run it again to go on, or with more masks to extend the run."""
+    from coar.engines import MASK_BLOCK
+    from coar.engines import collect as collect_run
+    from coar.pipeline import load_pipeline
+    from coar.planning import VALIDATION_MASKS, collect_until
+    from coar.store import Probes
+
+    loaded = load_pipeline(pipeline)
+    study = loaded.study(ablation=ablation, ablated_fraction=ablated_fraction, seed=seed)
+    path = run or Path("runs") / f"{loaded.name}-{study.ablation.label}.zarr"
+    options: dict[str, Any] = {
+        "test_masks": loaded.test_masks if test_masks is None else test_masks,
+        "test_fractions": loaded.test_fractions if test_fractions is None else _numbers(test_fractions),
+        "device": device,
+        "precision": precision,
+        "precision_tolerance": precision_tolerance,
+        "batch_size": batch_size,
+        "memory_limit": memory_limit,
+        "compile": compiled,
+        "mask_block": MASK_BLOCK if mask_block is None else mask_block,
+        "example_block": example_block,
+    }
+    if until is not None or until_flat:
+        if (until is not None and until_flat) or masks is not None or probes:
+            raise SettingsError("--until and --until-flat choose masks and probes themselves; give one of them alone")
+        judged: dict[str, Any] = {"validation_masks": validation_masks or VALIDATION_MASKS, "report": _step}
+        finished, why = collect_until(study, path, correlation=until, **judged, **options)
+        typer.echo(why)
+    else:
+        count = (0 if probes else loaded.masks) if masks is None else masks
+        finished = collect_run(study, path, masks=count, probes=probes, validation_masks=validation_masks, **options)
+    probed = Probes(finished).count
+    also = f" and {probed} probes" if probed else ""
+    typer.echo(f"{finished.path}: {len(finished.plan)} masks{also} x {finished.n_examples} examples, complete")
+
+
+@app.command(epilog="Example: coar plan pipelines/cifar10.py --masks 4000 --probes 128 --workers 8")
+@told
+def plan(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A pipeline file.")],
+    masks: Annotated[
+        int | None, typer.Option(help="Training masks [default: the pipeline's, or 0 with probes].")
+    ] = None,
+    probes: Annotated[int, typer.Option(help="Probes, for informed attributions.")] = 0,
+    workers: Annotated[int, typer.Option(help="Machines like this one that share the work.")] = 1,
+    ablation: Annotated[str | None, typer.Option(help="mean or zero [default: the pipeline's].")] = None,
+    device: DeviceOption = "auto",
+    precision: Annotated[str, typer.Option(help="float32, bf16, or auto.")] = "float32",
+    batch_size: Annotated[int | None, typer.Option(help="Most examples per forward pass.")] = None,
+) -> None:
+    """Time a few passes and make a small pilot run; say what a run would cost before anything is spent."""
+    from coar.pipeline import load_pipeline
+    from coar.planning import estimate
+    from coar.report import describe_estimate
+
+    loaded = load_pipeline(pipeline)
+    study = loaded.study(ablation=ablation)
+    found = estimate(
+        study,
+        masks=(0 if probes else loaded.masks) if masks is None else masks,
+        probes=probes,
+        test_masks=loaded.test_masks * len({study.sampler.ablated_fraction, *loaded.test_fractions}),
+        workers=workers,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+    )
+    for heading, words in describe_estimate(found).items():
+        typer.echo(f"{heading:16} {words}")
+
+
+def _step(now: "Progress") -> None:
+    typer.echo(f"{now.probes} probes, {now.masks} masks: correlation {now.correlation:.3f}; {now.ceiling()}")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise SettingsError(f"{text!r} is no list of fractions; write it as in 0.05,0.2") from None

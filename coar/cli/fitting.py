@@ -1,0 +1,58 @@
+"""Commands that fit a run and score it: fit, baselines and evaluate."""
+
+from typing import Annotated
+
+import typer
+
+from coar.cli.common import DeviceOption, OutOption, PipelineOption, RunArgument, app, reports, show, told, written
+
+
+@app.command(epilog="Example: coar fit runs/digits-mean.zarr --method ols")
+@told
+def fit(
+    run: RunArgument,
+    method: Annotated[str, typer.Option(help="auto, informed, ridge, lasso or ols.")] = "auto",
+    masks: Annotated[int | None, typer.Option(help="Use only the first so many training masks.")] = None,
+    probes: Annotated[int | None, typer.Option(help="Use only the first so many probes.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the fit [default: the method].")] = None,
+    refit: Annotated[bool, typer.Option("--refit", help="Fit again even when it is there.")] = False,
+) -> None:
+    """Fit attributions to a collected run and write them into it."""
+    from coar.regression import fit as fit_run
+    from coar.store import Run
+
+    attributions = fit_run(Run.open(run), method=method, masks=masks, probes=probes, name=name, refit=refit)
+    facts = attributions.facts["fit"]
+    probed = f" and {facts['probes']} probes" if "probes" in facts else ""
+    typer.echo(f"{run}: {attributions!r}, fitted on {facts['masks']} masks{probed}")
+
+
+@app.command(epilog="Example: coar baselines runs/digits-mean.zarr --pipeline pipelines/digits.py")
+@told
+def baselines(run: RunArgument, pipeline: PipelineOption, device: DeviceOption = "auto") -> None:
+    """Compute leave-one-out and gradient x gate attributions, to compare with."""
+    from coar.baselines import BASELINES
+    from coar.pipeline import load_pipeline
+    from coar.store import Run
+
+    opened = Run.open(run)
+    study = load_pipeline(pipeline).study_of(opened)
+    for name, baseline in BASELINES.items():
+        if name == "gradient_x_gate" and any(component.side == "parameter" for component in opened.components):
+            typer.echo(f"{run}: {name} left out, since parameter slices have no output to gate")
+            continue
+        baseline(study, opened, device=device)
+        typer.echo(f"{run}: {name} done")
+
+
+@app.command(epilog="Example: coar evaluate runs/digits-mean.zarr")
+@told
+def evaluate(run: RunArgument, out: OutOption = None) -> None:
+    """Score the run's fits and baselines on masks that no fit has seen."""
+    from coar.evaluation import evaluate as evaluate_run
+    from coar.report import compact, write_evaluation
+    from coar.store import Run
+
+    evaluation = evaluate_run(Run.open(run))
+    show(compact(evaluation.table))
+    written(write_evaluation(evaluation, out or reports(run)))
