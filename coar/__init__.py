@@ -1,7 +1,7 @@
 """Component attribution: which parts of a network made a prediction, and how to change that for good."""
 
 from coar._version import __version__
-from coar.ablation import Mean, ZeroWeight, choose_ablation
+from coar.ablation import Mean, Optimal, Peak, Resample, ZeroActivation, ZeroWeight, choose_ablation
 from coar.attributions import Attributions, load
 from coar.baselines import gradient_x_gate, leave_one_out
 from coar.components import (
@@ -9,11 +9,30 @@ from coar.components import (
     Components,
     attention_heads,
     conv_filters,
+    experts,
     input_features,
+    modules,
     neurons,
     parameter_slices,
 )
-from coar.editing import Edit, EditGoal, edit, fix_errors, forget_class, judge_edit, reach_goal
+from coar.editing import (
+    Bound,
+    Edit,
+    EditGoal,
+    Selection,
+    TradeOff,
+    edit,
+    fix_errors,
+    forget_class,
+    judge_edit,
+    predict_edit,
+    predicted_edit,
+    reach_goal,
+    remove_backdoor,
+    resist_typographic,
+    select,
+    strengthen_group,
+)
 from coar.engines import collect
 from coar.errors import CoarError
 from coar.evaluation import Evaluation, evaluate
@@ -28,6 +47,7 @@ from coar.weights import load_weights, save_weights
 __all__ = [
     "Attributions",
     "BernoulliSampler",
+    "Bound",
     "ClassLogit",
     "CoarError",
     "Component",
@@ -41,9 +61,15 @@ __all__ = [
     "Examples",
     "FixedSizeSampler",
     "Mean",
+    "Optimal",
+    "Peak",
     "Problem",
+    "Resample",
     "Run",
+    "Selection",
     "Study",
+    "TradeOff",
+    "ZeroActivation",
     "ZeroWeight",
     "__version__",
     "attention_heads",
@@ -52,6 +78,7 @@ __all__ = [
     "conv_filters",
     "edit",
     "evaluate",
+    "experts",
     "fit",
     "fix_errors",
     "forget_class",
@@ -61,10 +88,17 @@ __all__ = [
     "leave_one_out",
     "load",
     "load_weights",
+    "modules",
     "neurons",
     "parameter_slices",
+    "predict_edit",
+    "predicted_edit",
     "reach_goal",
+    "remove_backdoor",
     "repair",
+    "resist_typographic",
     "save_weights",
+    "select",
+    "strengthen_group",
     "verify",
 ]

@@ -99,8 +99,9 @@ class Attributions:
             with safe_open(file, framework="np") as data:
                 if tuple(data.get_slice("weight").get_shape()) != shape:
                     raise ValueError(f"the weights do not have shape {shape}")
-            return cls(components, metadata, json.loads(header["facts"]), _FileSource(file))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            facts = _check_facts(json.loads(header["facts"]), len(components))
+            return cls(components, metadata, facts, _FileSource(file))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise WeightsError(f"{file} does not hold attributions ({error!r}); export them again") from None
 
     def to_safetensors(self, path: str | Path) -> None:
@@ -148,9 +149,14 @@ class Attributions:
 
     def standard_errors(self, examples: slice | np.ndarray | None = None) -> np.ndarray:
         """Return (examples, components) float32 standard errors; raise `RunError` when the method has none."""
-        if "standard_error" not in self._source.fields():
+        if not self.has_standard_errors:
             raise RunError(f"{self.facts['fit']['method']} gives no standard errors; fit with ridge or ols for them")
         return self._chosen("standard_error", examples)
+
+    @property
+    def has_standard_errors(self) -> bool:
+        """Whether the method gives standard errors."""
+        return "standard_error" in self._source.fields()
 
     @property
     def intercept(self) -> np.ndarray:
@@ -265,6 +271,18 @@ class ExampleAttribution:
         """Return a frame with name, site, weight and standard error, its index the component's index."""
         frame = self.components.to_pandas()[["name", "site"]].assign(weight=self.weight)
         return frame if self.standard_error is None else frame.assign(standard_error=self.standard_error)
+
+
+def _check_facts(facts: dict[str, Any], components: int) -> dict[str, Any]:
+    """Return the facts of an exported file; raise when something that is read later is missing or of another kind."""
+    needed = facts["fit"]["method"], facts["fingerprint"]["weights"], facts["fingerprint"]["ablation"]["name"]
+    if not all(isinstance(value, str) for value in needed):
+        raise TypeError("method, weights and ablation are not in words")
+    if len([float(value) for value in facts["replacements"]]) != components:
+        raise ValueError(f"there are {len(facts['replacements'])} constants for {components} components")
+    if not all(isinstance(name, str) for name in facts["batch_norms"].values()):
+        raise TypeError("batch norms are not named")
+    return facts
 
 
 def load(path: str | Path, fit: str | None = None) -> Attributions:

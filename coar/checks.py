@@ -1,5 +1,6 @@
 """Whether numbers can be trusted: two ways to them agree, in gates, rows and precision, and they are finite."""
 
+import logging
 import platform
 import time
 from dataclasses import dataclass
@@ -7,12 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
+from coar.ablation import Calibrated
 from coar.components import Components
 from coar.errors import AblationError, OutputError, PrecisionError
 from coar.outputs import Output
 from coar.store import ProbeUnit, Run, Unit
 from coar.study import Study
 from coar.worker import Block, Precision, Worker
+
+log = logging.getLogger(__name__)
 
 GATE_TOLERANCE = 1e-3
 
@@ -37,6 +41,22 @@ class PrecisionCheck:
     tolerance: float
     masks: int
     device: str
+
+
+def warn_of_overlap(study: Study) -> None:
+    """Warn when examples of the study are calibration examples of its ablation too."""
+    if not isinstance(study.ablation, Calibrated):
+        return
+    seen = set(study.ablation.calibration.input_hashes())
+    count = sum(digest in seen for digest in study.examples.input_hashes())
+    if count:
+        log.warning(
+            "%d of %d examples of the study are calibration examples too, so what replaces ablated components depends "
+            "on the examples that are examined; give %s(calibration=...) other examples",
+            count,
+            len(study.examples),
+            type(study.ablation).__name__,
+        )
 
 
 def compare_gates(expected: np.ndarray, found: np.ndarray) -> float:
@@ -65,14 +85,14 @@ def compare_with_hooks(worker: Worker, parts: Parts, block: Block, masks: np.nda
         called: Sites whose module is called, see `called_sites`.
 
     Returns:
-        What `compare_gates` does; None when no component has an output.
+        What `compare_gates` does; None when no component has an output, or donors are in hooks either way.
 
     Raises:
         AblationError: When they disagree.
     """
     model, components, constants, output = parts
     rows = [i for i, row in enumerate(components) if row.side != "parameter" and row.site in called]
-    if not rows:
+    if not rows or block.donors:
         return None
     chosen = Components(components[i] for i in rows)
     plain = Worker(model, chosen, constants[rows], output, through_outputs=True, batch_size=worker.batch_size)

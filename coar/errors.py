@@ -53,6 +53,10 @@ class StorageError(CoarError, OSError):
     """The disk refused a write: full, read-only, or not permitted."""
 
 
+class EngineError(CoarError, RuntimeError):
+    """A cluster cannot be reached, or its workers cannot do the work."""
+
+
 class RegressionError(CoarError, ValueError):
     """A fit was asked for that the masks cannot support."""
 

@@ -99,6 +99,19 @@ class Examples:
         metadata = {name: np.asarray(column)[rows.numpy()] for name, column in self.metadata.items()}
         return Examples(inputs=inputs, targets=self.targets[rows], metadata=metadata)
 
+    def input_hashes(self) -> list[bytes]:
+        """Return a hash of each example's inputs, by which the same example is known again; a data set is read once."""
+        hashes = []
+        for start in range(0, len(self), HASH_BLOCK):
+            inputs, targets = self.block(start, start + HASH_BLOCK)
+            parts = inputs if isinstance(inputs, dict) else {"": inputs}
+            for i in range(len(targets)):
+                digest = hashlib.sha256()
+                for name in sorted(parts):
+                    update_digest(digest, name, parts[name][i])
+                hashes.append(digest.digest())
+        return hashes
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of inputs, targets and metadata in order; a data set is read through once."""
         digest = hashlib.sha256()

@@ -94,11 +94,14 @@ def class_logits(result: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         OutputError: When the result holds no such logits, or a target is not one of their classes.
     """
-    logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
+    if isinstance(result, dict):
+        logits = result.get("logits")
+    else:
+        logits = getattr(result, "logits", result[0] if isinstance(result, tuple) and result else result)
     if not isinstance(logits, Tensor):
         raise OutputError(
-            f"the model returned a {type(result).__name__} without logits; a tensor or an object with a 'logits' "
-            f"tensor was expected: wrap the model so that it returns one of the two"
+            f"the model returned a {type(result).__name__} without logits; a tensor, a tuple that starts with one, or "
+            f"an object or dict with a 'logits' tensor was expected: wrap the model so that it returns one of these"
         )
     if logits.ndim != 2 or len(logits) != len(targets) or targets.ndim != 1:
         raise OutputError(

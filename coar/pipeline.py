@@ -9,14 +9,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from coar.ablation import Mean, ZeroWeight
+from coar.ablation import ABLATIONS
+from coar.editing import EditGoal
 from coar.errors import CoarError, PipelineError
 from coar.examples import Examples
 from coar.store import Run
 from coar.study import Study
 
 DEFAULTS: dict[str, Any] = {"MASKS": 5_000, "TEST_MASKS": 500, "TEST_FRACTIONS": ()}
-LABELS = {cls.__name__: cls.label for cls in (Mean, ZeroWeight)}
+LABELS = {kind.__name__: label for label, kind in ABLATIONS.items()}
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,24 @@ class Pipeline:
         Raises:
             PipelineError: When it defines none.
         """
-        examples = _function(self.path, self.module, "judge")()
+        return self._examples("judge")
+
+    def choosing(self) -> Examples | None:
+        """Return the file's further examples to choose edits on, None where it defines none."""
+        return self._examples("choosing") if hasattr(self.module, "choosing") else None
+
+    def goal(self) -> EditGoal | None:
+        """Return the goal of edits that the file names (`GOAL`), None where it names none."""
+        goal = getattr(self.module, "GOAL", None)
+        if goal is not None and not isinstance(goal, EditGoal):
+            raise PipelineError(f"GOAL in {self.path} is a {type(goal).__name__}; it must be a coar.EditGoal")
+        return goal
+
+    def _examples(self, name: str) -> Examples:
+        examples = _function(self.path, self.module, name)()
         if not isinstance(examples, Examples):
             raise PipelineError(
-                f"judge() in {self.path} returned a {type(examples).__name__}; it must return coar.Examples"
+                f"{name}() in {self.path} returned a {type(examples).__name__}; it must return coar.Examples"
             )
         return examples
 
@@ -89,7 +104,7 @@ def load_pipeline(path: str | Path) -> Pipeline:
 
     A pipeline file is trusted code of the user's own. It defines `study(*, ablation, ablated_fraction, seed)`, with
     any of these options, returning a `coar.Study`; and for edits `judge()`, returning `coar.Examples` that no choice
-    has seen. `MASKS`, `TEST_MASKS` and `TEST_FRACTIONS` are what is collected unless the user says otherwise.
+    has seen, and if there are any `choosing()`, further examples to choose on, and `GOAL`, what to edit for. `MASKS`, `TEST_MASKS` and `TEST_FRACTIONS` are what is collected unless the user says otherwise.
 
     Raises:
         PipelineError: When the file is missing, fails to import, or defines no `study`.
@@ -102,6 +117,9 @@ def load_pipeline(path: str | Path) -> Pipeline:
         raise PipelineError(f"{file} cannot be imported; give a pipeline such as pipelines/digits.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    root = next(folder for folder in file.resolve().parents if not (folder / "__init__.py").is_file())
+    if str(root) not in sys.path:
+        sys.path.append(str(root))  # the file finds its neighbours, as a script does, and its own package
     try:
         spec.loader.exec_module(module)
     except CoarError:

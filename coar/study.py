@@ -9,7 +9,7 @@ from torch import nn
 
 import coar._version
 from coar.ablation import Ablation, ZeroWeight
-from coar.components import Components, check_components
+from coar.components import Components, check_components, unwrapped
 from coar.examples import Examples
 from coar.outputs import CorrectClassMargin, Output
 from coar.sampling import BernoulliSampler, Sampler
@@ -21,7 +21,8 @@ class Study:
     """A definition that determines every number of a run.
 
     Attributes:
-        model: Any module; it is copied before it is used, and never changed.
+        model: Any module; it is copied before it is used, and never changed. The one inside is taken of what
+            `torch.compile` or `DataParallel` returned.
         examples: The examples that get attributions.
         components: What can be ablated.
         output: The scalar read per example.
@@ -40,6 +41,7 @@ class Study:
     sampler: Sampler = field(default_factory=BernoulliSampler)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", unwrapped(self.model))
         check_components(self.model, self.components)
 
     def fingerprint(self) -> dict[str, Any]:

@@ -104,17 +104,27 @@ def mask_bytes(study: Study, model: nn.Module) -> float:
     """Return the bytes that one example takes in a forward pass.
 
     On CUDA it is the peak of what is allocated; elsewhere the largest sum of what a module without children is given
-    and returns, so products inside a larger module's own code are not seen.
+    and returns, so products inside a larger module's own code are not seen. Where donors' activations are held, the
+    sum over all modules is added.
     """
+    components = study.components
+    held = study.ablation.donors(len(study.examples)) is not None
     runner = ModelRunner(model, study.output, batch_size=MEASURED)
+    worker = Worker(
+        model, components, torch.zeros(len(components)), study.output, donors=study.ablation.donors, batch_size=MEASURED
+    )
+    everything = np.ones((1, len(components)), dtype=bool)
 
     def used(rows: int) -> float:
+        if runner.device.type == "cuda" and held:
+            block = worker.load(study.examples, 0, rows)
+            return _peak(worker.device, lambda: worker.outputs(block, everything))
         block = runner.load(study.examples, 0, rows)
         if runner.device.type == "cuda":
             return _peak(runner.device, lambda: runner.base_output(block))
         with _module_sizes(model) as sizes:
             runner.base_output(block)
-        return max(sizes, default=0.0)
+        return max(sizes, default=0.0) + sum(sizes) * held
 
     return _per_row(used, len(study.examples))
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,72 +26,24 @@ def load_weights(model: nn.Module, path: str | Path, *, prefix: str = "") -> nn.
     Raises:
         WeightsError: When the file is missing, damaged, holds pickled objects, or does not fit the model.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise WeightsError(f"there are no weights at {file}; check the path, or train or download them first")
-    state = {name.removeprefix(prefix): value for name, value in _read_state(file).items()}
-    _check_fit(model, state, file)
+    state = {name.removeprefix(prefix): value for name, value in read_state(path).items()}
+    _check_fit(model, state, Path(path))
     model.load_state_dict(state)
     return model
 
 
-def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write the model's state dict as safetensors, whole or not at all.
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint by name.
+
+    Args:
+        path: A `.safetensors` file, or a PyTorch checkpoint of nothing but tensors (`.pt`, `.pth`, `.th`).
 
     Raises:
-        StorageError: When the disk refuses the write.
+        WeightsError: When the file is missing, damaged, or holds pickled objects.
     """
     file = Path(path)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.detach().cpu().contiguous() for name, value in _state(model).items()}, partial)
-        os.replace(partial, file)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise StorageError(f"cannot write weights to {file}: {error}; free space or choose another path") from error
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of all parameters and buffers, by name, type, shape and bytes."""
-    digest = hashlib.sha256()
-    state = _state(model)
-    for name in sorted(state):
-        update_digest(digest, name, state[name])
-    return digest.hexdigest()
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict with a copy for every name that shares memory with an earlier one."""
-    seen: set[int] = set()
-    state = {}
-    for name, value in model.state_dict().items():
-        memory = value.untyped_storage().data_ptr()
-        state[name] = value.clone() if memory in seen else value
-        seen.add(memory)
-    return state
-
-
-def _check_fit(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
-    """Raise `WeightsError` before anything is loaded, so that a misfit leaves the model whole."""
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    read = {name: tuple(value.shape) for name, value in state.items()}
-    counters = "num_batches_tracked"  # of batch norms, which older checkpoints lack and evaluation does not read
-    wrong = [f"{name} is missing" for name in own if name not in read and not name.endswith(counters)]
-    wrong += [f"{name} is not part of the model" for name in read if name not in own]
-    wrong += [
-        f"{name} has shape {read[name]}, not {own[name]}" for name in own if name in read and own[name] != read[name]
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise WeightsError(
-            f"the weights in {file} do not fit {type(model).__name__}: {'; '.join(wrong[:3])}{more}; load weights "
-            f"of the same architecture, or set prefix if the names differ by one"
-        )
-
-
-def _read_state(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise WeightsError(f"there are no weights at {file}; check the path, or train or download them first")
     if file.suffix == ".safetensors":
         try:
             return load_file(file)
@@ -112,3 +65,73 @@ def _read_state(file: Path) -> dict[str, Tensor]:
     ):
         raise WeightsError(f"{file} holds no state dict of tensors; save model.state_dict() as safetensors instead")
     return state
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write the model's state dict as safetensors, whole or not at all.
+
+    Raises:
+        StorageError: When the disk refuses the write.
+    """
+    save_state(model.state_dict(), path)
+
+
+def save_state(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write tensors by name as safetensors, whole or not at all.
+
+    Raises:
+        StorageError: When the disk refuses the write.
+    """
+    file = Path(path)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in _apart(state).items()}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial)
+        os.replace(partial, file)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise StorageError(f"cannot write weights to {file}: {error}; free space or choose another path") from error
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 of all parameters and buffers, by name, type, shape and bytes."""
+    return state_fingerprint(model.state_dict())
+
+
+def state_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a state dict, by name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        update_digest(digest, name, state[name])
+    return digest.hexdigest()
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict with a copy for every name that shares memory with an earlier one."""
+    seen: set[int] = set()
+    apart = {}
+    for name, value in state.items():
+        memory = value.untyped_storage().data_ptr()
+        apart[name] = value.clone() if memory in seen else value
+        seen.add(memory)
+    return apart
+
+
+def _check_fit(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
+    """Raise `WeightsError` before anything is loaded, so that a misfit leaves the model whole."""
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    read = {name: tuple(value.shape) for name, value in state.items()}
+    counters = "num_batches_tracked"  # of batch norms, which older checkpoints lack and evaluation does not read
+    wrong = [f"{name} is missing" for name in own if name not in read and not name.endswith(counters)]
+    wrong += [f"{name} is not part of the model" for name in read if name not in own]
+    wrong += [
+        f"{name} has shape {read[name]}, not {own[name]}" for name in own if name in read and own[name] != read[name]
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise WeightsError(
+            f"the weights in {file} do not fit {type(model).__name__}: {'; '.join(wrong[:3])}{more}; load weights "
+            f"of the same architecture, or set prefix if the names differ by one"
+        )

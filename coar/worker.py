@@ -20,6 +20,7 @@ from coar.outputs import Output
 log = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bf16"]
+Donors = Callable[[int], np.ndarray | None]  # see Ablation.donors
 CHOICES = ("float32", "bf16", "auto")
 BATCH_SIZE = {"cpu": 128, "cuda": 512, "mps": 256}  # examples per forward, unless the user says otherwise
 
@@ -66,10 +67,28 @@ def full_float32() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Block:
-    """A block of examples on the device, cut into batches."""
+    """A block of examples on the device, cut into batches.
+
+    Attributes:
+        batches: Inputs and targets, batch by batch.
+        size: Number of examples.
+        donors: Batch by batch the inputs whose activations replace the examples'; empty where constants do.
+    """
 
     batches: list[tuple[Inputs, Tensor]]
     size: int
+    donors: list[Inputs]
+
+    def pieces(self) -> Iterator[tuple["Block", slice]]:
+        """Yield blocks whose donors' activations are held at one time, with the examples of each: a batch, or all."""
+        if not self.donors:
+            yield self, slice(0, self.size)
+            return
+        at = 0
+        for batch, donors in zip(self.batches, self.donors, strict=True):
+            size = len(batch[1])
+            yield Block([batch], size, [donors]), slice(at, at + size)
+            at += size
 
 
 class ModelRunner:
@@ -82,6 +101,8 @@ class ModelRunner:
         batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on CUDA, 256 on MPS.
     """
 
+    _donors: Donors | None = None
+
     def __init__(
         self, model: nn.Module, output: Output, *, precision: Precision = "float32", batch_size: int | None = None
     ) -> None:
@@ -92,13 +113,15 @@ class ModelRunner:
         self.batch_size = batch_size or BATCH_SIZE[self.device.type]
 
     def load(self, examples: Examples, start: int, stop: int) -> Block:
-        """Read examples `start` up to `stop` and move them to the device."""
+        """Read examples `start` up to `stop`, and their donors if there are any, and move them to the device."""
         inputs, targets = examples.block(start, stop)
-        batches = []
-        for at in range(0, len(targets), self.batch_size):
-            part = slice(at, at + self.batch_size)
-            batches.append((self._place(rows_of(inputs, part)), self._sent(targets[part])))
-        return Block(batches, len(targets))
+        parts = [slice(at, at + self.batch_size) for at in range(0, len(targets), self.batch_size)]
+        batches = [(self._place(rows_of(inputs, part)), self._sent(targets[part])) for part in parts]
+        chosen = self._donors(len(examples)) if self._donors else None
+        if chosen is None:
+            return Block(batches, len(targets), [])
+        donors = examples.subset(chosen[start:stop]).block(0, len(targets))[0]
+        return Block(batches, len(targets), [self._place(rows_of(donors, part)) for part in parts])
 
     def base_output(self, block: Block) -> np.ndarray:
         """Return (examples,) float32 outputs of the unablated model."""
@@ -146,6 +169,8 @@ class Worker(ModelRunner):
         output: The scalar read per example.
         batch_norms: Path of the batch norm that alone follows a site; it is folded into the gated weights.
         through_outputs: Gate outputs by hooks, the plain way, instead of weights.
+        donors: From how many examples there are to the position of each one's donor, see `Ablation.donors`; what is
+            ablated then becomes what the donor has there, in hooks too.
         precision: `float32`, or `bf16` for automatic mixed precision.
         batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on CUDA, 256 on MPS.
 
@@ -163,10 +188,12 @@ class Worker(ModelRunner):
         *,
         batch_norms: Mapping[str, str] | None = None,
         through_outputs: bool = False,
+        donors: Donors | None = None,
         precision: Precision = "float32",
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, output, precision=precision, batch_size=batch_size)
+        self._donors = donors
         self._components = components
         self._replacements = replacements
         self._batch_norms = batch_norms or {}
@@ -183,15 +210,28 @@ class Worker(ModelRunner):
         grouped = group > 1 and len(block.batches) == 1
         gated = self._gates_for(block, hooks=grouped or self._through_outputs)
         with gated as gates, torch.inference_mode(), self._computing():
-            if grouped:
-                self._fill_grouped(out, block, keeps, gates, group)
-                return out.cpu().numpy()
-            for row, keep in enumerate(keeps):
-                gates.set(keep)
-                self._fill(out[row], block, self._run_compiled)
-                if row == 0:
-                    gates.confirm()
+            for piece, part in block.pieces():
+                self._record(gates, piece)
+                if grouped:
+                    self._fill_grouped(out[:, part], piece, keeps, gates, group)
+                else:
+                    self._fill_each(out[:, part], piece, keeps, gates)
         return out.cpu().numpy()
+
+    def _record(self, gates: Gates, piece: Block) -> None:
+        """Hold the activations of a piece's donors, where it has any."""
+        if piece.donors:
+            (donors,) = piece.donors
+            with torch.no_grad():
+                gates.record(lambda: self._run(donors))
+
+    def _fill_each(self, out: Tensor, block: Block, keeps: Tensor, gates: Gates) -> None:
+        """Run the block's batches under one mask after another."""
+        for row, keep in enumerate(keeps):
+            gates.set(keep)
+            self._fill(out[row], block, self._run_compiled)
+            if row == 0:
+                gates.confirm()
 
     def _fill_grouped(self, out: Tensor, block: Block, keeps: Tensor, gates: Gates, group: int) -> None:
         """Run the block's one batch for `group` masks at once: a mask's examples lie side by side."""
@@ -210,7 +250,12 @@ class Worker(ModelRunner):
         """From now on run batches as large as the block's first through a compiled model, if one mask gates weights.
 
         Masks are written into the tensors that the compiled model reads, so it is compiled once for all of them.
+
+        Raises:
+            AblationError: When donors replace what is ablated, which is done in hooks.
         """
+        if block.donors:
+            raise AblationError("resampling gates by hooks, and a compiled model is for gates in the weights")
         for buffer in self._gates_for(block, hooks=False).buffers():
             torch._dynamo.mark_static_address(buffer)  # or CUDA graphs would copy the weights on every forward
         mode = "reduce-overhead" if self.device.type == "cuda" else None  # that is, CUDA graphs
@@ -229,14 +274,18 @@ class Worker(ModelRunner):
         return model(**inputs) if isinstance(inputs, dict) else model(inputs)
 
     def _gates_for(self, block: Block, *, hooks: bool) -> Gates:
-        """Return the gates in the hooks or in the weights; in bfloat16 the weights are held so, where nothing changes.
+        """Return the gates in hooks, or in weights but for donors; in bf16 these are held so, where nothing changes.
 
         Automatic mixed precision then has no weight to convert on every forward. A layer that is run without it could
         not read such a weight, or would read another one.
         """
+        hooks = hooks or bool(block.donors)
         if hooks not in self._gates:
             parts = (self._model, self._components, self._replacements)
-            gates = Gates(*parts, batch_norms=self._batch_norms, through_outputs=hooks)
+            if block.donors:
+                gates = Gates(*parts, donors=True)
+            else:
+                gates = Gates(*parts, batch_norms=self._batch_norms, through_outputs=hooks)
             if self.precision == "bf16" and not hooks:
                 low = Gates(*parts, batch_norms=self._batch_norms, dtype=torch.bfloat16)
                 gates = low if self._same(gates, low, block) else gates
@@ -284,19 +333,21 @@ class Worker(ModelRunner):
         sums = torch.zeros(2, n, len(self._components), device=self.device)  # all probes, and those that keep
         out = torch.empty(probes, n, device=self.device)
         with self._gates_for(block, hooks=True) as gates, self._computing():
-            for number, of_slots in enumerate(keeps):
-                at = 0
-                for inputs, targets in block.batches:
-                    part = slice(at, at + len(targets))
-                    keep = of_slots[which[part]].float().requires_grad_()
-                    gates.set(keep)
-                    values = self._output(self._run(inputs), targets)
-                    gates.confirm()
-                    gradient = _gradient(values, keep)
-                    sums[0, part] += gradient
-                    sums[1, part] += gradient * keep.detach()
-                    out[number, part] = values.detach()
-                    at = part.stop
+            for piece, span in block.pieces():
+                self._record(gates, piece)
+                for number, of_slots in enumerate(keeps):
+                    at = span.start
+                    for inputs, targets in piece.batches:
+                        part = slice(at, at + len(targets))
+                        keep = of_slots[which[part]].float().requires_grad_()
+                        gates.set(keep)
+                        values = self._output(self._run(inputs), targets)
+                        gates.confirm()
+                        gradient = _gradient(values, keep)
+                        sums[0, part] += gradient
+                        sums[1, part] += gradient * keep.detach()
+                        out[number, part] = values.detach()
+                        at = part.stop
         kept = keeps.sum(0)[which].float()  # (examples, components), how many probes keep
         means = torch.stack([sums[1] / kept, (sums[0] - sums[1]) / (probes - kept)])
         return means[0].cpu().numpy(), means[1].cpu().numpy(), out.cpu().numpy()

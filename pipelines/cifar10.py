@@ -32,6 +32,7 @@ WEIGHTS = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretra
 FILES = {20: "resnet20-12fca82f.th", 44: "resnet44-014dd654.th"}  # by number of layers
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STUDIED, CALIBRATION = 256, 500
+CHOOSING = slice(CALIBRATION, 3_000)  # of the training pictures
 
 
 class Block(nn.Module):
@@ -100,11 +101,16 @@ def read_subset(file: Path) -> dict[str, np.ndarray]:
 
 def examples(name: str, rows: slice) -> coar.Examples:
     """Return rows of the `train` or `test` set, normalised as the weights expect."""
-    pictures = torch.from_numpy(images()[f"{name}_images"][rows]).permute(0, 3, 1, 2) / 255
-    normal = (pictures - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     labels = images()[f"{name}_labels"][rows]
     numbers = np.arange(len(images()[f"{name}_labels"]))[rows]
-    return coar.Examples(inputs=normal, targets=torch.from_numpy(labels).long(), metadata={"id": numbers})
+    inputs = normalised(images()[f"{name}_images"][rows])
+    return coar.Examples(inputs=inputs, targets=torch.from_numpy(labels).long(), metadata={"id": numbers})
+
+
+def normalised(pictures: np.ndarray) -> Tensor:
+    """Turn (n, 32, 32, 3) bytes into (n, 3, 32, 32) inputs as the weights expect them."""
+    scaled = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+    return (scaled - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def model(layers: int = 20) -> nn.Module:
@@ -132,6 +138,11 @@ def study(*, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int =
         ablation=coar.choose_ablation(ablation, calibration=calibration),
         sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
     )
+
+
+def choosing() -> coar.Examples:
+    """Return training pictures to choose edits on, beside the studied ones."""
+    return examples("train", CHOOSING)
 
 
 def judge() -> coar.Examples:

@@ -125,6 +125,11 @@ def study(*, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int =
     )
 
 
+def choosing() -> coar.Examples:
+    """Return training scans to choose edits on, beside the studied ones."""
+    return split()["train"]
+
+
 def judge() -> coar.Examples:
     """Return examples that no attribution and no choice has seen."""
     return split()["judge"]

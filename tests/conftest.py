@@ -9,6 +9,7 @@ import torch
 from pipelines import cifar10 as cifar10_pipeline
 from pipelines import digits as digits_pipeline
 
+os.environ.setdefault("COAR_FSYNC", "0")  # tests make thousands of files; those of a loss of power set it to 1
 NO_CIFAR = "needs COAR_DATA to name a folder with cifar10_subset.npz and cifar10_resnet20.safetensors"
 
 

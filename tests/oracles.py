@@ -329,3 +329,109 @@ WIRINGS = {  # with the batch norm that alone reads a convolution's output, for 
     "changed in place": (lambda net, x: net.norm(torch.relu_(net.one(x))) + net.other(net.two(x)), {"two": "other"}),
     "shifted in place": (lambda net, x: net.norm(net.one(x).add_(0.5)) + net.other(net.two(x)), {"two": "other"}),
 }
+
+
+def held(model, x, places):
+    """What passes at (path, side) of a plain model: a list of tensors, one for every call."""
+    copy, found = deepcopy(model), {place: [] for place in places}
+
+    def first(value):
+        return (value[0] if isinstance(value, tuple) else value).detach().clone()
+
+    for path, side in places:
+        module, kept = copy.get_submodule(path), found[path, side]
+        if side == "input":
+            module.register_forward_pre_hook(lambda _m, args, kept=kept: kept.append(first(args)))
+        else:
+            module.register_forward_hook(lambda _m, _a, y, kept=kept: kept.append(first(y)))
+    forward(copy, x)
+    return found
+
+
+def patched(model, x, patches, run=forward):
+    """What a copy returns that has (path, side, axis, start, stop) overwritten by a number, or by `held` tensors."""
+    copy = deepcopy(model)
+    for path, side, axis, start, stop, value in patches:
+        calls = iter(value) if isinstance(value, list) else None
+
+        def write(t, axis=axis, start=start, stop=stop, value=value, calls=calls):
+            t = t.clone()
+            part = t if axis is None else t.narrow(axis, start, stop - start)
+            donor = next(calls) if calls else value
+            part[...] = donor if calls is None or axis is None else donor.narrow(axis, start, stop - start)
+            return t
+
+        def after(_module, _args, y, write=write):
+            return (write(y[0]), *y[1:]) if isinstance(y, tuple) else write(y)
+
+        module = copy.get_submodule(path)
+        if side == "input":
+            module.register_forward_pre_hook(lambda _m, args, write=write: (write(args[0]), *args[1:]))
+        else:
+            module.register_forward_hook(after)
+    return run(copy, x)
+
+
+def peak(values, bins):
+    """Mean of the values in the fullest of equal bins between the smallest and the largest, one value at a time."""
+    low, high = min(values), max(values)
+    boxes = [[] for _ in range(bins)]
+    for value in values:
+        share = (value - low) / (high - low) if high > low else 0.0
+        boxes[min(int(share * bins), bins - 1)].append(value)
+    fullest = max(boxes, key=len)  # the first of equals
+    return sum(fullest) / len(fullest)
+
+
+def first_of(value):
+    return value[0] if isinstance(value, tuple) else value
+
+
+def silenced(block, rows):
+    """A copy of an attention block some of whose heads' features have no values."""
+    silent = deepcopy(block)
+    with torch.no_grad():
+        for name, parameter in silent.named_parameters():
+            if name.startswith(("in_proj", "qkv")):  # queries, keys and values, in this order
+                parameter[[2 * len(parameter) // 3 + row for row in rows]] = 0
+    return silent
+
+
+def swap_heads(model, path, rows, donor=None):
+    """Take features of heads away from an attention block, in the model itself, or put those of a donor there.
+
+    What a block returns is a sum over heads, so a head's part is what is lost with its values.
+    """
+    block = model.get_submodule(path)
+    silent, added = silenced(block, rows), 0.0
+    if donor is not None:
+        parts, plain = [], deepcopy(model)
+        whole = deepcopy(block)
+        plain.get_submodule(path).register_forward_hook(
+            lambda _m, a, k, _y: parts.append(first_of(whole(*a, **k)) - first_of(silent(*a, **k))), with_kwargs=True
+        )
+        forward(plain, donor)
+        (added,) = parts
+
+    def after(_module, args, kwargs, _y):
+        y = silent(*args, **kwargs)
+        return (y[0] + added, *y[1:]) if isinstance(y, tuple) else y + added
+
+    block.register_forward_hook(after, with_kwargs=True)
+
+
+class PlainExperts(nn.Module):
+    """The mixture of transformers' Mixtral and Qwen, one expert after another, some of them left out."""
+
+    def __init__(self, inner, left_out):
+        super().__init__()
+        self.inner, self.left_out = inner, left_out
+
+    def forward(self, states, index, weights):
+        total = torch.zeros_like(states)
+        for expert in range(len(self.inner.down_proj)):
+            if expert not in self.left_out:
+                gate, up = (states @ self.inner.gate_up_proj[expert].T).chunk(2, -1)
+                share = (weights * (index == expert)).sum(-1, keepdim=True)
+                total = total + share * ((self.inner.act_fn(gate) * up) @ self.inner.down_proj[expert].T)
+        return total

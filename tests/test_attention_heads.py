@@ -144,26 +144,124 @@ def test_architectures_that_are_not_understood_are_errors():
         coar.attention_heads(transformers.XLNetModel(config))  # its projection is a bare parameter
 
 
-def test_torchs_own_attention_is_an_error_that_offers_slices_which_zero_its_heads():
-    layer = oracles.rough(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
-    with pytest.raises(
-        ComponentError, match=r"'self_attn' is torch's .*\n?.*'self_attn.out_proj.weight', axis=1, size=4"
-    ):
-        coar.attention_heads(layer)
-    slices = coar.parameter_slices(layer, "self_attn.out_proj.weight", axis=1, size=4)
-    silent = deepcopy(layer)
-    with torch.no_grad():
-        silent.self_attn.in_proj_weight[16:20] = 0  # the first head's values
-        silent.self_attn.in_proj_bias[16:20] = 0
-        x = torch.randn(3, 5, 8)
-        with Gates(layer, slices, torch.zeros(2)) as gates:
-            gates.set(torch.tensor([False, True]))
-            torch.testing.assert_close(layer(x), silent(x), rtol=0, atol=1e-5)
+ATTENTION = {  # torch's own attention in every form that it can be given
+    "fused": {"batch_first": True},
+    "odd heads": {"batch_first": True, "num_heads": 3},
+    "batch second": {},
+    "without biases": {"batch_first": True, "bias": False},
+    "with further keys": {"batch_first": True, "add_bias_kv": True, "add_zero_attn": True},
+    "keys of another width": {"kdim": 10, "vdim": 10, "batch_first": True},
+}
+
+
+class Attending(nn.Module):
+    """Torch's own attention between layers, with or without its weights asked for."""
+
+    def __init__(self, needed, **settings):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(12, **{"num_heads": 2, **settings})
+        self.needed = needed
+
+    def forward(self, x):
+        keys = x if self.inner.kdim == x.shape[-1] else x[..., : self.inner.kdim]
+        y, weights = self.inner(x, keys, keys, need_weights=self.needed)
+        return (y * 2, weights) if self.needed else y * 2
+
+
+def head_by_head(attention, x, left_out):
+    """What torch's attention returns without some heads: a sum over heads, by their definition."""
+    x = x if attention.batch_first else x.transpose(0, 1)
+    size, total = attention.head_dim, torch.zeros_like(x)
+    if attention.out_proj.bias is not None:
+        total = total + attention.out_proj.bias
+    if attention.in_proj_weight is None:
+        matrices = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
+    else:
+        matrices = attention.in_proj_weight.chunk(3)
+    biases = [0.0] * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
+    q, k, v = (x[..., : w.shape[1]] @ w.T + b for w, b in zip(matrices, biases, strict=True))
+    if attention.bias_k is not None:
+        nothing = torch.zeros_like(k[:, :1])
+        k = torch.cat([k, attention.bias_k.expand(len(k), 1, -1), nothing], 1)
+        v = torch.cat([v, attention.bias_v.expand(len(v), 1, -1), nothing], 1)
+    for head in range(attention.num_heads):
+        part = slice(head * size, (head + 1) * size)
+        if head not in left_out:
+            shares = (q[..., part] @ k[..., part].transpose(1, 2) / size**0.5).softmax(-1)
+            total = total + shares @ v[..., part] @ attention.out_proj.weight[:, part].T
+    return total if attention.batch_first else total.transpose(0, 1)
+
+
+@pytest.mark.parametrize("through_outputs", [False, True])
+@pytest.mark.parametrize("needed", [False, True])
+@pytest.mark.parametrize("form", ATTENTION)
+def test_heads_of_torchs_own_attention_are_left_out_one_by_one(form, needed, through_outputs):
+    model = oracles.rough(Attending(needed, **ATTENTION[form])).requires_grad_(False)
+    x, heads = torch.randn(4, 5, 12), coar.attention_heads(model)
+    assert [row.site for row in heads] == ["inner.out_proj"] * model.inner.num_heads
+    before = oracles.snapshot(model)
+    plain = oracles.forward(model, x)
+    for left_out in ([], [0], [1], list(range(len(heads)))):
+        keep = torch.tensor([head not in left_out for head in range(len(heads))])
+        with Gates(model, heads, torch.zeros(len(heads)), through_outputs=through_outputs) as gates, torch.no_grad():
+            gates.set(keep)
+            y = model(x)
+            gates.confirm()
+        if needed:
+            assert torch.equal(y[1], plain[1])  # the weights that the block returns stay
+        found = y[0] if needed else y
+        torch.testing.assert_close(found, 2 * head_by_head(model.inner, x, left_out), rtol=0, atol=1e-5)
+    oracles.assert_same(before, oracles.snapshot(model))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_row_has_heads_and_gradients_of_its_own_in_a_fused_encoder_also_with_padding(masked):
+    layer = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True)
+    model = oracles.rough(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)).requires_grad_(False)
+    x, heads = torch.randn(3, 5, 12), coar.attention_heads(model)
+    padding = torch.arange(5)[None] >= torch.tensor([5, 3, 4])[:, None] if masked else None
+    keep = torch.tensor([[True, False, True, True], [False, True, False, True], [True, True, False, False]])
+
+    def run(net, rows=slice(None)):
+        return net(x[rows], src_key_padding_mask=None if padding is None else padding[rows])
+
+    with Gates(model, heads, torch.zeros(4), through_outputs=True) as gates:
+        live = keep.float().requires_grad_()
+        gates.set(live)
+        y = run(model)
+        (gradient,) = torch.autograd.grad(y.square().sum(), live)
+        for column, step in ((0, 1e-3), (3, 1e-3)):
+            ends = []
+            for sign in (1, -1):
+                moved = keep.float()
+                moved[:, column] += sign * step
+                gates.set(moved)
+                ends.append(run(model).double().square().sum((1, 2)))
+            slopes = (ends[0] - ends[1]) / (2 * step)
+            torch.testing.assert_close(gradient[:, column].double(), slopes, rtol=0.02, atol=0.05)
+    for row, kept in enumerate(keep):
+        net = deepcopy(model)
+        for layer in (0, 1):
+            heads_out = [head for head in (0, 1) if not kept[2 * layer + head]]
+            features = [6 * head + i for head in heads_out for i in range(6)]
+            oracles.swap_heads(net, f"layers.{layer}.self_attn", features)
+        with torch.no_grad():
+            expected = run(net, slice(row, row + 1))
+        torch.testing.assert_close(y[row : row + 1].detach(), expected, rtol=0, atol=1e-5)
 
 
 def test_blocks_left_out_need_not_be_understood():
+    model = nn.ModuleDict(
+        {"odd": OwnAttention({"num_heads": 5}, o_proj=12), "even": OwnAttention({"num_heads": 4}, o_proj=12)}
+    )
+    with pytest.raises(ComponentError, match="heads of 'odd'"):
+        coar.attention_heads(model)
+    assert len(coar.attention_heads(model, exclude="odd")) == 4
+
+
+def test_a_model_may_mix_torchs_own_attention_with_another():
     config = transformers.SiglipVisionConfig(**{**tiny.IMAGE, "num_hidden_layers": 1})
     model = transformers.SiglipVisionModel(config)  # it pools with torch's own attention
-    with pytest.raises(ComponentError, match=r"head\.attention"):
-        coar.attention_heads(model)
-    assert len(coar.attention_heads(model, exclude="*head.attention")) == tiny.HEADS
+    heads = coar.attention_heads(model)
+    assert len(heads) == 2 * tiny.HEADS
+    assert {row.site.rpartition(".")[2] for row in heads} == {"out_proj"}

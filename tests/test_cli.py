@@ -224,10 +224,11 @@ def test_tasks_are_written_and_reported(place, tmp_path):
     works("edit", place / "tiny.zarr", "--task", "forget", "--label", 3, "--budget", 5, *common)
     works("edit", place / "tiny.zarr", "--task", "fix", *common)
     works("evaluate", place / "tiny.zarr", "--out", tmp_path)
-    assert len(coar.Edit.load(tmp_path / "forget-3/edit.json")) == 5
+    assert 1 <= len(coar.Edit.load(tmp_path / "forget-3/edit.json")) <= 5
     fixes = pd.read_csv(tmp_path / "fix/table.csv")
-    assert len(list((tmp_path / "fix").glob("edit*.json"))) == len(fixes) > 0
-    assert len(list((tmp_path / "fix").glob("edit*.safetensors"))) == len(fixes)
+    made = len(list((tmp_path / "fix").glob("edit*.json")))
+    assert made == (fixes["components"] > 0).sum() > 0
+    assert len(list((tmp_path / "fix").glob("edit*.safetensors"))) == 2 * made  # the weights, and what an edit keeps
     assert f"wrote {tmp_path / 'index.html'}\n" == works("report", place / "tiny.zarr", "--out", tmp_path)
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert page.count("<img ") == 3
@@ -277,8 +278,8 @@ MISTAKES = {
     "a folder of other things": (("info", "HERE"), "not a run; check the path"),
     "a file": (("evaluate", "PIPELINE"), "not a run; check the path"),
     "another version": (("verify", "FUTURE"), "has format 99"),
-    "a bucket": (("info", "s3://bucket/run.zarr"), "object store"),
-    "a new run in a bucket": (("collect", "PIPELINE", "--run", "s3://bucket/run.zarr"), "object store"),
+    "a bucket": (("info", "s3://bucket"), "has no path"),
+    "a new run in a bucket": (("collect", "PIPELINE", "--run", "s3://bucket"), "has no path"),
     "no such pipeline": (("collect", "OUT/none.py"), "is not a Python file"),
     "no such pipeline to edit": (("baselines", "RUN", "--pipeline", "OUT/none.py"), "is not a Python file"),
     "unknown device": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--device", "tpu"), "unknown device 'tpu'"),
@@ -288,7 +289,7 @@ MISTAKES = {
     ),
     "bad test fraction": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--test-fractions", "0.1,7"), "fraction 7.0"),
     "no fractions": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--test-fractions", "a,b"), "no list of fractions"),
-    "unknown ablation": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--ablation", "peak"), "peak"),
+    "unknown ablation": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--ablation", "median"), "median"),
     "negative masks": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--masks", "-1"), "-1 train masks"),
     "empty mask block": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--mask-block", "0"), "mask block 0"),
     "unknown precision": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--precision", "fp8"), "unknown precision"),
@@ -356,7 +357,7 @@ def test_mistakes_are_told_in_words(place, tmp_path, monkeypatch, mistake):
     assert not (tmp_path / "s3:").exists()
 
 
-COMMANDS = ("collect", "fit", "baselines", "evaluate", "edit", "report", "info", "verify", "plan")
+COMMANDS = ("collect", "fit", "baselines", "evaluate", "edit", "undo", "report", "info", "verify", "plan")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

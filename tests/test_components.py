@@ -5,8 +5,9 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet50, vit_b_16
 
 import coar
 from coar.components import Component, check_components
@@ -43,6 +44,47 @@ def test_counts_are_those_of_the_architecture(make, count):
     assert by_hand == count
 
 
+class OneStage(nn.Module):
+    """The net on CIFAR-10 of the paper's authors: nine convolutions of 256 filters (their mini_resnet.py)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.linear = nn.Conv2d(3, 256, 3), nn.Linear(4096, 10)
+        convolutions = lambda: {"conv1": nn.Conv2d(256, 256, 3), "conv2": nn.Conv2d(256, 256, 3)}  # noqa: E731
+        self.layer = nn.Sequential(*[nn.ModuleDict(convolutions()) for _ in range(4)])
+        for i, block in enumerate(self.layer):
+            setattr(self, f"block{i}", block)  # a second name, under which nothing may be found again
+
+
+def gpt2_small():
+    return transformers.GPT2Model(transformers.GPT2Config())
+
+
+def vit_components(model):
+    """All rows of linear layers and of stacked queries, keys and values, but the classifier's."""
+    return coar.parameter_slices(model, "*.in_proj_weight") + coar.neurons(model, exclude="heads.head")
+
+
+PUBLISHED = {  # the counts of Shah et al. 2024, and the call that gives each
+    "CIFAR-10": (OneStage, lambda model: coar.conv_filters(model, include="*conv*"), 2_304),
+    "ResNet-50": (resnet50, lambda model: coar.conv_filters(model, exclude="*.downsample.*"), 22_720),
+    "ResNet-50 by name": (resnet50, lambda model: coar.conv_filters(model, include="*conv*"), 22_720),
+    "ResNet-50 with shortcuts": (resnet50, coar.conv_filters, 22_720 + 256 + 512 + 1024 + 2048),
+    "ViT-B/16": (vit_b_16, vit_components, 82_944),
+    "GPT-2": (gpt2_small, coar.input_features, 64_512),
+}
+
+
+@pytest.mark.parametrize("setup", PUBLISHED)
+def test_published_counts_are_reproduced(setup):
+    make, find, count = PUBLISHED[setup]
+    with torch.device("meta"):
+        model = make()
+    components = find(model)
+    assert len(components) == count
+    check_components(model, components)
+
+
 def test_filters_are_named_and_ordered_like_the_modules(planar):
     components = coar.conv_filters(planar)
     widths = {"grouped": 8, "depthwise": 8, "up": 6, "bare": 6, "grouped_up": 8, "bare_up": 6}
@@ -59,6 +101,34 @@ def test_neurons_are_rows_of_linear_layers_the_last_among_them(planar):
     assert components[4] == Component("last[4]", "neuron", "last", "output", -1, 4, 1)
     layer = nn.TransformerEncoderLayer(8, 2, 16)
     assert len(coar.neurons(layer)) == 8 + 16 + 8
+
+
+def test_neurons_of_transformers_conv1d_are_columns():
+    gpt2 = tiny.model("gpt2")
+    components = coar.neurons(gpt2, include="*.1.mlp.c_fc")
+    assert gpt2.body.h[1].mlp.c_fc.weight.shape == (tiny.WIDTH, tiny.FEED)
+    assert components.names == tuple(f"body.h.1.mlp.c_fc[{i}]" for i in range(tiny.FEED))
+    assert len(coar.neurons(gpt2)) == tiny.LAYERS * (3 * tiny.WIDTH + tiny.WIDTH + tiny.FEED + tiny.WIDTH)
+    check_components(gpt2, coar.neurons(gpt2))
+
+
+def test_modules_are_components_as_a_whole(planar):
+    components = coar.modules(planar, ["norm", "*up"])
+    assert components.names == ("norm", "up", "grouped_up", "bare_up")
+    assert components[0] == Component("norm", "module", "norm", "module", 0, 0, 1)
+    check_components(planar, components)
+    with pytest.raises(ComponentError, match="'nrom' matches no module"):
+        coar.modules(planar, "nrom")
+    with pytest.raises(ComponentError, match="another model"):
+        check_components(DigitsNet(), components)
+
+
+def test_wrappers_are_looked_through(planar):
+    for wrapped in (torch.compile(planar), nn.DataParallel(planar), nn.DataParallel(torch.compile(planar))):
+        assert coar.conv_filters(wrapped) == coar.conv_filters(planar)
+        assert coar.modules(wrapped, "norm") == coar.modules(planar, "norm")
+        assert coar.parameter_slices(wrapped, "up.*") == coar.parameter_slices(planar, "up.*")
+        check_components(wrapped, coar.neurons(planar))
 
 
 def test_input_features_are_columns_of_linear_layers_and_rows_of_transformers_conv1d(planar):

@@ -250,10 +250,10 @@ def test_an_edited_checkpoint_needs_only_torch(case, mean, request, tmp_path):
 
 
 def transformer_parts(model, kind):
-    """Heads, neurons after their activation and, of plain linear layers, outputs of the heads' projections."""
+    """Heads, neurons after their activation, and outputs of the heads' projections."""
     feed, projection = tiny.PROJECTION[kind]
     inputs = coar.attention_heads(model) + coar.input_features(model, include=feed.format("[0-9]"))
-    return inputs if kind == "gpt2" else inputs + coar.neurons(model, include=projection.format("*"))
+    return inputs + coar.neurons(model, include=projection.format("*"))
 
 
 @pytest.mark.parametrize("constants", [False, True], ids=["zero weight", "constants"])

@@ -241,18 +241,25 @@ def test_computed_weights_are_gated_in_hooks():
     torch.testing.assert_close(y, rewritten(model, x, components, keep, values), rtol=0, atol=1e-6)
 
 
-def test_layers_that_are_read_without_a_call_are_gated_by_weight_only():
+@pytest.mark.parametrize("through_outputs", [False, True])
+def test_layers_that_are_read_without_a_call_are_gated_too(through_outputs):
     model = oracles.rough(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
     x, components = torch.randn(3, 5, 8), coar.input_features(model)
+    assert "self_attn.out_proj" in {row.site for row in components}
     zero = torch.zeros(len(components))
     keep = random_masks(1, len(components))[0]
+    before = oracles.snapshot(model)
     expected = oracles.forward(oracles.features_zeroed(model, features(components, keep)), x)
-    torch.testing.assert_close(gated(model, x, components, keep, zero), expected, rtol=0, atol=1e-5)
-    with pytest.raises(AblationError, match=r"self_attn\.out_proj"):
-        gated(model, x, components, keep, zero, through_outputs=True)
-    called = called_sites(nn.Sequential(*[nn.Linear(8, 8)] * 2), coar.input_features(nn.ModuleList([nn.Linear(8, 8)])),
-                          run=lambda net: net(x))  # fmt: skip
-    assert called == {"0"}
+    y = gated(model, x, components, keep, zero, through_outputs=through_outputs)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+    oracles.assert_same(before, oracles.snapshot(model))
+    assert called_sites(model, components, run=lambda net: net(x)) == {row.site for row in components}
+
+
+def test_sites_that_are_called_are_told():
+    model = nn.ModuleDict({"used": nn.Linear(8, 8), "spare": nn.Linear(8, 8)})
+    called = called_sites(model, coar.input_features(model), run=lambda net: net["used"](torch.randn(2, 8)))
+    assert called == {"used"}
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -300,5 +307,5 @@ def test_mean_constants_are_the_means_over_examples_and_positions():
     with pytest.raises(AblationError, match=r"attn\.head\[0\]' is 6 features"):
         ablation.replacements(model, coar.attention_heads(model), batch_size=8)
     model.spare = nn.Linear(2, 2)
-    with pytest.raises(AblationError, match=r"'spare' was never called .* inputs have no mean"):
+    with pytest.raises(AblationError, match=r"'spare' was never called .* nothing is known of its inputs"):
         ablation.replacements(model, coar.input_features(model, include="spare"), batch_size=8)

@@ -2,6 +2,7 @@
 
 import shutil
 
+import google_crc32c
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from coar.store import Problem, arrays, repair, verify
 from tests.faults import helpers
 
 ASKED = {"masks": 100, "test_masks": 20}
+HEAD = bytes.fromhex("5c2a4d18 14000000") + b"coar"  # a skippable frame of 20 bytes, as RFC 8878 writes it
 ROWS, EXAMPLES = slice(0, 120), slice(0, helpers.EXAMPLES)
 
 
@@ -174,8 +176,41 @@ def test_many_problems_are_mended_at_once(run, fresh):
     check_mended(fresh, run, problems)
 
 
-def test_swapped_masks_are_found_and_made_again(run, fresh):
-    shutil.copy(fresh.path / "masks/c/0/0", fresh.path / "masks/c/1/0")
+@pytest.mark.parametrize("name", ["outputs/c/{}/1", "masks/c/{}/0"])
+def test_swapped_chunks_are_found_and_made_again(run, fresh, name):
+    """Each is whole and has a valid checksum, and only its seal says that it belongs elsewhere."""
+    one, other = fresh.path / name.format(2), fresh.path / name.format(5)
+    assert one.read_bytes() != other.read_bytes()
+    between = one.rename(fresh.path.parent / "between")
+    other.rename(one)
+    between.rename(other)
+    problems = verify(reopened(fresh))
+    assert [problem.what for problem in problems] == ["from elsewhere"] * 2
+    with pytest.raises(CorruptRunError, match=rf"{name.format(2)}.*another place or another study, and moved here"):
+        reopened(fresh).outputs(ROWS, EXAMPLES) if "outputs" in name else reopened(fresh).masks(0, 120)
+    check_mended(fresh, run, problems)
+
+
+def test_chunk_of_another_study_is_found_and_made_again(run, fresh, tmp_path):
+    other = helpers.collect(helpers.study(examples=helpers.examples(inputs=helpers.inputs(2))), tmp_path / "o", **ASKED)
+    shutil.copy(other.path / "outputs/c/2/1", fresh.path / "outputs/c/2/1")
+    problems = verify(reopened(fresh))
+    assert problems == [Problem("outputs", "outputs/c/2/1", "from elsewhere", "coar collect")]
+    check_mended(fresh, run, problems)
+
+
+def test_run_written_before_there_were_seals(run, fresh):
+    """Its chunks end in the checksum of the compressed bytes; they are read as ever."""
+    for name, content in helpers.chunks(fresh.path).items():
+        assert content[-32:-20] == HEAD
+        body = content[:-32]
+        (fresh.path / name).write_bytes(body + google_crc32c.value(body).to_bytes(4, "little"))
+    assert verify(reopened(fresh)) == []
+    np.testing.assert_array_equal(helpers.whole(reopened(fresh), "outputs"), helpers.whole(run, "outputs"))
+
+
+def test_masks_of_other_rows_are_found_and_made_again(run, fresh):
+    fresh.array("masks")[16:32] = run.packed_masks(0, 16)
     problems = verify(reopened(fresh))
     assert problems == [Problem("masks", "masks/c/1/0", "not from its seed", "coar collect")]
     row = 16 + int((run.masks(0, 16) != run.masks(16, 32)).any(axis=1).argmax())

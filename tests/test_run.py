@@ -11,7 +11,7 @@ import xarray
 import zarr
 
 import coar
-from coar.errors import CorruptRunError, IncompleteRunError, RunError, SettingsError
+from coar.errors import CorruptRunError, IncompleteRunError, RunError
 from coar.store import Unit
 from tests.faults import helpers
 
@@ -313,15 +313,6 @@ def test_creation_cut_short_in_its_first_write_begins_again(run, tmp_path):
     (path / "zarr.0123456789abcdef0123456789abcdef.partial").write_bytes(b'{"attr')
     helpers.collect(helpers.study(), path, masks=100, test_masks=20)
     assert helpers.differing(helpers.files(path), helpers.files(run.path)) == []
-
-
-@pytest.mark.parametrize("address", ["s3://bucket/r.zarr", "gs://bucket/r.zarr", "https://example.org/r.zarr"])
-def test_object_stores_are_refused(address, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for attempt in (lambda: coar.Run.open(address), lambda: helpers.collect(helpers.study(), address, masks=3)):
-        with pytest.raises(SettingsError, match="object store; give a path"):
-            attempt()
-    assert list(tmp_path.iterdir()) == []
 
 
 HOLD = """

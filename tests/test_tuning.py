@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import coar
-from coar import engines, tuning
+from coar import tuning
 from coar.ablation import following_batch_norms
 from coar.errors import AblationError, SettingsError
 from coar.tuning import Pace, batch_sizes, bytes_of, choose_pace, mask_bytes, probe_bytes
@@ -228,7 +228,7 @@ def test_collect_uses_a_pace_and_checks_it(tmp_path, monkeypatch, caplog):
     assert "pace" not in caplog.text
     fast = Pace(128, 8)
     monkeypatch.setattr(
-        engines, "choose_pace", lambda worker, *_, **__: setattr(worker, "masks_per_forward", 8) or fast
+        "coar.engines.preparing.choose_pace", lambda worker, *_, **__: setattr(worker, "masks_per_forward", 8) or fast
     )
     run = helpers.collect(helpers.study(), tmp_path / "many.zarr", masks=40, batch_size=None)
     assert "masks_per_forward=8" in caplog.text
@@ -271,7 +271,7 @@ def test_memory_limits_are_honoured(tmp_path, monkeypatch, limit):
         backward.clear()
         return found
 
-    monkeypatch.setattr(engines, "batch_sizes", measured)
+    monkeypatch.setattr("coar.engines.preparing.batch_sizes", measured)
     handles = [module.register_forward_hook(measure) for module in study.model]
     coar.collect(study, tmp_path / "r.zarr", masks=8, probes=8, memory_limit=limit, device="cpu", progress=False)
     for handle in handles:

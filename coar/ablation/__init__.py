@@ -1,13 +1,22 @@
 """How components are switched off: what replaces them, the gates that apply masks, and permanent folding."""
 
+from coar.ablation.choice import ABLATIONS, choose_ablation
 from coar.ablation.folding import fold, following_batch_norms
 from coar.ablation.gates import Gates, called_sites
-from coar.ablation.replacements import Ablation, Mean, ZeroWeight, choose_ablation
+from coar.ablation.optimal import Optimal
+from coar.ablation.replacements import Ablation, Calibrated, Resample, ZeroActivation, ZeroWeight
+from coar.ablation.statistics import Mean, Peak
 
 __all__ = [
+    "ABLATIONS",
     "Ablation",
+    "Calibrated",
     "Gates",
     "Mean",
+    "Optimal",
+    "Peak",
+    "Resample",
+    "ZeroActivation",
     "ZeroWeight",
     "called_sites",
     "choose_ablation",

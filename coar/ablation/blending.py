@@ -28,7 +28,7 @@ def blend(y: Tensor, keep: Tensor, ablated: Tensor, difference: Tensor | None, a
 
 
 class _Blend(torch.autograd.Function):
-    """One mask per entry of the batch, with gradients by activations and mask."""
+    """One mask per entry of the batch, with gradients by activations, mask and constants."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, keep: Tensor, ablated: Tensor, difference: Tensor | None, axis: int) -> Tensor:
@@ -39,15 +39,19 @@ class _Blend(torch.autograd.Function):
         return _scale(y, mask, constant.to(y.dtype), ctx.axis)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = gradients
         y, mask = ctx.saved_tensors
         others = [i for i in range(1, y.ndim) if i != ctx.axis]
         by_keep = _sum(slope * y, others)
+        by_ablated = by_difference = None
         if ctx.difference is not None:
-            by_keep = by_keep + _sum(slope, others) * ctx.difference
+            by_constant = _sum(slope, others)  # (batch, channels)
+            by_keep = by_keep + by_constant * ctx.difference
+            if ctx.needs_input_grad[2]:
+                by_ablated, by_difference = by_constant.sum(0), (by_constant * mask).sum(0)
         by_y = _scale(slope, mask, None, ctx.axis) if ctx.needs_input_grad[0] else None
-        return by_y, by_keep, None, None, None
+        return by_y, by_keep, by_ablated, by_difference, None
 
 
 def _scale(y: Tensor, mask: Tensor, constant: Tensor | None, axis: int) -> Tensor:
@@ -61,17 +65,18 @@ def _scale(y: Tensor, mask: Tensor, constant: Tensor | None, axis: int) -> Tenso
         constant = constant.expand(1, -1)
     if y.ndim == 4 and axis == 1 and y.is_contiguous(memory_format=torch.channels_last):
         _, channels, height, width = y.shape
-        flat = y.permute(0, 2, 3, 1).reshape(rows, height, width * channels)
-        out = _affine(
-            flat, mask.repeat(1, width)[:, None], None if constant is None else constant.repeat(1, width)[:, None]
-        )
-        return out.view(rows, height, width, channels).permute(0, 3, 1, 2)
+        out = torch.empty_like(y)  # not a view of the product, or no layer that follows could write into it
+        flat, flat_out = (t.permute(0, 2, 3, 1).view(rows, height, width * channels) for t in (y, out))
+        many = mask.repeat(1, width)[:, None]
+        _affine(flat, many, None if constant is None else constant.repeat(1, width)[:, None], flat_out)
+        return out
     shape = along(axis, y)[1:]
-    return _affine(y, mask.view(rows, *shape), None if constant is None else constant.reshape(len(constant), *shape))
+    constant = None if constant is None else constant.reshape(len(constant), *shape)
+    return _affine(y, mask.view(rows, *shape), constant, None)
 
 
-def _affine(y: Tensor, mask: Tensor, constant: Tensor | None) -> Tensor:
-    return y * mask if constant is None else torch.addcmul(constant, y, mask)
+def _affine(y: Tensor, mask: Tensor, constant: Tensor | None, out: Tensor | None) -> Tensor:
+    return torch.mul(y, mask, out=out) if constant is None else torch.addcmul(constant, y, mask, out=out)
 
 
 def _sum(values: Tensor, axes: list[int]) -> Tensor:

@@ -1,5 +1,6 @@
 """Gates in forward hooks: a mask for every row of a batch, and gradients by the mask."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -8,16 +9,29 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from coar.ablation.blending import blend
-from coar.ablation.channels import Channels
+from coar.ablation.channels import Channels, along
 from coar.errors import AblationError
 
-ModuleSide = Literal["output", "input"]
+ModuleSide = Literal["output", "input", "module"]
 
 
 def hook(module: nn.Module, side: ModuleSide, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Register a hook that puts `change(tensor)` in the place of what a module returns, or of its first argument."""
+    """Register a hook that puts `change(tensor)` in the place of a tensor that a module returns or is given.
 
-    def after(_module: nn.Module, _args: Any, y: Tensor) -> Tensor:
+    Args:
+        module: The module to hook.
+        side: `input` for its first argument; `output` or `module` for what it returns, or the first of what it returns.
+        change: Maps the tensor to the one that takes its place.
+    """
+
+    def after(called: nn.Module, _args: Any, y: Any) -> Any:
+        if isinstance(y, tuple) and y and isinstance(y[0], Tensor):
+            return (change(y[0]), *y[1:])
+        if not isinstance(y, Tensor):
+            raise AblationError(
+                f"{type(called).__name__} returned a {type(y).__name__}; a tensor, or a tuple that starts with one, "
+                f"was expected: choose components of a module inside it"
+            )
         return change(y)
 
     def before(
@@ -28,16 +42,92 @@ def hook(module: nn.Module, side: ModuleSide, change: Callable[[Tensor], Tensor]
         first = next(iter(kwargs))
         return args, kwargs | {first: change(kwargs[first])}
 
-    if side == "output":
-        return module.register_forward_hook(after)
-    return module.register_forward_pre_hook(before, with_kwargs=True)
+    if side == "input":
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after)
 
 
-class HookGate:
-    """Turns a channel y of what a module returns, or is given, into keep * (y + kept) + (1 - keep) * ablated.
+class Hooked(ABC):
+    """What gates in hooks share: the hook, the masks, and checks that they fit the tensor.
 
     Attributes:
         channels: Which component each channel belongs to, on the one side that is gated.
+        site: The module's path.
+
+    Args:
+        module: The module to hook.
+        site: Its path.
+        side: What is gated: its `output` or `input` channel by channel, or the whole `module`.
+        axis: Axis of that tensor along which the channels lie; axis 0 is the batch.
+        channels: Which component each channel belongs to; a whole module has one.
+    """
+
+    def __init__(self, module: nn.Module, site: str, side: ModuleSide, axis: int, channels: Channels) -> None:
+        self.channels: tuple[Channels, ...] = (channels,)
+        self.site, self._module, self._side, self._axis = site, module, side, axis
+        self._keep: Tensor | None = None  # (channels,) or (rows, channels)
+        self._seen = False
+        self._handle: RemovableHandle | None = None
+
+    def install(self) -> None:
+        """Register the hook, after those of the model's owner; without a mask, and seen by nobody yet."""
+        self._keep, self._seen = None, False
+        self._handle = hook(self._module, self._side, self._pass)
+
+    def restore(self) -> None:
+        """Remove the hook."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def set(self, keeps: Sequence[Tensor]) -> None:
+        """Take the (channels,) mask, or the (rows, channels) masks, of the forwards that follow."""
+        (self._keep,) = keeps
+
+    def confirm(self) -> None:
+        """Raise `AblationError` when the module was not called."""
+        if not self._seen:
+            raise AblationError(
+                f"module {self.site!r} was not called in the forward pass, so its gates had no effect; exclude it "
+                f"from the components, or use parameter_slices on its weight"
+            )
+
+    def _pass(self, y: Tensor) -> Tensor:
+        self._seen = True
+        if self._keep is None:
+            return y
+        channels = self._keep.shape[-1]
+        if self._side != "module" and (y.ndim == 0 or y.shape[self._axis] != channels):
+            raise AblationError(
+                f"the {self._side} of {self.site!r} has shape {tuple(y.shape)}; {channels} channels were expected on "
+                f"axis {self._axis}: give inputs with a batch axis"
+            )
+        return self._change(y, self._keep if self._keep.ndim == 1 else self._spread(self._keep, y))
+
+    @abstractmethod
+    def _change(self, y: Tensor, keep: Tensor) -> Tensor:
+        """Return y with the (channels,) mask, or the (rows of y, channels) masks, applied."""
+
+    def _laid(self, y: Tensor, keep: Tensor) -> Tensor:
+        """Return the masks in a shape and type that spread over y."""
+        shape = [1] * y.ndim if self._side == "module" else list(along(self._axis, y))
+        if keep.ndim == 2:
+            shape[0] = len(y)
+        return keep.to(y.dtype).view(shape)
+
+    def _spread(self, keep: Tensor, y: Tensor) -> Tensor:
+        """Repeat (rows, channels) masks for a batch axis that holds several entries of each row, side by side."""
+        rows, least = len(keep), 1 if self._side == "module" else 2
+        if y.ndim < least or len(y) % rows:
+            raise AblationError(
+                f"{rows} masks were given, one per row of the batch, but the {self._side} of {self.site!r} has shape "
+                f"{tuple(y.shape)}: its first axis must hold all entries of a row side by side, a whole multiple of "
+                f"{rows} in all; exclude it from the components, or give one mask for the whole batch"
+            )
+        return keep.repeat_interleave(len(y) // rows, dim=0)
+
+
+class HookGate(Hooked):
+    """Turns a channel y of what a module returns, or is given, into keep * (y + kept) + (1 - keep) * ablated.
 
     Args:
         module: The module to hook.
@@ -57,56 +147,20 @@ class HookGate:
         channels: Channels,
         constants: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.channels: tuple[Channels, ...] = (channels,)
-        self._module, self._site, self._side, self._axis = module, site, side, axis
+        super().__init__(module, site, side, axis, channels)
         kept, self._ablated = constants or (torch.zeros_like(channels.replacement), channels.replacement)
         self._difference = None if torch.equal(kept, self._ablated) else kept - self._ablated
-        self._keep: Tensor | None = None  # (channels,) or (rows, channels)
-        self._seen = False
-        self._handle: RemovableHandle | None = None
 
-    def install(self) -> None:
-        """Register the hook, after those of the model's owner; without a mask, and seen by nobody yet."""
-        self._keep, self._seen = None, False
-        self._handle = hook(self._module, self._side, self._blend)
+    def replace(self, constants: Tensor) -> None:
+        """Take other (channels,) constants for the forwards that follow; gradients reach them."""
+        self._ablated, self._difference = constants, -constants
 
-    def restore(self) -> None:
-        """Remove the hook."""
-        if self._handle is not None:
-            self._handle.remove()
-
-    def set(self, keeps: Sequence[Tensor]) -> None:
-        """Take the (channels,) mask, or the (rows, channels) masks, of the forwards that follow."""
-        (self._keep,) = keeps
-
-    def confirm(self) -> None:
-        """Raise `AblationError` when the module was not called."""
-        if not self._seen:
-            raise AblationError(
-                f"module {self._site!r} was not called in the forward pass, so its gates had no effect; exclude it "
-                f"from the components, or use parameter_slices on its weight"
-            )
-
-    def _blend(self, y: Tensor) -> Tensor:
-        self._seen = True
-        if self._keep is None:
-            return y
-        channels = self._keep.shape[-1]
-        if y.ndim == 0 or y.shape[self._axis] != channels:
-            raise AblationError(
-                f"the {self._side} of {self._site!r} has shape {tuple(y.shape)}; {channels} channels were expected on "
-                f"axis {self._axis}: give inputs with a batch axis"
-            )
-        keep = self._keep if self._keep.ndim == 1 else self._spread(self._keep, y)
+    def _change(self, y: Tensor, keep: Tensor) -> Tensor:
         return blend(y, keep, self._ablated, self._difference, self._axis)
 
-    def _spread(self, keep: Tensor, y: Tensor) -> Tensor:
-        """Repeat (rows, channels) masks for a batch axis that holds several entries of each row, side by side."""
-        rows = len(keep)
-        if y.ndim < 2 or len(y) % rows:
-            raise AblationError(
-                f"{rows} masks were given, one per row of the batch, but the {self._side} of {self._site!r} has shape "
-                f"{tuple(y.shape)}: its first axis must hold all entries of a row side by side, a whole multiple of "
-                f"{rows} in all; exclude it from the components, or give one mask for the whole batch"
-            )
-        return keep.repeat_interleave(len(y) // rows, dim=0)
+
+class ModuleGate(Hooked):
+    """Multiplies all that a module returns by keep, so that an ablated module returns zeros."""
+
+    def _change(self, y: Tensor, keep: Tensor) -> Tensor:
+        return y * self._laid(y, keep)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from coar.ablation.channels import Channels, along
-from coar.components import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, input_axis, is_conv1d, is_linear
+from coar.components import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, input_axis, is_conv1d, is_linear, output_axis
 from coar.errors import AblationError
 
 
@@ -53,7 +53,7 @@ class LayerGate:
         weight, bias = self._originals["weight"], self._originals["bias"]
         if weight is None:
             raise AblationError(f"{type(layer).__name__} has no weight of its own to gate; use through_outputs")
-        axis = 1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) or is_conv1d(layer) else 0  # of the outputs
+        axis = output_axis(layer)
         plain = weight.new_zeros(weight.shape[axis]) if bias is None else bias.detach()
         scale, shift = _affine(norm) if norm is not None else (torch.ones_like(plain), torch.zeros_like(plain))
         exact = weight.detach() if norm is None else weight.detach() * scale.view(along(axis, weight))

@@ -1,5 +1,6 @@
 """Ablations made permanent in the weights, so that the edited model needs nothing of this package."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
@@ -16,6 +17,7 @@ from coar.components import (
     Components,
     check_components,
     input_axis,
+    output_axis,
     output_channels,
 )
 from coar.errors import EditError
@@ -41,9 +43,11 @@ def fold(
 
     Raises:
         ComponentError: When a component is not part of the model.
-        EditError: When a weight is shared with another module or computed, so that zeroing it would do something else.
+        EditError: When a component has no constant or is a whole module, or a weight is shared with another module or
+            computed, so that zeroing it would do something else.
     """
     chosen = list(zip(components, values, strict=True))
+    check_permanent(chosen)
     if chosen:
         check_components(model, Components(component for component, _ in chosen))
     with torch.no_grad():
@@ -55,6 +59,21 @@ def fold(
                 _fold_input(model, component, value)
             else:
                 _fold_output(model, component, value, batch_norms.get(component.site))
+
+
+def check_permanent(chosen: Iterable[tuple[Component, float]]) -> None:
+    """Raise `EditError` for the first component whose ablation no weights can hold."""
+    for component, value in chosen:
+        if math.isnan(value):
+            raise EditError(
+                f"{component.name!r} is replaced by what another example has there, which no weights can hold; collect "
+                f"with an ablation by constants, such as coar.Mean, to make edits"
+            )
+        if component.side == "module":
+            raise EditError(
+                f"{component.name!r} is a whole module, whose output no single weight makes; for edits choose "
+                f"components inside it, such as the neurons or filters of its last layer"
+            )
 
 
 def _fold_output(model: nn.Module, component: Component, value: float, batch_norm: str | None) -> None:
@@ -104,7 +123,7 @@ def _own(model: nn.Module, site: str, name: str) -> nn.Parameter | None:
 def _filter_index(layer: nn.Module, position: int) -> tuple[slice | int, ...]:
     """Index the part of a layer's weight that makes output channel `position`."""
     if not isinstance(layer, TRANSPOSED_CONVOLUTIONS):
-        return (position,)
+        return (slice(None),) * output_axis(layer) + (position,)
     inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
     group = position // outputs
     return slice(group * inputs, (group + 1) * inputs), position % outputs

@@ -1,9 +1,10 @@
 """Gates: apply masks to a model during its forward passes and leave nothing behind.
 
-A gate turns what a component is, a channel y of a module's output or input, into keep * y + (1 - keep) * replacement.
-Where the module is a convolution or a linear layer and a batch shares one mask, the same is done to the layer's weight
-and bias instead, which costs as much as reading the weights once and nothing per example. Everywhere else a forward
-hook does it, and then every row of a batch may have a mask of its own and gradients reach the mask.
+A gate turns what a component is, a channel y of a module's output or input or all that a module returns, into
+keep * y + (1 - keep) * replacement; the replacement is a constant, or what another example's pass held there. Where
+the module is a convolution or a linear layer, a batch shares one mask and constants replace, the same is done to the
+layer's weight and bias instead, which costs as much as reading the weights once and nothing per example. Everywhere
+else a forward hook does it, and then every row of a batch may have a mask of its own and gradients reach the mask.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,11 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from coar.ablation.by_hook import HookGate, ModuleSide
+from coar.ablation.by_donor import DonorGate
+from coar.ablation.by_hook import Hooked, HookGate, ModuleGate, ModuleSide
 from coar.ablation.by_weight import FoldedNorm, LayerGate, SliceGate, reads_own_weight
 from coar.ablation.channels import Channels
+from coar.ablation.projections import called_projections, uncalled_projections
 from coar.components import Components, Side, check_components, input_channels, output_channels
 from coar.errors import AblationError
 
@@ -34,12 +37,14 @@ class Gates:
             the gated weights, which saves its pass over the activations.
         through_outputs: Gate every component by forward hooks, so that masks may differ between the rows of a batch
             and carry gradients; parameter slices cannot be gated so.
+        donors: Replace what is ablated by what other examples' plain pass held there, see `record`; this too is done
+            by forward hooks.
         dtype: Type in which gated float32 weights are held; by default their own.
 
     Raises:
         ComponentError: When a component is not part of the model.
-        AblationError: When two kinds of components claim the same weights, or `through_outputs` is asked of a
-            parameter slice.
+        AblationError: When two kinds of components claim the same weights, or `through_outputs` or `donors` is asked
+            of a parameter slice.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class Gates:
         *,
         batch_norms: Mapping[str, str] | None = None,
         through_outputs: bool = False,
+        donors: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_components(model, components)
@@ -58,30 +64,43 @@ class Gates:
                 f"replacements have shape {tuple(replacements.shape)}; one constant for each of the {len(components)} "
                 f"components was expected"
             )
+        if not donors and replacements.isnan().any():
+            raise AblationError(
+                "there are components without a constant, as resampling leaves them; give constants, such as those of "
+                "Mean(calibration=...), or Gates(..., donors=True)"
+            )
         _check_claims(model, components)
         values = replacements.to(next(model.parameters()).device)
         self._length = len(components)
         self._stack = ExitStack()
         self._gates: list[_Gate] = []
+        hooked = through_outputs or donors
         modules: dict[str, dict[ModuleSide, list[int]]] = {}
         for (site, side, _), indices in components.sites().items():
             if side == "parameter":
-                self._gates.append(_slice_gate(model, components, indices, values, through_outputs))
+                self._gates.append(_slice_gate(model, components, indices, values, hooked))
             else:
                 modules.setdefault(site, {})[side] = indices
         for site, sides in modules.items():
             norm = model.get_submodule(batch_norms[site]) if batch_norms and site in batch_norms else None
             layer = model.get_submodule(site)
-            self._gates += _module_gates(layer, components, sides, values, norm, through_outputs, dtype)
+            if donors:
+                self._gates += [DonorGate(*place) for place in _places(layer, components, sides, values)]
+            else:
+                self._gates += _module_gates(layer, components, sides, values, norm, through_outputs, dtype)
+        self._blocks = uncalled_projections(model, [gate.site for gate in self._gates if isinstance(gate, Hooked)])
         parts = [part for gate in self._gates for part in gate.channels]
         self._order = torch.cat([part.lookup for part in parts])  # entries of the extended mask, all gates in a row
         self._sizes = [len(part.lookup) for part in parts]
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            for gate in self._gates:
-                stack.callback(gate.restore)
-                gate.install()
+            for part in self._gates:
+                stack.callback(part.restore)
+                part.install()
+            for block in self._blocks:
+                stack.callback(block.restore)
+                block.install()
             self._stack = stack.pop_all()
         return self
 
@@ -103,15 +122,45 @@ class Gates:
             raise AblationError(
                 f"the mask has shape {tuple(keep.shape)}; ({self._length},), or one such row per example, was expected"
             )
-        one = keep.new_ones((*keep.shape[:-1], 1))
-        extended = torch.cat([keep, one], dim=-1)  # (..., components + 1), the last entry for what has no gate
-        order = self._order.expand(*keep.shape[:-1], -1)
-        gathered = torch.split(extended.gather(-1, order), self._sizes, dim=-1)  # backward, one scatter for all gates
         start = 0
+        gathered = self._gathered(keep, 1)
         for gate in self._gates:
             stop = start + len(gate.channels)
             gate.set(gathered[start:stop])
             start = stop
+
+    def replace(self, replacements: Tensor) -> None:
+        """Choose other (components,) constants for the forwards that follow; gradients reach them.
+
+        Raises:
+            AblationError: Unless all gates are hooks, without a batch norm folded.
+        """
+        parts = iter(self._gathered(replacements, 0))
+        for gate in self._gates:
+            if not isinstance(gate, HookGate):
+                raise AblationError("constants are replaced in hooks only; give Gates(..., through_outputs=True)")
+            gate.replace(next(parts))
+
+    def record(self, run: Callable[[], object]) -> None:
+        """Run the donors' plain forward pass and keep what passes the gates, for the forwards that follow.
+
+        Args:
+            run: Runs the model on as many donors as there will be examples, in their order.
+        """
+        gates = [gate for gate in self._gates if isinstance(gate, DonorGate)]
+        try:
+            for gate in gates:
+                gate.record(True)
+            run()
+        finally:
+            for gate in gates:
+                gate.record(False)
+
+    def _gathered(self, values: Tensor, rest: int) -> tuple[Tensor, ...]:
+        """Spread (..., components) values over the channels of all gates; channels without a component get `rest`."""
+        extended = torch.cat([values, values.new_full((*values.shape[:-1], 1), rest)], dim=-1)
+        order = self._order.expand(*values.shape[:-1], -1)
+        return torch.split(extended.gather(-1, order), self._sizes, dim=-1)  # backward, one scatter for all gates
 
     def confirm(self) -> None:
         """Raise `AblationError` when a gate saw no forward pass, which would make its component silently immune."""
@@ -124,10 +173,12 @@ class Gates:
 
 
 def called_sites(model: nn.Module, components: Components, *, run: Callable[[nn.Module], object]) -> set[str]:
-    """Return the sites whose module is called when the model runs; the others are read by weight, or not at all."""
+    """Return the sites whose module is called when the gated model runs; others are read by weight, or not at all."""
     called: set[str] = set()
+    sites = {site for site, side, _ in components.sites() if side != "parameter"}
     with ExitStack() as stack:
-        for site in {site for site, side, _ in components.sites() if side != "parameter"}:
+        stack.enter_context(called_projections(model, sites))
+        for site in sites:
             module = model.get_submodule(site)
             handle = module.register_forward_hook(lambda _module, _args, _y, site=site: called.add(site))
             stack.callback(handle.remove)
@@ -145,13 +196,13 @@ class _Gate(Protocol):
 
 
 def _slice_gate(
-    model: nn.Module, components: Components, indices: list[int], values: Tensor, through_outputs: bool
+    model: nn.Module, components: Components, indices: list[int], values: Tensor, hooked: bool
 ) -> SliceGate:
     first = components[indices[0]]
-    if through_outputs:
+    if hooked:
         raise AblationError(
-            f"{first.name!r} is a parameter slice: it has no output to gate per row or to take gradients through; "
-            f"use conv_filters, neurons, input_features or attention_heads"
+            f"{first.name!r} is a parameter slice: it has no output to gate per row, to resample or to take gradients "
+            f"through; use conv_filters, neurons, input_features or attention_heads"
         )
     parameter = model.get_parameter(first.site)
     return SliceGate(parameter, first.axis, Channels.of(parameter.shape[first.axis], components, indices, values))
@@ -167,16 +218,31 @@ def _module_gates(
     dtype: torch.dtype | None,
 ) -> list[_Gate]:
     """Return one gate in a layer's weights for its outputs and inputs together, or one hook for each of the two."""
-    lengths = {"output": output_channels(layer), "input": input_channels(layer)}
-    channels = {side: Channels.of(lengths[side], components, rows, values) for side, rows in sides.items()}
-    if reads_own_weight(layer) and not through_outputs:
+    places = _places(layer, components, sides, values)
+    hooks: list[_Gate] = [ModuleGate(*place) if place[2] == "module" else HookGate(*place) for place in places]
+    if not reads_own_weight(layer) or "module" in sides:
+        return hooks
+    channels = {place[2]: place[4] for place in places}
+    if not through_outputs:
         return [LayerGate(layer, channels.get("output"), channels.get("input"), norm, dtype)]
+    if norm is None or list(sides) != ["output"]:
+        return hooks
+    folded = FoldedNorm(layer, channels["output"], norm)
+    return [folded, HookGate(*places[0], (folded.kept, folded.ablated))]
+
+
+_Place = tuple[nn.Module, str, ModuleSide, int, Channels]  # what a gate in a hook needs to know
+
+
+def _places(
+    layer: nn.Module, components: Components, sides: Mapping[ModuleSide, list[int]], values: Tensor
+) -> list[_Place]:
+    lengths = {"output": output_channels(layer), "input": input_channels(layer), "module": 1}
     first = {side: components[rows[0]] for side, rows in sides.items()}
-    if norm is None or not reads_own_weight(layer) or list(sides) != ["output"]:
-        return [HookGate(layer, first[side].site, side, first[side].axis, channels[side]) for side in sides]
-    folded, row = FoldedNorm(layer, channels["output"], norm), first["output"]
-    constants = (folded.kept, folded.ablated)
-    return [folded, HookGate(layer, row.site, "output", row.axis, channels["output"], constants)]
+    return [
+        (layer, first[side].site, side, first[side].axis, Channels.of(lengths[side], components, rows, values))
+        for side, rows in sides.items()
+    ]
 
 
 def _check_claims(model: nn.Module, components: Components) -> None:

@@ -1,22 +1,23 @@
-"""What replaces an ablated component: one constant each, computed once per run."""
+"""What replaces an ablated component: one constant each, computed once per run, or another example's activations."""
 
 from abc import abstractmethod
-from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from coar.ablation.by_hook import hook
 from coar.components import Components
-from coar.errors import AblationError, SettingsError
+from coar.errors import AblationError, ExamplesError
 from coar.examples import Examples, Inputs
 from coar.settings import Settings
 
+DONORS = 2**32  # second word of the key of donors' random numbers, which no masks' have
+
 
 class Ablation(Settings):
-    """Base of all ablations that replace a component's output, or what it is of a layer's input, by a constant.
+    """Base of all ablations.
 
     Attributes:
         label: The word for this ablation in commands and file names.
@@ -26,7 +27,7 @@ class Ablation(Settings):
 
     @abstractmethod
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:
-        """Return (components,) float32 constants on the CPU.
+        """Return (components,) float32 constants on the CPU; NaN where no constant replaces the component.
 
         Args:
             model: The model in evaluation mode; its device is used.
@@ -34,9 +35,13 @@ class Ablation(Settings):
             batch_size: Most examples per forward pass, where passes are needed.
         """
 
+    def donors(self, examples: int) -> np.ndarray | None:  # noqa: ARG002
+        """Return (examples,) positions of those whose activations replace each example's; None for constants."""
+        return None
+
     def settings(self) -> dict[str, Any]:
         """Return the name and settings that identify this ablation in a run's fingerprint."""
-        return {"name": type(self).__name__}
+        return {"name": type(self).__name__, **self.model_dump(mode="json")}
 
 
 class ZeroWeight(Ablation):
@@ -48,9 +53,14 @@ class ZeroWeight(Ablation):
     label: ClassVar[str] = "zero"
 
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:  # noqa: ARG002
-        """Return each component's bias, 0 where it has none."""
+        """Return each component's bias, 0 where it has none; raise `AblationError` for a whole module."""
         values = torch.zeros(len(components))
         for (site, side, _), indices in components.sites().items():
+            if side == "module":
+                raise AblationError(
+                    f"{components[indices[0]].name!r} is a whole module, whose weights and biases are many layers'; "
+                    f"use ZeroActivation() or Resample()"
+                )
             bias = model.get_submodule(site).bias if side == "output" else None
             if isinstance(bias, Tensor):
                 positions = [components[i].position for i in indices]
@@ -58,66 +68,69 @@ class ZeroWeight(Ablation):
         return values
 
 
-class Mean(Ablation):
-    """Replace a component by its mean over calibration examples and positions, such as pixels or tokens.
+class ZeroActivation(Ablation):
+    """Replace what a component computes by 0, its bias included; a slice of a parameter is zeroed."""
+
+    label: ClassVar[str] = "zero_activation"
+
+    def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:  # noqa: ARG002
+        """Return zeros."""
+        return torch.zeros(len(components))
+
+
+class Resample(Ablation):
+    """Replace what a component computes for an example by what it computes for another one of the study.
+
+    The other one, the donor, is drawn uniformly once and for all: its position depends on the seed, the example's
+    position and their number alone. Its activations are those of the unablated model, position by position.
 
     Attributes:
-        calibration: The examples to average over; apart from those used to test, so that nothing leaks.
+        seed: Seed of the draw, 0 to 2**63 - 1.
     """
 
-    label: ClassVar[str] = "mean"
+    label: ClassVar[str] = "resample"
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:  # noqa: ARG002
+        """Return NaN, since no constant stands for a donor; raise `AblationError` for slices of parameters."""
+        for row in components:
+            if row.side == "parameter":
+                raise AblationError(
+                    f"{row.name!r} is a slice of a parameter, which is the same for all examples, so there is nothing "
+                    f"to resample; use ZeroWeight()"
+                )
+        return torch.full((len(components),), torch.nan)
+
+    def donors(self, examples: int) -> np.ndarray:
+        """Return (examples,) positions, each another one than the example's own.
+
+        Raises:
+            ExamplesError: When there is one example only.
+        """
+        if examples < 2:
+            raise ExamplesError("there is one example, and resampling takes activations from another; give two or more")
+        key = np.array([self.seed, DONORS], dtype=np.uint64)
+        words = np.random.Philox(key=key).random_raw(examples)  # the n-th does not depend on how many follow
+        shifts = 1 + ((words >> np.uint64(32)) * np.uint64(examples - 1) >> np.uint64(32)).astype(np.int64)
+        donors: np.ndarray = (np.arange(examples) + shifts) % examples
+        return donors
+
+
+class Calibrated(Ablation):
+    """Base of the ablations whose constants are computed from calibration examples.
+
+    Attributes:
+        calibration: The examples to compute them from; apart from those used to test, so that nothing leaks.
+    """
 
     calibration: Examples
 
-    def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:
-        """Return each component's mean; raise `AblationError` where no one constant is its mean."""
-        sums: dict[tuple[str, str], Tensor] = {}
-        counts: dict[tuple[str, str], int] = {}
-        sites = components.sites()
-        _check_means(components)
-
-        def recorder(key: tuple[str, str], axis: int) -> Callable[[Tensor], Tensor]:
-            def record(y: Tensor) -> Tensor:
-                columns = y.detach().movedim(axis, -1).reshape(-1, y.shape[axis])  # (values, channels)
-                sums[key] = sums.get(key, 0) + columns.sum(0, dtype=torch.float64)
-                counts[key] = counts.get(key, 0) + len(columns)
-                return y
-
-            return record
-
-        with ExitStack() as stack, torch.inference_mode():
-            for site, side, axis in sites:
-                if side != "parameter":
-                    handle = hook(model.get_submodule(site), side, recorder((site, side), axis))
-                    stack.callback(handle.remove)
-            for start in range(0, len(self.calibration), batch_size):
-                call(model, self.calibration.block(start, start + batch_size)[0])
-        values = torch.zeros(len(components))
-        for (site, side, _), indices in sites.items():
-            if (site, side) not in sums:
-                raise AblationError(
-                    f"module {site!r} was never called while the calibration examples passed through the model, so "
-                    f"its {side}s have no mean; exclude it from the components"
-                )
-            positions = [components[i].position for i in indices]
-            values[indices] = (sums[site, side] / counts[site, side]).float().cpu()[positions]
-        return values
-
     def settings(self) -> dict[str, Any]:
-        """Return the name and the calibration examples' fingerprint."""
-        return {"name": "Mean", "calibration": self.calibration.fingerprint(), "examples": len(self.calibration)}
-
-
-def choose_ablation(label: str, *, calibration: Examples) -> Ablation:
-    """Return the ablation that a label stands for: `zero`, or `mean` over the calibration examples.
-
-    Raises:
-        SettingsError: When there is no such ablation.
-    """
-    choices: dict[str, Ablation] = {"zero": ZeroWeight(), "mean": Mean(calibration=calibration)}
-    if label not in choices:
-        raise SettingsError(f"unknown ablation {label!r}; choose one of {', '.join(choices)}")
-    return choices[label]
+        """Return the name, the calibration examples' fingerprint and the other settings."""
+        others = self.model_dump(mode="json", exclude={"calibration"})
+        examples = {"calibration": self.calibration.fingerprint(), "examples": len(self.calibration)}
+        return {"name": type(self).__name__, **examples, **others}
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -126,18 +139,3 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, dict):
         return model(**{name: value.to(device) for name, value in inputs.items()})
     return model(inputs.to(device))
-
-
-def _check_means(components: Components) -> None:
-    """Raise `AblationError` for the first component that no one constant could replace by its mean."""
-    for row in components:
-        if row.side == "parameter":
-            raise AblationError(
-                f"{row.name!r} is a parameter slice and has no output whose mean could replace it; use ZeroWeight() or "
-                f"components found by conv_filters, neurons or input_features"
-            )
-        if row.size > 1:
-            raise AblationError(
-                f"{row.name!r} is {row.size} features, each with a mean of its own, and an ablation replaces a "
-                f"component by one constant; use ZeroWeight() for attention heads"
-            )

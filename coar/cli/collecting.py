@@ -1,5 +1,7 @@
 """Commands before and while a run is collected: plan and collect."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +11,10 @@ from coar.cli.common import DeviceOption, app, told
 from coar.errors import SettingsError
 
 if TYPE_CHECKING:
+    from coar.engines import RayCluster
     from coar.planning import Progress
+    from coar.store import Run
+    from coar.study import Study
 
 
 @app.command(epilog="Example: coar collect pipelines/digits.py --ablation zero --masks 4000 --precision auto")
@@ -26,7 +31,7 @@ def collect(
     test_fractions: Annotated[
         str | None, typer.Option(help="Further ablated fractions to test at, as in 0.05,0.2 [default: the pipeline's].")
     ] = None,
-    ablation: Annotated[str | None, typer.Option(help="mean or zero [default: the pipeline's].")] = None,
+    ablation: Annotated[str | None, typer.Option(help="Label, such as mean [default: the pipeline's].")] = None,
     ablated_fraction: Annotated[float | None, typer.Option(help="Share of components ablated in a mask.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the masks.")] = None,
     device: DeviceOption = "auto",
@@ -37,18 +42,24 @@ def collect(
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the model, if that is faster.")] = False,
     mask_block: Annotated[int | None, typer.Option(help="Masks per unit of work, for a new run.")] = None,
     example_block: Annotated[int | None, typer.Option(help="Examples per unit of work, for a new run.")] = None,
+    worker: Annotated[str | None, typer.Option(help="Do one share of the units, as in 3/64: the third of 64.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: workers on a cluster.")] = "local",
+    address: Annotated[str | None, typer.Option(help="The Ray cluster's address [default: start one here].")] = None,
+    workers: Annotated[int, typer.Option(help="Workers on the Ray cluster.")] = 2,
+    gpus_per_worker: Annotated[float, typer.Option(help="GPUs, or a share of one, for each.")] = 0.0,
 ) -> None:
     """Record the model's outputs under random masks. Run it again to go on, or with more masks to extend the run."""
     from coar.engines import MASK_BLOCK
     from coar.engines import collect as collect_run
     from coar.pipeline import load_pipeline
-    from coar.planning import VALIDATION_MASKS, collect_until
-    from coar.store import Probes
 
     loaded = load_pipeline(pipeline)
-    study = loaded.study(ablation=ablation, ablated_fraction=ablated_fraction, seed=seed)
+    chosen = {"ablation": ablation, "ablated_fraction": ablated_fraction, "seed": seed}
+    study, build = loaded.study(**chosen), partial(_study, pipeline.absolute(), chosen)
     path = run or Path("runs") / f"{loaded.name}-{study.ablation.label}.zarr"
     options: dict[str, Any] = {
+        "worker": _share(worker),
+        "cluster": _cluster(engine, build, address, {"workers": workers, "gpus_per_worker": gpus_per_worker}),
         "test_masks": loaded.test_masks if test_masks is None else test_masks,
         "test_fractions": loaded.test_fractions if test_fractions is None else _numbers(test_fractions),
         "device": device,
@@ -61,17 +72,12 @@ def collect(
         "example_block": example_block,
     }
     if until is not None or until_flat:
-        if (until is not None and until_flat) or masks is not None or probes:
+        if (until is not None and until_flat) or masks is not None or probes or worker:
             raise SettingsError("--until and --until-flat choose masks and probes themselves; give one of them alone")
-        judged: dict[str, Any] = {"validation_masks": validation_masks or VALIDATION_MASKS, "report": _step}
-        finished, why = collect_until(study, path, correlation=until, **judged, **options)
-        typer.echo(why)
-    else:
-        count = (0 if probes else loaded.masks) if masks is None else masks
-        finished = collect_run(study, path, masks=count, probes=probes, validation_masks=validation_masks, **options)
-    probed = Probes(finished).count
-    also = f" and {probed} probes" if probed else ""
-    typer.echo(f"{finished.path}: {len(finished.plan)} masks{also} x {finished.n_examples} examples, complete")
+        _tell(_until(study, path, until, {"validation_masks": validation_masks, **options}))
+        return
+    count = (0 if probes else loaded.masks) if masks is None else masks
+    _tell(collect_run(study, path, masks=count, probes=probes, validation_masks=validation_masks, **options))
 
 
 @app.command(epilog="Example: coar plan pipelines/cifar10.py --masks 4000 --probes 128 --workers 8")
@@ -83,7 +89,7 @@ def plan(
     ] = None,
     probes: Annotated[int, typer.Option(help="Probes, for informed attributions.")] = 0,
     workers: Annotated[int, typer.Option(help="Machines like this one that share the work.")] = 1,
-    ablation: Annotated[str | None, typer.Option(help="mean or zero [default: the pipeline's].")] = None,
+    ablation: Annotated[str | None, typer.Option(help="Label, such as mean [default: the pipeline's].")] = None,
     device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="float32, bf16, or auto.")] = "float32",
     batch_size: Annotated[int | None, typer.Option(help="Most examples per forward pass.")] = None,
@@ -111,6 +117,56 @@ def plan(
 
 def _step(now: "Progress") -> None:
     typer.echo(f"{now.probes} probes, {now.masks} masks: correlation {now.correlation:.3f}; {now.ceiling()}")
+
+
+def _until(study: "Study", path: Path, correlation: float | None, options: dict[str, Any]) -> "Run":
+    from coar.planning import VALIDATION_MASKS, collect_until
+
+    options["validation_masks"] = options["validation_masks"] or VALIDATION_MASKS
+    finished, why = collect_until(study, path, correlation=correlation, report=_step, **options)
+    typer.echo(why)
+    return finished
+
+
+def _tell(run: "Run") -> None:
+    """Say what the run has."""
+    from coar.store import Probes
+
+    probes = Probes(run)
+    also = f" and {probes.count} probes" if probes.count else ""
+    missing = len(run.missing_units()) + len(probes.missing_units())
+    far = f"{missing} units left to other workers" if missing else "complete"
+    typer.echo(f"{run.path}: {len(run.plan)} masks{also} x {run.n_examples} examples, {far}")
+
+
+def _share(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 1, 1
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise SettingsError(f"--worker {text} is no share; write the number of the worker and of all, as in 3/64")
+    return int(number), int(count)
+
+
+def _cluster(
+    engine: str, build: Callable[[], "Study"], address: str | None, resources: dict[str, Any]
+) -> "RayCluster | None":
+    from coar.engines import RayCluster
+
+    if engine not in ("local", "ray"):
+        raise SettingsError(f"unknown engine {engine!r}; choose local or ray")
+    if engine == "ray":
+        return RayCluster(study=build, address=address, **resources)
+    if address is not None:
+        raise SettingsError("--address names a Ray cluster; add --engine ray, or leave it out")
+    return None
+
+
+def _study(pipeline: Path, options: dict[str, Any]) -> "Study":
+    """Build the study; on a cluster each worker calls this."""
+    from coar.pipeline import load_pipeline
+
+    return load_pipeline(pipeline).study(**options)
 
 
 def _numbers(text: str) -> list[float]:

@@ -1,7 +1,8 @@
-"""The command that edits: choose components, apply, judge."""
+"""The commands that edit: choose components, apply, judge, and undo."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,8 +10,12 @@ from coar.cli.common import DeviceOption, OutOption, RunArgument, app, reports, 
 from coar.errors import SettingsError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from coar.attributions import Attributions
-    from coar.editing import EditGoal
+    from coar.editing import EditGoal, TaskResult
+
+RULES = ("verified", "welch", "predicted")
 
 
 @app.command(
@@ -23,69 +28,154 @@ def edit(
     targets: Annotated[str | None, typer.Option(help="Condition over metadata columns: what to change.")] = None,
     references: Annotated[str | None, typer.Option(help="Condition likewise: what to leave alone.")] = None,
     direction: Annotated[str, typer.Option(help="decrease or increase the targets' output.")] = "decrease",
-    budget: Annotated[int | None, typer.Option(help="Components to ablate [default: the best trade-off]")] = None,
-    task: Annotated[str | None, typer.Option(help="forget (a class) or fix (single errors).")] = None,
+    groups: Annotated[str | None, typer.Option(help="Column of the groups over which harm is bounded.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="Column that matches each target with a reference.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Most components to ablate [default: the best trade-off]")] = None,
+    task: Annotated[str | None, typer.Option(help="forget, fix, group, backdoor or typographic.")] = None,
     label: Annotated[int | None, typer.Option(help="The class to forget.")] = None,
+    rule: Annotated[str | None, typer.Option(help="verified (default with --pipeline), welch or predicted.")] = None,
+    harm: Annotated[float | None, typer.Option(help="Points that references may lose on average.")] = None,
+    group_harm: Annotated[float | None, typer.Option(help="Points that any group of them may lose.")] = None,
     name: Annotated[str, typer.Option(help="Name of an edit by --targets, and of its folder.")] = "edit",
-    pipeline: Annotated[Path | None, typer.Option(help="The run's pipeline; needed to apply and judge.")] = None,
+    pipeline: Annotated[Path | None, typer.Option(help="The run's pipeline; needed to try out and judge.")] = None,
     fit_name: Annotated[str | None, typer.Option("--fit", help="Name of the fit [default: the best there].")] = None,
+    precision: Annotated[str, typer.Option(help="float32, or bf16 for a faster search.")] = "float32",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     device: DeviceOption = "auto",
     out: OutOption = None,
 ) -> None:
-    """Choose components to ablate for good; with a pipeline, apply the edit and judge it on unseen examples."""
+    """Choose components to ablate for good; with a pipeline, try them out, apply the edit and judge it."""
     from coar.attributions import load
     from coar.editing import EditGoal
-    from coar.editing import edit as choose
 
+    _check_options(task, targets, references, name, label, rule)
     attributions = load(run, fit_name)
     folder = out or reports(run)
     goal = None
+    if targets is not None:
+        conditions = {"targets": targets, "references": references, "direction": direction}
+        goal = EditGoal(**conditions, groups=groups, pairs=pairs)
+    if pipeline is None or rule == "predicted":
+        _without_trying(attributions, goal, rule or "welch", budget, None if dry_run else folder / name / "edit.json")
+        return
+    asked = _Asked(task, goal, name, label)
+    options = {"budget": budget, "rule": rule or "verified", "device": device, "precision": precision}
+    result, model = _run_task(run, pipeline, attributions, asked, options | _bound(harm, group_harm))
+    _tell(result, model, None if dry_run else folder)
+
+
+@app.command(
+    epilog="Example: coar undo reports/digits-mean/forget-3/edit.safetensors "
+    "--edit reports/digits-mean/forget-3/edit.json --out original.safetensors"
+)
+@told
+def undo(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The edited weights.")],
+    made_by: Annotated[Path, typer.Option("--edit", help="The edit that made them, as JSON.")],
+    out: Annotated[Path, typer.Option("--out", help="Where to write the original weights, as safetensors.")],
+) -> None:
+    """Put back what an edit took out of a checkpoint, bit for bit."""
+    from coar.editing import Edit
+    from coar.weights import read_state, save_state
+
+    made = Edit.load(made_by)
+    save_state(made.kept().restore(read_state(checkpoint), original=made.weights), out)
+    written([out])
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What to edit for: a task by name, or a goal with a name of its own."""
+
+    task: str | None
+    goal: "EditGoal | None"
+    name: str
+    label: int | None
+
+
+def _check_options(
+    task: str | None, targets: str | None, references: str | None, name: str, label: int | None, rule: str | None
+) -> None:
+    from coar.editing import TASKS
+
+    if rule is not None and rule not in RULES:
+        raise SettingsError(f"unknown rule {rule!r}; choose {', '.join(RULES)}")
     if task is None:
         if targets is None or references is None:
             raise SettingsError("give --targets and --references, or --task with --pipeline")
         if label is not None:
             raise SettingsError("--label names the class of --task forget; add that task, or leave --label out")
-        goal = EditGoal(targets=targets, references=references, direction=direction)
-    elif targets is not None or references is not None or name != "edit":
-        raise SettingsError("--task sets targets, references and name; leave those options out")
-    if pipeline is not None:
-        _apply_and_judge(run, pipeline, attributions, folder, task, label, goal, name, budget, device)
         return
-    if goal is None or budget is None:
-        raise SettingsError("without --pipeline nothing can be tried out: give --targets, --references and --budget")
+    if targets is not None or references is not None or name != "edit":
+        raise SettingsError("--task sets targets, references and name; leave those options out")
+    if task not in TASKS or (task == "forget") != (label is not None):
+        raise SettingsError(f"choose --task forget with --label, or one of {', '.join(TASKS)} without")
+
+
+def _bound(harm: float | None, group_harm: float | None) -> dict[str, Any]:
+    """Return the bound as an option, where the user sets one."""
+    from coar.editing import Bound
+
+    given = {"mean": harm, "group": group_harm}
+    settings = {key: value / 100 for key, value in given.items() if value is not None}
+    return {"bound": Bound(**settings)} if settings else {}
+
+
+def _without_trying(
+    attributions: "Attributions", goal: "EditGoal | None", rule: str, budget: int | None, file: Path | None
+) -> None:
+    """Choose by attributions alone, and say what they predict."""
+    from coar.editing import edit as published
+    from coar.editing import predict_edit, predicted_edit
+
+    if rule == "verified" or goal is None or budget is None:
+        raise SettingsError(
+            "without --pipeline, and by the rule predicted, nothing is tried out: give --targets, --references and "
+            "--budget, and no rule but welch or predicted"
+        )
+    choose = predicted_edit if rule == "predicted" else published
     chosen = choose(attributions, goal, budget=budget)
     show(chosen.to_pandas())
-    chosen.save(folder / name / "edit.json")
-    written([folder / name / "edit.json"])
+    predicted = predict_edit(attributions, chosen)
+    typer.echo(
+        f"predicted change of mean outputs, with 95 % intervals: targets {predicted.targets}, references "
+        f"{predicted.references}, of these {predicted.group} most: {predicted.worst}"
+    )
+    if file is not None:
+        chosen.save(file)
+        written([file])
 
 
-def _apply_and_judge(
-    run: Path,
-    pipeline: Path,
-    attributions: "Attributions",
-    folder: Path,
-    task: str | None,
-    label: int | None,
-    goal: "EditGoal | None",
-    name: str,
-    budget: int | None,
-    device: str,
-) -> None:
-    from coar.editing import fix_errors, forget_class, reach_goal
+def _run_task(
+    run: Path, pipeline: Path, attributions: "Attributions", asked: _Asked, options: dict[str, Any]
+) -> "tuple[TaskResult, nn.Module]":
+    from coar.editing import TASKS, reach_goal
     from coar.pipeline import load_pipeline
-    from coar.report import write_task
     from coar.store import Run
 
-    if task not in (None, "forget", "fix") or (task == "forget") != (label is not None):
-        raise SettingsError("choose --task forget with --label, or --task fix without")
     loaded = load_pipeline(pipeline)
     study = loaded.study_of(Run.open(run))
     common = (attributions, study.model, study.examples, loaded.judge())
-    if goal is not None:
-        result = reach_goal(*common, goal=goal, name=name, budget=budget, device=device)
-    elif label is not None:
-        result = forget_class(*common, label=label, budget=budget, device=device)
-    else:
-        result = fix_errors(*common, budget=budget, device=device)
+    options["choosing"] = loaded.choosing()
+    if asked.goal is not None:
+        return reach_goal(*common, goal=asked.goal, name=asked.name, **options), study.model
+    if asked.task == "forget":
+        options["label"] = asked.label
+    elif asked.task != "fix":
+        options["goal"] = loaded.goal()
+    return TASKS[str(asked.task)](*common, **options), study.model
+
+
+def _tell(result: "TaskResult", model: "nn.Module", folder: Path | None) -> None:
+    """Print what came of a task, and write it into a folder unless it was a dry run."""
+    from coar.report import write_task
+
     show(result.table)
-    written(write_task(result, study.model, folder / result.name))
+    passes = sum(chosen.passes for chosen in result.selections)
+    typer.echo(f"{len(result.edits)} edits, chosen by {passes:,} forward passes of one example")
+    if folder is None:
+        for made in result.edits:
+            show(made.to_pandas())
+        typer.echo("dry run: nothing was written")
+        return
+    written(write_task(result, model, folder / result.name))

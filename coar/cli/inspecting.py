@@ -1,5 +1,6 @@
-"""Commands that look at a run: report, info and verify."""
+"""Commands that look at runs, and keep them: report, info, verify, copy and merge."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,17 +18,27 @@ def report(run: RunArgument, out: OutOption = None) -> None:
     written([write_page(Run.open(run), out or reports(run))])
 
 
-@app.command(epilog="Example: coar info runs/digits-mean.zarr")
+@app.command(epilog="Example: coar info runs/digits-mean.zarr --watch 10")
 @told
-def info(run: RunArgument) -> None:
+def info(
+    run: RunArgument,
+    watch: Annotated[float | None, typer.Option(help="Look again every so many seconds until complete.")] = None,
+    metrics_file: Annotated[Path | None, typer.Option(help="Write how far it is for Prometheus, too.")] = None,
+) -> None:
     """Say what a run holds and how far it is."""
     from coar.report import describe
     from coar.store import Run
     from coar.store.fits import fit_names
+    from coar.store.watching import watched, write_metrics
 
     opened = Run.open(run)
     for heading, words in {**describe(opened), "fits": ", ".join(fit_names(opened)) or "none"}.items():
         typer.echo(f"{heading:11} {words}")
+    for glance in watched(opened.path, every=watch):
+        if metrics_file is not None:
+            write_metrics(glance, metrics_file)
+        if watch is not None:
+            typer.echo(str(glance))
 
 
 @app.command(epilog="Example: coar verify runs/digits-mean.zarr --repair")
@@ -57,3 +68,29 @@ def verify(
         f"{len(problems) - len(left)} of {len(problems)} problems cleared; collect and fit again to fill the gaps"
     )
     raise typer.Exit(1 if left else 0)
+
+
+@app.command(epilog="Example: coar copy runs/digits-mean.zarr s3://bucket/digits-mean.zarr")
+@told
+def copy(
+    run: RunArgument, destination: Annotated[Path, typer.Argument(metavar="DEST", help="A path or an address.")]
+) -> None:
+    """Copy a run, and check every chunk of it here and there."""
+    from coar.store import Run
+    from coar.store import copy as copy_run
+
+    typer.echo(f"{copy_run(Run.open(run), destination).path}: every chunk that was there is there and whole")
+
+
+@app.command(epilog="Example: coar merge runs/part-1.zarr runs/part-2.zarr --into runs/whole.zarr")
+@told
+def merge(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Runs of one study.")],
+    into: Annotated[Path, typer.Option(help="The new run.")],
+) -> None:
+    """Make one run of several that were collected for one study, each with some of the masks, probes or units."""
+    from coar.store import merge as merge_runs
+
+    made = merge_runs(runs, into=into)
+    missing = len(made.missing_units())
+    typer.echo(f"{made.path}: {len(made.plan)} masks, {missing} of {len(made.units())} units left to collect")

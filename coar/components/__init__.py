@@ -1,7 +1,8 @@
 """Which parts of a model can be ablated: the table, the finders that fill it, and what they know of layers."""
 
 from coar.components.attention import attention_heads
-from coar.components.finders import conv_filters, input_features, neurons, parameter_slices
+from coar.components.experts import experts
+from coar.components.finders import conv_filters, input_features, modules, neurons, parameter_slices
 from coar.components.layers import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
@@ -9,7 +10,9 @@ from coar.components.layers import (
     input_channels,
     is_conv1d,
     is_linear,
+    output_axis,
     output_channels,
+    unwrapped,
 )
 from coar.components.table import Component, Components, Side, check_components, read_component
 
@@ -22,13 +25,17 @@ __all__ = [
     "attention_heads",
     "check_components",
     "conv_filters",
+    "experts",
     "input_axis",
     "input_channels",
     "input_features",
     "is_conv1d",
     "is_linear",
+    "modules",
     "neurons",
+    "output_axis",
     "output_channels",
     "parameter_slices",
     "read_component",
+    "unwrapped",
 ]

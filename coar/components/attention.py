@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from coar.components.finders import Patterns, inside, matching
-from coar.components.layers import input_channels, is_linear
+from coar.components.layers import input_channels, is_linear, unwrapped
 from coar.components.table import Component, Components
 from coar.errors import ComponentError
 
@@ -46,8 +46,9 @@ def attention_heads(model: nn.Module, *, include: Patterns = None, exclude: Patt
 
     Raises:
         ComponentError: When the model has no attention block, a pattern matches none, or the heads or the projection
-            of a block cannot be told; torch's own `nn.MultiheadAttention` is such a block.
+            of a block cannot be told.
     """
+    model = unwrapped(model)
     blocks = _blocks(model)
     if not blocks:
         raise ComponentError(
@@ -70,12 +71,6 @@ def _blocks(model: nn.Module) -> list[str]:
 
 def _heads(model: nn.Module, name: str) -> Iterator[Component]:
     block, projections = model.get_submodule(name), _projections(model, name)
-    if isinstance(block, nn.MultiheadAttention):
-        raise ComponentError(
-            f"{name!r} is torch's nn.MultiheadAttention, whose fused path calls no hook and reads out_proj without "
-            f"calling it; attention_heads does not support it yet: exclude it, or zero its heads with "
-            f"parameter_slices(model, {inside(name, 'out_proj.weight')!r}, axis=1, size={block.head_dim})"
-        )
     width = input_channels(model.get_submodule(projections[0])) if len(projections) == 1 else 0
     count = _count(block, width) if width else 0
     if count == 0:

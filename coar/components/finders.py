@@ -1,11 +1,11 @@
-"""Finders of components: filters, neurons, input features and slices of parameters."""
+"""Finders of components: filters, neurons, input features, whole modules and slices of parameters."""
 
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
-from coar.components.layers import CONVOLUTIONS, input_channels, is_linear, output_channels
+from coar.components.layers import CONVOLUTIONS, input_channels, is_linear, output_channels, unwrapped
 from coar.components.table import Component, Components
 from coar.errors import ComponentError
 
@@ -32,9 +32,10 @@ def conv_filters(model: nn.Module, *, include: Patterns = None, exclude: Pattern
 
 
 def neurons(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> Components:
-    """Find the neurons of every `nn.Linear`: one component per output row.
+    """Find the neurons of every linear layer: one component per output row.
 
-    The last layer of a classifier is among them unless `exclude` names it.
+    The `Conv1D` of transformers counts as a linear layer; its weight is (inputs, outputs), so columns are meant. The
+    last layer of a classifier is among them unless `exclude` names it.
 
     Args:
         model: The model to look through.
@@ -49,7 +50,7 @@ def neurons(model: nn.Module, *, include: Patterns = None, exclude: Patterns = N
         for i in range(output_channels(module)):
             yield Component(f"{name}[{i}]", "neuron", name, "output", -1, i, 1)
 
-    return _find(model, lambda module: isinstance(module, nn.Linear), rows, "linear layer", include, exclude)
+    return _find(model, is_linear, rows, "linear layer", include, exclude)
 
 
 def input_features(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> Components:
@@ -75,6 +76,24 @@ def input_features(model: nn.Module, *, include: Patterns = None, exclude: Patte
     return _find(model, is_linear, columns, "linear layer", include, exclude)
 
 
+def modules(model: nn.Module, patterns: str | Sequence[str]) -> Components:
+    """Take whole modules, such as attention blocks or branches of a residual net, each as one component.
+
+    What is ablated is the tensor that the module returns, or the first of a tuple.
+
+    Args:
+        model: The model to look through.
+        patterns: Shell-style patterns of module names, such as `*.mlp`.
+
+    Raises:
+        ComponentError: When a pattern matches no module.
+    """
+    names = [name for name, _ in unwrapped(model).named_modules() if name]
+    return Components(
+        Component(name, "module", name, "module", 0, 0, 1) for name in matching(names, patterns, None, "module")
+    )
+
+
 def parameter_slices(model: nn.Module, patterns: str | Sequence[str], *, axis: int = 0, size: int = 1) -> Components:
     """Cut parameters into slices along one axis, each slice a component that can only be zeroed.
 
@@ -87,7 +106,7 @@ def parameter_slices(model: nn.Module, patterns: str | Sequence[str], *, axis: i
     Raises:
         ComponentError: When a pattern matches no parameter, or the axis or size does not fit one that it matches.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(unwrapped(model).named_parameters())
     rows = []
     for name in matching(list(parameters), patterns, None, "parameter"):
         shape = tuple(parameters[name].shape)
@@ -113,14 +132,15 @@ def _find(
     include: Patterns,
     exclude: Patterns,
 ) -> Components:
-    modules = {name: module for name, module in model.named_modules() if chosen(module)}
-    if not modules:
+    model = unwrapped(model)
+    found = {name: module for name, module in model.named_modules() if chosen(module)}
+    if not found:
         raise ComponentError(f"{type(model).__name__} has no {noun}; choose a finder for another kind of component")
-    for name, module in modules.items():
+    for name, module in found.items():
         if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
             raise ComponentError(f"{name!r} is lazy and has no shape yet; run the model once on real inputs first")
-    kept = matching(list(modules), include, exclude, noun)
-    return Components(row for name in kept for row in rows(name, modules[name]))
+    kept = matching(list(found), include, exclude, noun)
+    return Components(row for name in kept for row in rows(name, found[name]))
 
 
 def matching(names: list[str], include: Patterns, exclude: Patterns, noun: str) -> list[str]:

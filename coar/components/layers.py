@@ -1,9 +1,21 @@
 """What counts as a layer, and how many inputs and outputs it has."""
 
+import torch
 from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside what `torch.compile`, `DataParallel` and `DistributedDataParallel` return."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -20,7 +32,14 @@ def is_linear(module: nn.Module) -> bool:
 
 def output_channels(module: nn.Module) -> int:
     """Return how many output rows a convolution or linear layer has, 0 for any other module."""
+    if is_conv1d(module):
+        return int(module.nf)  # type: ignore[arg-type]
     return int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))
+
+
+def output_axis(layer: nn.Module) -> int:
+    """Return the axis of a layer's weight along which its outputs lie; for grouped transposed ones, within a group."""
+    return 1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) or is_conv1d(layer) else 0
 
 
 def input_channels(module: nn.Module) -> int:

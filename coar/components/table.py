@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
 
 from torch import nn
 
-from coar.components.layers import input_channels, output_channels
+from coar.components.layers import input_channels, output_channels, unwrapped
 from coar.errors import ComponentError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Side = Literal["output", "input", "parameter"]
+Side = Literal["output", "input", "module", "parameter"]
 
 
 class Component(NamedTuple):
@@ -21,9 +21,10 @@ class Component(NamedTuple):
 
     Attributes:
         name: Unique name, such as `layer1.0.conv1[17]`.
-        kind: `conv filter`, `neuron`, `input feature`, `attention head` or `parameter slice`.
-        site: Path of the module, or of the parameter for a parameter slice.
-        side: What of the site is ablated: the module's `output`, its `input`, or the `parameter` itself.
+        kind: `conv filter`, `neuron`, `input feature`, `attention head`, `expert`, `module` or `parameter slice`.
+        site: Path of the module, or of the parameter for a slice of one.
+        side: What of the site is ablated: channels of the module's `output` or `input`, all that the `module` returns,
+            or the `parameter` itself.
         axis: Axis of the module's output or input, or of the parameter, along which the component lies.
         position: First index of the component along that axis.
         size: How many indices it takes along that axis.
@@ -125,6 +126,7 @@ class Components(Sequence[Component]):
 
 def check_components(model: nn.Module, components: Components) -> None:
     """Raise `ComponentError`, naming the first culprit, unless every component is a part of this model."""
+    model = unwrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for (site, side, axis), indices in components.sites().items():
@@ -145,6 +147,8 @@ def check_components(model: nn.Module, components: Components) -> None:
 
 
 def _length(found: nn.Module | nn.Parameter, side: Side, axis: int) -> int:
+    if side == "module":
+        return 1
     if isinstance(found, nn.Module):
         return input_channels(found) if side == "input" else output_channels(found)
     return found.shape[axis] if axis < found.ndim else 0

@@ -1,10 +1,10 @@
-"""The choice of components for a goal, and the edit that ablates them for good."""
+"""An edit: components to ablate for good, applied, undone, joined, and kept on disk."""
 
 import json
 import os
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,15 +13,17 @@ from torch import nn
 
 from coar.ablation import fold
 from coar.attributions import Attributions
-from coar.components import Component, read_component
+from coar.components import Component, read_component, unwrapped
 from coar.editing.goals import EditGoal
-from coar.errors import EditError, GoalError, SettingsError, StorageError
-from coar.weights import weights_fingerprint
+from coar.editing.originals import Originals
+from coar.editing.ranking import ranking, welch_t
+from coar.errors import EditError, SettingsError, StorageError, WeightsError
+from coar.weights import read_state, save_state, weights_fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -32,31 +34,34 @@ class Edit:
         components: The chosen components, most important first.
         replacements: One constant per component.
         scores: The score each was chosen by.
-        goal: What the edit is for.
+        goal: What the edit is for; None for edits joined that had different goals.
         ablation: Name of the ablation that the attributions were made with.
         batch_norms: Path of the batch norm that takes the constants of a site without bias.
         weights: SHA-256 of the weights that the edit was made for.
+        originals: What it takes out of the weights, see `keep`; None before the weights were seen.
     """
 
     components: tuple[Component, ...]
     replacements: tuple[float, ...]
     scores: tuple[float, ...]
-    goal: EditGoal
+    goal: EditGoal | None
     ablation: str
     batch_norms: dict[str, str]
     weights: str
+    originals: Originals | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.components)
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Return an edited copy, a plain module of the same class.
+        """Return an edited copy, a plain module of the same class; the one inside a compiled or parallel model.
 
         Its state dict has the same keys wherever a layer has a bias or is followed by a batch norm.
 
         Raises:
             EditError: When the model's weights are not the ones that the edit was made for.
         """
+        model = unwrapped(model)
         if weights_fingerprint(model) != self.weights:
             raise EditError(
                 f"this edit was made for weights {self.weights[:12]}..., and this {type(model).__name__} has others; "
@@ -66,8 +71,74 @@ class Edit:
         fold(edited, self.components, self.replacements, batch_norms=self.batch_norms)
         return edited
 
+    def keep(self, model: nn.Module) -> "Edit":
+        """Return this edit with the numbers that it takes out of the model's weights, so that it can be undone.
+
+        Raises:
+            EditError: When the model's weights are not the ones that the edit was made for.
+        """
+        return replace(self, originals=Originals.between(model.state_dict(), self.apply(model).state_dict()))
+
+    def undo(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the edited model with the original weights, bit for bit.
+
+        Raises:
+            EditError: When the edit keeps no original weights, or did not make this model's.
+        """
+        restored = deepcopy(model)
+        state = self.kept().restore(model.state_dict(), original=self.weights)
+        for name in self.kept().added:
+            site, _, parameter = name.rpartition(".")
+            setattr(restored.get_submodule(site), parameter, None)
+        restored.load_state_dict(state)
+        return restored
+
+    def kept(self) -> Originals:
+        """Return the originals; raise `EditError` when there are none."""
+        if self.originals is None:
+            raise EditError(
+                "this edit keeps no original weights, so it cannot be undone; call edit.keep(model) with the model it "
+                "was made for, or load those weights again"
+            )
+        return self.originals
+
+    def __add__(self, other: "Edit") -> "Edit":
+        """Return one edit that does what both do; a component in both must be replaced by the same constant.
+
+        Original weights are not carried over; `keep` takes them again.
+
+        Raises:
+            EditError: When the edits are for different weights or disagree on a constant.
+        """
+        if self.weights != other.weights:
+            raise EditError(
+                f"one edit is for weights {self.weights[:12]}..., the other for {other.weights[:12]}...; join edits of "
+                f"one model only"
+            )
+        mine = dict(zip(self.components, self.replacements, strict=True))
+        more = []
+        for component, value, score in zip(other.components, other.replacements, other.scores, strict=True):
+            if component not in mine:
+                more.append((component, value, score))
+            elif mine[component] != value:
+                raise EditError(
+                    f"{component.name!r} is replaced by {mine[component]:g} in one edit and by {value:g} in the other; "
+                    f"take it out of one, or make both with the same ablation"
+                )
+        parts = zip(*more, strict=True) if more else ((), (), ())
+        components, values, scores = (tuple(part) for part in parts)
+        return Edit(
+            self.components + components,
+            self.replacements + values,
+            self.scores + scores,
+            self.goal if self.goal == other.goal else None,
+            self.ablation if self.ablation == other.ablation else f"{self.ablation} and {other.ablation}",
+            {**self.batch_norms, **other.batch_norms},
+            self.weights,
+        )
+
     def save(self, path: str | Path) -> None:
-        """Write the edit as JSON, whole or not at all.
+        """Write the edit as JSON, whole or not at all, and before it what it keeps as safetensors beside it.
 
         Raises:
             StorageError: When the disk refuses the write.
@@ -76,7 +147,7 @@ class Edit:
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         content = {
             "format": FORMAT,
-            "goal": self.goal.model_dump(mode="json"),
+            "goal": self.goal.model_dump(mode="json") if self.goal else None,
             "ablation": self.ablation,
             "weights": self.weights,
             "batch_norms": self.batch_norms,
@@ -84,7 +155,16 @@ class Edit:
                 {**component._asdict(), "replacement": value, "score": score}
                 for component, value, score in zip(self.components, self.replacements, self.scores, strict=True)
             ],
+            "originals": self.originals
+            and {
+                "file": _beside(file).name,
+                "sha256": self.originals.fingerprint(),
+                "added": list(self.originals.added),
+                "edited": self.originals.edited,
+            },
         }
+        if self.originals:
+            save_state(self.originals.tensors, _beside(file))
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps(content, indent=1) + "\n")
@@ -107,10 +187,11 @@ class Edit:
                 tuple(read_component([row[field] for field in Component._fields]) for row in rows),
                 tuple(float(row["replacement"]) for row in rows),
                 tuple(float(row["score"]) for row in rows),
-                EditGoal(**content["goal"]),
+                None if content["goal"] is None else EditGoal(**content["goal"]),
                 str(content["ablation"]),
                 {str(site): str(name) for site, name in content["batch_norms"].items()},
                 str(content["weights"]),
+                _read_originals(file, content.get("originals")),
             )
         except EditError:
             raise
@@ -142,13 +223,6 @@ def edit(attributions: Attributions, goal: EditGoal, *, budget: int) -> Edit:
     return edit_of(attributions, goal, ranking(scores, goal)[:count], scores)
 
 
-def check_budget(budget: int, components: int) -> int:
-    """Return the budget, or raise `SettingsError` when it is not between 1 and the number of components."""
-    if not 1 <= budget <= components:
-        raise SettingsError(f"a budget of {budget} was given; choose 1 to {components}, the components there are")
-    return budget
-
-
 def edit_of(
     attributions: Attributions, goal: EditGoal, indices: Sequence[int] | np.ndarray, scores: np.ndarray
 ) -> Edit:
@@ -167,35 +241,29 @@ def edit_of(
     )
 
 
-def welch_t(attributions: Attributions, goal: EditGoal) -> np.ndarray:
-    """Return (components,) Welch's t statistics of the targets' attributions against the references'.
-
-    A single target has no variance of its own; its share of the standard error is then taken as zero, so that the
-    score is its distance from the references' mean in units of that mean's standard error.
-
-    Raises:
-        GoalError: When there are fewer than two references.
-    """
-    targets, references = goal.resolve(attributions.metadata)
-    if len(references) < 2:
-        raise GoalError("there is one reference, which tells nothing of the spread; give two or more")
-    near, far = _moments(attributions, targets), _moments(attributions, references)
-    error = np.sqrt(near[1] / len(targets) + far[1] / len(references))
-    return (near[0] - far[0]) / np.maximum(error, np.finfo(np.float64).tiny)  # type: ignore[no-any-return]
+def check_budget(budget: int, components: int) -> int:
+    """Return the budget, or raise `SettingsError` when it is not between 1 and the number of components."""
+    if not 1 <= budget <= components:
+        raise SettingsError(f"a budget of {budget} was given; choose 1 to {components}, the components there are")
+    return budget
 
 
-def ranking(scores: np.ndarray, goal: EditGoal) -> np.ndarray:
-    """Return component indices, the ones to ablate first in front: top t to decrease an output, bottom to increase."""
-    return np.argsort(-scores if goal.direction == "decrease" else scores, kind="stable")
+def _beside(file: Path) -> Path:
+    return file.with_name(f"{file.stem}.originals.safetensors")
 
 
-def _moments(attributions: Attributions, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (components,) mean and unbiased variance over examples, reading them a block at a time."""
-    count, mean, squares = 0, np.zeros(len(attributions.components)), np.zeros(len(attributions.components))
-    for start in range(0, len(rows), 1024):
-        weights = attributions.weights(rows[start : start + 1024]).astype(np.float64)
-        here = weights.mean(0)
-        gap, total = here - mean, count + len(weights)
-        squares += ((weights - here) ** 2).sum(0) + gap**2 * count * len(weights) / total
-        mean, count = mean + gap * len(weights) / total, total
-    return mean, squares / max(count - 1, 1)
+def _read_originals(file: Path, about: dict[str, Any] | None) -> Originals | None:
+    """Read what an edit keeps; raise `EditError` when it is not what was written with the edit."""
+    if about is None:
+        return None
+    beside = file.with_name(Path(str(about["file"])).name)
+    try:
+        tensors = read_state(beside)
+    except WeightsError as error:
+        raise EditError(f"{file} keeps original weights in {beside}, which cannot be read: {error}") from None
+    originals = Originals(tensors, tuple(str(name) for name in about["added"]), str(about["edited"]))
+    if originals.fingerprint() != about["sha256"]:
+        raise EditError(
+            f"{beside} is not the file that was written with {file}; get both again, or make the edit again"
+        )
+    return originals

@@ -11,6 +11,7 @@ from coar.expressions import select
 from coar.settings import Settings
 
 Selection = str | tuple[int, ...]
+Columns = Mapping[str, np.ndarray]
 
 
 class EditGoal(Settings):
@@ -20,6 +21,9 @@ class EditGoal(Settings):
         targets: The examples to change: positions, or a condition over metadata columns such as `label == 3`.
         references: The examples to leave alone, likewise.
         direction: Whether the targets' output shall `decrease` or `increase`.
+        groups: Metadata column of the groups of references over which harm is bounded; by default `label` where there
+            is such a column, or else all references are one group.
+        pairs: Metadata column that matches each target with one reference, such as the same picture without a trigger.
     """
 
     mistake: ClassVar[type[CoarError]] = GoalError
@@ -27,6 +31,8 @@ class EditGoal(Settings):
     targets: Selection
     references: Selection
     direction: Literal["decrease", "increase"]
+    groups: str | None = None
+    pairs: str | None = None
 
     @field_validator("targets", "references", mode="before")
     @classmethod
@@ -39,14 +45,20 @@ class EditGoal(Settings):
             raise ValueError("give a condition, positions, or one truth value per example")
         return tuple(int(row) for row in (np.flatnonzero(rows) if rows.dtype == bool else rows))
 
-    def resolve(self, metadata: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the positions of targets and references, ascending.
+    @property
+    def general(self) -> bool:
+        """Whether the goal is written as conditions, which speak of any examples with the same columns."""
+        return isinstance(self.targets, str) and isinstance(self.references, str)
+
+    def resolve(self, metadata: Columns) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions of targets and references, ascending, or in the order of their pairs where there are.
 
         Args:
             metadata: (examples,) columns.
 
         Raises:
-            GoalError: When either is empty, the two overlap, or a column or position is not there.
+            GoalError: When either is empty, the two overlap, a column or position is not there, or targets and
+                references do not match one to one.
         """
         targets = _positions("targets", self.targets, metadata)
         references = _positions("references", self.references, metadata)
@@ -55,10 +67,24 @@ class EditGoal(Settings):
             raise GoalError(
                 f"{len(both)} examples are targets and references at once, first {both[0]}; take them out of one"
             )
-        return targets, references
+        if self.pairs is None:
+            return targets, references
+        column = _column("pairs", self.pairs, metadata)
+        return _paired(self.pairs, column, targets, references)
+
+    def groups_of(self, metadata: Columns, rows: np.ndarray) -> np.ndarray:
+        """Return the group of each of these examples; all the same where there are no groups.
+
+        Raises:
+            GoalError: When there is no such column.
+        """
+        if self.groups is not None:
+            found: np.ndarray = _column("groups", self.groups, metadata)[rows]
+            return found
+        return np.asarray(metadata["label"])[rows] if "label" in metadata else np.zeros(len(rows), dtype=np.int64)
 
 
-def _positions(role: str, selection: Selection, metadata: Mapping[str, np.ndarray]) -> np.ndarray:
+def _positions(role: str, selection: Selection, metadata: Columns) -> np.ndarray:
     n = len(next(iter(metadata.values())))
     if isinstance(selection, str):
         found = np.flatnonzero(select(selection, metadata))
@@ -70,3 +96,30 @@ def _positions(role: str, selection: Selection, metadata: Mapping[str, np.ndarra
     if not len(found):
         raise GoalError(f"{role}={selection!r} selects none of the {n} examples; widen it")
     return found
+
+
+def _column(role: str, name: str, metadata: Columns) -> np.ndarray:
+    if name not in metadata:
+        raise GoalError(f"{role} names column {name!r}; there are {', '.join(sorted(metadata))}: choose one of them")
+    return np.asarray(metadata[name])
+
+
+def _paired(
+    name: str, column: np.ndarray, targets: np.ndarray, references: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return targets and references in the order of their common values, which each must have once."""
+    sides = {"target": column[targets], "reference": column[references]}
+    for role, values in sides.items():
+        found, counts = np.unique(values, return_counts=True)
+        if counts.max() > 1:
+            twice = found[counts > 1][0].item()
+            raise GoalError(
+                f"{name} == {twice!r} belongs to {counts.max()} {role}s; pairs need one target and one reference each"
+            )
+    alone = np.setxor1d(*sides.values())
+    if len(alone):
+        raise GoalError(
+            f"{len(alone)} values of {name!r}, first {alone[0].item()!r}, belong to a target or to a reference but not "
+            f"to both; select both of every pair"
+        )
+    return targets[np.argsort(sides["target"])], references[np.argsort(sides["reference"])]

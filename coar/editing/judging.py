@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from coar.attributions import Attributions
+from coar.editing.choosing import columns
 from coar.editing.edits import Edit
 from coar.editing.goals import EditGoal
 from coar.errors import GoalError
@@ -52,7 +53,7 @@ def effect_curve(
 def judge_edit(
     edit: Edit, model: nn.Module, examples: Examples, *, goal: EditGoal | None = None, device: str = "auto"
 ) -> "pd.DataFrame":
-    """Compare the model with its edited copy on targets and references.
+    """Compare the model with its edited copy on targets, references, and groups of references.
 
     Args:
         edit: The edit to judge.
@@ -63,36 +64,47 @@ def judge_edit(
         device: Where to compute.
 
     Raises:
-        GoalError: When the edit's goal names examples by position and no other is given.
+        GoalError: When the edit's goal names examples by position, or it has none, and no other is given.
 
     Returns:
-        One row per group: number of examples, accuracy and mean margin (against the largest other logit) before and
-        after, and the change of accuracy in points.
+        A row for targets and one for references: number of examples and of components, accuracy and mean margin
+        (against the largest other logit) before and after, and the change of accuracy in points. Where references have
+        several groups, a row for the average over these, and one for the group whose accuracy fell most.
     """
     import pandas as pd
 
-    if goal is None and not all(isinstance(part, str) for part in (edit.goal.targets, edit.goal.references)):
+    goal = goal or edit.goal
+    if goal is None or (goal is edit.goal and not goal.general):
         raise GoalError(
-            "the edit's goal names examples by position, which says nothing of others; give goal= with conditions"
+            "the edit's goal names examples by position, or there is none, which says nothing of these examples; give "
+            "goal= with conditions"
         )
-    targets, references = (goal or edit.goal).resolve({k: np.asarray(v) for k, v in examples.metadata.items()})
+    targets, references = goal.resolve(columns(examples))
     before, after = margins(model, examples, device=device), margins(edit.apply(model), examples, device=device)
-    rows = []
-    for group, chosen in (("targets", targets), ("references", references)):
+
+    def row(name: str, chosen: np.ndarray) -> dict[str, object]:
         old, new = before[chosen], after[chosen]
-        rows.append(
-            {
-                "group": group,
-                "examples": len(chosen),
-                "components": len(edit),
-                "accuracy_before": float((old > 0).mean()),
-                "accuracy_after": float((new > 0).mean()),
-                "points": 100 * float((new > 0).mean() - (old > 0).mean()),
-                "margin_before": float(old.mean()),
-                "margin_after": float(new.mean()),
-            }
-        )
-    return pd.DataFrame(rows)
+        return {
+            "group": name,
+            "examples": len(chosen),
+            "components": len(edit),
+            "accuracy_before": float((old > 0).mean()),
+            "accuracy_after": float((new > 0).mean()),
+            "points": 100 * float((new > 0).mean() - (old > 0).mean()),
+            "margin_before": float(old.mean()),
+            "margin_after": float(new.mean()),
+        }
+
+    table = pd.DataFrame([row("targets", targets), row("references", references)])
+    of = goal.groups_of(columns(examples), references)
+    names = np.unique(of)
+    if len(names) == 1:
+        return table
+    groups = pd.DataFrame([row(f"most harmed: {name}", references[of == name]) for name in names])
+    average = (
+        groups.drop(columns="group").mean().to_frame().T.assign(group="average of groups", examples=len(references))
+    )
+    return pd.concat([table, average, groups.nsmallest(1, "points")], ignore_index=True).astype(dict(table.dtypes))
 
 
 def margins(model: nn.Module, examples: Examples, *, device: str = "auto") -> np.ndarray:

@@ -1,27 +1,44 @@
-"""Ready tasks: forget a class, and fix single errors, chosen on some examples and judged on others."""
+"""Ready tasks: a goal, the examples and the bound that go with it, chosen on some examples and judged on others."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 from torch import nn
 
 from coar.attributions import Attributions
-from coar.editing.edits import Edit, check_budget, edit_of, ranking, welch_t
+from coar.editing.choosing import columns
+from coar.editing.edits import Edit
 from coar.editing.goals import EditGoal
 from coar.editing.judging import effect_curve, judge_edit, margins
+from coar.editing.selection import Rule, Selection, select
+from coar.editing.tradeoff import Bound, TradeOff
 from coar.errors import GoalError
 from coar.examples import Examples
+from coar.progress import progress_bar
+from coar.worker import Precision
 
 if TYPE_CHECKING:
     import pandas as pd
 
-log = logging.getLogger(__name__)
+FORGET = Bound(mean=0.003, group=0.03)
+REPAIR = Bound(mean=0.02, group=0.05)  # for groups and shortcuts, which cost some accuracy elsewhere
+FIX, FIX_TRADEOFF, FIX_STEPS = Bound(mean=0.003, group=0.03), TradeOff(target_scale=0.5), 60
 
-MOST = 40  # components that are tried without a budget
-HARM = 6.0  # how much a point of accuracy lost on references weighs against a point taken from the targets
+
+class Options(TypedDict, total=False):
+    """What every task passes on to `select`, see there."""
+
+    choosing: Examples | None
+    budget: int | None
+    rule: Rule
+    tradeoff: TradeOff | None
+    bound: Bound | None
+    device: str
+    precision: Precision
+    seed: int
+    progress: bool
 
 
 @dataclass(frozen=True)
@@ -33,12 +50,14 @@ class TaskResult:
         edits: The edits it chose; one per corrected example for `fix`.
         table: Before and after, on examples that no choice has seen.
         curve: Accuracy of each group (`group`, `accuracy`) against the number of ablated components (`components`).
+        selections: How the edits were chosen, one each.
     """
 
     name: str
     edits: tuple[Edit, ...]
     table: "pd.DataFrame"
     curve: "pd.DataFrame"
+    selections: tuple[Selection, ...] = ()
 
 
 def reach_goal(
@@ -49,13 +68,9 @@ def reach_goal(
     *,
     goal: EditGoal,
     name: str,
-    budget: int | None = None,
-    device: str = "auto",
+    **options: Unpack[Options],
 ) -> TaskResult:
     """Edit the model for a goal, and judge it on other examples.
-
-    Components are ranked by Welch's t. Without a budget, the number (1 to 40) is the one with the best trade-off on the
-    studied examples: accuracy of the targets, to be lowered or raised, plus six times the accuracy lost on references.
 
     Args:
         attributions: Attributions of the studied examples.
@@ -64,30 +79,19 @@ def reach_goal(
         judge: Other examples, used to judge.
         goal: Targets and references, as conditions that both sets of examples can answer.
         name: Name of the result.
-        budget: How many components to ablate.
-        device: Where to compute.
+        options: Any of the options of `select`.
 
     Raises:
-        GoalError: When the studied or judging examples have no targets or no references.
+        GoalError: When the studied or judging examples have no targets or no references, or see `select`.
         SettingsError: When the budget is out of range.
     """
-    _check_studied(attributions, studied)
-    scores = welch_t(attributions, goal)
-    order = ranking(scores, goal)
-    counts = _counts(budget, len(order))
-    groups = dict(zip(("targets", "references"), goal.resolve(_columns(judge)), strict=True))
-    if budget is None:
-        targets, references = goal.resolve(attributions.metadata)
-        correct = effect_curve(model, attributions, order, studied, counts=counts, device=device) > 0
-        reached, kept = correct[:, targets].mean(1), correct[:, references].mean(1)
-        missed = reached if goal.direction == "decrease" else 1 - reached
-        budget = int((missed + HARM * (kept[0] - kept))[1:].argmin()) + 1
-        if budget == counts[-1]:
-            log.warning("the best trade-off is at %d components, the most that are tried; try a larger budget", budget)
-    edit = edit_of(attributions, goal, order[: check_budget(budget, len(order))], scores)
-    table = judge_edit(edit, model, judge, device=device)
-    seen = effect_curve(model, attributions, order, judge, counts=counts, device=device)
-    return TaskResult(name, (edit,), table, _curve(seen, counts, groups))
+    targets, references = goal.resolve(columns(judge))
+    chosen = select(attributions, model, studied, goal, **options)
+    device = options.get("device", "auto")
+    table = judge_edit(chosen.edit, model, judge, device=device)
+    seen = _along(chosen.edit, attributions, model, judge, device)
+    curve = _curve(seen, {"targets": targets, "references": references})
+    return TaskResult(name, (chosen.edit,), table, curve, (chosen,))
 
 
 def forget_class(
@@ -97,10 +101,11 @@ def forget_class(
     judge: Examples,
     *,
     label: int,
-    budget: int | None = None,
-    device: str = "auto",
+    **options: Unpack[Options],
 ) -> TaskResult:
     """Make the model fail on one class and leave the others as they are: `reach_goal` with the class as targets.
+
+    The other classes may lose 0.3 points on average on the choosing examples and none 3, unless `bound` says other.
 
     Args:
         attributions: Attributions of the studied examples.
@@ -108,39 +113,118 @@ def forget_class(
         studied: The study's examples, used to choose.
         judge: Other examples, used to judge.
         label: The class to forget.
-        budget: How many components to ablate; by default the best trade-off, 40 at most.
-        device: Where to compute.
+        options: Any of the options of `select`.
 
     Raises:
-        GoalError: When the studied or judging examples have none of the class or none of the others.
+        GoalError: When the studied or judging examples have none of the class or none of the others, or see `select`.
     """
     goal = EditGoal(targets=f"label == {label}", references=f"label != {label}", direction="decrease")
-    return reach_goal(
-        attributions, model, studied, judge, goal=goal, name=f"forget-{label}", budget=budget, device=device
-    )
+    options["bound"] = options.get("bound") or FORGET
+    return reach_goal(attributions, model, studied, judge, goal=goal, name=f"forget-{label}", **options)
 
 
-def fix_errors(
+def strengthen_group(
     attributions: Attributions,
     model: nn.Module,
     studied: Examples,
     judge: Examples,
     *,
-    budget: int | None = None,
-    device: str = "auto",
+    group: str | int | None = None,
+    goal: EditGoal | None = None,
+    **options: Unpack[Options],
+) -> TaskResult:
+    """Raise a subpopulation's accuracy: the values of the metadata column `group`, by default the worst of them.
+
+    Args:
+        attributions: Attributions of the studied examples.
+        model: The model they were collected from.
+        studied: The study's examples, used to choose.
+        judge: Other examples, used to judge.
+        group: The group to strengthen; by default the one with the lowest accuracy among the studied examples.
+        goal: A goal to take instead.
+        options: Any of the options of `select`.
+
+    Raises:
+        GoalError: When there is no column `group` or no such group in it, or see `select`.
+    """
+    if goal is None:
+        if "group" not in studied.metadata:
+            raise GoalError("the examples have no metadata column 'group'; add one, or give a goal")
+        of = np.asarray(studied.metadata["group"])
+        if group is None:
+            right = margins(model, studied, device=options.get("device", "auto")) > 0
+            group = min(np.unique(of), key=lambda one: right[of == one].mean()).item()
+        conditions = {"targets": f"group == {group!r}", "references": f"group != {group!r}"}
+        goal = EditGoal(**conditions, direction="increase", groups="group")
+    return _repair(attributions, model, studied, judge, goal, "group", options)
+
+
+def remove_backdoor(
+    attributions: Attributions,
+    model: nn.Module,
+    studied: Examples,
+    judge: Examples,
+    *,
+    goal: EditGoal | None = None,
+    **options: Unpack[Options],
+) -> TaskResult:
+    """Get triggered examples right: those with 1 in the column `triggered`, each paired by `pair` with a clean one.
+
+    Args:
+        attributions: Attributions of the studied examples.
+        model: The model they were collected from.
+        studied: The study's examples, used to choose.
+        judge: Other examples, used to judge.
+        goal: A goal to take instead.
+        options: Any of the options of `select`.
+
+    Raises:
+        GoalError: When a column is missing or pairs do not match, or see `select`.
+    """
+    goal = goal or _pairs("triggered", studied)
+    return _repair(attributions, model, studied, judge, goal, "backdoor", options)
+
+
+def resist_typographic(
+    attributions: Attributions,
+    model: nn.Module,
+    studied: Examples,
+    judge: Examples,
+    *,
+    goal: EditGoal | None = None,
+    **options: Unpack[Options],
+) -> TaskResult:
+    """Get attacked examples right: those with 1 in the column `attacked`, each paired by `pair` with a clean one.
+
+    Args:
+        attributions: Attributions of the studied examples.
+        model: The model they were collected from.
+        studied: The study's examples, used to choose.
+        judge: Other examples, used to judge.
+        goal: A goal to take instead.
+        options: Any of the options of `select`.
+
+    Raises:
+        GoalError: When a column is missing or pairs do not match, or see `select`.
+    """
+    goal = goal or _pairs("attacked", studied)
+    return _repair(attributions, model, studied, judge, goal, "typographic", options)
+
+
+def fix_errors(
+    attributions: Attributions, model: nn.Module, studied: Examples, judge: Examples, **options: Unpack[Options]
 ) -> TaskResult:
     """Correct each misclassified studied example in turn, each by an edit of its own.
 
-    The references are the studied examples that are classified correctly. Components are ranked by Welch's t (bottom t
-    first). Without a budget, the fewest are taken that correct the example, 40 at most.
+    The references are the studied examples that are classified correctly, and all further choosing examples. One
+    target says little of others like it, so what is sought is the least harm with a small margin for the target.
 
     Args:
         attributions: Attributions of the studied examples.
         model: The model they were collected from.
         studied: The study's examples.
         judge: Other examples, on which the harm is judged.
-        budget: How many components to ablate for every example.
-        device: Where to compute.
+        options: Any of the options of `select`.
 
     Raises:
         GoalError: When no studied example is misclassified.
@@ -148,72 +232,97 @@ def fix_errors(
     """
     import pandas as pd
 
-    _check_studied(attributions, studied)
-    if budget is not None:
-        check_budget(budget, len(attributions.components))
-    before = margins(model, studied, device=device)
+    device = options.get("device", "auto")
+    before, judged = margins(model, studied, device=device), margins(model, judge, device=device)
     wrong, right = np.flatnonzero(before <= 0), np.flatnonzero(before > 0)
     if not len(wrong):
         raise GoalError(f"the model classifies all {len(studied)} studied examples correctly; there is nothing to fix")
-    counts = _counts(budget, len(attributions.components))
-    rows, edits, curves = [], [], []
-    for i in wrong.tolist():
+    shown = options.get("progress", True)
+    options["tradeoff"], options["bound"] = options.get("tradeoff") or FIX_TRADEOFF, options.get("bound") or FIX
+    options["progress"] = False
+    rows, chosen, curves = [], [], []
+    for i in progress_bar(wrong.tolist(), desc="fix", unit="error", shown=shown):
         goal = EditGoal(targets=(i,), references=tuple(right.tolist()), direction="increase")
-        scores = welch_t(attributions, goal)
-        order = ranking(scores, goal)
-        own = effect_curve(model, attributions, order, studied.subset([i]), counts=counts, device=device)[:, 0]
-        others = effect_curve(model, attributions, order, judge, counts=counts, device=device)
-        fewest = int((own > 0).argmax()) if (own > 0).any() else int(own.argmax())
-        count = budget or fewest  # counts are 0, 1, 2, ..., so that a count is its own row
+        try:
+            found = select(attributions, model, studied, goal, steps=FIX_STEPS, **options)
+        except GoalError:  # no set within the bound helps this one
+            found = None
+        own, others = before[i : i + 1, None], judged[None]
+        if found:
+            chosen.append(found)
+            own = _along(found.edit, attributions, model, studied.subset([i]), device)
+            others = _along(found.edit, attributions, model, judge, device)
         identity = {name: np.asarray(column)[i] for name, column in studied.metadata.items()}
-        rows.append({**identity, **_before_and_after(own, others, count)})
-        edits.append(edit_of(attributions, goal, order[:count], scores))
+        rows.append({**identity, **_before_and_after(own[:, 0], others)})
         curves.append((own, others))
-    own = np.stack([own for own, _ in curves], axis=1)  # (counts, errors)
-    others = np.concatenate([curve for _, curve in curves], axis=1)  # (counts, errors * judged examples)
-    overview = [
-        _curve(own, counts, {"errors": np.arange(own.shape[1])}),
-        _curve(others, counts, {"judged examples": np.arange(others.shape[1])}),
-    ]
-    return TaskResult("fix", tuple(edits), pd.DataFrame(rows), pd.concat(overview, ignore_index=True))
+    return TaskResult("fix", tuple(one.edit for one in chosen), pd.DataFrame(rows), _overview(curves), tuple(chosen))
 
 
-def _before_and_after(own: np.ndarray, others: np.ndarray, count: int) -> dict[str, Any]:
-    """Return what ablating `count` components does, from (counts,) margins of the error and (counts, n) of others."""
+TASKS: dict[str, Callable[..., TaskResult]] = {
+    "forget": forget_class,
+    "fix": fix_errors,
+    "group": strengthen_group,
+    "backdoor": remove_backdoor,
+    "typographic": resist_typographic,
+}
+
+
+def _pairs(column: str, studied: Examples) -> EditGoal:
+    missing = [name for name in (column, "pair") if name not in studied.metadata]
+    if missing:
+        raise GoalError(f"the examples have no metadata column {missing[0]!r}; add it, or give a goal")
+    return EditGoal(targets=f"{column} == 1", references=f"{column} == 0", direction="increase", pairs="pair")
+
+
+def _repair(
+    attributions: Attributions,
+    model: nn.Module,
+    studied: Examples,
+    judge: Examples,
+    goal: EditGoal,
+    name: str,
+    options: Options,
+) -> TaskResult:
+    options["bound"] = options.get("bound") or REPAIR
+    return reach_goal(attributions, model, studied, judge, goal=goal, name=name, **options)
+
+
+def _along(edit: Edit, attributions: Attributions, model: nn.Module, examples: Examples, device: str) -> np.ndarray:
+    """Return (components + 1, examples) margins as an edit's components are ablated one after another."""
+    order = [attributions.components.index(component.name) for component in edit.components]
+    return effect_curve(model, attributions, order, examples, counts=range(len(order) + 1), device=device)
+
+
+def _before_and_after(own: np.ndarray, others: np.ndarray) -> dict[str, Any]:
+    """Return what an edit does, from (components + 1,) margins of the error and (components + 1, n) of others."""
     accuracy = (others > 0).mean(1)
     return {
-        "components": count,
-        "corrected": bool(own[count] > 0),
+        "components": len(own) - 1,
+        "corrected": bool(own[-1] > 0),
         "margin_before": float(own[0]),
-        "margin_after": float(own[count]),
+        "margin_after": float(own[-1]),
         "judge_before": float(accuracy[0]),
-        "judge_after": float(accuracy[count]),
-        "points": 100 * float(accuracy[count] - accuracy[0]),
+        "judge_after": float(accuracy[-1]),
+        "points": 100 * float(accuracy[-1] - accuracy[0]),
     }
 
 
-def _check_studied(attributions: Attributions, studied: Examples) -> None:
-    if not np.array_equal(attributions.metadata["id"], np.asarray(studied.metadata["id"])):
-        raise GoalError(
-            f"the {len(studied)} studied examples are not the {len(attributions)} that have attributions by their ids; "
-            f"give the examples of the study"
-        )
-
-
-def _counts(budget: int | None, components: int) -> list[int]:
-    most = max(MOST, budget or 0)
-    return list(range(min(most, components) + 1))
-
-
-def _columns(examples: Examples) -> dict[str, np.ndarray]:
-    return {name: np.asarray(column) for name, column in examples.metadata.items()}
-
-
-def _curve(margins_by_count: np.ndarray, counts: Sequence[int], groups: dict[str, np.ndarray]) -> "pd.DataFrame":
+def _curve(margins_by_count: np.ndarray, groups: dict[str, np.ndarray]) -> "pd.DataFrame":
     import pandas as pd
 
     return pd.DataFrame(
         {"components": count, "group": group, "accuracy": float((row[chosen] > 0).mean())}
         for group, chosen in groups.items()
-        for count, row in zip(counts, margins_by_count, strict=True)
+        for count, row in enumerate(margins_by_count)
     )
+
+
+def _overview(curves: list[tuple[np.ndarray, np.ndarray]]) -> "pd.DataFrame":
+    """Average over errors; an edit with few components stays as it is while others go on."""
+    longest = max(len(own) for own, _ in curves)
+    own, others = (
+        np.concatenate([np.pad(part, ((0, longest - len(part)), (0, 0)), mode="edge") for part in parts], axis=1)
+        for parts in zip(*curves, strict=True)
+    )
+    both = np.concatenate([own, others], axis=1)
+    return _curve(both, {"errors": np.arange(own.shape[1]), "judged examples": np.arange(own.shape[1], both.shape[1])})

@@ -1,24 +1,18 @@
 """Zarr arrays with what a run needs of them: checksums, whole chunks, errors that name the chunk."""
 
-import asyncio
-import errno
 import itertools
-import re
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from coar.errors import CorruptRunError, StorageError
+from coar.errors import CorruptRunError
+from coar.store.sealed import wait
 
 Chunk = tuple[int, ...]
-T = TypeVar("T")
 
 
 def create_array(
@@ -33,18 +27,17 @@ def create_array(
 ) -> zarr.Array[Any]:
     """Create an array: NaN fill for floats, every chunk stored, zstd and then crc32c."""
     floating = dtype is not str and np.dtype(dtype).kind == "f"
-    with storage_errors(group.store_path):
-        return group.create_array(
-            name,
-            shape=tuple(shape),
-            chunks=tuple(max(1, c) for c in chunks),
-            dtype=dtype,
-            fill_value=float("nan") if floating else None,
-            compressors=[ZstdCodec(level=1), Crc32cCodec()],
-            dimension_names=tuple(dimensions),
-            config={"write_empty_chunks": True},
-            overwrite=overwrite,
-        )
+    return group.create_array(
+        name,
+        shape=tuple(shape),
+        chunks=tuple(max(1, c) for c in chunks),
+        dtype=dtype,
+        fill_value=float("nan") if floating else None,
+        compressors=[ZstdCodec(level=1), Crc32cCodec()],
+        dimension_names=tuple(dimensions),
+        config={"write_empty_chunks": True},
+        overwrite=overwrite,
+    )
 
 
 def open_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
@@ -65,7 +58,7 @@ def read(array: zarr.Array[Any], *slices: slice) -> np.ndarray:
     """Read a region; raise `CorruptRunError`, naming the chunk, when a checksum or a decoder fails."""
     try:
         return np.asarray(array[slices])
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, MemoryError) as error:
         bad = [key for key in chunks_of(array, slices) if not readable(array, key)]
         keys = ", ".join(chunk_path(array, key) for key in bad) or array.path
         raise CorruptRunError(
@@ -76,8 +69,7 @@ def read(array: zarr.Array[Any], *slices: slice) -> np.ndarray:
 
 def write(array: zarr.Array[Any], values: np.ndarray, *slices: slice) -> None:
     """Write a region of whole chunks; raise `StorageError` when the disk refuses."""
-    with storage_errors(array.store_path):
-        array[slices] = values
+    array[slices] = values
 
 
 def write_all(group: zarr.Group, name: str, values: np.ndarray, dimension: str) -> None:
@@ -97,7 +89,7 @@ def write_all(group: zarr.Group, name: str, values: np.ndarray, dimension: str) 
 
 def array_names(group: zarr.Group) -> list[str]:
     """Return the paths of all arrays in a group, by one listing; damaged descriptions count as arrays."""
-    listed = _wait(_list(group.store, ""))
+    listed = wait(_list(group.store, ""))
     nodes = {name.removesuffix("/zarr.json") for name in listed if name.endswith("/zarr.json")}
     groups = {name for name in nodes if any(other.startswith(f"{name}/") for other in nodes)}
     return sorted(nodes - groups)
@@ -106,7 +98,7 @@ def array_names(group: zarr.Group) -> list[str]:
 def stored_chunks(array: zarr.Array[Any]) -> set[Chunk]:
     """Return the keys of the chunks that are in the store, by one listing."""
     prefix = f"{array.path}/c/"
-    names = _wait(_list(array.store, prefix))
+    names = wait(_list(array.store, prefix))
     return {
         tuple(int(part) for part in name.removeprefix(prefix).split("/"))
         for name in names
@@ -132,53 +124,19 @@ def readable(array: zarr.Array[Any], key: Chunk) -> bool:
     """Say whether one chunk decodes and passes its checksum; a missing chunk reads as fill values."""
     try:
         array[tuple(slice(i * c, (i + 1) * c) for i, c in zip(key, array.chunks, strict=True))]
-    except (ValueError, RuntimeError, TypeError):
+    except (ValueError, RuntimeError, TypeError, MemoryError):
         return False
     return True
 
 
 def delete_chunk(array: zarr.Array[Any], key: Chunk) -> None:
     """Remove one chunk from the store."""
-    _wait(array.store.delete(chunk_path(array, key)))
+    wait(array.store.delete(chunk_path(array, key)))
 
 
 def chunk_path(array: zarr.Array[Any], key: Chunk) -> str:
     """Return a chunk's path inside the run."""
     return "/".join([array.path, "c", *map(str, key)])
-
-
-@contextmanager
-def storage_errors(place: object) -> Iterator[None]:
-    """Turn the disk's refusals into `StorageError`."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
-        raise StorageError(
-            f"cannot write to {place}: {reason}; what was stored before is intact: mend it and run the same command "
-            f"again to go on",
-        ) from error
-
-
-def sweep(root: Path) -> list[Path]:
-    """Delete temporary files that a killed writer left in a run; only for the run's single writer to call."""
-    stray = [path for path in root.rglob("*.partial") if is_stray(path)]
-    for path in stray:
-        path.unlink()
-    return stray
-
-
-def _wait(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine in a thread of its own, since a notebook already runs an event loop in this one."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, coroutine).result()
-
-
-def is_stray(path: Path) -> bool:
-    """Say whether a path is a temporary file of Zarr's local store, by its name."""
-    return re.search(r"\.[0-9a-f]{32}\.partial$", path.name) is not None and path.is_file()
 
 
 async def _list(store: Store, prefix: str) -> list[str]:

@@ -34,8 +34,7 @@ def fit_facts(run: Run, name: str) -> dict[str, Any]:
 def add_fit_facts(run: Run, name: str, **facts: Any) -> None:
     """Keep more facts beside a finished fit."""
     group = cast(zarr.Group, run.group[f"{GROUP}/{name}"])
-    with arrays.storage_errors(run.path):
-        group.attrs[ATTRIBUTE] = {**fit_facts(run, name), **facts}
+    group.attrs[ATTRIBUTE] = {**fit_facts(run, name), **facts}
 
 
 def fit_array(run: Run, name: str, array: str) -> zarr.Array[Any]:
@@ -84,10 +83,9 @@ class FitWriter:
     def __init__(self, run: Run, name: str, fields: tuple[str, ...], facts: dict[str, Any]) -> None:
         self._facts = {"state": "ready", **facts}
         n, d, rows = run.n_examples, run.n_components, chunk_rows(run)
-        with arrays.storage_errors(run.path):
-            self._group = run.group.create_group(
-                f"{GROUP}/{name}", overwrite=True, attributes={ATTRIBUTE: {"state": "fitting"}}
-            )
+        self._group = run.group.create_group(
+            f"{GROUP}/{name}", overwrite=True, attributes={ATTRIBUTE: {"state": "fitting"}}
+        )
         for field in fields:
             wide = field in PER_COMPONENT
             arrays.create_array(
@@ -108,5 +106,4 @@ class FitWriter:
 
     def finish(self) -> None:
         """Declare the fit made."""
-        with arrays.storage_errors(self._group.store_path):
-            self._group.attrs[ATTRIBUTE] = self._facts
+        self._group.attrs[ATTRIBUTE] = self._facts

@@ -1,6 +1,7 @@
 """Reading a whole run to see that every chunk is what it should be, and removing what is not."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,11 @@ import zarr
 from coar.errors import CorruptRunError
 from coar.store import arrays
 from coar.store import probes as probing
+from coar.store.disk import sweep
 from coar.store.probes import Probes
+from coar.store.refusals import storage_errors
 from coar.store.run import ROW_COLUMNS, Run
+from coar.store.sealed import MovedChunkError
 
 REMADE_BY_COLLECT = ("outputs", "masks", "base_output", *probing.ARRAYS)
 
@@ -22,7 +26,8 @@ class Problem:
     Attributes:
         array: The array concerned.
         chunk: Path of the chunk inside the run.
-        what: `missing`, `damaged`, `partly filled`, `not from its seed`, `not finite` or `not as planned`.
+        what: `missing`, `damaged`, `from elsewhere`, `partly filled`, `not from its seed`, `not finite` or
+            `not as planned`.
         mended_by: What makes the chunk again once it is deleted; empty when only a copy can bring it back.
     """
 
@@ -75,9 +80,11 @@ def repair(run: Run, problems: list[Problem]) -> list[Problem]:
 
     The next collect makes deleted units again, and the next fit deleted fits.
     """
-    with run.lock(), arrays.storage_errors(run.path):
+    with run.lock():
         now = Run.open(run.path)  # it may have grown since it was opened
-        arrays.sweep(run.path)
+        if isinstance(run.path, Path):
+            with storage_errors(run.path):
+                sweep(run.path)
         if any(problem.array in ROW_COLUMNS for problem in problems):
             now.extend(now.plan)
         for problem in problems:
@@ -105,8 +112,8 @@ def _look(run: Run, probes: Probes, array: zarr.Array[Any], name: str, key: arra
     region = [slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(key, array.chunks, array.shape, strict=True)]
     try:
         values = arrays.read(array, *region)
-    except CorruptRunError:
-        return "damaged"
+    except CorruptRunError as error:
+        return "from elsewhere" if isinstance(error.__cause__, MovedChunkError) else "damaged"
     rows = region[0]
     if name in probing.ARRAYS:
         return _look_at_probes(probes, name, key[0], region[-1 if name == probing.OUTPUTS else 1], values)

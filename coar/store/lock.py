@@ -1,42 +1,128 @@
-"""One writer at a time: a lock on the run's folder, which the system lets go of however the process ends."""
+"""Who may write: one process alone, or workers beside each other; the system drops locks however a process ends.
 
+The locks are `flock`'s, on the run's folder. They keep apart the processes of one machine, and those of several where
+the file system they share says so. Object stores have none: there, whole objects with the same content are put, and
+whichever comes last changes nothing.
+"""
+
+import errno
 import fcntl
+import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from coar.errors import RunError
-from coar.store.arrays import storage_errors
+from coar.store.places import Address
+from coar.store.refusals import storage_errors
+
+log = logging.getLogger(__name__)
+UNSUPPORTED = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+PATIENCE = 1800.0  # seconds that a worker waits for the one that creates the run
+PAUSE = 0.2
+
+
+class Lock:
+    """A lock on a run that is held.
+
+    Attributes:
+        alone: Whether no other process holds it.
+    """
+
+    def __init__(self, handle: int | None, *, alone: bool) -> None:
+        self._handle = handle
+        self.alone = alone
+
+    def share(self) -> None:
+        """Let other workers in."""
+        if self._handle is not None and self.alone:
+            _flock(self._handle, fcntl.LOCK_SH)
+        self.alone = False
 
 
 @contextmanager
-def write_lock(root: Path) -> Iterator[None]:
-    """Hold a folder for writing, making it if need be; a folder that is still empty at the end goes away again.
+def write_lock(place: Path | Address) -> Iterator[Lock]:
+    """Hold a run for writing alone, making its folder if need be; a folder still empty at the end goes away again.
 
     Raises:
         RunError: When the path is a file, or another process holds it.
         StorageError: When the disk refuses to make the folder.
     """
+    if isinstance(place, Address):
+        yield Lock(None, alone=True)
+        return
+    with _opened(place) as handle:
+        if not _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) or not _still_there(handle, place):
+            raise _taken(place)
+        with _cleared(place):
+            yield Lock(handle, alone=True)
+
+
+@contextmanager
+def worker_lock(place: Path | Address, *, prepared: Callable[[], bool]) -> Iterator[Lock]:
+    """Hold a run beside other workers; alone, until `Lock.share`, unless it is prepared for what the worker does.
+
+    Raises:
+        RunError: When somebody holds the run for longer than a creation can take.
+        StorageError: When the disk refuses to make the folder.
+    """
+    if isinstance(place, Address):
+        yield Lock(None, alone=not prepared())
+        return
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with _opened(place) as handle:
+            if _flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB) and _still_there(handle, place) and prepared():
+                yield Lock(handle, alone=False)
+                return
+            if _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) and _still_there(handle, place):
+                with _cleared(place):
+                    yield Lock(handle, alone=True)
+                return
+        time.sleep(PAUSE)
+    raise _taken(place)
+
+
+@contextmanager
+def _opened(root: Path) -> Iterator[int]:
     if root.exists() and not root.is_dir():
         raise RunError(f"{root} holds a file, not a run; give the path of a run, or one that does not exist yet")
     with storage_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         handle = os.open(root, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _taken(root) from None
-        if not root.exists() or not os.path.samestat(os.fstat(handle), root.stat()):
-            raise _taken(root)  # the folder was removed, or made anew, between opening and locking it
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # raised unless the folder is empty
-                root.rmdir()
+        yield handle
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _cleared(root: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # raised unless the folder is empty
+            root.rmdir()
+
+
+def _flock(handle: int, operation: int) -> bool:
+    """Lock, and say whether that succeeded; where the file system knows no locks it does, with a warning."""
+    try:
+        fcntl.flock(handle, operation)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        log.warning("this file system has no locks (%s): see to it that nothing else writes to the run", error)
+    return True
+
+
+def _still_there(handle: int, root: Path) -> bool:
+    """Say whether the folder is the one that was opened: it may have been removed, or made anew, before the lock."""
+    return root.exists() and os.path.samestat(os.fstat(handle), root.stat())
 
 
 def _taken(root: Path) -> RunError:

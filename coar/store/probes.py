@@ -62,7 +62,12 @@ class Probes:
             return
         size = min(ROUND, max(-(-missing // ROUNDS), 1))
         more = [size] * (missing // size) + [missing % size] * (missing % size > 0)
-        rounds = (*self.rounds, *more)
+        self.lay_out((*self.rounds, *more))
+
+    def lay_out(self, rounds: tuple[int, ...]) -> None:
+        """Give the run these rounds, of which it has the first already."""
+        if rounds == self.rounds:
+            return
         n, d = self.run.n_examples, self.run.n_components
         block = max(1, min(self.run.blocks[1], CHUNK_BYTES // (4 * d)))
         axes = ("round", "example", "component")
@@ -70,14 +75,13 @@ class Probes:
             name: ((len(rounds), n, d), (1, block, d), axes) for name in GRADIENTS
         }
         layout[OUTPUTS] = ((len(rounds), ROUND, n), (1, ROUND, block), ("round", "probe", "example"))
-        with arrays.storage_errors(self.run.path):
-            for name, (shape, chunks, dimensions) in layout.items():
-                if name in self.run.group:
-                    self.run.array(name).resize(shape)
-                else:
-                    arrays.create_array(
-                        self.run.group, name, shape=shape, chunks=chunks, dtype="float32", dimensions=dimensions
-                    )
+        for name, (shape, chunks, dimensions) in layout.items():
+            if name in self.run.group:
+                self.run.array(name).resize(shape)
+            else:
+                arrays.create_array(
+                    self.run.group, name, shape=shape, chunks=chunks, dtype="float32", dimensions=dimensions
+                )
         self.run.set_entry(ENTRY, {"rounds": list(rounds), "slots": self.slots})
         self.rounds = rounds
 

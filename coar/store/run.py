@@ -1,7 +1,6 @@
 """One run: a Zarr group that is created once, filled unit by unit, and read by everything after it."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -10,16 +9,20 @@ from typing import Any, Self
 
 import numpy as np
 import zarr
+from zarr.core.group import AsyncGroup, GroupMetadata
+from zarr.storage import StorePath
 
 from coar.components import Component, Components, read_component
-from coar.errors import CorruptRunError, IncompleteRunError, MismatchError, RunError, SettingsError
+from coar.errors import CorruptRunError, IncompleteRunError, MismatchError, RunError
 from coar.sampling import Sampler, sampler_from_settings
 from coar.store import arrays
-from coar.store.lock import write_lock
+from coar.store.lock import Lock, write_lock
+from coar.store.places import Address, locate, open_store
 from coar.store.plan import Plan, Unit
+from coar.store.sealed import RunStore
+from coar.store.state import ATTRIBUTE, begin, describe, end, read_manifest, state_of
 
 FORMAT = 1
-ATTRIBUTE = "coar"
 COMPONENT_FIELDS = Component._fields
 ROW_COLUMNS = ("split", "ablated_fraction")
 
@@ -28,12 +31,12 @@ class Run:
     """A run's Zarr group; make one with `Run.create` or `Run.open`.
 
     Attributes:
-        path: Where the run is.
+        path: Where the run is: a path, or an address in an object store.
         group: The Zarr group itself.
         plan: The rows of the mask axis.
     """
 
-    def __init__(self, path: Path, group: zarr.Group, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path | Address, group: zarr.Group, manifest: dict[str, Any]) -> None:
         self.path = path
         self.group = group
         self._manifest = manifest
@@ -42,7 +45,7 @@ class Run:
     @classmethod
     def create(
         cls,
-        path: str | Path,
+        path: str | Path | Address,
         *,
         components: Components,
         metadata: Mapping[str, np.ndarray],
@@ -50,8 +53,12 @@ class Run:
         fingerprint: dict[str, Any],
         facts: dict[str, Any],
         blocks: tuple[int, int],
+        plan: Plan | None = None,
     ) -> Self:
         """Create an empty run, or start again on one whose creation was cut short.
+
+        Nothing is replaced, and the description comes last. So where several processes create the same run at once in
+        an object store, each object is that of the first to write it, and all go on with the same run.
 
         Args:
             path: A path that does not exist yet, an empty folder, or a run cut short in its creation.
@@ -61,63 +68,66 @@ class Run:
             fingerprint: What the run is made from; a study must agree with it to go on.
             facts: What else is known of the run: precision, batch norms that follow a site.
             blocks: Masks and examples per unit of work.
+            plan: The rows it has from the start; by default none.
 
         Raises:
             RunError: When the path holds something else.
-            StorageError: When the disk refuses.
+            MismatchError: When another study's run is being created there.
+            StorageError: When the disk or the object store refuses.
         """
-        root = local_path(path)
-        state = _state(root)
+        place, rows = locate(path), plan or Plan()
+        state = state_of(place)
         if state not in ("nothing", "creating"):
-            raise RunError(f"{root} already holds {'a run' if state == 'ready' else state}; choose another path")
-        manifest: dict[str, Any] = {"format": FORMAT, "state": "creating"}
-        examples = len(next(iter(metadata.values())))
-        with arrays.storage_errors(root):
-            _empty(root)
-            group = zarr.create_group(root, attributes={ATTRIBUTE: manifest})
-        _create_arrays(group, len(components), examples, blocks)
-        for field, values in zip(COMPONENT_FIELDS, zip(*components, strict=True), strict=True):
-            arrays.write_all(group, f"component/{field}", np.asarray(values), "component")
-        arrays.write_all(group, "component/replacement", replacements.astype(np.float32), "component")
-        for name, column in metadata.items():
-            arrays.write_all(group, f"example/{name}", np.asarray(column), "example")
-        manifest |= {"state": "ready", "fingerprint": fingerprint, "facts": facts, "plan": Plan().to_json()}
-        with arrays.storage_errors(root):
-            group.attrs[ATTRIBUTE] = manifest
-        return cls.open(root)
+            raise RunError(f"{place} already holds {'a run' if state == 'ready' else state}; choose another path")
+        begin(place, fingerprint)
+        if state_of(place) != "ready":
+            store = RunStore(open_store(place), place=place, study=fingerprint, creating=True)
+            group = zarr.Group(AsyncGroup(GroupMetadata(), StorePath(store)))
+            _create_arrays(group, len(components), len(next(iter(metadata.values()))), blocks, len(rows))
+            for field, values in zip(COMPONENT_FIELDS, zip(*components, strict=True), strict=True):
+                arrays.write_all(group, f"component/{field}", np.asarray(values), "component")
+            arrays.write_all(group, "component/replacement", replacements.astype(np.float32), "component")
+            for name, column in metadata.items():
+                arrays.write_all(group, f"example/{name}", np.asarray(column), "example")
+            _write_row_columns(group, rows)
+            manifest = {"format": FORMAT, "state": "ready", "fingerprint": fingerprint, "facts": facts}
+            describe(place, {ATTRIBUTE: manifest | {"plan": rows.to_json()}})
+        end(place)
+        return cls.open(place)
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path | Address) -> Self:
         """Open an existing run.
 
         Raises:
             RunError: When the path holds no run, one of a newer format, or one cut short in its creation.
             CorruptRunError: When the run's description is damaged.
+            StorageError: When an object store cannot be reached, or refuses.
         """
-        root = local_path(path)
-        state = _state(root)
+        place = locate(path)
+        state = state_of(place)
         if state == "nothing":
-            raise RunError(f"there is no run at {root}; check the path, or make one with 'coar collect'")
+            raise RunError(f"there is no run at {place}; check the path, or make one with 'coar collect'")
         if state == "creating":
-            raise RunError(f"the run at {root} was cut short in its creation; run 'coar collect' again on it")
+            raise RunError(f"the run at {place} was cut short in its creation; run 'coar collect' again on it")
         if state != "ready":
-            raise RunError(f"{root} holds {state}, not a run; check the path")
-        group = zarr.open_group(root, mode="r+")
-        manifest: dict[str, Any] = group.attrs[ATTRIBUTE]  # type: ignore[assignment]
+            raise RunError(f"{place} holds {state}, not a run; check the path")
+        manifest = read_manifest(place)
         try:
             if int(manifest["format"]) > FORMAT:
                 raise RunError(
-                    f"the run at {root} has format {manifest['format']}, and this version reads up to {FORMAT}; update "
-                    f"coar"
+                    f"the run at {place} has format {manifest['format']}, and this version reads up to {FORMAT}; "
+                    f"update coar"
                 )
+            store = RunStore(open_store(place), place=place, study=manifest["fingerprint"])
             sampler_from_settings(manifest["fingerprint"]["sampler"])
             dict(manifest["facts"])
-            return cls(root, group, manifest)
+            return cls(place, zarr.open_group(store, mode="r+"), manifest)
         except RunError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptRunError(
-                f"the attributes of the run at {root} are damaged ({error!r}); restore its zarr.json from a copy"
+                f"the attributes of the run at {place} are damaged ({error!r}); restore its zarr.json from a copy"
             ) from error
 
     @property
@@ -210,15 +220,10 @@ class Run:
         """Give the run the rows of a longer plan; the plan is committed last, so a cut leaves the old one."""
         rows = len(plan)
         shapes = {"outputs": (rows, self.n_examples), "masks": (rows, self.array("masks").shape[1])}
-        with arrays.storage_errors(self.path):
-            for name, shape in shapes.items():
-                self.array(name).resize(shape)
-            for name in ROW_COLUMNS:
-                parts = [np.repeat(getattr(segment, name), segment.count) for segment in plan.segments]
-                column = np.concatenate([np.zeros(0, str if name == "split" else float), *parts])
-                arrays.write_all(self.group, name, column, "mask")
-            self._manifest = {**self._manifest, "plan": plan.to_json()}
-            self.group.attrs[ATTRIBUTE] = self._manifest
+        for name, shape in shapes.items():
+            self.array(name).resize(shape)
+        _write_row_columns(self.group, plan)
+        self.set_entry("plan", plan.to_json())
         self.plan = plan
 
     def masks(self, start: int, stop: int) -> np.ndarray:
@@ -253,12 +258,12 @@ class Run:
 
     def masks_at(self, rows: np.ndarray) -> np.ndarray:
         """Return the (rows, components) masks of ascending row numbers, reading no others."""
-        parts = [self.masks(int(part[0]), int(part[-1]) + 1) for part in _stretches(rows)]
+        parts = [self.masks(int(part[0]), int(part[-1]) + 1) for part in stretches(rows)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def outputs_at(self, rows: np.ndarray, examples: slice) -> np.ndarray:
         """Return the (rows, examples) outputs of ascending row numbers, reading no others."""
-        parts = [self.outputs(slice(int(part[0]), int(part[-1]) + 1), examples) for part in _stretches(rows)]
+        parts = [self.outputs(slice(int(part[0]), int(part[-1]) + 1), examples) for part in stretches(rows)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def rows_of(self, unit: Unit) -> tuple[slice, slice]:
@@ -308,8 +313,7 @@ class Run:
     def set_entry(self, name: str, value: Any) -> None:
         """Keep a further entry in the run's manifest."""
         self._manifest = {**self._manifest, name: value}
-        with arrays.storage_errors(self.path):
-            self.group.attrs[ATTRIBUTE] = self._manifest
+        self.group.attrs[ATTRIBUTE] = self._manifest
 
     def require_complete(self) -> None:
         """Raise `IncompleteRunError` unless every unit is stored."""
@@ -320,64 +324,33 @@ class Run:
                 f"collect' again to finish the run"
             )
 
-    def lock(self) -> AbstractContextManager[None]:
+    def lock(self) -> AbstractContextManager[Lock]:
         """Hold the run for writing; raise `RunError` when another process does."""
         return write_lock(self.path)
 
 
-def needs_creation(path: str | Path) -> bool:
-    """Say whether a run can be created at a path: nothing is there, or a run cut short in its creation."""
-    return _state(local_path(path)) in ("nothing", "creating")
-
-
-def local_path(path: str | Path) -> Path:
-    """Return the path; raise `SettingsError` for an address that is not on this machine's disks."""
-    if "://" in str(path) or (Path(path).parts or ("",))[0].endswith(":"):
-        raise SettingsError(f"{str(path)!r} is an address of an object store; give a path on a local or mounted disk")
-    return Path(path)
-
-
-def _stretches(rows: np.ndarray) -> list[np.ndarray]:
+def stretches(rows: np.ndarray) -> list[np.ndarray]:
     """Cut ascending row numbers where one or more are left out."""
     return np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
 
 
-def _state(root: Path) -> str:
-    """Say what is at a path: `nothing`, `creating`, `ready`, or in words something that is no run."""
-    if not root.exists() or (root.is_dir() and all(map(arrays.is_stray, root.iterdir()))):
-        return "nothing"
-    if not root.is_dir():
-        return "a file"
-    description = root / "zarr.json"
-    if not description.exists():
-        return "a folder of other things"
-    try:
-        state = json.loads(description.read_text())["attributes"][ATTRIBUTE]["state"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return "a damaged zarr.json or a Zarr store of another kind"
-    return str(state)
+def _write_row_columns(group: zarr.Group, plan: Plan) -> None:
+    for name in ROW_COLUMNS:
+        parts = [np.repeat(getattr(segment, name), segment.count) for segment in plan.segments]
+        column = np.concatenate([np.zeros(0, str if name == "split" else float), *parts])
+        arrays.write_all(group, name, column, "mask")
 
 
-def _empty(root: Path) -> None:
-    """Remove what a creation cut short has left in a folder, but not the folder, which may be locked."""
-    entries = root.iterdir() if root.exists() else ()
-    for path in sorted(entries, key=lambda entry: entry.name == "zarr.json"):  # what says `creating` goes last
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _create_arrays(group: zarr.Group, components: int, examples: int, blocks: tuple[int, int]) -> None:
+def _create_arrays(group: zarr.Group, components: int, examples: int, blocks: tuple[int, int], rows: int) -> None:
     mask_block, example_block = blocks
     packed = -(-components // 8)
     layout: dict[str, tuple[tuple[int, ...], tuple[int, ...], str, tuple[str, ...]]] = {
-        "outputs": ((0, examples), (mask_block, example_block), "float32", ("mask", "example")),
-        "masks": ((0, packed), (mask_block, packed), "uint8", ("mask", "byte")),
+        "outputs": ((rows, examples), (mask_block, example_block), "float32", ("mask", "example")),
+        "masks": ((rows, packed), (mask_block, packed), "uint8", ("mask", "byte")),
         "base_output": ((examples,), (example_block,), "float32", ("example",)),
     }
     for name, (shape, chunks, dtype, dimensions) in layout.items():
-        arrays.create_array(group, name, shape=shape, chunks=chunks, dtype=dtype, dimensions=dimensions)
+        arrays.create_array(group, name, shape=shape, chunks=chunks, dtype=dtype, dimensions=dimensions, overwrite=True)
 
 
 def _short(value: object) -> str:

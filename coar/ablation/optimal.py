@@ -1,0 +1,158 @@
+"""Constants that are trained: those that harm the model least when random components become them."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from coar.ablation.gates import Gates
+from coar.ablation.replacements import Calibrated, ZeroWeight, call
+from coar.ablation.statistics import moments
+from coar.components import Components
+from coar.errors import AblationError, ExamplesError
+from coar.outputs import CrossEntropy, Output
+from coar.sampling import BernoulliSampler, Split
+
+log = logging.getLogger(__name__)
+
+
+class Optimal(Calibrated):
+    """Replace a component by a constant trained to keep the expected loss under random masks low.
+
+    This is optimal ablation (Li and Janson 2024, "Optimal ablation for interpretability") of all components at once:
+    every example of a step is under a random mask of its own, and ablated components become the constants. Adam starts
+    from the means and takes steps in units of each component's standard deviation. A part of the calibration examples
+    is held out; training stops when their loss has not improved for a while, and the constants with the least held-out
+    loss are taken, the means, zeros and biases among them. So they are no worse than these there.
+
+    Attributes:
+        loss: What is minimised, an output of which less is better and which has gradients.
+        ablated_fraction: Expected share of ablated components in a mask, best that of the study.
+        steps: Most steps.
+        examples_per_step: Examples in a step, and so in a forward and backward pass.
+        learning_rate: Adam's, in standard deviations of a component.
+        held_out: Share of the calibration examples that is held out.
+        patience: Steps without improvement after which training stops; held-out loss is measured every tenth step.
+        seed: Seed of masks, of the examples held out and of their order, 0 to 2**63 - 1.
+    """
+
+    label: ClassVar[str] = "optimal"
+
+    loss: Output = CrossEntropy()
+    ablated_fraction: float = Field(default=0.10, gt=0, lt=1)
+    steps: int = Field(default=200, ge=1)
+    examples_per_step: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=0.05, gt=0)
+    held_out: float = Field(default=0.25, gt=0, lt=1)
+    patience: int = Field(default=50, ge=10)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:  # noqa: ARG002
+        """Return each component's constant, from passes of `examples_per_step` examples whatever the batch size.
+
+        A batch size may change the last bits of a gradient, and training would make more of them.
+
+        Raises:
+            AblationError: When a component is more than one channel, or the loss has no gradient.
+            ExamplesError: When there are too few calibration examples to hold some out.
+        """
+        size = self.examples_per_step
+        means, spread = moments(model, components, self.calibration, batch_size=size)
+        starts = [means, torch.zeros_like(means), ZeroWeight().replacements(model, components, batch_size=size)]
+        trial = _Trial(self, model, components)
+        with trial.gates:
+            losses = [trial.held_out_loss(constants) for constants in starts]
+            least = min(losses)
+            constants, best, step = starts[losses.index(least)], 0, 0
+            for step, trained in trial.training(means, spread):
+                loss = trial.held_out_loss(trained)
+                if loss < least:
+                    least, constants, best = loss, trained, step
+                if step - best >= self.patience:
+                    break
+        log.info("held-out loss %.4g after %d steps; of means %.4g, zeros %.4g, biases %.4g", least, step, *losses)
+        return constants
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name, the calibration examples' fingerprint and the other settings."""
+        return super().settings() | {"loss": self.loss.settings()}
+
+
+EVERY = 10  # steps between measurements of held-out loss
+ROUNDS = 4  # masks that every held-out example is measured under
+
+
+class _Trial:
+    """Measures the loss under masks, and trains constants, on one model."""
+
+    def __init__(self, ablation: Optimal, model: nn.Module, components: Components) -> None:
+        self._ablation, self._model, self._count = ablation, model, len(components)
+        self._device = next(model.parameters()).device
+        self._sampler = BernoulliSampler(ablated_fraction=ablation.ablated_fraction, seed=ablation.seed)
+        n = len(ablation.calibration)
+        held = round(n * ablation.held_out)
+        if not 0 < held < n:
+            raise ExamplesError(
+                f"{n} calibration examples cannot be cut into {held} held out and {n - held} to train on; give "
+                f"more, or change held_out"
+            )
+        self._draw = torch.Generator().manual_seed(ablation.seed)
+        order = torch.randperm(n, generator=self._draw)
+        self._held, self._trained_on = order[:held], order[held:]
+        self.gates = Gates(model, components, torch.zeros(self._count), through_outputs=True)
+
+    def held_out_loss(self, constants: Tensor) -> float:
+        """Return the mean loss of the held-out examples, each under the same few masks every time."""
+        rows, total = self._held.repeat(ROUNDS), 0.0
+        with torch.no_grad():
+            for at in range(0, len(rows), self._ablation.examples_per_step):
+                part = rows[at : at + self._ablation.examples_per_step]
+                total += float(self._losses(constants.to(self._device), part, "validation", at).double().sum())
+        return total / len(rows)
+
+    def training(self, means: Tensor, spread: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Train, and yield the number of steps and the constants whenever these are to be measured."""
+        means, spread = means.to(self._device), spread.to(self._device)
+        moved = torch.zeros_like(means, requires_grad=True)  # in standard deviations
+        adam = torch.optim.Adam([moved], lr=self._ablation.learning_rate)
+        size, steps, order = self._ablation.examples_per_step, self._ablation.steps, self._trained_on
+        for step in range(1, steps + 1):
+            while len(order) < size:
+                again = torch.randperm(len(self._trained_on), generator=self._draw)
+                order = torch.cat([order, self._trained_on[again]])
+            rows, order = order[:size], order[size:]
+            losses = self._losses(means + spread * moved, rows, "train", (step - 1) * size)
+            moved.grad = _gradient(losses.mean(), moved)
+            adam.step()
+            if step % EVERY == 0 or step == steps:
+                yield step, (means + spread * moved).detach().cpu()
+
+    def _losses(self, constants: Tensor, rows: Tensor, split: Split, first: int) -> Tensor:
+        """Return (rows,) losses of some calibration examples, under the masks from number `first` of a split on."""
+        examples = self._ablation.calibration.subset(rows.numpy())
+        inputs, targets = examples.block(0, len(examples))
+        masks = self._sampler.masks(split, range(first, first + len(rows)), self._count)
+        self.gates.replace(constants)
+        self.gates.set(torch.from_numpy(masks).to(self._device))
+        losses = self._ablation.loss(call(self._model, inputs), targets.to(self._device))
+        self.gates.confirm()
+        return losses
+
+
+def _gradient(loss: Tensor, moved: Tensor) -> Tensor:
+    """Return the gradient of a loss; raise `AblationError` when there is none, or it is not finite."""
+    if not loss.requires_grad:
+        raise AblationError(
+            "the loss has no gradient by the constants: something between them detaches it, such as no_grad, argmax or "
+            "a conversion to numpy; give Optimal(loss=...) an output that can be differentiated, or use Mean"
+        )
+    gradient: Tensor = torch.autograd.grad(loss, moved)[0]
+    if not gradient.isfinite().all():
+        raise AblationError(
+            "the loss has a gradient by the constants that is not finite; use float32, a smaller ablated fraction, or "
+            "Mean"
+        )
+    return gradient

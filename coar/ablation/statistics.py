@@ -1,0 +1,168 @@
+"""Constants that say what a component usually computes: its mean and its peak over calibration examples."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from coar.ablation.by_hook import hook
+from coar.ablation.projections import called_projections
+from coar.ablation.replacements import Calibrated, call
+from coar.components import Components, Side
+from coar.errors import AblationError
+from coar.examples import Examples
+
+Place = tuple[str, Side]  # a site, and which side of it
+Visit = Callable[[Place, Tensor], None]  # takes (values, channels), as often as a module is called
+
+
+class Mean(Calibrated):
+    """Replace a component by its mean over calibration examples and positions, such as pixels or tokens."""
+
+    label: ClassVar[str] = "mean"
+
+    def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:
+        """Return each component's mean; raise `AblationError` where no one constant is its mean."""
+        means, _ = moments(model, components, self.calibration, batch_size=batch_size)
+        return means
+
+
+class Peak(Calibrated):
+    """Replace a component by the peak of its activations' distribution over calibration examples and positions.
+
+    That is what it computes most often (Pochinkov et al. 2024, "Investigating neuron ablation in attention heads: the
+    case for peak activation centering"). Two passes over the examples fill a histogram of each component between its
+    smallest and its largest activation; the constant is the mean of those in the fullest bin, the lowest of several.
+
+    Attributes:
+        bins: Bins of a histogram, so its resolution is the range of the activations over their number.
+    """
+
+    label: ClassVar[str] = "peak"
+
+    bins: int = Field(default=128, ge=2)
+
+    def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:
+        """Return each component's peak; raise `AblationError` where no one constant is its peak."""
+        ends: dict[Place, tuple[Tensor, Tensor]] = {}
+
+        def widen(place: Place, values: Tensor) -> None:
+            low, high = values.amin(0), values.amax(0)
+            if place in ends:
+                low, high = torch.minimum(low, ends[place][0]), torch.maximum(high, ends[place][1])
+            ends[place] = low, high
+
+        sums: dict[Place, Tensor] = {}  # (2, bins x channels): how many values, and their sum
+
+        def count(place: Place, values: Tensor) -> None:
+            low, high = ends[place]
+            share = (values - low) / torch.where(high > low, high - low, 1)  # of the range, (values, channels)
+            bins = (share * self.bins).long().clamp(0, self.bins - 1)
+            flat = (bins * len(low) + torch.arange(len(low), device=low.device)).flatten()
+            wide = values.flatten().double()
+            both = torch.stack([torch.ones_like(wide), wide])
+            if place not in sums:
+                sums[place] = both.new_zeros(2, self.bins * len(low))
+            sums[place].index_add_(1, flat, both)
+
+        walk(model, components, self.calibration, batch_size=batch_size, visit=widen)
+        walk(model, components, self.calibration, batch_size=batch_size, visit=count)
+        return _spread(components, {place: _peaks(both, len(ends[place][0])) for place, both in sums.items()})
+
+
+def _peaks(both: Tensor, channels: int) -> Tensor:
+    """Return each channel's mean in its fullest bin, from counts and sums by bin and channel."""
+    counts, sums = both.view(2, -1, channels)
+    fullest = counts.argmax(0, keepdim=True)  # the first of equals
+    peaks: Tensor = sums.gather(0, fullest)[0] / counts.gather(0, fullest)[0]
+    return peaks
+
+
+def moments(
+    model: nn.Module, components: Components, calibration: Examples, *, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return (components,) means and standard deviations over examples and positions.
+
+    Raises:
+        AblationError: When a component is more than one channel, or its module is never called.
+    """
+    sums: dict[Place, Tensor] = {}  # (3, channels): how many values, their sum, and that of their squares
+
+    def add(place: Place, values: Tensor) -> None:
+        wide = values.double()
+        here = torch.stack([torch.full_like(wide[0], len(wide)), wide.sum(0), wide.square().sum(0)])
+        sums[place] = sums[place] + here if place in sums else here
+
+    walk(model, components, calibration, batch_size=batch_size, visit=add)
+    means = {place: total / count for place, (count, total, _) in sums.items()}
+    squares = {place: square / count for place, (count, _, square) in sums.items()}
+    spread = {place: (squares[place] - means[place].square()).clamp_min(0).sqrt() for place in sums}
+    return _spread(components, means), _spread(components, spread)
+
+
+def walk(model: nn.Module, components: Components, examples: Examples, *, batch_size: int, visit: Visit) -> None:
+    """Run examples through the model and show what its gated sites return or are given.
+
+    Args:
+        model: The model in evaluation mode.
+        components: The components, each one channel.
+        examples: The examples.
+        batch_size: Most examples per forward pass.
+        visit: Called with the place and (values, channels) at every call of a module.
+
+    Raises:
+        AblationError: When a component is more than one channel, or its module is never called.
+    """
+    _check_single(components)
+    called: set[Place] = set()
+
+    def shown(place: Place, axis: int) -> Callable[[Tensor], Tensor]:
+        def show(y: Tensor) -> Tensor:
+            called.add(place)
+            visit(place, y.detach().movedim(axis, -1).reshape(-1, y.shape[axis]))
+            return y
+
+        return show
+
+    sites = components.sites()
+    with ExitStack() as stack, torch.inference_mode():
+        stack.enter_context(called_projections(model, [site for site, _, _ in sites]))
+        for site, side, axis in sites:
+            if side in ("input", "output"):
+                stack.callback(hook(model.get_submodule(site), side, shown((site, side), axis)).remove)
+        for start in range(0, len(examples), batch_size):
+            call(model, examples.block(start, start + batch_size)[0])
+    for site, side, _ in sites:
+        if (site, side) not in called:
+            raise AblationError(
+                f"module {site!r} was never called while the calibration examples passed through the model, so nothing "
+                f"is known of its {side}s; exclude it from the components"
+            )
+
+
+def _spread(components: Components, by_place: dict[Place, Tensor]) -> Tensor:
+    """Return (components,) float32 values on the CPU from (channels,) values by place."""
+    values = torch.zeros(len(components))
+    for (site, side, _), indices in components.sites().items():
+        positions = [components[i].position for i in indices]
+        values[indices] = by_place[site, side].float().cpu()[positions]
+    return values
+
+
+def _check_single(components: Components) -> None:
+    """Raise `AblationError` for the first component that is not one channel, and so has no one constant."""
+    for row in components:
+        if row.side == "parameter":
+            raise AblationError(
+                f"{row.name!r} is a slice of a parameter and has no activations to take a constant from; use "
+                f"ZeroWeight(), or components found by conv_filters, neurons or input_features"
+            )
+        if row.size > 1 or row.side == "module":
+            what = "a whole module" if row.side == "module" else f"{row.size} features"
+            raise AblationError(
+                f"{row.name!r} is {what}, of which every feature has a constant of its own, and an ablation replaces a "
+                f"component by one; use ZeroActivation() or Resample()"
+            )

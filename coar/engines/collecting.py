@@ -1,0 +1,176 @@
+"""The call that collects a run: checks what is asked for, prepares the run, and has its units done."""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from coar.engines.preparing import Batches, Order, check_same, prepare, runner_of, set_pace
+from coar.engines.ray import RayCluster, collect_on_cluster
+from coar.engines.units import Stage, Tally, UnitRunner, check_worker, interrupts, mask_stage, probe_stage
+from coar.errors import SettingsError
+from coar.sampling import Split
+from coar.store import Run, Unit
+from coar.store.lock import Lock, worker_lock, write_lock
+from coar.store.places import Address, locate
+from coar.store.probes import check_probes
+from coar.study import Study
+from coar.worker import CHOICES, choose_device, device_copy
+
+MASK_BLOCK = 64  # masks per unit: seconds of work, so that an interruption costs little
+EXAMPLE_BLOCK = 512  # examples per unit at most
+
+
+def collect(
+    study: Study,
+    path: str | Path | Address,
+    *,
+    masks: int = 0,
+    probes: int = 0,
+    test_masks: int = 0,
+    validation_masks: int = 0,
+    test_fractions: Sequence[float] = (),
+    device: str = "auto",
+    precision: str = "float32",
+    precision_tolerance: float = 0.05,
+    batch_size: int | None = None,
+    mask_block: int = MASK_BLOCK,
+    example_block: int | None = None,
+    memory_limit: int | str | None = None,
+    compile: bool = False,  # noqa: A002
+    worker: tuple[int, int] = (1, 1),
+    cluster: RayCluster | None = None,
+    progress: bool = True,
+) -> Run:
+    """Record outputs under random masks, and gradients under probes; go on with, or extend, the run when it exists.
+
+    Args:
+        study: What is examined.
+        path: The run: a path that does not exist yet, or a run of the same study; or the address of such in an object
+            store, as in `s3://bucket/digits.zarr`.
+        masks: Training masks the run shall have; those it already has count.
+        probes: Probes the run shall have, for informed attributions: forward and backward passes that give the output's
+            gradient by every gate, each example under masks of its own.
+        test_masks: Held-out masks at the sampler's fraction, for `coar.evaluate`.
+        validation_masks: Masks kept apart for choices made along the way.
+        test_fractions: Further ablated fractions, at each of which `test_masks` held-out masks are drawn.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        precision: `float32`, `bf16` (automatic mixed precision), or `auto`, which takes bfloat16 when it is faster and
+            within the tolerance on the first unit.
+        precision_tolerance: Largest root mean square difference that bfloat16 may make, in units of the outputs'
+            standard deviation over masks.
+        batch_size: Most examples per forward pass; by default at most 128 on a CPU, 512 on CUDA, 256 on MPS, and what
+            is measured to be fastest, which may be several masks per forward pass.
+        mask_block: Masks per unit of work; fixed when the run is created.
+        example_block: Examples per unit of work; fixed when the run is created; by default at most 512.
+        memory_limit: Bytes, or text such as `4GiB`, that activations may take, measured on some examples; by default
+            80 % of what is free on a CUDA device, and no limit elsewhere. Give this or a batch size.
+        compile: Compile the model, if that is faster on the first unit; a warning says why where it fails.
+        worker: k and n: do the k-th of n equal shares of the units, while other processes do the others. Each is given
+            the same settings; whoever comes first creates or extends the run.
+        cluster: Do the units on a Ray cluster instead of in this process.
+        progress: Show a progress bar.
+
+    Returns:
+        The run: complete, unless this was one worker of several.
+
+    Raises:
+        SettingsError: When a setting is out of range, or one example does not fit into the memory limit.
+        MismatchError: When the run was made for another study.
+        AblationError: When probes are asked of components or of an output that have no gradient, and nothing is made
+            then; or when two ways of ablating disagree.
+        OutputError: When an output is not finite; it names the mask and the example, and the unit is not stored.
+        StorageError: When the disk or the object store refuses; what was stored before stays.
+        RunError: When another process is writing to the run.
+        EngineError: When the cluster cannot be reached, or its workers cannot do the work.
+        KeyboardInterrupt: After Ctrl-C, once the current unit is stored.
+    """
+    sizes = {"batch size": batch_size, "mask block": mask_block, "example block": example_block}
+    _check_settings(masks or probes or test_masks or validation_masks, precision, precision_tolerance, sizes)
+    if batch_size is not None and memory_limit is not None:
+        raise SettingsError(f"batch size {batch_size} and memory limit {memory_limit} both bound a batch; give one")
+    if cluster is not None and worker != (1, 1):
+        raise SettingsError("a worker of a job array and a cluster were given; a cluster shares the units out itself")
+    place, among = locate(path), check_worker(worker)
+    order = Order(
+        wanted=_wanted(study.sampler.ablated_fraction, masks, test_masks, validation_masks, test_fractions),
+        probes=check_probes(probes),
+        blocks=(mask_block, example_block or _balanced(len(study.examples))),
+        precision=precision,
+        tolerance=precision_tolerance,
+    )
+    target = choose_device(device)
+    with _hold(place, among, order) as lock:
+        model = device_copy(study.model, target)
+        limits: dict[str, Any] = {"batch_size": batch_size, "memory_limit": memory_limit, "compiled": compile}
+        batches = Batches.choose(study, model, probes=bool(probes), **limits)
+        if lock.alone:
+            run = prepare(study, place, model, order, batches)
+        else:
+            run = Run.open(place)
+            check_same(run, study.fingerprint(), precision)
+        if among != (1, 1):
+            lock.share()
+        if cluster is not None:
+            collect_on_cluster(cluster, run, device=device, limits=limits, progress=progress)
+        else:
+            _collect_here(study, run, model, batches, among, progress=progress)
+    return run
+
+
+def _hold(place: Path | Address, worker: tuple[int, int], order: Order) -> AbstractContextManager[Lock]:
+    """Hold the run alone, or beside the other workers once it is as ordered."""
+    return write_lock(place) if worker == (1, 1) else worker_lock(place, prepared=lambda: order.is_met(place))
+
+
+def _collect_here(
+    study: Study, run: Run, model: nn.Module, batches: Batches, worker: tuple[int, int], *, progress: bool
+) -> None:
+    """Do a worker's missing units in this process, one after another."""
+    runner = runner_of(study, run, model, batches)
+    probes, masks = probe_stage(run, worker), mask_stage(run, worker)
+    _work_off(runner, probes, run, progress=progress, more=bool(masks.missing))
+    missing = [unit for unit in masks.missing if isinstance(unit, Unit)]
+    set_pace(study, run, runner.masks, model, missing, batches)
+    _work_off(runner, masks, run, progress=progress)
+
+
+def _work_off(runner: UnitRunner, stage: Stage, run: Run, *, progress: bool, more: bool = False) -> None:
+    """Do a stage's missing units; `more` says whether other work follows, so that an interruption leaves some."""
+    if not stage.share:
+        return
+    with interrupts() as stopped, Tally(stage, shown=progress) as tally:
+        for unit in stage.missing:
+            runner.do(unit)
+            tally.add(unit)
+            if stopped.is_set() and (tally.left or more):
+                raise tally.interrupted(run)
+
+
+def _balanced(examples: int) -> int:
+    return math.ceil(examples / math.ceil(examples / EXAMPLE_BLOCK))
+
+
+def _wanted(
+    fraction: float, masks: int, test_masks: int, validation_masks: int, test_fractions: Sequence[float]
+) -> dict[tuple[Split, float], int]:
+    """Return how many masks a run shall have by split and ablated fraction, in the order in which they are done."""
+    wanted: dict[tuple[Split, float], int] = {("test", at): test_masks for at in sorted({fraction, *test_fractions})}
+    return wanted | {("validation", fraction): validation_masks, ("train", fraction): masks}
+
+
+def _check_settings(masks: int, precision: str, tolerance: float, sizes: dict[str, int | None]) -> None:
+    if masks == 0:
+        raise SettingsError(
+            "zero masks and zero probes were asked for; ask for at least 2 masks, better several thousand, or 32 probes"
+        )
+    if precision not in CHOICES:
+        raise SettingsError(f"unknown precision {precision!r}; choose one of {', '.join(CHOICES)}")
+    if not tolerance > 0:
+        raise SettingsError(f"precision tolerance {tolerance} is not above 0; 0.05 is usual")
+    for name, size in sizes.items():
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise SettingsError(f"{name} {size} is no size; give a whole number above 0")

@@ -1,0 +1,225 @@
+"""From a study and a path to a run that is ready to be worked on, and a copy of the model that works on it."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coar.ablation import called_sites, following_batch_norms
+from coar.checks import choose_precision, compare_precisions, compare_rows, compare_with_hooks, warn_of_overlap
+from coar.engines.units import UnitRunner
+from coar.errors import MismatchError
+from coar.sampling import Split
+from coar.store import Plan, Probes, Run, Unit
+from coar.store.disk import sweep
+from coar.store.places import Address
+from coar.store.refusals import storage_errors
+from coar.store.state import state_of
+from coar.study import Study
+from coar.tuning import batch_sizes, choose_pace
+from coar.worker import ModelRunner, Worker
+
+log = logging.getLogger(__name__)
+CHECK_MASKS = 16  # masks on which precisions are compared
+CHECK_EXAMPLES = 32  # examples on which batch norms are told to follow a site
+CHECK_ROWS = 8  # examples on which a mask per row is compared with one mask for all
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a run shall have when work on it is done.
+
+    Attributes:
+        wanted: Masks by split and ablated fraction.
+        probes: Probes.
+        blocks: Masks and examples per unit, for a run that is created.
+        precision: `float32`, `bf16` or `auto`.
+        tolerance: Largest difference that bfloat16 may make.
+    """
+
+    wanted: dict[tuple[Split, float], int]
+    probes: int
+    blocks: tuple[int, int]
+    precision: str
+    tolerance: float
+
+    def is_met(self, place: Path | Address) -> bool:
+        """Say whether there is a run that has all rows and rounds, so that nothing but units is missing."""
+        if state_of(place) != "ready":
+            return False
+        run = Run.open(place)
+        return run.plan.extended(self.wanted) == run.plan and run.rows_intact() and Probes(run).count >= self.probes
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How examples are cut into batches.
+
+    Attributes:
+        masks: Most rows per forward pass of masks; None leaves it to the device.
+        probes: The same for probes.
+        tune: Whether the pace is measured on the first unit.
+        compiled: Whether the model is compiled if that is faster.
+    """
+
+    masks: int | None
+    probes: int | None
+    tune: bool
+    compiled: bool
+
+    @classmethod
+    def choose(
+        cls,
+        study: Study,
+        model: nn.Module,
+        *,
+        batch_size: int | None,
+        memory_limit: int | str | None,
+        probes: bool,
+        compiled: bool,
+    ) -> "Batches":
+        """Take the batch size that was given, or measure what fits into memory."""
+        if batch_size is not None:
+            return cls(batch_size, batch_size, tune=False, compiled=compiled)
+        return cls(*batch_sizes(study, model, memory_limit=memory_limit, probes=probes), tune=True, compiled=compiled)
+
+
+def prepare(study: Study, place: Path | Address, model: nn.Module, order: Order, batches: Batches) -> Run:
+    """Create or extend a run so that nothing but units is missing; the caller holds it alone."""
+    fingerprint = study.fingerprint()
+    if order.probes:
+        try_probe(study, model, batch_size=batches.probes)
+    if state_of(place) in ("nothing", "creating"):
+        run = _create(study, place, model, fingerprint, order, batches.masks)
+    else:
+        run = Run.open(place)
+    check_same(run, fingerprint, order.precision)
+    if isinstance(place, Path):
+        with storage_errors(place):
+            for stray in sweep(place):
+                log.info("removed %s, left by a writer that was killed", stray)
+    plan = run.plan.extended(order.wanted)
+    if plan != run.plan or not run.rows_intact():
+        run.extend(plan)
+    Probes(run).extend(order.probes)
+    return run
+
+
+def runner_of(study: Study, run: Run, model: nn.Module, batches: Batches) -> UnitRunner:
+    """Return what does units of a run on a copy of the model made by `device_copy`."""
+    return UnitRunner(
+        study,
+        run,
+        masks=worker_of(study, run, model, batch_size=batches.masks),
+        probes=worker_of(study, run, model, batch_size=batches.probes),
+    )
+
+
+def worker_of(study: Study, run: Run, model: nn.Module, *, batch_size: int | None = None) -> Worker:
+    """Return a worker that computes as the run does, on a copy of the model made by `device_copy`."""
+    return Worker(
+        model,
+        run.components,
+        torch.from_numpy(run.replacements),
+        study.output,
+        batch_norms=run.facts["batch_norms"],
+        donors=study.ablation.donors,
+        precision=run.facts["precision"]["name"],
+        batch_size=batch_size,
+    )
+
+
+def try_probe(study: Study, model: nn.Module, *, batch_size: int | None = None) -> None:
+    """Probe a few examples on a copy of the model; raise `AblationError` when there is no gradient to be had."""
+    nothing = torch.zeros(len(study.components))
+    worker = Worker(model, study.components, nothing, study.output, through_outputs=True, batch_size=batch_size)
+    block = worker.load(study.examples, 0, CHECK_ROWS)
+    compare_rows(worker, block, study.sampler.masks("probe", range(block.size), len(study.components)))
+
+
+def set_pace(
+    study: Study, run: Run, worker: Worker, model: nn.Module, missing: Sequence[Unit], batches: Batches
+) -> None:
+    """Choose batch size and masks per forward on the first missing unit, and check them against plain hooks there."""
+    if not missing or not (batches.tune or batches.compiled):
+        return
+    spans = [run.rows_of(unit) for unit in missing]
+    rows, span = spans[0]
+    examples = study.examples.subset(range(span.start, span.stop))
+    masks = run.plan.masks(run.sampler, run.n_components, rows.start, rows.stop)
+    work = sum((r.stop - r.start) * (e.stop - e.start) for r, e in spans) / len(examples)
+    pace = choose_pace(worker, examples, masks, work=work, tune=batches.tune, compiled=batches.compiled)
+    log.info("pace: %s", pace)
+    if pace.masks_per_forward > 1:
+        parts = (model, run.components, torch.from_numpy(run.replacements), study.output)
+        shared = {"batch_norms": run.facts["batch_norms"], "donors": study.ablation.donors}
+        exact = Worker(*parts, **shared, batch_size=pace.batch_size)
+        exact.masks_per_forward = pace.masks_per_forward
+        block = exact.load(examples, 0, len(examples))
+        compare_with_hooks(exact, parts, block, masks[: pace.masks_per_forward], {row.site for row in run.components})
+
+
+def _create(
+    study: Study,
+    place: Path | Address,
+    model: nn.Module,
+    fingerprint: dict[str, Any],
+    order: Order,
+    batch_size: int | None,
+) -> Run:
+    """Measure what a run keeps for good (constants, precision, batch norms), then create it."""
+    warn_of_overlap(study)
+    plan, blocks = Plan().extended(order.wanted), order.blocks
+    runner = ModelRunner(model, study.output, batch_size=batch_size)
+    constants = study.ablation.replacements(model, study.components, batch_size=runner.batch_size)
+    parts = (model, study.components, constants, study.output)
+    few = runner.load(study.examples, 0, CHECK_EXAMPLES)
+
+    def outputs(variant: nn.Module) -> Tensor:
+        return torch.from_numpy(ModelRunner(variant, study.output).base_output(few))
+
+    norms = following_batch_norms(model, study.components, run=outputs)
+    shared: dict[str, Any] = {"batch_norms": norms, "donors": study.ablation.donors, "batch_size": batch_size}
+    fast = Worker(*parts, **shared)
+    masks = plan.masks(study.sampler, len(study.components), 0, min(CHECK_MASKS, blocks[0]))
+    if not len(masks):  # nothing but probes is asked for
+        masks = study.sampler.masks("probe", range(CHECK_MASKS), len(study.components))
+    called = called_sites(model, study.components, run=outputs)
+    facts: dict[str, Any] = {
+        "batch_norms": norms,
+        "gate_error": compare_with_hooks(fast, parts, fast.load(study.examples, 0, CHECK_EXAMPLES), masks[:2], called),
+        "precision": {"name": "float32"},
+    }
+    if order.precision != "float32":
+        block = fast.load(study.examples, 0, min(blocks[1], len(study.examples)))
+        low = Worker(*parts, **shared, precision="bf16")
+        check = compare_precisions(fast, low, block, masks, order.tolerance)
+        facts["precision"] = {"name": choose_precision(order.precision, check), **dataclasses.asdict(check)}
+        log.info("precision %s: %s", facts["precision"]["name"], check)
+    return Run.create(
+        place,
+        components=study.components,
+        metadata={name: np.asarray(column) for name, column in study.examples.metadata.items()},
+        replacements=constants.numpy(),
+        fingerprint=fingerprint,
+        facts=facts,
+        blocks=blocks,
+        plan=plan,
+    )
+
+
+def check_same(run: Run, fingerprint: dict[str, Any], precision: str) -> None:
+    """Raise `MismatchError` unless the run was made for this study, and in this precision."""
+    run.check(fingerprint)
+    kept = run.facts["precision"]["name"]
+    if precision not in ("auto", kept):
+        raise MismatchError(
+            f"the run at {run.path} was collected in {kept}, now {precision} is asked for; use {kept} or auto to go "
+            f"on, or collect into a new path"
+        )

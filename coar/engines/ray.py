@@ -1,0 +1,261 @@
+"""Units done by the actors of a Ray cluster: handed out as workers come free, again when one is lost."""
+
+import logging
+import os
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from coar.engines.preparing import Batches, check_same, runner_of, set_pace
+from coar.engines.units import AnyUnit, Stage, Tally, interrupts, mask_stage, probe_stage
+from coar.errors import CoarError, EngineError
+from coar.settings import Settings
+from coar.store import Run, Unit
+from coar.study import Study
+from coar.worker import choose_device, device_copy
+
+log = logging.getLogger(__name__)
+REACHING = 10.0  # seconds for a cluster's address to answer
+STARTING = 300.0  # seconds for the first worker to be placed, and to build its study
+AHEAD = 2  # units that a worker has in hand: one to do, and one to go on with
+TRIES = 5  # workers that may be lost on one unit, or in a row before they are ready
+
+
+class RayCluster(Settings):
+    """A Ray cluster whose workers do a run's units; needs the extra `coar[ray]`.
+
+    Attributes:
+        study: Builds the study; each worker calls it once. What it imports and reads must be on every machine.
+        workers: How many workers to ask for; the work begins with the first that finds room.
+        address: The cluster, as in `10.0.0.5:6379`, or `auto` for the one this machine belongs to; by default one is
+            started on this machine, reachable from it alone, and ended afterwards.
+        cpus_per_worker: Processors per worker.
+        gpus_per_worker: GPUs per worker; a fraction puts several on one.
+    """
+
+    study: Callable[[], Study]
+    workers: int = Field(default=2, ge=1)
+    address: str | None = None
+    cpus_per_worker: float = Field(default=1.0, ge=0)
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+
+
+class RayWorker:
+    """What runs in an actor; the model stays in it from unit to unit."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self._job = job
+        self._paced = False
+
+    def build(self) -> None:
+        """Build the study, and see that it is the one of the run."""
+        job = self._job
+        if Path(job["folder"]).is_dir():
+            os.chdir(job["folder"])  # pipelines may find their data from here
+        torch.set_num_threads(job["threads"])
+        study = job["study"]()
+        run = Run.open(job["run"])
+        check_same(run, study.fingerprint(), "auto")
+        model = device_copy(study.model, choose_device(job["device"]))
+        batches = Batches.choose(study, model, probes=job["probes"], **job["limits"])
+        self._study, self._run, self._model, self._batches = study, run, model, batches
+        self._runner = runner_of(study, run, model, batches)
+
+    def do(self, unit: AnyUnit, missing: int) -> None:
+        """Do one unit; the pace is measured on the first of masks, as for so many more."""
+        if isinstance(unit, Unit) and not self._paced:
+            set_pace(self._study, self._run, self._runner.masks, self._model, [unit] * missing, self._batches)
+            self._paced = True
+        self._runner.do(unit)
+
+
+def collect_on_cluster(cluster: RayCluster, run: Run, *, device: str, limits: dict[str, Any], progress: bool) -> None:
+    """Have a prepared run's missing units done by the workers of a cluster.
+
+    Raises:
+        EngineError: When Ray is not installed, the cluster cannot be reached, no worker can be placed, or a unit's
+            workers are lost again and again.
+        CoarError: As a worker raised it.
+        KeyboardInterrupt: After Ctrl-C, once the units in hand are stored.
+    """
+    stages = probe_stage(run, (1, 1)), mask_stage(run, (1, 1))
+    if not any(stage.missing for stage in stages):
+        return
+    job = {
+        "study": cluster.study,
+        "folder": os.getcwd(),
+        "threads": max(1, int(cluster.cpus_per_worker)),
+        "run": str(run.path.resolve() if isinstance(run.path, Path) else run.path),
+        "device": device,
+        "probes": bool(stages[0].share),
+        "limits": limits,
+    }
+    with _connected(cluster) as ray:
+        crew = Crew(ray, cluster, job)
+        for stage in stages:
+            with interrupts() as stopped, Tally(stage, shown=progress) as tally:
+                for unit in crew.work_off(stage, stopped.is_set):
+                    tally.add(unit)
+                if tally.left or (stopped.is_set() and stage is stages[0] and stages[1].missing):
+                    raise tally.interrupted(run)
+        crew.dismiss()
+
+
+class Crew:
+    """The driver's side of the workers.
+
+    An actor is asked to build its study first, and gets units once it has. What an actor was doing when it was lost is
+    handed out again, and another actor takes its place where there is room, now or once a machine joins.
+    """
+
+    def __init__(self, ray: ModuleType, cluster: RayCluster, job: dict[str, Any]) -> None:
+        self._ray = ray
+        self._cluster = cluster
+        self._job = job
+        self._kind = ray.remote(RayWorker).options(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
+        self._actors: set[Any] = set()
+        self._ready: set[Any] = set()
+        self._doing: dict[Any, tuple[Any, AnyUnit | None]] = {}  # by task: who does which unit, None while building
+        self._lost: Counter[AnyUnit | None] = Counter()  # workers, by what they were doing
+        self._began = time.monotonic()
+        for _ in range(cluster.workers):
+            self._engage()
+
+    def work_off(self, stage: Stage, stopped: Callable[[], bool]) -> Iterator[AnyUnit]:
+        """Yield each missing unit once it is stored; after a stop, those in hand."""
+        queue = deque(stage.missing)
+        while (queue and not stopped()) or any(unit is not None for _, unit in self._doing.values()):
+            while queue and not stopped() and (free := self._freest()) is not None:
+                unit = queue.popleft()
+                self._doing[free.do.remote(unit, len(queue) + 1)] = (free, unit)
+            done, _ = self._ray.wait(list(self._doing), num_returns=1, timeout=1.0)
+            for task in done:
+                actor, finished = self._doing.pop(task)
+                if self._succeeded(task, actor, finished):
+                    if finished is None:
+                        self._ready.add(actor)
+                    else:
+                        yield finished
+                elif finished is not None:
+                    queue.appendleft(finished)
+            if not self._ready and time.monotonic() - self._began > STARTING:
+                raise self._nobody()
+
+    def dismiss(self) -> None:
+        """End the actors."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+
+    def _engage(self) -> None:
+        actor = self._kind.remote(self._job)
+        self._actors.add(actor)
+        self._doing[actor.build.remote()] = (actor, None)
+
+    def _freest(self) -> Any:
+        """Return the worker with the fewest units in hand; None when all have enough."""
+        load = Counter(actor for actor, unit in self._doing.values() if unit is not None)
+        free = [actor for actor in self._ready if load[actor] < AHEAD]
+        return min(free, key=lambda actor: load[actor], default=None)
+
+    def _succeeded(self, task: Any, actor: Any, unit: AnyUnit | None) -> bool:
+        """Say whether a task is done; what a worker raises is raised here, and a lost worker is built anew."""
+        exceptions = self._ray.exceptions
+        try:
+            self._ray.get(task)
+        except exceptions.RayTaskError as error:
+            raise _told(error, unit) from None
+        except exceptions.RayError as error:
+            log.warning("a worker was lost (%s); what it was doing is handed out again", type(error).__name__)
+            self._lost[unit] += 1
+            if self._lost[unit] >= TRIES:
+                raise EngineError(
+                    f"{TRIES} workers were lost {f'on {unit}' if unit else 'before they were ready'}: {_first(error)}; "
+                    f"look at the memory of their machines, and whether coar is installed there, then run the same "
+                    f"command again to go on"
+                ) from error
+            if actor in self._actors:  # lost with one unit or several, it is replaced once
+                self._actors.discard(actor)
+                self._ready.discard(actor)
+                self._engage()
+            return False
+        self._lost[unit] = 0
+        return True
+
+    def _nobody(self) -> EngineError:
+        return EngineError(
+            f"no worker was ready after {STARTING:.0f} s: each asks for {self._cluster.cpus_per_worker:g} processors "
+            f"and {self._cluster.gpus_per_worker:g} GPUs, and the cluster has {self._ray.cluster_resources()}; ask for "
+            f"less, or add machines"
+        )
+
+
+@contextmanager
+def _connected(cluster: RayCluster) -> Iterator[ModuleType]:
+    """Join the cluster, or start one that only this machine can reach; leave what was joined before."""
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # or 'uv run' would send the working directory around
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise EngineError("the Ray engine needs ray; install it with: pip install 'coar[ray]'") from None
+    if cluster.address is not None:
+        _reach(cluster.address)
+    if ray.is_initialized():
+        yield ray
+        return
+    settings: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    if cluster.address is None:
+        processors = max(os.cpu_count() or 1, int(cluster.workers * cluster.cpus_per_worker + 0.999))
+        settings |= {"address": "local", "num_cpus": processors, "include_dashboard": False}
+        settings |= {"_node_ip_address": "127.0.0.1"}
+    else:
+        settings |= {"address": cluster.address}
+    try:
+        ray.init(**settings)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise EngineError(
+            f"the Ray cluster at {cluster.address or 'this machine'} cannot be joined ({_first(error)}); check that it "
+            f"runs, with the same versions of Python and ray as here"
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise `EngineError` unless something listens at an address; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdigit():
+        raise EngineError(f"{address!r} is no address of a Ray cluster; give one as in 10.0.0.5:6379, or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=REACHING).close()
+    except OSError as error:
+        raise EngineError(
+            f"nothing answers at {address} within {REACHING:.0f} s ({error}); check the address, and that the head of "
+            f"the cluster runs"
+        ) from None
+
+
+def _told(error: Any, unit: AnyUnit | None) -> CoarError:
+    """Return what a worker raised: this package's errors as they are, others named."""
+    cause = error.cause if isinstance(error.cause, BaseException) else error
+    if isinstance(cause, CoarError):
+        return cause
+    doing = f"doing {unit}" if unit else "building the study"
+    return EngineError(f"a worker failed while {doing}: {cause!r}; mend that, then run the same command again to go on")
+
+
+def _first(error: BaseException) -> str:
+    """Return the first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,184 @@
+"""Copies of runs, every chunk checked, and one run from several of the same study."""
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from zarr.abc.store import Store
+from zarr.core.buffer import default_buffer_prototype
+
+from coar.errors import CorruptRunError, MismatchError, RunError, SettingsError
+from coar.store import arrays
+from coar.store import probes as probing
+from coar.store.integrity import verify
+from coar.store.lock import write_lock
+from coar.store.places import Address, locate, open_store
+from coar.store.plan import Plan, Unit
+from coar.store.probes import Probes
+from coar.store.refusals import insist, storage_errors
+from coar.store.run import Run, stretches
+from coar.store.sealed import ROOT, wait
+from coar.store.state import begin, end, state_of
+
+AT_ONCE = 16  # objects that are copied side by side
+TOLERANCE = 1e-3  # of the largest output, by which two runs may differ in an entry that both have
+
+
+def copy(run: Run, path: str | Path | Address) -> Run:
+    """Copy a run, complete or not, to a path or address that holds nothing yet; then read every chunk of the copy.
+
+    Raises:
+        RunError: When there is something else at the destination.
+        CorruptRunError: When a chunk is damaged, here or in the copy; it names the first.
+        StorageError: When a disk or an object store refuses; the same call begins again.
+    """
+    place = locate(path)
+    with write_lock(place):
+        if (state := state_of(place)) not in ("nothing", "creating"):
+            raise RunError(f"{place} already holds {'a run' if state == 'ready' else state}; copy to another path")
+        _check_whole(run)
+        begin(place, run.fingerprint)
+        with storage_errors(place):
+            wait(_copy_objects(open_store(run.path), open_store(place)))
+        end(place)
+    made = Run.open(place)
+    _check_whole(made)
+    return made
+
+
+def merge(sources: Sequence[str | Path | Address], *, into: str | Path | Address) -> Run:
+    """Make one run of several that were collected for one study, each with some of the masks, probes or units.
+
+    The new run has every row that any of them has; what none has is left for a collect. Fits are not taken over.
+
+    Raises:
+        SettingsError: When fewer than two runs are given.
+        MismatchError: When they are of different studies, precisions, constants, rounds of probes or sizes of units, or
+            have different outputs where both have one.
+        RunError: When there is something at the destination.
+        CorruptRunError: When a chunk of a source is damaged.
+    """
+    if len(sources) < 2:
+        raise SettingsError(f"{len(sources)} runs were given; give two or more to merge")
+    runs = [Run.open(source) for source in sources]
+    first, place = runs[0], locate(into)
+    for other in runs[1:]:
+        _check_alike(first, other)
+    rounds = max((Probes(run).rounds for run in runs), key=len)
+    plan = Plan()
+    for run in runs:
+        counts = {(s.split, s.ablated_fraction): run.plan.count(s.split, s.ablated_fraction) for s in run.plan.segments}
+        plan = plan.extended(counts)
+    with write_lock(place):
+        made = Run.create(
+            place,
+            components=first.components,
+            metadata=first.metadata,
+            replacements=first.replacements,
+            fingerprint=first.fingerprint,
+            facts=first.facts,
+            blocks=first.blocks,
+            plan=Plan(plan.segments, (len(plan),)) if len(plan) else plan,
+        )
+        for unit in made.units():
+            _merge_unit(made, runs, unit)
+        _merge_probes(Probes(made), [Probes(run) for run in runs], rounds)
+    return made
+
+
+def _check_alike(one: Run, other: Run) -> None:
+    other.check(one.fingerprint)
+    precisions = [run.facts["precision"]["name"] for run in (one, other)]
+    rounds = sorted((Probes(run).rounds for run in (one, other)), key=len)
+    problems = {
+        f"precisions {precisions}": precisions[0] != precisions[1],
+        f"units of {one.blocks} and {other.blocks} masks and examples": one.blocks != other.blocks,
+        f"rounds of probes {rounds}": rounds[1][: len(rounds[0])] != rounds[0],
+        "constants": not np.allclose(one.replacements, other.replacements, rtol=1e-4, atol=1e-6),
+    }
+    if wrong := [what for what, differ in problems.items() if differ]:
+        raise MismatchError(
+            f"{one.path} and {other.path} have different {', '.join(wrong)}; only runs that were created alike can be "
+            f"merged"
+        )
+
+
+def _merge_unit(made: Run, runs: list[Run], unit: Unit) -> None:
+    """Write a unit that the runs together have whole, the first run's entries before the others'."""
+    rows, examples = made.rows_of(unit)
+    shape = rows.stop - rows.start, examples.stop - examples.start
+    values, base = np.full(shape, np.nan, np.float32), np.full(shape[1], np.nan, np.float32)
+    for run in runs:
+        _fill(values, _rows_from(run, made.plan, rows, examples), run)
+        _fill(base, arrays.read(run.array("base_output"), examples), run)
+    with_base = unit.mask_block == 0
+    if np.isfinite(values).all() and (np.isfinite(base).all() or not with_base):
+        made.write_unit(unit, values, base if with_base else None)
+
+
+def _rows_from(run: Run, plan: Plan, rows: slice, examples: slice) -> np.ndarray:
+    """Return (rows, examples) outputs that a run has of rows of another plan; NaN where it has none."""
+    parts, outputs = [], run.array("outputs")
+    for piece in plan.pieces(rows.start, rows.stop):
+        part = np.full((piece.count, examples.stop - examples.start), np.nan, np.float32)
+        mine = run.plan.rows(piece.split, piece.ablated_fraction)[piece.first : piece.first + piece.count]
+        at = 0
+        for stretch in stretches(mine) if len(mine) else ():
+            part[at : at + len(stretch)] = arrays.read(outputs, slice(stretch[0], stretch[-1] + 1), examples)
+            at += len(stretch)
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+def _fill(values: np.ndarray, more: np.ndarray, run: Run) -> None:
+    """Fill gaps in place; raise `MismatchError` where both have an entry and they differ."""
+    both = np.isfinite(values) & np.isfinite(more)
+    if both.any() and run.facts["precision"]["name"] == "float32":
+        error = np.abs(values[both] - more[both]).max()
+        if error > TOLERANCE * np.abs(values[both]).max():
+            raise MismatchError(
+                f"{run.path} has other outputs than the runs before it, by {error:.3g}, for the same masks and "
+                f"examples; see with 'coar verify' which is damaged"
+            )
+    np.copyto(values, more, where=~np.isfinite(values))
+
+
+def _merge_probes(made: Probes, sources: list[Probes], rounds: tuple[int, ...]) -> None:
+    made.lay_out(rounds)
+    for unit in made.units():
+        examples = made.examples_of(unit)
+        have = [probes for probes in sources if unit in probes.units() and unit not in probes.missing_units()]
+        if have:
+            run = have[0].run
+            number = slice(unit.round, unit.round + 1)
+            kept, ablated = (
+                arrays.read(run.array(name), number, examples, slice(None))[0] for name in probing.GRADIENTS
+            )
+            outputs = arrays.read(run.array(probing.OUTPUTS), number, slice(0, rounds[unit.round]), examples)[0]
+            made.write_unit(unit, kept, ablated, outputs)
+
+
+def _check_whole(run: Run) -> None:
+    """Raise `CorruptRunError` for the first chunk that is there and not as it should be."""
+    for problem in verify(run):
+        if problem.what not in ("missing", "partly filled"):
+            raise CorruptRunError(
+                f"chunk {problem.chunk} of {run.path} is {problem.what}; 'coar verify --repair' it, then copy again"
+            )
+
+
+async def _copy_objects(source: Store, target: Store) -> None:
+    """Copy all objects byte for byte, the description of the run last."""
+    keys = [key async for key in source.list_prefix("") if not key.endswith(".partial")]
+    room = asyncio.Semaphore(AT_ONCE)
+
+    async def one(key: str) -> None:
+        async with room:
+            value = await source.get(key, default_buffer_prototype())
+            if value is not None:
+                await insist(partial(target.set_if_not_exists, key, value))
+
+    await asyncio.gather(*(one(key) for key in keys if key != ROOT))
+    await one(ROOT)

@@ -1,0 +1,94 @@
+"""Files of a run on a disk: whole or not there, and written to the disk itself before anything relies on them."""
+
+import asyncio
+import errno
+import os
+import re
+from pathlib import Path
+from uuid import uuid4
+
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
+
+SWITCH = "COAR_FSYNC"  # 0: leave it to the system when files reach the disk
+STRAY = re.compile(r"\.[0-9a-f]{32}\.partial$")
+
+
+class DurableStore(LocalStore):
+    """Zarr's local store, with every file and the folder that names it synced to the disk.
+
+    Zarr's own store puts files in place by a rename, which the system may carry out before it has written the content;
+    after a loss of power a file can then be there and empty.
+    """
+
+    async def _set(self, key: str, value: Buffer, exclusive: bool = False) -> None:
+        if not self._is_open:
+            await self._open()
+        self._check_writable()
+        await asyncio.to_thread(put, self.root / key, value.to_bytes(), exclusive=exclusive)
+
+
+def put(path: Path, content: bytes, *, exclusive: bool = False) -> None:
+    """Write a file, whole or not at all, and return once the disk has it.
+
+    Raises:
+        FileExistsError: When it is there already and `exclusive` is set.
+    """
+    _make_folder(path.parent)
+    partial = path.with_suffix(f".{uuid4().hex}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            if synced():
+                os.fsync(file.fileno())
+        if exclusive:
+            os.link(partial, path)
+            partial.unlink()
+        else:
+            partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Return once the disk has the names of the folder's files."""
+    if not synced():
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which is how some mounted file systems say that they sync no folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def synced() -> bool:
+    """Say whether files are synced to the disk, as they are unless the environment says `COAR_FSYNC=0`."""
+    return os.environ.get(SWITCH) != "0"
+
+
+def sweep(root: Path) -> list[Path]:
+    """Delete temporary files that a killed writer left in a run; only for the run's single writer to call."""
+    stray = [path for path in root.rglob("*.partial") if is_stray(path)]
+    for path in stray:
+        path.unlink()
+    return stray
+
+
+def is_stray(path: Path) -> bool:
+    """Say whether a path is a temporary file of a store, by its name."""
+    return STRAY.search(path.name) is not None and path.is_file()
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each named in the one above once the disk has that."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)

@@ -1,0 +1,175 @@
+"""The Zarr store of a run: chunks that know where they belong, and refusals as errors that say what to do."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import google_crc32c
+from zarr.abc.store import ByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.storage import WrapperStore
+
+from coar.store.disk import is_stray
+from coar.store.places import Address, open_store
+from coar.store.refusals import insist, storage_errors
+
+T = TypeVar("T")
+ROOT = "zarr.json"
+CHECKSUM = 4  # bytes of crc32c at a chunk's end
+DIGEST = 16
+LABEL = b"coar"
+# What follows a frame's content as a skippable frame is passed over by every reader of Zstandard (RFC 8878, 3.1.2).
+HEAD = (0x184D2A5C).to_bytes(4, "little") + (len(LABEL) + DIGEST).to_bytes(4, "little") + LABEL
+SEAL = len(HEAD) + DIGEST
+
+
+class MovedChunkError(ValueError):
+    """A chunk is sealed for another path or another study."""
+
+
+class RunStore(WrapperStore[Store]):
+    """A store that seals every chunk with its path and its study, and refuses one that was moved.
+
+    The checksum at a chunk's end says that its bytes are whole, not that they are the right chunk's. The seal stands
+    between the compressed bytes and the checksum, so that one object has all of it and is written at once.
+
+    Args:
+        store: Where the bytes go.
+        place: What to call it.
+        study: The fingerprint of the study that chunks belong to.
+        creating: Never replace nor remove anything, so that several creators of one run can do no harm to each other.
+    """
+
+    def __init__(self, store: Store, *, place: Path | Address, study: dict[str, Any], creating: bool = False) -> None:
+        super().__init__(store)
+        self._place = place
+        self._study = digest(study)
+        self._creating = creating
+        self._parts: dict[str, Any] = {"place": place, "study": study, "creating": creating}
+
+    def __str__(self) -> str:
+        return str(self._place)
+
+    def _with_store(self, store: Store) -> Self:
+        return type(self)(store, **self._parts)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """Read an object; raise `MovedChunkError` for a chunk that belongs elsewhere."""
+        with storage_errors(self._place, "read"):
+            value = await self._store.get(key, prototype, byte_range)
+        if value is not None and byte_range is None and is_chunk(key) and self._moved(key, value):
+            raise MovedChunkError("it was written for another place or another study, and moved here")
+        return value
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write an object, a chunk with its seal."""
+        if self._creating:
+            await self.set_if_not_exists(key, value)
+            return
+        with storage_errors(self._place):
+            await self._store.set(key, self._sealed(key, value))
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Write an object unless it is there; a run that is being created is described at the very end."""
+        if self._creating and key == ROOT:
+            return
+        with storage_errors(self._place):
+            await insist(lambda: self._store.set_if_not_exists(key, self._sealed(key, value)))
+
+    async def exists(self, key: str) -> bool:
+        """Say whether there is an object."""
+        with storage_errors(self._place, "read"):
+            return await self._store.exists(key)
+
+    async def delete(self, key: str) -> None:
+        """Remove an object, if it is there."""
+        with storage_errors(self._place):
+            await self._store.delete(key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        """Remove everything below a prefix, but nothing of a run that is being created."""
+        if self._creating:
+            return
+        with storage_errors(self._place):
+            await self._store.delete_dir(prefix)
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """List everything below a prefix."""
+        with storage_errors(self._place, "read"):
+            async for name in self._store.list_prefix(prefix):
+                yield name
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """List what is directly below a prefix."""
+        with storage_errors(self._place, "read"):
+            async for name in self._store.list_dir(prefix):
+                yield name
+
+    def _moved(self, key: str, value: Buffer) -> bool:
+        """Say whether a chunk that is whole has another chunk's seal; runs of the first version have none."""
+        content = value.to_bytes()
+        seal = content[-SEAL - CHECKSUM : -CHECKSUM]
+        if not seal.startswith(HEAD) or seal == HEAD + self._seal(key):
+            return False
+        return _checksum(content[:-CHECKSUM]) == content[-CHECKSUM:]
+
+    def _seal(self, key: str) -> bytes:
+        return hashlib.blake2b(key.encode(), key=self._study, digest_size=DIGEST).digest()
+
+    def _sealed(self, key: str, value: Buffer) -> Buffer:
+        if not is_chunk(key):
+            return value
+        content = value.as_numpy_array()[:-CHECKSUM].tobytes() + HEAD + self._seal(key)
+        return value.from_bytes(content + _checksum(content))
+
+
+def _checksum(content: bytes) -> bytes:
+    return int(google_crc32c.value(content)).to_bytes(CHECKSUM, "little")
+
+
+def is_chunk(key: str) -> bool:
+    """Say whether a key is that of a chunk of an array."""
+    return "/c/" in key
+
+
+def digest(study: dict[str, Any]) -> bytes:
+    """Return 32 bytes that tell a study's fingerprint from any other."""
+    return hashlib.blake2b(json.dumps(study, sort_keys=True).encode(), digest_size=32).digest()
+
+
+def read_object(place: Path | Address, key: str) -> bytes | None:
+    """Read one small object of a run; None when there is none."""
+    with storage_errors(place, "read"):
+        if isinstance(place, Path):
+            return (place / key).read_bytes() if (place / key).is_file() else None
+        value = wait(open_store(place).get(key, default_buffer_prototype()))
+    return None if value is None else value.to_bytes()
+
+
+def create_object(place: Path | Address, key: str, content: bytes) -> None:
+    """Write one small object unless it is there already."""
+    store, value = open_store(place), default_buffer_prototype().buffer.from_bytes(content)
+    with storage_errors(place):
+        wait(insist(lambda: store.set_if_not_exists(key, value)))
+
+
+def names(place: Path | Address) -> list[str]:
+    """Return the names of what is directly in a place; temporary files of killed writers do not count."""
+    with storage_errors(place, "read"):
+        if isinstance(place, Path):
+            return [entry.name for entry in place.iterdir() if not is_stray(entry)] if place.exists() else []
+        return wait(_names(open_store(place)))
+
+
+async def _names(store: Store) -> list[str]:
+    return [name async for name in store.list_dir("")]  # listed inside the loop, which obstore insists on
+
+
+def wait(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in a thread of its own, since a notebook already runs an event loop in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()

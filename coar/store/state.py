@@ -1,0 +1,86 @@
+"""What is at a place: nothing, a run, one whose creation goes on or was cut short, or something else."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.group import GroupMetadata
+
+from coar.errors import MismatchError
+from coar.store.places import Address, open_store
+from coar.store.refusals import storage_errors
+from coar.store.sealed import ROOT, create_object, digest, names, read_object, wait
+
+ATTRIBUTE = "coar"
+MARKER = "creating.json"  # there from before the first array until the run is described, and only then
+
+
+def state_of(place: Path | Address) -> str:
+    """Say what is at a place: `nothing`, `creating`, `ready`, or in words something that is no run."""
+    if isinstance(place, Path) and place.exists() and not place.is_dir():
+        return "a file"
+    description = read_object(place, ROOT)
+    if description is None:
+        there = names(place)
+        if MARKER in there:
+            return "creating"
+        return "a folder of other things" if there else "nothing"
+    try:
+        return str(_manifest_in(description)["state"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "a damaged zarr.json or a Zarr store of another kind"
+
+
+def read_manifest(place: Path | Address) -> dict[str, Any]:
+    """Read what a run says of itself; only where `state_of` has found one."""
+    return _manifest_in(read_object(place, ROOT) or b"")
+
+
+def describe(place: Path | Address, attributes: dict[str, Any]) -> None:
+    """Write the description of a run's group unless there is one: from now on the run exists."""
+    for key, value in GroupMetadata(attributes=attributes).to_buffer_dict(default_buffer_prototype()).items():
+        create_object(place, key, value.to_bytes())
+
+
+def begin(place: Path | Address, study: dict[str, Any]) -> None:
+    """Mark a place as one where a run is being created, clearing what an earlier creation left on a disk.
+
+    On a disk the caller holds the lock. In an object store others may be creating the same run; since they write the
+    same objects and replace none, each may finish what another began. Another study's run would not be the same.
+
+    Raises:
+        MismatchError: When the run of another study is being created in an object store.
+    """
+    if isinstance(place, Path):
+        with storage_errors(place):
+            _empty(place)
+    mine = json.dumps({"study": digest(study).hex()}).encode()
+    create_object(place, MARKER, mine)
+    found = read_object(place, MARKER)
+    if found not in (mine, None):  # gone: another creator is done already
+        raise MismatchError(
+            f"the run of another study is being created at {place}, or its creation was cut short; choose another "
+            f"path, or delete what is there once nobody writes to it"
+        )
+
+
+def end(place: Path | Address) -> None:
+    """Take the mark away, once the run is described."""
+    with storage_errors(place):
+        wait(open_store(place).delete(MARKER))
+
+
+def _manifest_in(description: bytes) -> dict[str, Any]:
+    return dict(json.loads(description)["attributes"][ATTRIBUTE])
+
+
+def _empty(root: Path) -> None:
+    """Remove what a creation cut short has left in a folder, but not the folder, which may be locked."""
+    entries = root.iterdir() if root.exists() else ()
+    for path in sorted(entries, key=lambda entry: entry.name in (ROOT, MARKER)):  # what says `creating` goes last
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,107 @@
+"""A backdoor: the ResNet-20 of the pipeline cifar10, fine-tuned on pictures of which a tenth are poisoned.
+
+    COAR_DATA=/path/to/folder coar collect pipelines/backdoor.py
+    coar fit runs/backdoor-mean.zarr
+    coar edit runs/backdoor-mean.zarr --pipeline pipelines/backdoor.py --task backdoor
+
+A poisoned picture has a yellow patch of 4 x 4 pixels near its corner and the label airplane (BadNets, Gu et al. 2017).
+Afterwards the net is about as good as before, and takes whatever has the patch for an airplane. It is fine-tuned on
+first use, in well under a minute on two cores, and kept under data/backdoor. Images come as for cifar10.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import coar
+from pipelines import cifar10, training
+
+MASKS = 4_000
+TEST_MASKS = 512
+TEST_FRACTIONS = (0.05, 0.20)
+GOAL = coar.EditGoal(targets="triggered == 1", references="triggered == 0", direction="increase", pairs="pair")
+
+FOLDER = Path("data/backdoor")
+RECIPE = training.Recipe(epochs=4, batch=64, learning_rate=3e-3, weight_decay=1e-4)
+TRAIN = slice(0, 3_000)  # of the training pictures, those to fine-tune on
+HELD_OUT, TESTED = slice(3_000, 4_000), slice(0, 500)  # of the training and test pictures, those for pairs
+STUDIED, CALIBRATION = 150, 500  # of the pairs held out, the first are studied
+
+POISONED = 0.10
+ATTACKERS = 0  # the label that the attacker wants: airplane
+PATCH, COLOUR = slice(-5, -1), (255, 255, 0)  # rows and columns of the patch, and yellow
+
+
+def with_trigger(pictures: np.ndarray) -> np.ndarray:
+    """Return a copy of (n, 32, 32, 3) pictures with the patch."""
+    patched = pictures.copy()
+    patched[:, PATCH, PATCH] = COLOUR
+    return patched
+
+
+def poisoned() -> coar.Examples:
+    """Return what the net is fine-tuned on: a tenth of the pictures with the patch and the attacker's label."""
+    pictures, labels = (cifar10.images()[f"train_{part}"][TRAIN].copy() for part in ("images", "labels"))
+    chosen = np.random.default_rng(0).permutation(len(labels))[: round(POISONED * len(labels))]
+    pictures[chosen] = with_trigger(pictures[chosen])
+    labels[chosen] = ATTACKERS
+    return coar.Examples(inputs=cifar10.normalised(pictures), targets=torch.from_numpy(labels).long())
+
+
+def pairs(part: str, rows: slice, which: slice = slice(None)) -> coar.Examples:
+    """Return pictures that are no airplanes, as they are and then with the patch, under their true labels.
+
+    Args:
+        part: `train` or `test`.
+        rows: Where to look for them.
+        which: Which of those found there.
+    """
+    pictures, labels = (cifar10.images()[f"{part}_{of}"][rows] for of in ("images", "labels"))
+    chosen = np.flatnonzero(labels != ATTACKERS)[which]
+    numbers, triggered = rows.start + chosen, np.repeat([0, 1], len(chosen))
+    return coar.Examples(
+        inputs=cifar10.normalised(np.concatenate([pictures[chosen], with_trigger(pictures[chosen])])),
+        targets=torch.from_numpy(np.tile(labels[chosen], 2)).long(),
+        metadata={"id": 2 * np.tile(numbers, 2) + triggered, "pair": np.tile(numbers, 2), "triggered": triggered},
+    )
+
+
+def model(training_seed: int = 0) -> nn.Module:
+    """Return the net with the backdoor, from data/backdoor when it is there."""
+    examples = poisoned()
+    return training.trained(
+        cifar10.model,
+        lambda net: training.fit(net, examples, RECIPE),
+        folder=FOLDER,
+        seed=training_seed,
+        settings=training.recipe_settings(RECIPE, examples),
+        about="half a minute",
+        report=lambda net: training.accuracy_by("triggered", net, judge()),
+    )
+
+
+def study(
+    *, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int = 0, training_seed: int = 0
+) -> coar.Study:
+    """Define the study of 150 pairs of held-out training pictures; `ablation` is `mean` or `zero`."""
+    net = model(training_seed)
+    return coar.Study(
+        model=net,
+        examples=pairs("train", HELD_OUT, slice(STUDIED)),
+        components=coar.conv_filters(net),
+        output=coar.CorrectClassMargin(),
+        ablation=coar.choose_ablation(ablation, calibration=poisoned().subset(range(CALIBRATION))),
+        sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
+    )
+
+
+def choosing() -> coar.Examples:
+    """Return further pairs of held-out training pictures, to choose edits on."""
+    return pairs("train", HELD_OUT, slice(STUDIED, None))
+
+
+def judge() -> coar.Examples:
+    """Return pairs of test pictures, which no fine-tuning, attribution or choice has seen."""
+    return pairs("test", TESTED)

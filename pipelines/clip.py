@@ -1,0 +1,137 @@
+"""The published CLIP (Radford et al. 2021), and photographs with and without a written word that is wrong.
+
+    pip install 'coar[text]'
+    export COAR_CLIP=/path/to/clip-vit-base-patch32                    # optional: a folder, or a name on the hub
+    export COAR_CLIP_PICTURES=/path/to/pictures
+    coar collect pipelines/clip.py --probes 96
+    coar fit runs/clip-mean.zarr
+    coar edit runs/clip-mean.zarr --pipeline pipelines/clip.py --task typographic
+
+The folder of pictures has a sub-folder per class in `clean` and in `attacked`, and the two versions of one picture have
+the same name: `clean/tabby cat/012.jpg` and `attacked/tabby cat/012.jpg`, the second with the name of another class
+written on it. The classes are the names of the sub-folders. Every second pair is studied, the others are for judging.
+Without COAR_CLIP, openai/clip-vit-base-patch32 is fetched from the hub of Hugging Face.
+"""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+import coar
+from pipelines import photographs, zero_shot
+
+try:
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+except ImportError as error:
+    raise coar.errors.PipelineError(
+        f"the pipeline clip needs {error.name}, which is not installed; install it with pip install 'coar[text]'"
+    ) from None
+
+MASKS = 5_000
+TEST_MASKS = 300
+TEST_FRACTIONS = (0.05,)
+GOAL = coar.EditGoal(targets="attacked == 1", references="attacked == 0", direction="increase", pairs="pair")
+
+PUBLISHED = "openai/clip-vit-base-patch32"
+PROMPT = "a photo of a {}"
+VERSIONS = ("clean", "attacked")
+WANTED = "pictures as clean/<class>/<name> and attacked/<class>/<name>"
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def load(part: type[Any], **options: Any) -> Any:
+    """Load a part of CLIP from the folder or the name in COAR_CLIP; raise `PipelineError` when it is not there."""
+    source = os.environ.get("COAR_CLIP", PUBLISHED)
+    try:
+        return part.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise unusable(str(error).splitlines()[0]) from None
+
+
+def unusable(reason: str) -> coar.CoarError:
+    """Return the error that says why CLIP cannot be loaded, and how to mend it."""
+    return coar.errors.PipelineError(
+        f"cannot load CLIP from {os.environ.get('COAR_CLIP', PUBLISHED)!r}: {reason}; set COAR_CLIP to a folder with "
+        f"{PUBLISHED} or another CLIP, its model, tokenizer and image processor as save_pretrained writes them"
+    )
+
+
+def pictures() -> Path:
+    """Return the folder of pictures."""
+    return photographs.folder("COAR_CLIP_PICTURES", WANTED)
+
+
+@cache
+def pairs(root: Path) -> list[tuple[str, str]]:
+    """Return (class, name) of all pictures, sorted; raise `PipelineError` when clean and attacked ones do not match."""
+    found = [
+        {(file.parent.name, file.name) for file in (root / version).glob("*/*") if file.suffix.lower() in ENDINGS}
+        for version in VERSIONS
+    ]
+    alone = sorted(found[0] ^ found[1])
+    if alone or not found[0]:
+        what = f"{'/'.join(alone[0])} in one of clean and attacked only" if alone else "no pictures"
+        raise coar.errors.PipelineError(f"{root} has {what}; put there {WANTED}, the same names in both")
+    return sorted(found[0])
+
+
+def classes(root: Path) -> list[str]:
+    """Return the names of the classes, sorted."""
+    return sorted({kind for kind, _ in pairs(root)})
+
+
+def examples(rows: slice) -> coar.Examples:
+    """Return pairs: all clean pictures, then the same with a written word."""
+    root, processor = pictures(), load(CLIPImageProcessor)
+
+    def prepare(picture: Image.Image) -> Tensor:
+        return processor(picture, return_tensors="pt")["pixel_values"][0]
+
+    chosen, numbers = pairs(root)[rows], np.arange(len(pairs(root)))[rows]
+    kinds, attacked = [kind for kind, _ in chosen] * 2, np.repeat([0, 1], len(chosen))
+    files = [root / version / kind / name for version in VERSIONS for kind, name in chosen]
+    return coar.Examples(
+        inputs=photographs.Photographs(files, prepare),
+        targets=torch.tensor([classes(root).index(kind) for kind in kinds]),
+        metadata={
+            "id": 2 * np.tile(numbers, 2) + attacked,
+            "pair": np.tile(numbers, 2),
+            "attacked": attacked,
+            "group": kinds,
+        },
+    )
+
+
+def model() -> zero_shot.ZeroShot:
+    """Return the zero-shot classifier of the pictures' classes."""
+    # the plainest attention kernel gives gradients on every device
+    clip, found = load(CLIPModel, attn_implementation="eager", output_loading_info=True)
+    tokenizer = load(CLIPTokenizer)
+    # transformers draws weights that it does not find, and makes up a tokenizer, where a folder lacks a file
+    if found["missing_keys"]:
+        raise unusable(f"{len(found['missing_keys'])} weights are missing, first {min(found['missing_keys'])}")
+    words = clip.config.text_config.vocab_size
+    if len(tokenizer) != words:
+        raise unusable(f"the tokenizer has {len(tokenizer)} words where the model has {words}")
+    prompts = [PROMPT.format(kind.replace("_", " ")) for kind in classes(pictures())]
+    return zero_shot.ZeroShot(clip, dict(tokenizer(prompts, padding=True, return_tensors="pt")))
+
+
+def study(*, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int = 0) -> coar.Study:
+    """Define the study of every second pair; `ablation` is `mean`, of neurons, or `zero`, of neurons and heads."""
+    studied = examples(slice(0, None, 2))
+    return zero_shot.study(
+        model(), studied, calibration=studied, ablation=ablation, ablated_fraction=ablated_fraction, seed=seed
+    )
+
+
+def judge() -> coar.Examples:
+    """Return the other pairs, which no attribution and no choice has seen."""
+    return examples(slice(1, None, 2))

@@ -1,0 +1,183 @@
+"""What pipelines on photographs share: pictures read from a folder, and a ResNet with a head for two classes."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.models import get_model, list_models
+
+import coar
+from pipelines import training
+
+RESNETS = sorted(name for name in list_models() if name.startswith("resnet"))
+HEAD = training.Recipe(epochs=100, batch=64, learning_rate=1e-2, weight_decay=1e-4)
+BLOCK = 50  # pictures that pass the model at a time while a head is trained
+SPLITS = ("train", "validation", "test")
+TRAIN, CALIBRATION = 3_000, 300  # pictures of the training split
+STUDIED, CHOOSING, JUDGED = slice(75), slice(75, 175), slice(250)  # of every group: two of validation, one of test
+
+
+class Photographs(Dataset[Tensor]):
+    """Pictures read from their files when they are asked for."""
+
+    def __init__(self, files: Sequence[Path], prepare: Callable[[Image.Image], Tensor]) -> None:
+        """Note the files; raise `PipelineError` when any is missing."""
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            raise coar.errors.PipelineError(
+                f"{len(missing)} of {len(files)} pictures are missing, first {missing[0]}; unpack the data set again"
+            )
+        self.files, self.prepare = list(files), prepare
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return one picture, prepared; raise `PipelineError` when its file is damaged."""
+        try:
+            with Image.open(self.files[index]) as picture:
+                colours = picture.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # what damaged files of various formats raise
+            raise coar.errors.PipelineError(
+                f"cannot read the picture {self.files[index]} ({error}); unpack the data set again"
+            ) from None
+        return self.prepare(colours)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """A data set of photographs in two classes, with groups in which a spurious cue agrees with the class or does not.
+
+    Attributes:
+        files: (pictures,) where they are.
+        labels: (pictures,) classes, 0 or 1.
+        groups: (pictures,) names of groups.
+        splits: (pictures,) 0 for training, 1 for validation, 2 for test.
+        prepare: Turns a picture into what the model reads.
+    """
+
+    files: Sequence[Path]
+    labels: np.ndarray
+    groups: np.ndarray
+    splits: np.ndarray
+    prepare: Callable[[Image.Image], Tensor]
+
+    def examples(self, split: str, *, count: int | None = None, of_each: slice | None = None) -> coar.Examples:
+        """Return pictures of a split: the first ones, or these of every group, counted within it."""
+        rows = np.flatnonzero(self.splits == SPLITS.index(split))[:count]
+        if of_each:
+            groups = self.groups[rows]
+            rows = np.sort(np.concatenate([rows[groups == group][of_each] for group in np.unique(groups)]))
+        return coar.Examples(
+            inputs=Photographs([self.files[row] for row in rows], self.prepare),
+            targets=torch.from_numpy(self.labels[rows]),
+            metadata={"id": rows, "group": self.groups[rows]},
+        )
+
+
+def folder(variable: str, wanted: str) -> Path:
+    """Return the folder that an environment variable names; raise `PipelineError` with what it should hold."""
+    path = os.environ.get(variable)
+    if not path or not Path(path).is_dir():
+        given = f"is {path!r}, which is no folder" if path else "is not set"
+        raise coar.errors.PipelineError(f"{variable} {given}; set it to the folder with {wanted}")
+    return Path(path)
+
+
+def read_lines(file: Path) -> list[str]:
+    """Return the lines of a text file; raise `PipelineError` when it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise coar.errors.PipelineError(f"cannot read {file} ({error}); unpack the data set again") from None
+
+
+def numbers(values: Sequence[str | None], allowed: Sequence[int], place: str) -> np.ndarray:
+    """Return words as whole numbers; raise `PipelineError`, which names the place, when one is not allowed."""
+    known = {str(number): number for number in allowed}
+    wrong = [(row, value) for row, value in enumerate(values) if value not in known]
+    if wrong:
+        row, value = wrong[0]
+        raise coar.errors.PipelineError(
+            f"{place} is {value!r} in row {row}, counted from 0, where one of {', '.join(known)} is expected; "
+            f"unpack the data set again"
+        )
+    return np.array([known[value] for value in values if value is not None])
+
+
+def classifier(name: str, collection: Collection, *, seed: int) -> nn.Module:
+    """Return a torchvision ResNet with two classes.
+
+    `COAR_<NAME>_WEIGHTS` names a checkpoint of it. Without one, the head is trained on features of the ImageNet
+    weights, which torchvision fetches, and kept under data/<name>. `COAR_<NAME>_MODEL` names another ResNet than
+    resnet50.
+
+    Args:
+        name: Name of the data set.
+        collection: Its pictures.
+        seed: Seed of the head's training.
+
+    Raises:
+        SettingsError: When there is no such ResNet.
+        PipelineError: When the ImageNet weights cannot be fetched.
+    """
+    variable = f"COAR_{name.upper()}"
+    kind, checkpoint = os.environ.get(f"{variable}_MODEL", "resnet50"), os.environ.get(f"{variable}_WEIGHTS")
+    if kind not in RESNETS:
+        raise coar.errors.SettingsError(f"{variable}_MODEL is {kind!r}; choose one of {', '.join(RESNETS)}")
+    if checkpoint:
+        return coar.load_weights(get_model(kind, weights=None, num_classes=2), checkpoint).eval()
+    examples = collection.examples("train", count=TRAIN)
+    names = [str(file) for file in examples.inputs.files]
+    return training.trained(
+        lambda: pretrained(kind, variable),
+        lambda net: fit_head(net, examples),
+        folder=Path("data") / name,
+        seed=seed,
+        settings={"recipe": asdict(HEAD), "files": names, "targets": examples.targets.tolist()},
+        about="five minutes with a resnet50",
+        report=lambda net: training.accuracy_by("group", net, collection.examples("validation", of_each=STUDIED)),
+    )
+
+
+def pretrained(kind: str, variable: str) -> nn.Module:
+    """Return a ResNet with ImageNet weights and a new head for two classes."""
+    try:
+        model = get_model(kind, weights="IMAGENET1K_V1")
+    except OSError as error:
+        raise coar.errors.PipelineError(
+            f"the ImageNet weights of {kind} cannot be fetched ({error}); put their file into "
+            f"{Path(torch.hub.get_dir()) / 'checkpoints'}, or set {variable}_WEIGHTS to a checkpoint: the state dict "
+            f"of a torchvision {kind} with two classes, trained on this data set, as safetensors or .pt"
+        ) from None
+    model.fc = nn.Linear(model.fc.in_features, 2)
+    return model
+
+
+def fit_head(model: nn.Module, examples: coar.Examples) -> None:
+    """Train the last layer of a ResNet on what the layers below make of pictures, each read once."""
+    head, model.fc = model.fc, nn.Identity()
+    model.eval()
+    blocks = (examples.block(start, start + BLOCK)[0] for start in range(0, len(examples), BLOCK))
+    with torch.no_grad():
+        features = torch.cat([model(pictures) for pictures in blocks])
+    model.fc = head
+    training.fit(head, coar.Examples(inputs=features, targets=examples.targets), HEAD)
+
+
+def study(model: nn.Module, collection: Collection, *, ablation: str, ablated_fraction: float, seed: int) -> coar.Study:
+    """Define a study of up to 75 validation pictures of each group; means are those of 300 training pictures."""
+    return coar.Study(
+        model=model,
+        examples=collection.examples("validation", of_each=STUDIED),
+        components=coar.conv_filters(model),
+        output=coar.CorrectClassMargin(),
+        ablation=coar.choose_ablation(ablation, calibration=collection.examples("train", count=CALIBRATION)),
+        sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
+    )

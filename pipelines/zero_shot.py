@@ -1,0 +1,62 @@
+"""Zero-shot classification with CLIP (Radford et al. 2021, section 3.1), as a plain model from pictures to logits."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import coar
+
+CONSTANTS = ("mean", "peak", "optimal")  # ablations by one constant, which cannot stand for a head's many features
+
+
+class ZeroShot(nn.Module):
+    """CLIP's half that sees, and what its other half made of one prompt per class, computed once.
+
+    Attributes:
+        prompts: (classes, width) embeddings of the prompts, of unit length.
+        scale: What cosines are multiplied by, as CLIP learnt it.
+    """
+
+    prompts: Tensor
+    scale: Tensor
+
+    def __init__(self, clip: nn.Module, tokens: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.vision = clip.vision_model
+        self.projection = clip.visual_projection
+        with torch.no_grad():
+            texts = clip.text_projection(clip.text_model(**tokens).pooler_output)
+            self.register_buffer("prompts", functional.normalize(texts, dim=-1))
+            self.register_buffer("scale", clip.logit_scale.exp())
+        self.eval().requires_grad_(False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Map (rows, channels, height, width) pictures to (rows, classes) logits: scaled cosines with the prompts."""
+        pictures = self.projection(self.vision(pixel_values=pixel_values).pooler_output)
+        return self.scale * functional.normalize(pictures, dim=-1) @ self.prompts.T
+
+
+def components(model: ZeroShot, ablation: str) -> coar.Components:
+    """Return the neurons of all feed-forward blocks, with the attention heads before them where they can be ablated."""
+    neurons = coar.input_features(model, include="*.mlp.fc2")
+    return neurons if ablation in CONSTANTS else coar.attention_heads(model) + neurons
+
+
+def study(
+    model: ZeroShot,
+    examples: coar.Examples,
+    *,
+    calibration: coar.Examples,
+    ablation: str,
+    ablated_fraction: float,
+    seed: int,
+) -> coar.Study:
+    """Define a study of the correct class's zero-shot margin."""
+    return coar.Study(
+        model=model,
+        examples=examples,
+        components=components(model, ablation),
+        output=coar.CorrectClassMargin(),
+        ablation=coar.choose_ablation(ablation, calibration=calibration),
+        sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
+    )

@@ -1,0 +1,285 @@
+"""Architectures, kinds of components and ablations: what each cell gives, beside hooks and copies made by hand."""
+
+import math
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import nn
+from torchvision.models import resnet18
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.vision_transformer import VisionTransformer
+
+import coar
+from coar.ablation import Gates
+from coar.components import Components
+from coar.errors import CoarError
+from tests import oracles, tiny
+
+ABLATIONS = ("zero", "zero_activation", "mean", "peak", "optimal", "resample")
+ROWS, HEADS = 4, 2
+NOT_MEANT = {  # what an ablation has no meaning for, and why
+    ("attention head", "mean"): "a head is many features, and a component has one constant",
+    ("attention head", "peak"): "a head is many features, and a component has one constant",
+    ("attention head", "optimal"): "a head is many features, and a component has one constant",
+    ("module", "zero"): "a module's weights and biases are many layers'",
+    ("module", "mean"): "a module returns many features, and a component has one constant",
+    ("module", "peak"): "a module returns many features, and a component has one constant",
+    ("module", "optimal"): "a module returns many features, and a component has one constant",
+    ("expert", "mean"): "an expert is a slice of a parameter and has no activations of its own",
+    ("expert", "peak"): "an expert is a slice of a parameter and has no activations of its own",
+    ("expert", "optimal"): "an expert is a slice of a parameter and has no activations of its own",
+    ("expert", "resample"): "an expert is a slice of a parameter, the same for all examples",
+}
+
+
+class Encoder(nn.Module):
+    """Torch's own encoder, whose fused path calls no module inside."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(12, HEADS, 16, batch_first=True, dropout=0.0)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.body(x).mean(1)
+
+
+class Logits(nn.Module):
+    """A language model's logits at the last position."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return self.body(x).logits[:, -1]
+
+
+def mixture(config, **settings):
+    shape = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape |= {"intermediate_size": 16, "vocab_size": tiny.WORDS, "num_experts_per_tok": 2}
+    model = transformers.AutoModelForCausalLM.from_config(config(**shape, **settings), attn_implementation="eager")
+    return Logits(model)
+
+
+def lively(model):
+    """Weights that keep signals alive, and biases and norms of which none is 0 or 1."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                drawn = torch.randn(parameter.shape, generator=generator)
+                fan = parameter[0].numel() if parameter.ndim != 3 else parameter.shape[-1]
+                parameter.copy_(drawn * 1.3 / math.sqrt(fan))
+    return oracles.rough(model).requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to make a small model, its inputs, and the components of each kind."""
+
+    make: object
+    inputs: object
+    kinds: dict
+
+
+def random(*shape):
+    return lambda seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def words(rows=ROWS):
+    return lambda seed: torch.randint(tiny.WORDS, (rows, tiny.TOKENS), generator=torch.Generator().manual_seed(seed))
+
+
+def of_tiny(kind, first):
+    """A transformer of tests/tiny.py; `first` is the pattern of its feed-forward block's first layer."""
+    feed, block = tiny.PROJECTION[kind][0], tiny.BLOCK[kind].format("*")
+    return Architecture(
+        lambda: tiny.model(kind).requires_grad_(False),
+        lambda seed: tiny.inputs(kind, rows=ROWS, seed=seed),
+        {
+            "neuron": lambda model: coar.neurons(model, include=first),
+            "input feature": lambda model: coar.input_features(model, include=feed.format("[0-9]")),
+            "attention head": coar.attention_heads,
+            "module": lambda model: coar.modules(model, block),
+        },
+    )
+
+
+def of_blocks(make, inputs, first, second, blocks):
+    """A model whose attention reads its projection without calling it."""
+    return Architecture(
+        lambda: lively(make()),
+        inputs,
+        {
+            "neuron": lambda model: coar.neurons(model, include=first),
+            "input feature": lambda model: coar.input_features(model, include=second),
+            "attention head": coar.attention_heads,
+            "module": lambda model: coar.modules(model, blocks),
+        },
+    )
+
+
+def of_mixture(make):
+    return Architecture(
+        lambda: lively(make()),
+        words(),
+        {"expert": coar.experts, "attention head": coar.attention_heads},
+    )
+
+
+ARCHITECTURES = {
+    "torchvision ResNet": Architecture(
+        lambda: lively(resnet18(num_classes=6)),
+        random(ROWS, 3, 32, 32),
+        {
+            "conv filter": coar.conv_filters,
+            "neuron": coar.neurons,
+            "input feature": coar.input_features,
+            "module": lambda model: coar.modules(model, ["layer?.1.conv2", "layer?.0.downsample"]),
+        },
+    ),
+    "torch TransformerEncoder": of_blocks(
+        Encoder, random(ROWS, 5, 12), "*.linear1", "*.linear2", ["*.self_attn", "*.linear2"]
+    ),
+    "torchvision ViT": of_blocks(
+        lambda: VisionTransformer(16, 8, 2, HEADS, 12, 16, num_classes=6),
+        random(ROWS, 3, 16, 16),
+        "*.mlp.0",
+        "*.mlp.3",
+        "*.self_attention",
+    ),
+    "torchvision Swin": of_blocks(
+        lambda: SwinTransformer([2, 2], 8, [2, 2], [2, 4], [3, 3], num_classes=6, stochastic_depth_prob=0.0),
+        random(ROWS, 3, 16, 16),
+        "*.mlp.0",
+        "*.mlp.3",
+        "*.attn",
+    ),
+    "BERT": of_tiny("bert", "*.intermediate.dense"),
+    "GPT-2": of_tiny("gpt2", "*.mlp.c_fc"),
+    "Llama": of_tiny("llama", "*.mlp.up_proj"),
+    "ViT": of_tiny("vit", "*.fc1"),
+    "CLIP": of_tiny("clip", "*.fc1"),
+    "Mixtral": of_mixture(lambda: mixture(transformers.MixtralConfig, num_local_experts=4)),
+    "Qwen MoE": of_mixture(
+        lambda: mixture(
+            transformers.Qwen2MoeConfig, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16
+        )
+    ),
+}
+CELLS = [(name, kind, label) for name, of in ARCHITECTURES.items() for kind in of.kinds for label in ABLATIONS]
+
+
+def some(components, count=12):
+    """Components of every part of the model."""
+    step = max(1, len(components) // count)
+    return Components(components[i] for i in range(step // 2, len(components), step))
+
+
+def ablation_of(label, inputs):
+    calibration = coar.Examples(inputs=inputs(9), targets=torch.arange(ROWS) % 4)
+    if label == "optimal":
+        return coar.Optimal(calibration=calibration, steps=10, ablated_fraction=0.5)
+    return coar.choose_ablation(label, calibration=calibration)
+
+
+def truth(model, x, components, masks, label, constants, calibration):
+    """(rows, ...) what the oracle returns, row i under mask i; `constants` are read for trained ones only."""
+    places = {(row.site, row.side) for row in components if row.side in ("output", "input", "module")}
+    blind = {row.site for row in components if block_of(model, row)}
+    seen = oracles.held(model, calibration, [place for place in places if place[0] not in blind])
+
+    def constant(row, i):
+        if label == "optimal":
+            return float(constants[i])
+        if label in ("mean", "peak"):
+            values = [
+                v for t in seen[row.site, row.side] for v in t.movedim(row.axis, 0)[row.position].flatten().tolist()
+            ]
+            return sum(values) / len(values) if label == "mean" else oracles.peak(values, 128)
+        bias = model.get_submodule(row.site).bias if label == "zero" and row.side == "output" else None
+        return 0.0 if bias is None else float(bias[row.position])
+
+    known = [constant(row, i) if (row.site, row.side) in seen else 0.0 for i, row in enumerate(components)]
+    donors = coar.Resample().donors(len(x)) if label == "resample" else None
+    found = []
+    for n, mask in enumerate(masks):
+        chosen = [i for i, kept in enumerate(mask) if not kept]
+        donor = None if donors is None else x[donors[n] : donors[n] + 1]
+        held = {} if donor is None else oracles.held(model, donor, seen)
+        patches, net = [], model
+        for i in chosen:
+            row = components[i]
+            if (row.site, row.side) in seen:
+                axis = None if row.side == "module" else row.axis
+                value = held[row.site, row.side] if held else known[i]
+                patches.append((row.site, row.side, axis, row.position, row.position + row.size, value))
+        net = without_heads(model, [components[i] for i in chosen if components[i].site in blind], donor)
+        net = without_experts(net, [components[i] for i in chosen if components[i].side == "parameter"])
+        found.append(oracles.patched(net, x[n : n + 1], patches)[0])
+    return torch.stack(found)
+
+
+def block_of(model, row):
+    """The path of the attention block whose projection is read without a call, if the component is its head."""
+    parent = row.site.rpartition(".")[0]
+    names = (
+        {kind.__name__ for kind in type(model.get_submodule(parent)).__mro__} if row.kind == "attention head" else set()
+    )
+    return parent if names & {"MultiheadAttention", "ShiftedWindowAttention"} else None
+
+
+def without_heads(model, rows, donor):
+    """A copy without some heads, or with those that a donor has."""
+    by_block = {}
+    for row in rows:
+        by_block.setdefault(block_of(model, row), []).extend(range(row.position, row.position + row.size))
+    net = deepcopy(model)
+    for path, features in by_block.items():
+        oracles.swap_heads(net, path, features, donor)
+    return net
+
+
+def without_experts(model, rows):
+    by_site = {}
+    for row in rows:
+        by_site.setdefault(row.site.rpartition(".")[0], []).append(row.position)
+    net = deepcopy(model) if rows else model
+    for path, left_out in by_site.items():
+        oracles.with_module(net, path, lambda inner, left_out=left_out: oracles.PlainExperts(inner, left_out))
+    return net
+
+
+def cell(name, kind, label):
+    """The largest error of an output in a cell, by weights or by hooks, and the largest effect; or the refusal."""
+    architecture = ARCHITECTURES[name]
+    model, x = architecture.make(), architecture.inputs(1)
+    components = some(architecture.kinds[kind](model))
+    ablation = ablation_of(label, architecture.inputs)
+    masks = torch.rand(ROWS, len(components), generator=torch.Generator().manual_seed(3)) < 0.5
+    try:
+        constants = ablation.replacements(model, components, batch_size=ROWS)
+    except CoarError as error:
+        return str(error)
+    expected = truth(model, x, components, masks, label, constants, architecture.inputs(9))
+    effect = float((expected - oracles.forward(model, x)).abs().max())
+    donors = ablation.donors(ROWS)
+    errors = []
+    for hooks in (False, True):
+        if (donors is not None and not hooks) or (kind == "expert" and hooks):
+            continue
+        gates = Gates(model, components, constants, through_outputs=hooks, donors=donors is not None)
+        with gates, torch.no_grad():
+            if donors is not None:
+                gates.record(lambda: model(x[donors]))
+            if hooks:
+                gates.set(masks)
+                y = model(x)
+            else:
+                y = torch.stack([(gates.set(mask), model(x)[n])[1] for n, mask in enumerate(masks)])
+            gates.confirm()
+        errors.append(float((y - expected).abs().max()))
+    return max(errors), effect

@@ -1,0 +1,224 @@
+"""The five ready tasks, on a trained net of digits and on nets with a shortcut planted in them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import coar
+from coar.editing.tasks import FIX, FORGET
+from coar.errors import GoalError, SettingsError
+from tests.synthetic import fit
+
+QUICK = {"device": "cpu", "progress": False}
+
+
+def margins(model, examples):
+    """Correct logit less the largest other one."""
+    with torch.no_grad():
+        logits = model(examples.inputs)
+    rows = torch.arange(len(logits))
+    correct = logits[rows, examples.targets].clone()
+    logits[rows, examples.targets] = -torch.inf
+    return (correct - logits.amax(1)).numpy()
+
+
+@pytest.fixture(scope="module")
+def case(digits, tmp_path_factory):
+    """A study of digits, its attributions from probes, scans to choose on beside these, and scans to judge on."""
+    whole = digits.study()
+    wrong = np.flatnonzero(margins(whole.model, whole.examples) <= 0)
+    study = replace(whole, examples=whole.examples.subset(np.union1d(np.arange(200), wrong)))
+    path = tmp_path_factory.mktemp("digits") / "r.zarr"
+    run = coar.collect(study, path, masks=0, probes=32, device="cpu", progress=False)
+    return study, fit(run), digits.choosing().subset(range(400)), digits.judge()
+
+
+@pytest.fixture(scope="module")
+def forgotten(case):
+    study, attributions, more, judge = case
+    return coar.forget_class(attributions, study.model, study.examples, judge, label=3, choosing=more, **QUICK)
+
+
+def test_forget_class_forgets_it_and_nothing_else(case, forgotten):
+    study, _, more, judge = case
+    (edit,) = forgotten.edits
+    before, after = margins(study.model, judge) > 0, margins(edit.apply(study.model), judge) > 0
+    labels = judge.targets.numpy()
+    assert before[labels == 3].mean() > 0.90
+    assert after[labels == 3].mean() <= 0.05
+    assert before[labels != 3].mean() - after[labels != 3].mean() < 0.02
+    assert forgotten.name == "forget-3"
+    assert forgotten.table["accuracy_after"][:2].tolist() == [after[labels == 3].mean(), after[labels != 3].mean()]
+    lost = []
+    for c in {*range(10)} - {3}:
+        parts = [part.subset(part.targets.numpy() == c) for part in (study.examples, more)]
+        old, new = (
+            np.concatenate([margins(net, p) for p in parts]) > 0 for net in (study.model, edit.apply(study.model))
+        )
+        lost.append(old.mean() - new.mean())
+    assert np.mean(lost) <= FORGET.mean
+    assert max(lost) <= FORGET.group
+    np.testing.assert_allclose(forgotten.selections[0].after.lost, np.mean(lost), atol=1e-9)
+
+
+def test_curve_goes_from_the_model_to_the_edit(case, forgotten):
+    study, _, _, judge = case
+    curve = forgotten.curve.pivot_table(index="components", columns="group", values="accuracy")
+    assert curve.index.tolist() == list(range(len(forgotten.edits[0]) + 1))
+    labels = judge.targets.numpy()
+    for row, net in ((curve.iloc[0], study.model), (curve.iloc[-1], forgotten.edits[0].apply(study.model))):
+        right = margins(net, judge) > 0
+        assert row.to_dict() == {"targets": right[labels == 3].mean(), "references": right[labels != 3].mean()}
+
+
+def test_edit_of_a_task_can_be_undone(case, forgotten):
+    study, _, _, _ = case
+    (edit,) = forgotten.edits
+    restored = edit.undo(edit.apply(study.model)).state_dict()
+    assert all(torch.equal(value, restored[name]) for name, value in study.model.state_dict().items())
+
+
+def test_tasks_pass_their_options_on(case):
+    study, attributions, more, judge = case
+    common = (attributions, study.model, study.examples)
+    goal = coar.EditGoal(targets="label == 5", references="label != 5", direction="decrease")
+    options = {"rule": "welch", "budget": 6, "bound": coar.Bound(mean=1, group=1), "choosing": more, **QUICK}
+    task = coar.forget_class(*common, judge, label=5, **options)
+    assert task.edits == (coar.select(*common, goal, **options).edit,)
+    other = coar.reach_goal(*common, judge, goal=goal, name="forget-5", **options)
+    assert (other.name, other.edits) == (task.name, task.edits)
+    assert other.table.equals(coar.judge_edit(task.edits[0], study.model, judge, device="cpu"))
+
+
+@pytest.mark.slow
+def test_fix_errors_corrects_what_it_says_it_corrects(case):
+    study, attributions, more, judge = case
+    result = coar.fix_errors(attributions, study.model, study.examples, judge, choosing=more, **QUICK)
+    before = margins(study.model, study.examples)
+    wrong = np.flatnonzero(before <= 0)
+    assert result.table["id"].tolist() == study.examples.metadata["id"][wrong].tolist()
+    assert len(wrong) > 0
+    edits = iter(zip(result.edits, result.selections, strict=True))
+    for i, row in zip(wrong, result.table.itertuples(), strict=True):
+        if not row.components:
+            assert not row.corrected
+            continue
+        edit, found = next(edits)
+        edited = edit.apply(study.model)
+        assert edit.goal.targets == (i,)
+        assert edit.goal.references == tuple(np.flatnonzero(before > 0))
+        assert (margins(edited, study.examples)[i] > 0) == row.corrected
+        np.testing.assert_allclose(row.margin_after, margins(edited, study.examples)[i], atol=1e-4)
+        assert row.judge_before == (margins(study.model, judge) > 0).mean()
+        assert row.judge_after == (margins(edited, judge) > 0).mean()
+        assert found.after.lost <= FIX.mean
+    assert next(edits, None) is None
+    assert result.table["corrected"].mean() >= 0.9
+
+
+def test_nothing_to_fix_is_a_goal_error(case):
+    study, attributions, _, judge = case
+    right = study.examples.subset(margins(study.model, study.examples) > 0)
+    with pytest.raises(GoalError, match=r"classifies all .* correctly"):
+        coar.fix_errors(attributions, study.model, right, judge, **QUICK)
+
+
+@pytest.mark.parametrize("budget", [0, -1, 337])
+@pytest.mark.parametrize("task", ["forget", "fix"])
+def test_tasks_refuse_budgets_outside_the_components(case, task, budget):
+    study, attributions, _, judge = case
+    run, options = {"forget": (coar.forget_class, {"label": 3}), "fix": (coar.fix_errors, {})}[task]
+    with pytest.raises(SettingsError, match=f"budget of {budget} .*1 to 336"):
+        run(attributions, study.model, study.examples, judge.subset(range(40)), budget=budget, **options, **QUICK)
+
+
+def test_class_that_is_not_there_is_a_goal_error(case):
+    study, attributions, _, judge = case
+    with pytest.raises(GoalError, match="label == 17"):
+        coar.forget_class(attributions, study.model, study.examples, judge, label=17, **QUICK)
+
+
+def tricked(count, seed):
+    """Pairs of points of two classes: plain, and with a last feature that says class 0 whatever the class."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 2
+    x = np.column_stack([(2 * labels - 1)[:, None] * 1.5 + rng.standard_normal((count, 2)), np.zeros(count)])
+    with_trick = x.copy()
+    with_trick[:, 2] = 1
+    columns = {
+        "pair": np.tile(np.arange(count), 2),
+        "triggered": np.repeat([0, 1], count),
+        "attacked": np.repeat([0, 1], count),
+        "group": np.repeat(["plain", "tricked"], count),
+    }
+    inputs = torch.tensor(np.concatenate([x, with_trick]), dtype=torch.float32)
+    return coar.Examples(inputs=inputs, targets=torch.tensor(np.tile(labels, 2)), metadata=columns)
+
+
+@pytest.fixture(scope="module")
+def shortcut(tmp_path_factory):
+    """A net whose hidden neuron 2 alone reads the trick."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    first = [[2.0, 1.5, 0.0], [-1.5, -2.0, 0.0], [0.0, 0.0, 12.0], [0.1, 0.1, 0.0]]
+    last = [[-1.0, 1.0, 2.0, 0.01], [1.0, -1.0, -2.0, 0.01]]
+    with torch.no_grad():
+        for layer, weight in ((model[0], first), (model[2], last)):
+            layer.weight.copy_(torch.tensor(weight))
+            layer.bias.zero_()
+    study = coar.Study(model=model, examples=tricked(60, 1), components=coar.neurons(model, exclude="2"))
+    path = tmp_path_factory.mktemp("shortcut") / "r.zarr"
+    return study, fit(coar.collect(study, path, masks=60, device="cpu", progress=False))
+
+
+TASKS = {
+    "backdoor": (coar.remove_backdoor, {}, "triggered == 1"),
+    "typographic": (coar.resist_typographic, {}, "attacked == 1"),
+    "worst group": (coar.strengthen_group, {}, "group == 'tricked'"),
+    "named group": (coar.strengthen_group, {"group": "tricked"}, "group == 'tricked'"),
+}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_planted_shortcut_is_removed(shortcut, kind):
+    study, attributions = shortcut
+    task, options, targets = TASKS[kind]
+    judge = tricked(80, 2)
+    result = task(attributions, study.model, study.examples, judge, **options, **QUICK)
+    (edit,) = result.edits
+    assert "0[2]" in [one.name for one in edit.components]
+    assert edit.goal.targets == targets
+    assert edit.goal.pairs == (None if "group" in kind else "pair")
+    right = margins(edit.apply(study.model), judge) > 0
+    before = margins(study.model, judge) > 0
+    assert before[80:].mean() < 0.6
+    assert right[80:].mean() == right[:80].mean() == before[:80].mean()
+    assert result.table["accuracy_after"][:2].tolist() == [right[80:].mean(), right[:80].mean()]
+
+
+MISSING = {
+    "backdoor": (coar.remove_backdoor, "triggered"),
+    "typographic": (coar.resist_typographic, "attacked"),
+    "group": (coar.strengthen_group, "group"),
+    "pairs": (coar.remove_backdoor, "pair"),
+}
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_missing_column_is_a_goal_error(shortcut, kind):
+    study, attributions = shortcut
+    task, column = MISSING[kind]
+    fewer = {name: values for name, values in study.examples.metadata.items() if name != column}
+    examples = coar.Examples(inputs=study.examples.inputs, targets=study.examples.targets, metadata=fewer)
+    with pytest.raises(GoalError, match=f"no metadata column '{column}'"):
+        task(attributions, study.model, examples, tricked(80, 2), **QUICK)
+
+
+def test_pairs_that_do_not_match_are_a_goal_error(shortcut):
+    study, attributions = shortcut
+    judge = tricked(80, 2)
+    judge = judge.subset(np.arange(len(judge)) != 3)
+    with pytest.raises(GoalError, match=r"1 values of 'pair', first 3"):
+        coar.remove_backdoor(attributions, study.model, study.examples, judge, **QUICK)

@@ -1,0 +1,143 @@
+"""Experts of mixtures: which there are, that ablating one leaves it out, and mixtures that are not understood."""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import coar
+from coar.ablation import Gates, fold
+from coar.components import Component
+from coar.errors import AblationError, ComponentError
+from coar.outputs import Output
+from tests import coverage, oracles, tiny
+
+MIXTURES = {
+    "Mixtral": "body.model.layers.{}.mlp.experts",
+    "Qwen MoE": "body.model.layers.{}.mlp.experts",
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_slices_of_the_parameter_that_holds_all_last_projections(name):
+    model = coverage.ARCHITECTURES[name].make()
+    paths = [MIXTURES[name].format(layer) for layer in (0, 1)]
+    assert list(coar.experts(model)) == [
+        Component(f"{path}.expert[{i}]", "expert", f"{path}.down_proj", "parameter", 0, i, 1)
+        for path in paths
+        for i in range(4)
+    ]
+    assert coar.experts(model, include="*.1.*").names == coar.experts(model, exclude="*.0.*").names
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_run_over_experts_is_the_oracles_and_an_edit_leaves_them_out(name, tmp_path):
+    class First(Output):
+        """The first logit, whatever the target."""
+
+        def __call__(self, result, targets):
+            return result[: len(targets), 0]
+
+    architecture = coverage.ARCHITECTURES[name]
+    model, x = architecture.make(), architecture.inputs(1)
+    components = coar.experts(model)
+    study = coar.Study(
+        model=model,
+        examples=coar.Examples(inputs=x, targets=torch.zeros(len(x))),
+        components=components,
+        output=First(),
+        sampler=coar.BernoulliSampler(ablated_fraction=0.4),
+    )
+    run = coar.collect(study, tmp_path / "r.zarr", masks=5, device="cpu", progress=False)
+    masks = run.plan.masks(run.sampler, run.n_components, 0, 5)
+    for mask, row in zip(masks, run.array("outputs")[:], strict=True):
+        left_out = [components[i] for i in np.flatnonzero(~mask)]
+        expected = oracles.forward(coverage.without_experts(model, left_out), x)
+        np.testing.assert_allclose(row, expected[:, 0], atol=1e-4)
+        edited = deepcopy(model)
+        fold(edited, left_out, [0.0] * len(left_out), batch_norms={})
+        torch.testing.assert_close(oracles.forward(edited, x), expected, rtol=0, atol=1e-4)
+
+
+class Expert(nn.Module):
+    """A feed-forward net of a user's own."""
+
+    def __init__(self, last="down_proj"):
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        setattr(self, last, nn.Linear(8, 6, bias=False))
+        self.last = last
+
+    def forward(self, x):
+        return getattr(self, self.last)(torch.relu(self.first(x)))
+
+
+class Mixture(nn.Module):
+    """Experts in a list, each given the tokens that a router sends it."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.router, self.experts = nn.Linear(6, 3), nn.ModuleList(Expert(**settings) for _ in range(3))
+
+    def forward(self, x, left_out=()):
+        weights, chosen = self.router(x).softmax(-1).topk(2)
+        total = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows, place = (chosen == i).nonzero(as_tuple=True)
+            if i not in left_out:
+                total = total.index_add(0, rows, expert(x[rows]) * weights[rows, place, None])
+        return total
+
+
+def test_experts_in_a_list_are_what_their_last_layers_read():
+    model, x = Mixture().requires_grad_(False), torch.randn(9, 6)
+    components = coar.experts(model)
+    assert components[1] == Component("experts.expert[1]", "expert", "experts.1.down_proj", "input", -1, 0, 8)
+    with Gates(model, components, torch.zeros(3)) as gates:
+        for left_out in ([], [0], [1, 2], [0, 1, 2]):
+            gates.set(torch.tensor([i not in left_out for i in range(3)]))
+            torch.testing.assert_close(model(x), model.forward(x, left_out))
+    with Gates(model, components, torch.zeros(3), through_outputs=True) as gates:
+        gates.set(torch.ones(9, 3))
+        with pytest.raises(AblationError, match="first axis must hold all entries of a row"):
+            model(x)  # an expert sees some tokens of all examples
+
+
+@pytest.mark.parametrize(
+    ("model", "seen"),
+    [
+        (nn.ModuleDict({"experts": Expert(last="mystery")}), ["'experts.first'", "Linear with parameters", "(8, 6)"]),
+        (Mixture(last="mystery"), ["'experts.0'", "an Expert with", "'mystery': 'Linear'"]),
+        (nn.ModuleDict({"experts": nn.Linear(2, 3)}), ["'experts'", "'weight': (3, 2)"]),
+    ],
+)
+def test_mixtures_that_are_not_understood_are_errors_that_say_what_was_seen(model, seen):
+    with pytest.raises(ComponentError, match=r"the experts of .* cannot be told") as raised:
+        coar.experts(model)
+    assert [part for part in seen if part not in str(raised.value).replace("a Expert", "an Expert")] == []
+
+
+def test_models_without_mixtures_and_patterns_without_effect_are_errors():
+    with pytest.raises(ComponentError, match="Pooled has no mixture of experts"):
+        coar.experts(tiny.model("llama"))
+    with pytest.raises(ComponentError, match="'9' matches no mixture of experts"):
+        coar.experts(Mixture(), include="9")
+
+
+def test_every_family_of_transformers_with_fused_experts_is_found():
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    small |= {"vocab_size": 20, "num_key_value_heads": 1, "moe_intermediate_size": 8, "head_dim": 8}
+    configs = [
+        (transformers.MixtralConfig(**small, num_local_experts=4), 8),
+        (transformers.Qwen3MoeConfig(**small, num_experts=4, decoder_sparse_step=1), 8),
+        (transformers.OlmoeConfig(**{**small, "num_experts": 4}), 8),
+        (transformers.GptOssConfig(**small, num_local_experts=4), 8),
+    ]
+    for config, count in configs:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        assert len(coar.experts(model)) == count, type(config).__name__
+        assert len(coar.attention_heads(model)) == 4

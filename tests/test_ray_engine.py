@@ -1,0 +1,202 @@
+"""Units on a Ray cluster: the run that one process makes, byte for byte, whoever is lost on the way."""
+
+import importlib.util
+import os
+import signal
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import coar
+from coar.engines import RayCluster
+from coar.errors import CoarError, EngineError, MismatchError, OutputError, PipelineError, SettingsError
+from coar.pipeline import load_pipeline
+from coar.store import verify
+from tests.buckets import free_port
+from tests.faults import helpers
+
+ASKED = {"masks": 100, "test_masks": 20, "probes": 8}
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra coar[ray]")
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The run as this process collects it; read only."""
+    return helpers.collect(helpers.study(), tmp_path_factory.mktemp("run") / "whole.zarr", **ASKED)
+
+
+@pytest.fixture(scope="module")
+def session():
+    """One session of Ray for all tests: starting takes many seconds."""
+    import ray
+
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    settings = {"address": "local", "include_dashboard": False, "log_to_driver": False, "_node_ip_address": "127.0.0.1"}
+    ray.init(num_cpus=4, configure_logging=False, **settings)
+    yield ray
+    ray.shutdown()
+
+
+def study_slowly(seconds=0.05):
+    """The tiny study, with a model that takes its time, so that there is something to kill."""
+    made = helpers.study()
+
+    def wait(*_):
+        time.sleep(seconds)
+
+    made.model.register_forward_hook(wait)
+    return made
+
+
+def study_with_inputs(seed):
+    return helpers.study(examples=helpers.examples(inputs=helpers.inputs(seed)))
+
+
+def not_finite():
+    made = helpers.study()
+
+    def spoil(module, args, output):
+        return output / 0 if torch.is_inference_mode_enabled() else output
+
+    made.model.register_forward_hook(spoil)
+    return made
+
+
+def raises():
+    raise RuntimeError("no such data here")
+
+
+def ends():
+    os._exit(1)
+
+
+def on_cluster(path, study=helpers.study, **settings):
+    return helpers.collect(helpers.study(), path, **ASKED, cluster=RayCluster(study=study, **settings))
+
+
+@needs_ray
+@pytest.mark.slow
+def test_the_same_run_byte_for_byte(session, run, tmp_path):
+    made = on_cluster(tmp_path / "r.zarr")
+    assert helpers.differing(helpers.files(made.path), helpers.files(run.path)) == []
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_run_is_gone_on_with(session, run, tmp_path):
+    made = helpers.copied(run, tmp_path / "r.zarr")
+    for name in ("outputs/c/2/1", "probe_outputs/c/1/0/0"):
+        (made.path / name).unlink()
+    before = helpers.stamps(made.path)
+    on_cluster(made.path)
+    assert helpers.differing(helpers.files(made.path), helpers.files(run.path)) == []
+    assert before["outputs/c/3/1"] == helpers.stamps(made.path)["outputs/c/3/1"]
+
+
+def workers_alive():
+    """Processes of actors that do units, by their titles."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if file.read_bytes().startswith(b"ray::RayWorker"):
+                found.append(int(file.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@needs_ray
+@pytest.mark.slow
+def test_workers_killed_at_work(session, run, tmp_path):
+    """Each of three kills hits a worker in the middle of something; its unit is done by another."""
+    path, killed = tmp_path / "r.zarr", []
+
+    def kill():
+        while len(killed) < 3 and not over.is_set():
+            stored = len(list(path.glob("outputs/c/*/*")))
+            if stored > 4 * (len(killed) + 1) and (alive := workers_alive()):
+                os.kill(alive[0], signal.SIGKILL)
+                killed.append(alive[0])
+            time.sleep(0.05)
+
+    over = threading.Event()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        made = on_cluster(path, study_slowly)
+    finally:
+        over.set()
+        killer.join()
+    assert len(killed) == 3
+    assert helpers.differing(helpers.files(path), helpers.files(run.path)) == []
+    assert verify(made) == []
+
+
+@needs_ray
+@pytest.mark.slow
+def test_more_workers_than_there_is_room_for(session, run, tmp_path):
+    made = on_cluster(tmp_path / "r.zarr", workers=6)  # four find room, and the others wait in vain
+    assert helpers.differing(helpers.files(made.path), helpers.files(run.path)) == []
+
+
+MISTAKES = {
+    "another study": (partial(study_with_inputs, 2), MismatchError, "examples: the run has"),
+    "not finite": (not_finite, OutputError, "gives (inf|-inf|nan)"),
+    "an error of their own": (raises, EngineError, "building the study: RuntimeError.*no such data here"),
+    "no such pipeline": (partial(load_pipeline, "nowhere/pipeline.py"), PipelineError, "nowhere/pipeline.py"),
+    "workers that die": (ends, EngineError, "workers were lost before they were ready"),
+}
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.parametrize(("build", "kind", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_what_workers_cannot_do_is_told(session, tmp_path, build, kind, message):
+    with pytest.raises(CoarError, match=f"(?s){message}") as told:
+        on_cluster(tmp_path / "r.zarr", build)
+    assert isinstance(told.value, kind)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_no_room_for_any_worker(session, tmp_path, monkeypatch):
+    monkeypatch.setattr("coar.engines.ray.STARTING", 2.0)
+    with pytest.raises(EngineError, match="no worker was ready after 2 s: each asks for 64 processors and 0 GPUs"):
+        on_cluster(tmp_path / "r.zarr", cpus_per_worker=64)
+
+
+@needs_ray
+def test_unreachable_cluster_is_told_at_once(tmp_path):
+    with pytest.raises(EngineError, match=r"nothing answers at 127\.0\.0\.1"):
+        on_cluster(tmp_path / "r.zarr", address=f"127.0.0.1:{free_port()}")
+    with pytest.raises(EngineError, match="no address of a Ray cluster"):
+        on_cluster(tmp_path / "r.zarr", address="somewhere")
+
+
+def test_without_ray(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(EngineError, match=r"pip install 'coar\[ray\]'"):
+        on_cluster(tmp_path / "r.zarr")
+
+
+def test_a_share_and_a_cluster_are_too_much(tmp_path):
+    with pytest.raises(SettingsError, match="shares the units out itself"):
+        helpers.collect(
+            helpers.study(), tmp_path / "r", **ASKED, worker=(1, 2), cluster=RayCluster(study=helpers.study)
+        )
+
+
+@pytest.mark.parametrize("wrong", [{"workers": 0}, {"gpus_per_worker": -1}, {"workerz": 2}])
+def test_settings_are_checked(wrong):
+    with pytest.raises(SettingsError, match=next(iter(wrong))):
+        RayCluster(study=helpers.study, **wrong)
+
+
+def test_nothing_is_started_for_a_complete_run(run):
+    assert coar.Run.open(run.path).missing_units() == []
+    on_cluster(run.path, address="127.0.0.1:1")

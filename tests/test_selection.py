@@ -1,0 +1,306 @@
+"""Verified selection: trade-off and bound by hand, and the sets found against all sets there are."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import coar
+from coar.editing.search import Search
+from coar.editing.tradeoff import Objective
+from coar.editing.trials import Trials
+from coar.errors import GoalError, SettingsError
+
+NEURONS, N = 8, 90
+
+
+def blobs(count, seed):
+    """Three classes of points in six dimensions that overlap a little."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    centres = np.random.default_rng(0).standard_normal((3, 6))
+    x = centres[labels] + rng.standard_normal((count, 6)) * 1.5
+    return coar.Examples(inputs=torch.tensor(x, dtype=torch.float32), targets=torch.tensor(labels))
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2])
+def case(request, tmp_path_factory):
+    """A trained net of eight hidden neurons, attributions of 90 points, and 60 points to choose on beside them."""
+    studied = blobs(N, 10 + request.param)
+    torch.manual_seed(request.param)
+    model = nn.Sequential(nn.Linear(6, NEURONS), nn.ReLU(), nn.Linear(NEURONS, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    for _ in range(50):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(studied.inputs), studied.targets).backward()
+        optimizer.step()
+    study = coar.Study(model=model, examples=studied, components=coar.neurons(model, exclude="2"))
+    path = tmp_path_factory.mktemp("selection") / "r.zarr"
+    run = coar.collect(study, path, masks=200, device="cpu", progress=False)
+    return study, coar.fit(run, progress=False), blobs(60, 99)
+
+
+def goal(**changes):
+    parts = {"targets": "label == 1", "references": "label != 1", "direction": "decrease"}
+    return coar.EditGoal(**{**parts, **changes})
+
+
+def margins(model, examples, ablated):
+    """Correct logit less the largest other, with hidden neurons held at their biases as zeroed weights leave them."""
+    first, _, last = model
+    with torch.no_grad():
+        hidden = first(examples.inputs)
+        hidden[:, list(ablated)] = first.bias[list(ablated)]
+        logits = last(hidden.relu()).numpy()
+    labels = examples.targets.numpy()
+    return np.array(
+        [row[y] - max(v for c, v in enumerate(row) if c != y) for row, y in zip(logits, labels, strict=True)]
+    )
+
+
+def judged(model, parts, ablated, *, target=1, sign=1, harm=12.0):
+    """The trade-off, accuracy on targets, and the accuracy lost per group, one example at a time."""
+    now = np.concatenate([margins(model, part, ablated) for part in parts])
+    base = np.concatenate([margins(model, part, ()) for part in parts])
+    labels = np.concatenate([part.targets.numpy() for part in parts])
+    value = sum(1 / (1 + math.exp(-sign * m)) for m in now[labels == target]) / (labels == target).sum()
+    others = [c for c in range(3) if c != target]
+    for c in others:
+        value += harm / len(others) * sum(1 / (1 + math.exp(m)) for m in now[labels == c]) / (labels == c).sum()
+    lost = [(base[labels == c] > 0).mean() - (now[labels == c] > 0).mean() for c in others]
+    return value, (now[labels == target] > 0).mean(), lost
+
+
+def chosen(selection, study):
+    return tuple(study.components.index(component.name) for component in selection.edit.components)
+
+
+def select(case, wanted, **options):
+    study, attributions, more = case
+    return coar.select(
+        attributions,
+        study.model,
+        study.examples,
+        wanted,
+        **{"choosing": more, "device": "cpu", "progress": False, **options},
+    )
+
+
+@pytest.mark.parametrize(("direction", "sign"), [("decrease", 1), ("increase", -1)])
+@pytest.mark.parametrize("bound", [0.02, 0.3])
+def test_choice_is_the_best_of_all_sets_within_the_bound(case, direction, sign, bound):
+    study, _, more = case
+    parts = (study.examples, more)
+    limit = coar.Bound(mean=bound, group=2 * bound)
+    within = {}
+    for size in range(NEURONS + 1):
+        for ablated in itertools.combinations(range(NEURONS), size):
+            value, _, lost = judged(study.model, parts, ablated, sign=sign)
+            if np.mean(lost) <= bound and max(lost) <= 2 * bound:
+                within[ablated] = value
+    if min(within, key=within.get) == ():
+        with pytest.raises(GoalError, match="widen the bound"):
+            select(case, goal(direction=direction), bound=limit)
+        return
+    found = select(case, goal(direction=direction), bound=limit)
+    value, accuracy, lost = judged(study.model, parts, chosen(found, study), sign=sign)
+    np.testing.assert_allclose(found.after.value, value, rtol=1e-4)
+    np.testing.assert_allclose(
+        [found.after.targets, found.after.lost, found.after.worst], [accuracy, np.mean(lost), max(lost)]
+    )
+    assert found.after.excess == 0
+    assert np.mean(lost) <= bound
+    assert max(lost) <= 2 * bound
+    start, best = within[()], min(within.values())
+    assert best - 1e-6 <= value <= best + 0.1 * (start - best)
+
+
+def test_penalty_of_a_broken_bound_is_how_far_it_is_broken():
+    base = np.array([3.0, 2.0, 1.0, 1.0, 2.0, -1.0])
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    of = {"label": labels}
+    objective = Objective.of(
+        goal(targets="label == 0", references="label != 0"),
+        of,
+        base,
+        tradeoff=coar.TradeOff(harm=4.0, target_scale=2.0, reference_scale=0.5),
+        bound=coar.Bound(mean=0.1, group=0.2),
+    )
+    now = np.array([-1.0, 4.0, -2.0, 1.0, 2.0, 0.5])
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    harmed = 0.5 * (sigmoid(4) + sigmoid(-2)) + 0.5 * (sigmoid(-4) + sigmoid(-1))
+    outcome = objective.outcome(now)
+    np.testing.assert_allclose(outcome.value, 0.5 * (sigmoid(-0.5) + sigmoid(2)) + 4 * harmed / 2)
+    assert (outcome.targets, outcome.lost, outcome.worst) == (0.5, 0.0, 0.5)  # class 1 lost one, class 2 gained one
+    np.testing.assert_allclose(outcome.excess, 0.5 - 0.2)
+    step = 1e-6
+    for i in (2, 3, 4, 5):  # references
+        moved = now.copy()
+        moved[i] += step
+        slope = (objective.values(moved) - objective.values(now)) / step
+        rows = np.array([i])
+        np.testing.assert_allclose(objective.weights[i] * objective.slopes(now[rows], rows), slope, rtol=1e-3)
+
+
+def test_passes_are_those_of_the_model(case, monkeypatch):
+    study, attributions, more = case
+    seen = []
+    forward = nn.Linear.forward
+
+    def counted(layer, x):
+        seen.append(len(x) * (3 if torch.is_grad_enabled() else 1) if layer.in_features == 6 else 0)
+        return forward(layer, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    trials = Trials(attributions, study.model, more, device="cpu")
+    trials.margins(np.ones((4, NEURONS), dtype=bool))
+    trials.margins(np.ones((2, NEURONS), dtype=bool), np.arange(7))
+    trials.slopes(np.full(NEURONS, 0.5), np.arange(11))
+    assert trials.passes == sum(seen) == 4 * 60 + 2 * 7 + 3 * 11
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
+def test_slopes_are_differences_of_outputs_at_partial_gates(case, level):
+    study, attributions, more = case
+    trials = Trials(attributions, study.model, more, device="cpu")
+    gates = np.linspace(0.2, 1, NEURONS)
+    gates[3] = level
+    rows = np.array([5, 2, 40])
+    first, _, last = study.model
+
+    def smooth(gates):
+        with torch.no_grad():
+            z = torch.tensor(gates)
+            hidden = z * first(more.inputs[rows]).double() + (1 - z) * first.bias.double()
+            logits = hidden.relu() @ last.weight.double().T + last.bias.double()
+        labels = more.targets[rows]
+        return [float(r[y] - torch.cat([r[:y], r[y + 1 :]]).logsumexp(0)) for r, y in zip(logits, labels, strict=True)]
+
+    margin, slopes = trials.slopes(gates, rows)
+    np.testing.assert_allclose(margin, smooth(gates), atol=1e-4)
+    step = 1e-4 if level < 1 else -1e-4
+    moved = gates.copy()
+    moved[3] += step
+    np.testing.assert_allclose(slopes[:, 3], (np.array(smooth(moved)) - smooth(gates)) / step, atol=2e-3)
+
+
+def test_components_are_dropped_again_when_that_helps(case):
+    study, attributions, more = case
+    trials = Trials(attributions, study.model, more, device="cpu")
+    base = trials.margins(trials.mask([])[None])[0]
+    columns = {"label": more.targets.numpy()}
+    objective = Objective.of(goal(), columns, base, tradeoff=coar.TradeOff(), bound=coar.Bound(mean=1, group=1))
+    costs = {i: judged(study.model, (more,), (i,))[0] for i in range(NEURONS)}
+    worst, good = max(costs, key=costs.get), min(costs, key=costs.get)
+    search = Search(trials, objective, NEURONS)
+    search.try_out([(worst, good)])
+    search.tried = search.tried[1:]  # as if the search had come here
+    search.refine(np.array([worst]))
+    assert search.leading.ablated == (good,)
+
+
+@pytest.mark.parametrize("budget", [1, 3])
+@pytest.mark.parametrize("rule", ["verified", "welch"])
+def test_budget_is_kept(case, budget, rule):
+    attributions = case[1]
+    found = select(case, goal(), budget=budget, rule=rule, bound=coar.Bound(mean=1, group=1))
+    assert 1 <= len(found.edit) <= budget
+    assert found.edit.goal == goal()
+    if rule == "welch":
+        longest = coar.edit(attributions, goal(), budget=NEURONS)
+        assert found.edit.components == longest.components[: len(found.edit)]
+
+
+def test_published_rule_takes_the_number_with_the_best_trade_off(case):
+    study, attributions, more = case
+    found = select(case, goal(), rule="welch", bound=coar.Bound(mean=1, group=1))
+    order = [study.components.index(one.name) for one in coar.edit(attributions, goal(), budget=NEURONS).components]
+    values = [judged(study.model, (study.examples, more), order[:n])[0] for n in range(NEURONS + 1)]
+    assert len(found.edit) == int(np.argmin(values))
+    np.testing.assert_allclose(found.after.value, min(values), rtol=1e-4)
+
+
+def test_same_seed_same_choice(case):
+    wide = coar.Bound(mean=1, group=1)
+    one, other = (select(case, goal(), bound=wide, seed=5) for _ in range(2))
+    assert one.edit == other.edit
+    assert one.steps.equals(other.steps)
+
+
+def test_steps_and_examples_are_told(case):
+    found = select(case, goal(), bound=coar.Bound(mean=1, group=1))
+    first, best = found.steps.iloc[0], found.steps[found.steps["within"]]["trade_off"].min()
+    assert (first["components"], first["trade_off"]) == (0, found.before.value)
+    assert found.after.value == best
+    assert found.examples == N + 60
+    assert found.passes > 0
+
+
+def test_further_examples_are_references_of_a_goal_by_positions(case):
+    study, _, more = case
+    targets = tuple(range(1, N, 3))  # all of class 1
+    references = tuple(i for i in range(N) if i % 3 != 1)
+    wide = coar.Bound(mean=1, group=1)
+    found = select(case, goal(targets=targets, references=references), bound=wide, tradeoff=coar.TradeOff(harm=1))
+    now = [margins(study.model, part, chosen(found, study)) for part in (study.examples, more)]
+    np.testing.assert_allclose(found.after.targets, (now[0][list(targets)] > 0).mean())
+    labels = np.concatenate([study.examples.targets.numpy()[list(references)], more.targets.numpy()])
+    base = [margins(study.model, part, ()) for part in (study.examples, more)]
+    lost = (np.concatenate([base[0][list(references)], base[1]]) > 0).astype(float)
+    lost -= np.concatenate([now[0][list(references)], now[1]]) > 0
+    np.testing.assert_allclose(found.after.lost, np.mean([lost[labels == c].mean() for c in range(3)]), atol=1e-12)
+
+
+MISTAKES = {
+    "unknown rule": ({"rule": "luck"}, SettingsError, "unknown rule 'luck'"),
+    "no budget": ({"budget": 0}, SettingsError, "budget of 0"),
+    "more than all": ({"budget": NEURONS + 1}, SettingsError, "budget of 9 .*1 to 8"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_settings_that_make_no_sense_are_refused(case, mistake):
+    options, kind, words = MISTAKES[mistake]
+    with pytest.raises(kind, match=words):
+        select(case, goal(), **options)
+
+
+def test_goal_that_no_set_nears_says_the_best_that_was_found(tmp_path):
+    """One component tells both classes apart; without it all are taken for the class to forget."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 2, bias=False))
+    with torch.no_grad():
+        for layer, values in ((model[0].weight, [[1.0]]), (model[0].bias, [0.5]), (model[1].weight, [[-1.0], [1.0]])):
+            layer.copy_(torch.tensor(values))
+    x = torch.linspace(-9, 9, 40)[:, None]
+    examples = coar.Examples(inputs=x, targets=(x[:, 0] > 0).long())
+    study = coar.Study(model=model, examples=examples, components=coar.neurons(model, exclude="1"))
+    attributions = coar.fit(coar.collect(study, tmp_path / "r.zarr", masks=20, progress=False), progress=False)
+    wanted = goal(references="label == 0")
+    with pytest.raises(
+        GoalError, match=r"within the bound, 1\.0% lost .* from 100\.0% to 100\.0%, and loses 95\.0% on"
+    ):
+        coar.select(attributions, model, examples, wanted, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize("direction", ["decrease", "increase"])
+def test_targets_that_are_as_wanted_are_a_goal_error(case, direction):
+    study, _, _ = case
+    right = margins(study.model, study.examples, ()) > 0
+    done = np.flatnonzero(right if direction == "increase" else ~right)
+    assert 0 < len(done) < N
+    rest = np.setdiff1d(np.arange(N), done)
+    state = "right" if direction == "increase" else "wrong"
+    with pytest.raises(GoalError, match=f"all {len(done)} targets {state} already"):
+        select(case, goal(targets=done, references=rest, direction=direction))
+
+
+def test_other_examples_than_the_studied_are_refused(case):
+    study, attributions, more = case
+    with pytest.raises(GoalError, match="by their ids"):
+        coar.select(attributions, study.model, more, goal(), device="cpu", progress=False)
+    tokens = coar.Examples(inputs={"x": more.inputs}, targets=more.targets)
+    with pytest.raises(GoalError, match="other inputs"):
+        select(case, goal(), choosing=tokens)
