@@ -104,7 +104,8 @@ def load_pipeline(path: str | Path) -> Pipeline:
 
     A pipeline file is trusted code of the user's own. It defines `study(*, ablation, ablated_fraction, seed)`, with
     any of these options, returning a `coar.Study`; and for edits `judge()`, returning `coar.Examples` that no choice
-    has seen, and if there are any `choosing()`, further examples to choose on, and `GOAL`, what to edit for. `MASKS`, `TEST_MASKS` and `TEST_FRACTIONS` are what is collected unless the user says otherwise.
+    has seen, and if there are any `choosing()`, further examples to choose on, and `GOAL`, what to edit for. `MASKS`,
+    `TEST_MASKS` and `TEST_FRACTIONS` are what is collected unless the user says otherwise.
 
     Raises:
         PipelineError: When the file is missing, fails to import, or defines no `study`.

@@ -53,6 +53,25 @@ class Sampler(Settings):
         rows = [self._mask(self._numbers(split, index, components), fraction) for index in indices]
         return np.stack(rows) if rows else np.zeros((0, components), dtype=bool)
 
+    def stratified(self, split: Split, indices: Iterable[int], components: int) -> np.ndarray:
+        """Return (indices, components) boolean masks that share out each component's ablations evenly.
+
+        A component's uniform numbers fall one into each of as many equal strata as there are masks, in random order, as
+        in Latin hypercube sampling (McKay, Beckman and Conover 1979). So a component is ablated in
+        `ablated_fraction` of the masks, rounded up or down, which takes out of means over the masks what each
+        component adds by itself. Each mask alone is distributed as those of `masks` are.
+
+        Args:
+            split: The split that the random numbers belong to.
+            indices: The masks of the group; other groups are independent of it.
+            components: Number of components.
+        """
+        raw = np.stack([self._numbers(split, index, 2 * components) for index in indices])
+        order, inside = raw[:, :components], raw[:, components:].astype(np.uint64)
+        strata = np.argsort(np.argsort(order, axis=0, kind="stable"), axis=0, kind="stable").astype(np.uint64)
+        numbers = ((strata << np.uint64(32)) + inside) // np.uint64(len(raw))
+        return np.stack([self._mask(row, self.ablated_fraction) for row in numbers.astype(np.uint32)])
+
     def _numbers(self, split: Split, index: int, count: int) -> np.ndarray:
         """Draw from Philox4x64 with key (seed, split) and the mask's index in the counter's second word."""
         generator = np.random.Philox(

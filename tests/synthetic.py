@@ -92,7 +92,7 @@ def pairwise(examples=60, components=32, *, pairs=0.3, shared=3, own=0.5, ends=(
 def add_probes(run, truth, count, *, slots=10):
     """Give a run probes whose outputs and gradients are a `Pairwise` truth's; the number of slots stays as it was."""
     if not run.entry("probes"):
-        run.set_entry("probes", {"rounds": [], "slots": slots})
+        run.set_entry("probes", {"rounds": [], "slots": slots, "masks": "stratified"})
     probes = Probes(run)
     probes.extend(count)
     for unit in probes.missing_units():

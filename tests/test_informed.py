@@ -9,6 +9,7 @@ import pytest
 import coar
 from coar.errors import RegressionError, SettingsError
 from coar.regression import informed as informed_fits
+from coar.regression import shared
 from coar.store import Probes, fits
 from coar.store import probes as probing
 from tests.synthetic import FRACTION, Pairwise, add_probes, fit, make, pairwise
@@ -63,9 +64,14 @@ def test_factors_of_single_components_are_learned(tmp_path):
     truth = pairwise(200, 16)
     plain = off(fit(run_of(tmp_path / "plain.zarr", truth), method="informed"), truth)
     uneven = replace(truth, ends=np.where(np.arange(16) % 2, 3.0, 0.5) * np.ones((2, 1)))
-    found = fit(run_of(tmp_path / "uneven.zarr", uneven), method="informed")
-    assert found.facts["fit"]["gain_penalty"] is not None
-    assert off(found, truth) < 1.6 * plain
+    run = run_of(tmp_path / "uneven.zarr", uneven)
+    found = fit(run, method="informed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "STAGES", ())
+        by_site = fit(run, method="informed", name="by-site")
+    assert "gains" in found.facts["fit"]["stages"]
+    assert off(found, truth) < 0.1 * off(by_site, truth)
+    assert off(found, truth) < 4 * plain
 
 
 def test_what_gradients_do_not_show_is_learned_where_examples_share_it(tmp_path):
@@ -75,7 +81,7 @@ def test_what_gradients_do_not_show_is_learned_where_examples_share_it(tmp_path)
     hidden = replace(truth, effect=truth.effect + unseen, unseen=unseen)
     found = fit(run_of(tmp_path / "r.zarr", hidden), method="informed")
     ignored = float(((unseen**2).sum(1) * VARIANCE / hidden.shares()[1]).mean())
-    assert found.facts["fit"]["structure_penalty"] is not None
+    assert "structure" in found.facts["fit"]["stages"]
     assert off(found, hidden) < 0.5 * ignored, (off(found, hidden), ignored)
 
 
@@ -191,7 +197,7 @@ def test_quality_of_the_prior_agrees_with_the_truth(trials):
         strayed.append(
             [(quality["error"] - off(alone, truth)), quality["reachable"] ** 2 - share, quality["deviation"]]
         )
-        assert quality["explained"] < share
+        assert quality["explained"] < share + quality["deviation"]
     error, reachable, deviation = np.array(strayed).T
     assert (np.abs(error) < 4 * deviation).all(), strayed
     assert (np.abs(reachable) < 4 * deviation + 0.01).all(), strayed
@@ -206,8 +212,9 @@ def test_intervals_cover_the_truth(trials):
         for row in trials:
             error, found = np.abs(row[place].weights() - row[0].best()), row[place]
             covered.append((error < 1.96 * found.standard_errors()).mean())
-        assert 0.85 < np.mean(covered) < 0.99, covered
-        assert min(covered) > 0.75, covered
+            assert found.standard_errors().mean() < 4 * np.sqrt((error**2).mean())
+        assert np.mean(covered) > 0.9, covered
+        assert min(covered) > 0.85, covered
     shrunk = [(row[2].standard_errors() / row[1].standard_errors()).mean() for row in trials]
     assert max(shrunk) < 1  # masks only add knowledge
 
@@ -271,13 +278,13 @@ def test_learning_from_some_of_the_examples_is_nearly_as_good(tmp_path, monkeypa
 
 
 def test_probes_are_used_by_whole_rounds(truth, tmp_path):
-    long = run_of(tmp_path / "long.zarr", truth, probes=64)
+    long = add_probes(run_of(tmp_path / "long.zarr", truth, probes=32), truth, 64)
     for probes in (32, 64):
         short = fit(run_of(tmp_path / f"{probes}.zarr", truth, probes=probes), method="informed")
         part = fit(long, method="informed", probes=probes, name=f"part-{probes}")
         assert part.facts["fit"]["probes"] == probes
-        assert off(part, truth) == pytest.approx(off(short, truth), rel=0.1)  # the same probes, other rounds
-    with pytest.raises(SettingsError, match=r"63 probes .* choose one of 0, 16, 32, 48, 64"):
+        assert off(part, truth) == pytest.approx(off(short, truth), rel=0.25)  # the same probes, other rounds
+    with pytest.raises(SettingsError, match=r"63 probes .* choose one of 0, 8, 16, 24, 32, 40, 48, 56, 64"):
         fit(long, method="informed", probes=63)
 
 
@@ -297,7 +304,7 @@ def test_too_few_probes(truth, tmp_path):
         fit(run, method="informed")
     assert fit(run).facts["fit"]["method"] == "ridge"
     add_probes(run, truth, 7)
-    with pytest.raises(RegressionError, match=r"at least 8 probes, in two rounds .* would use 7 in 4 .* --probes"):
+    with pytest.raises(RegressionError, match=r"at least 8 probes, in 4 rounds .* would use 7 in 4 .* --probes"):
         fit(run, method="informed")
     with pytest.raises(RegressionError, match="would use 0 in 0"):
         fit(run, method="informed", probes=0)

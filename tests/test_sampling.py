@@ -45,6 +45,37 @@ def test_masks_are_those_that_philox_gives_by_hand(split, count):
         assert np.flatnonzero(~mask).tolist() == sorted(ablated)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("indices", [range(4, 5), range(10), range(3, 64, 7)])
+def test_stratified_masks_are_those_of_ranks_by_hand(sampler, indices):
+    count, seed, size = 9, 5, len(indices)
+    drawn = [numbers(seed, "probe", index, 2 * count) for index in indices]
+    masks = sampler(ablated_fraction=0.3, seed=seed).stratified("probe", indices, count)
+    for row in range(size):
+        own = []
+        for i in range(count):
+            rank = sorted(range(size), key=lambda other, i=i: (drawn[other][i], other)).index(row)
+            own.append((rank * 2**32 + drawn[row][count + i]) // size)
+        ablated = [i for i in range(count) if own[i] < round(0.3 * 2**32)]
+        if sampler is coar.FixedSizeSampler:
+            ablated = sorted(range(count), key=lambda i: (own[i], i))[: round(0.3 * count)]
+        assert np.flatnonzero(~masks[row]).tolist() == sorted(ablated)
+
+
+@pytest.mark.parametrize(("fraction", "size"), [(0.1, 10), (0.1, 16), (0.5, 7), (0.03, 32)])
+def test_stratified_masks_share_out_a_components_ablations_and_nothing_else(fraction, size):
+    sampler, count = coar.BernoulliSampler(ablated_fraction=fraction, seed=1), 400
+    groups = np.stack(
+        [sampler.stratified("probe", range(first, first + size), count) for first in range(0, 40 * size, size)]
+    )
+    times = (~groups).sum(1)  # (groups, components)
+    assert set(np.unique(times)) <= {int(np.floor(size * fraction)), int(np.ceil(size * fraction))}
+    assert (~groups).mean() == pytest.approx(fraction, abs=5 * np.sqrt(fraction / groups.size))
+    together = (~groups).reshape(-1, count).astype(float)
+    joint = np.corrcoef(together.T)[np.triu_indices(count, 1)]
+    assert joint.std() == pytest.approx(1 / np.sqrt(len(together)), rel=0.1)  # different components are independent
+
+
 def test_a_number_at_the_threshold_itself_keeps():
     drawn = numbers(0, "train", 0, 20)
     for i, number in enumerate(drawn):

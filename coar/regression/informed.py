@@ -12,12 +12,12 @@ from torch import Tensor
 
 from coar.errors import RegressionError
 from coar.regression.ridge import PENALTIES, LinearFit, Spectrum
-from coar.regression.shared import Rows, SharedModel, Slot, cross_fitted, learn
+from coar.regression.shared import Rows, SharedModel, Slot, apart, learn
 from coar.regression.sums import Gram, accumulate, batches
 from coar.store import Probes, Run
 
 LEAST_PROBES = 8
-FOLDS = 4  # of the probes, round by round
+FOLDS, HALVES = 4, 2  # that probes are dealt into, round by round, to learn and to judge
 LEARNING_NUMBERS = 16 * 2**20  # examples x components that the shared model is learned from, at most
 COLUMN_FLOOR = 1e-2  # of the mean column: what a mask may correct where gradients saw nothing
 
@@ -67,8 +67,7 @@ def informed(
     prior = learn_prior(run, rounds)
     masks = _Masks.of(run, rows, prior) if len(rows) >= 2 else None
     facts = {
-        "gain_penalty": prior.shared.gain_penalty,
-        "structure_penalty": prior.shared.structure_penalty,
+        "stages": dict(prior.shared.stages),
         "mask_penalty": masks.penalty if masks else None,
         "prior_quality": {**dataclasses.asdict(prior.quality), "reachable": prior.quality.reachable},
     }
@@ -79,12 +78,12 @@ def learn_prior(run: Run, rounds: int) -> Prior:
     """Learn what examples share, from the examples that fit in memory, evenly spaced."""
     probes, examples = Probes(run), _spread_out(run)
     count = sum(probes.rounds[:rounds])
-    if count < LEAST_PROBES or rounds < 2:
+    if count < LEAST_PROBES or rounds < FOLDS:
         raise RegressionError(
-            f"an informed fit needs at least {LEAST_PROBES} probes, in two rounds or more; it would use {count} in "
+            f"an informed fit needs at least {LEAST_PROBES} probes, in {FOLDS} rounds or more; it would use {count} in "
             f"{rounds} of {run.path}: collect more with --probes, 64 or so"
         )
-    folds = [list(range(fold, rounds, FOLDS)) for fold in range(min(FOLDS, rounds))]
+    folds = _dealt(rounds, FOLDS)
     gradients, whole, spread = _fold_gradients(probes, folds, examples)
     if not whole.any():
         raise RegressionError(
@@ -94,11 +93,18 @@ def learn_prior(run: Run, rounds: int) -> Prior:
     rows = _rows(probes, folds, examples, spread)
     numbers = {site: i for i, site in enumerate(dict.fromkeys(component.site for component in run.components))}
     sites = torch.tensor([numbers[component.site] for component in run.components])
-    shared = learn(rows, gradients, sites)
+    shared, held = learn(rows, gradients, sites)
     column = shared.weights(whole).square().mean(0).sqrt()
     column = (column / column.mean().clamp_min(1e-30)).clamp_min(COLUMN_FLOOR)
-    trials = [_trial(held, weights) for held, weights in cross_fitted(shared, rows, gradients, sites)]
-    return Prior(probes, rounds, shared, column, _pooled(trials))
+    explained = _explained(held)
+    folds = _dealt(rounds, HALVES)
+    gradients = _fold_gradients(probes, folds, examples)[0]
+    halves = apart(shared, _rows(probes, folds, examples, spread), gradients)
+    return Prior(probes, rounds, shared, column, _judged(explained, halves))
+
+
+def _dealt(rounds: int, folds: int) -> list[list[int]]:
+    return [list(range(fold, rounds, folds)) for fold in range(folds)]
 
 
 def _fold_gradients(probes: Probes, folds: list[list[int]], examples: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,9 +134,10 @@ def _rows(probes: Probes, folds: list[list[int]], examples: slice, spread: Tenso
     for number, fold in enumerate(folds):
         masks = torch.from_numpy(np.concatenate([probes.masks(i) for i in fold]))  # (probes, slots, components)
         y = torch.cat([outputs[starts[i] : starts[i + 1]] for i in fold])
+        of_round = torch.cat([torch.full((probes.rounds[i],), i) for i in fold])
         for slot in sorted(set(slots.tolist())):
             members = (slots == slot).nonzero()[:, 0]
-            parts.append(Slot(masks[:, slot], means[slot], y[:, members], members, number))
+            parts.append(Slot(masks[:, slot], means[slot], y[:, members], members, number, of_round))
     run = probes.run
     return Rows(tuple(parts), (len(folds), len(slots), run.n_components), 1 - run.sampler.ablated_fraction)
 
@@ -155,27 +162,42 @@ class Quality:
         return math.sqrt(min(max(self.explained + self.error, 0.0), 1.0))
 
 
-def _trial(held: Rows, weights: Tensor) -> Tensor:
-    """Return (slots, 3): sums of squared outputs and residuals, and the estimated sum that errors cost.
+def _explained(trials: list[tuple[Rows, Tensor]]) -> float:
+    """Return the share of the outputs' variance that weights explain in rows that they never saw."""
+    total = sum(float((slot.outputs**2).sum()) for held, _ in trials for slot in held.slots)
+    return 1 - sum(held.error(weights) for held, weights in trials) / total
+
+
+def _judged(explained: float, halves: list[tuple[Rows, Tensor]]) -> Quality:
+    """Judge weights that explain so much by weights from half of the probes, whose error pairs of rows give.
+
+    Only rows of different rounds are independent, and a fold of four has but one round where probes are few; a half has
+    two. What the better weights explain more of the variance, their error is less.
+    """
+    sums = torch.cat([_pairs(held, weights) for held, weights in halves]).double()  # (slots, 2)
+    total, pairs = sums.sum(0).tolist()
+    deviation = float((sums[:, 1] - pairs / len(sums)).square().sum().sqrt()) / total
+    return Quality(explained, pairs / total - (explained - _explained(halves)), deviation)
+
+
+def _pairs(held: Rows, weights: Tensor) -> Tensor:
+    """Return (slots, 2): sums of squared outputs, and the estimated sum that errors cost.
 
     The product of two rows' residuals with the product of their centred masks has the product of the errors for its
-    mean, free of the residuals' own variance, so sums over pairs of different rows estimate the squared errors.
+    mean, free of the residuals' own variance, so sums over pairs of independent rows estimate the squared errors.
     """
     rows = []
     for slot, residual in zip(held.slots, held.residual(weights), strict=True):
-        design = (slot.masks.float() - held.kept) / math.sqrt(held.variance())  # rows independent of each other
-        pull = residual.T @ design  # (examples, components), sums over rows
-        own = (residual**2).sum(1) @ (design**2).sum(1)
-        pairs = ((pull**2).sum() - own) / max(len(design) - 1, 1)
-        rows.append(torch.stack([(slot.outputs**2).sum(), (residual**2).sum(), pairs]))
+        design = (slot.masks.float() - held.kept) / math.sqrt(held.variance())  # rows of one round share out ablations
+        counts = torch.unique_consecutive(slot.rounds, return_counts=True)[1].tolist()
+        pulls = torch.stack(
+            [r.T @ d for r, d in zip(torch.split(residual, counts), torch.split(design, counts), strict=True)]
+        )
+        own = (pulls**2).sum()  # pulls: (rounds, examples, components), sums over rows
+        pairs = len(design) ** 2 - sum(count**2 for count in counts)
+        error = ((pulls.sum(0) ** 2).sum() - own) * len(design) / max(pairs, 1)
+        rows.append(torch.stack([(slot.outputs**2).sum(), error]))
     return torch.stack(rows)
-
-
-def _pooled(trials: list[Tensor]) -> Quality:
-    sums = torch.stack(trials).sum(0).double()  # (slots, 3)
-    total, missed, pairs = sums.sum(0).tolist()
-    deviation = float((sums[:, 2] - pairs / len(sums)).square().sum().sqrt()) / total
-    return Quality(1 - missed / total, pairs / total, deviation)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from coar.errors import CorruptRunError, IncompleteRunError, SettingsError
+from coar.errors import CorruptRunError, IncompleteRunError, MismatchError, SettingsError
 from coar.store import arrays
 from coar.store.run import Run
 
@@ -13,6 +13,7 @@ SLOTS = 64  # different masks per probe: example n takes that of slot n modulo 6
 ROUND, ROUNDS = 32, 4  # probes per round at most, and rounds that probes are collected in at least
 CHUNK_BYTES = 64 * 2**20
 ENTRY = "probes"
+MASKS = "stratified"  # how a round draws them
 GRADIENTS = ("probe_kept", "probe_ablated")
 OUTPUTS = "probe_outputs"
 ARRAYS = (*GRADIENTS, OUTPUTS)
@@ -41,7 +42,7 @@ class Probes:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._kept: dict[int, np.ndarray] = {}
-        kept = run.entry(ENTRY) or {"rounds": [], "slots": SLOTS}
+        kept = run.entry(ENTRY) or {"rounds": [], "slots": SLOTS, "masks": MASKS}
         try:
             self.rounds = tuple(int(count) for count in kept["rounds"])
             self.slots = int(kept["slots"])
@@ -49,6 +50,11 @@ class Probes:
             raise CorruptRunError(
                 f"the probes of {run.path} are described wrongly ({error!r}); restore its zarr.json from a copy"
             ) from error
+        if kept.get("masks") != MASKS:
+            raise MismatchError(
+                f"the probes of {run.path} have {kept.get('masks', 'independent')} masks, which this version does not "
+                f"make; it makes {MASKS} ones: collect them again, in a new run"
+            )
 
     @property
     def count(self) -> int:
@@ -82,7 +88,7 @@ class Probes:
                 arrays.create_array(
                     self.run.group, name, shape=shape, chunks=chunks, dtype="float32", dimensions=dimensions
                 )
-        self.run.set_entry(ENTRY, {"rounds": list(rounds), "slots": self.slots})
+        self.run.set_entry(ENTRY, {"rounds": list(rounds), "slots": self.slots, "masks": MASKS})
         self.rounds = rounds
 
     def slot_of(self, examples: slice) -> np.ndarray:
@@ -90,11 +96,10 @@ class Probes:
         return np.arange(self.run.n_examples)[examples] % self.slots
 
     def masks(self, number: int) -> np.ndarray:
-        """Return the (probes, slots, components) boolean masks of one round."""
-        first = sum(self.rounds[:number]) * self.slots
-        indices = range(first, first + self.rounds[number] * self.slots)
-        masks = self.run.sampler.masks("probe", indices, self.run.n_components)
-        return masks.reshape(self.rounds[number], self.slots, -1)
+        """Return the (probes, slots, components) boolean masks of one round, stratified over each slot's."""
+        first, last = (sum(self.rounds[:end]) * self.slots for end in (number, number + 1))
+        slots = (range(first + slot, last, self.slots) for slot in range(self.slots))
+        return np.stack([self.run.sampler.stratified("probe", own, self.run.n_components) for own in slots], axis=1)
 
     def kept(self, number: int) -> np.ndarray:
         """Return (slots, components) float32 how many probes of a round keep each component; made once."""
