@@ -7,12 +7,13 @@ Zero weight, ablated fraction 0.10, 8,000 training masks, 512 test masks, three 
 256 pictures for ResNet-20 and 128 for ResNet-44, 48 pairs for MiniLM (500 masks, 256 test masks; leave-one-out would
 take 9,288 passes and is left out, and so is lasso, whose Gram matrix makes it take hours). Every method is judged on
 the same test masks of its seed. Cost is counted in forward passes over the examples, a probe as many as it was measured
-to take on this machine in the same precision, and at 2.5 beside. Runs are kept in runs/passes/, and gone on with when
-they are there; tables go to stdout, and with the figures to reports/benchmarks/.
+to take on this machine in the same precision, and at 2.5 beside. Runs are kept in runs/passes/ with the times measured,
+and gone on with when they are there; tables go to stdout, and with the figures to reports/benchmarks/.
 """
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,8 @@ from coar.store import Probes, Run
 from pipelines import cifar10, digits, sentence_embeddings
 
 RUNS, OUT = Path("runs/passes"), Path("reports/benchmarks")
-MASKS, STAGES = (250, 500, 1000, 2000, 4000, 8000), (16, 32, 64, 96, 128, 160, 192, 256)
+MASKS, STAGES = (250, 500, 1000, 2000, 4000, 8000), (20, 40, 80, 120, 160, 240)
+STEP = 40  # probes collected at a time, in four rounds of ten, so that fits may use any multiple of ten
 PEER_EXAMPLES, PEER_STEPS = 32, 10
 
 
@@ -54,13 +56,13 @@ def resnet44(seed: int) -> coar.Study:
 
 
 SUBJECTS = {
-    "digits": Subject(lambda seed: digits.study(ablation="zero", seed=seed), MASKS, STAGES[:5]),
+    "digits": Subject(lambda seed: digits.study(ablation="zero", seed=seed), MASKS, STAGES[:4]),
     "resnet20": Subject(lambda seed: cifar10.study(ablation="zero", seed=seed), MASKS, STAGES),
-    "resnet44": Subject(resnet44, MASKS[1:], STAGES[:6]),
+    "resnet44": Subject(resnet44, MASKS[1:], STAGES[:5]),
     "minilm": Subject(
         lambda seed: sentence_embeddings.study(seed=seed),
         MASKS[:2],
-        (8, *STAGES[:4]),
+        (20, 30, 40, 50, 60, 80),
         test_masks=256,
         validation_masks=64,
         embedding="minilm.embeddings.word_embeddings",
@@ -84,11 +86,19 @@ class Judge:
 
 
 def collect(study: coar.Study, subject: Subject, path: Path, precision: str) -> Run:
-    """Collect all masks and probes, the probes in the stages at which they are judged."""
+    """Collect all masks and probes, the probes a few rounds at a time."""
     held = {"test_masks": subject.test_masks, "validation_masks": subject.validation_masks}
-    for probes in subject.probes:
+    for probes in range(STEP, subject.probes[-1] + 1, STEP):
         coar.collect(study, path, probes=probes, precision="auto" if path.exists() else precision, **held)
     return coar.collect(study, path, masks=subject.masks[-1], precision="auto", **held)
+
+
+def prices(study: coar.Study, run: Run, file: Path) -> tuple[float, float]:
+    """Return the seconds that a mask and a probe take, measured once on a machine with nothing else to do."""
+    if not file.exists():
+        file.write_text(json.dumps(measure(study, run)))
+    per_mask, per_probe = json.loads(file.read_text())
+    return per_mask, per_probe
 
 
 def regressions(run: Run, subject: Subject, judge: Judge) -> list[dict[str, object]]:
@@ -167,7 +177,7 @@ def examine(name: str, seeds: list[int], precision: str) -> tuple[pd.DataFrame, 
         run = collect(study, subject, RUNS / f"{name}-{seed}.zarr", precision)
         runs.append(run)
         judge = Judge(run)
-        per_mask, per_probe = measure(study, run)
+        per_mask, per_probe = prices(study, run, RUNS / f"{name}-{seed}.json")
         ratio = per_probe / per_mask
         found = regressions(run, subject, judge) + informed(run, subject, judge)
         found += baselines(study, run, subject, judge, ratio) if seed == seeds[0] else []
