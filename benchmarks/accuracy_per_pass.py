@@ -6,9 +6,10 @@
 Zero weight, ablated fraction 0.10, 8,000 training masks, 512 test masks, three seeds of masks and probes; 400 digits,
 256 pictures for ResNet-20 and 128 for ResNet-44, 48 pairs for MiniLM (500 masks, 256 test masks; leave-one-out would
 take 9,288 passes and is left out, and so is lasso, whose Gram matrix makes it take hours). Every method is judged on
-the same test masks of its seed. Cost is counted in forward passes over the examples, a probe as many as it was measured
-to take on this machine in the same precision, and at 2.5 beside. Runs are kept in runs/passes/ with the times measured,
-and gone on with when they are there; tables go to stdout, and with the figures to reports/benchmarks/.
+the same test masks of its seed. Cost is counted in forward passes over the examples, a probe as many as it was
+measured to take on this machine in the same precision, and at 2.5 beside. Runs are kept in runs/passes/ with the times
+measured, and gone on with when they are there; tables go to stdout, and with the figures to reports/benchmarks/.
+Models may be examined apart, with `--out`, and put on one page by passes_report.py.
 """
 
 import argparse
@@ -202,13 +203,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     parts = [examine(name, arguments.seeds, arguments.precision) for name in arguments.models]
     curves, shares = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
-    OUT.mkdir(parents=True, exist_ok=True)
-    curves.to_csv(OUT / "accuracy_per_pass.csv", index=False)
-    shares.to_csv(OUT / "coverage.csv", index=False)
-    passes_report.write(curves, shares, OUT)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    curves.to_csv(arguments.out / "accuracy_per_pass.csv", index=False)
+    shares.to_csv(arguments.out / "coverage.csv", index=False)
+    passes_report.write(curves, shares, arguments.out)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ The others, all in float32:
 - the hook loop multiplies activations by the mask in forward hooks, on one copy of the model, the examples in memory.
 
 Ours is what `coar.collect` computes, units of 64 masks by `Worker.outputs`, in float32 and in bfloat16, without the
-storing. Where a unit would take too long, its time is that of its first mask, gates put on and taken off, plus 63 times
-what a further mask takes in a longer call. Masks are drawn within the time of whoever uses them.
+storing, at the pace that collecting measures: examples and masks per forward pass. Where a unit would take too long,
+its time is that of its first mask, gates put on and taken off, plus 63 times what a further mask takes in a longer
+call. Masks are drawn within the time of whoever uses them.
 
 The ways take turns, in rounds, in one process. What is printed of each is its median over rounds, and of each ratio,
 taken within a round, the median and the range. The peak is the best of all matrix products of the same type made along
@@ -45,10 +46,12 @@ from benchmarks.peers import layer_feature_ablation
 from coar.ablation import following_batch_norms
 from coar.components import Components
 from coar.engines import MASK_BLOCK
+from coar.tuning import choose_pace
 from coar.worker import BATCH_SIZE, Block, ModelRunner, Worker, device_copy
 
 CPU = torch.device("cpu")
-BATCH = BATCH_SIZE["cpu"]  # examples per forward pass, the same for all
+BATCH = BATCH_SIZE["cpu"]  # examples per forward pass; ours starts from it, as a run does, and measures
+LONG = 10_000  # masks ahead, of which a small share goes to choosing the pace
 MOST = 512  # masks per round
 FEW = 4  # examples on which batch norms are told to follow a layer
 OURS = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -127,7 +130,7 @@ def hook_loop(study: coar.Study) -> Callable[[np.ndarray], Tensor]:
 
 
 def workers(study: coar.Study) -> dict[str, tuple[Worker, Block]]:
-    """Return, by precision, the worker that a run would have, and the examples it has loaded."""
+    """Return, by precision, the worker that a long run would have, at its measured pace, and the examples."""
     model = device_copy(study.model, CPU)
     constants = study.ablation.replacements(model, study.components, batch_size=BATCH)
     few = ModelRunner(model, study.output).load(study.examples, 0, FEW)
@@ -139,6 +142,8 @@ def workers(study: coar.Study) -> dict[str, tuple[Worker, Block]]:
     made = {}
     for precision in OURS:
         worker = Worker(model, study.components, constants, study.output, batch_norms=norms, precision=precision)
+        masks = study.sampler.masks("train", range(MASK_BLOCK), len(study.components))
+        choose_pace(worker, study.examples, masks, work=LONG)
         made[precision] = worker, worker.load(study.examples, 0, len(study.examples))
     return made
 

@@ -1,6 +1,7 @@
 """Tables and figures of accuracy_per_pass.py, from its curves alone.
 
-python benchmarks/passes_report.py reports/benchmarks
+python benchmarks/passes_report.py reports/benchmarks            # the tables in there, figures beside them
+python benchmarks/passes_report.py one other reports/benchmarks  # those of two folders, figures in the third
 """
 
 import sys
@@ -108,11 +109,14 @@ def write(curves: pd.DataFrame, shares: pd.DataFrame, folder: Path) -> None:
     ratio_figure(table).savefig(folder / "ratio.png", dpi=130)
 
 
+def read(folders: list[Path], name: str) -> pd.DataFrame:
+    """Join the tables of several folders."""
+    files = [folder / name for folder in folders]
+    return pd.concat([pd.read_csv(file) for file in files if file.stat().st_size > 1], ignore_index=True)
+
+
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    coverage = place / "coverage.csv"
-    write(
-        pd.read_csv(place / "accuracy_per_pass.csv"),
-        pd.read_csv(coverage) if coverage.stat().st_size > 1 else pd.DataFrame(),
-        place,
-    )
+    *given, out = [Path(name) for name in sys.argv[1:]]
+    given = given or [out]
+    out.mkdir(parents=True, exist_ok=True)
+    write(read(given, "accuracy_per_pass.csv"), read(given, "coverage.csv"), out)
