@@ -31,7 +31,7 @@ from coar.store import Probes, Run
 from pipelines import cifar10, digits, sentence_embeddings
 
 RUNS, OUT = Path("runs/passes"), Path("reports/benchmarks")
-MASKS, STAGES = (250, 500, 1000, 2000, 4000, 8000), (20, 40, 80, 120, 160, 240)
+MASKS, STAGES = (250, 500, 1000, 2000, 4000, 8000), (40, 80, 120, 160, 240)
 STEP = 40  # probes collected at a time, in four rounds of ten, so that fits may use any multiple of ten
 PEER_EXAMPLES, PEER_STEPS = 32, 10
 
@@ -57,13 +57,13 @@ def resnet44(seed: int) -> coar.Study:
 
 
 SUBJECTS = {
-    "digits": Subject(lambda seed: digits.study(ablation="zero", seed=seed), MASKS, STAGES[:4]),
+    "digits": Subject(lambda seed: digits.study(ablation="zero", seed=seed), MASKS, STAGES[:3]),
     "resnet20": Subject(lambda seed: cifar10.study(ablation="zero", seed=seed), MASKS, STAGES),
-    "resnet44": Subject(resnet44, MASKS[1:], STAGES[:5]),
+    "resnet44": Subject(resnet44, MASKS[1:], STAGES[:4]),
     "minilm": Subject(
         lambda seed: sentence_embeddings.study(seed=seed),
         MASKS[:2],
-        (20, 30, 40, 50, 60, 80),
+        (40, 50, 60, 80),
         test_masks=256,
         validation_masks=64,
         embedding="minilm.embeddings.word_embeddings",

@@ -317,7 +317,7 @@ class Worker(ModelRunner):
 
         Args:
             block: The examples.
-            masks: (probes, slots, components) boolean masks.
+            masks: (probes, slots, components) boolean masks, or gates between 0, ablated, and 1, kept.
             slots: (examples,) which slot's masks each example takes.
 
         Returns:

@@ -1,11 +1,13 @@
 """Fitted attributions inside a run: one group each under `attributions/`, written in blocks of examples."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 import zarr
 
-from coar.errors import IncompleteRunError, RunError, SettingsError
+from coar.errors import CorruptRunError, IncompleteRunError, RunError, SettingsError
 from coar.store import arrays
 from coar.store.run import Run
 
@@ -17,18 +19,35 @@ PER_COMPONENT = ("weight", "standard_error")
 
 def fit_names(run: Run) -> list[str]:
     """Return the names of the run's finished fits."""
-    if GROUP not in run.group:
-        return []
-    group = cast(zarr.Group, run.group[GROUP])
-    return [name for name in sorted(group.group_keys()) if fit_facts(run, name).get("state") == "ready"]
+    with _readable(run, GROUP):
+        if GROUP not in run.group:
+            return []
+        names = sorted(cast(zarr.Group, run.group[GROUP]).group_keys())
+    return [name for name in names if fit_facts(run, name).get("state") == "ready"]
 
 
 def fit_facts(run: Run, name: str) -> dict[str, Any]:
-    """Return what is known of a fit: its state, method and masks; empty when there is no such fit."""
+    """Return what is known of a fit: its state, method and masks; empty when there is no such fit.
+
+    Raises:
+        CorruptRunError: When the fit's description is none.
+    """
     key = f"{GROUP}/{name}"
-    if key not in run.group:
-        return {}
-    return dict(cast(dict[str, Any], run.group[key].attrs.get(ATTRIBUTE, {})))
+    with _readable(run, key):
+        if key not in run.group:
+            return {}
+        return dict(cast(dict[str, Any], run.group[key].attrs.get(ATTRIBUTE, {})))
+
+
+@contextmanager
+def _readable(run: Run, key: str) -> Iterator[None]:
+    """Turn what Zarr says of a damaged description into an error that says what to do."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise CorruptRunError(
+            f"a fit in {key} of {run.path} is described wrongly ({error!r}); delete its folder, and fit again"
+        ) from error
 
 
 def add_fit_facts(run: Run, name: str, **facts: Any) -> None:

@@ -121,7 +121,7 @@ class Run:
                 )
             store = RunStore(open_store(place), place=place, study=manifest["fingerprint"])
             sampler_from_settings(manifest["fingerprint"]["sampler"])
-            dict(manifest["facts"])
+            _check_facts(manifest)
             return cls(place, zarr.open_group(store, mode="r+"), manifest)
         except RunError:
             raise
@@ -327,6 +327,14 @@ class Run:
     def lock(self) -> AbstractContextManager[Lock]:
         """Hold the run for writing; raise `RunError` when another process does."""
         return write_lock(self.path)
+
+
+def _check_facts(manifest: dict[str, Any]) -> None:
+    """Raise one of the built-in errors when what every reader of a run relies on is not there."""
+    facts, fingerprint = manifest["facts"], manifest["fingerprint"]
+    words = [facts["precision"]["name"], fingerprint["ablation"]["name"], fingerprint["weights"]]
+    if not all(isinstance(word, str) for word in (*words, *facts["batch_norms"].values())):
+        raise TypeError(f"{words} and {facts['batch_norms']} should be words")
 
 
 def stretches(rows: np.ndarray) -> list[np.ndarray]:
