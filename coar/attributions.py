@@ -300,7 +300,7 @@ def load(path: str | Path, fit: str | None = None) -> Attributions:
         return Attributions.from_safetensors(path)
     run = Run.open(path)
     facts = {name: fit_facts(run, name) for name in fit_names(run)}
-    fitted = [name for name in facts if facts[name]["masks"] or facts[name].get("probes")]  # baselines have neither
+    fitted = [name for name in facts if facts[name].get("masks") or facts[name].get("probes")]  # baselines have neither
     usual = [name for name in PREFERRED if name in fitted]
     usual.sort(key=lambda name: -facts[name].get("validation", -1.0))
     return Attributions.open(run, fit or next(iter([*usual, *fitted]), "ridge"))
