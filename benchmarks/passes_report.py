@@ -11,8 +11,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777", "#000000", "#bb8844")
-CURVES = ("informed", "learned ends", "trapezoid", "mean gradient", "ols", "ridge", "lasso")
+CURVES = {
+    "informed": "#ee6677",
+    "learned ends": "#aa3377",
+    "trapezoid": "#bb8844",
+    "mean gradient": "#ccbb44",
+    "ols": "#4477aa",
+    "ridge": "#66ccee",
+    "lasso": "#228833",
+}
+POINTS = {
+    "gradient x gate": "#000000",
+    "leave-one-out": "#777777",
+    "conductance": "#993311",
+    "internal influence": "#332288",
+}
 
 
 def frontier(curve: pd.DataFrame) -> pd.DataFrame:
@@ -54,13 +67,13 @@ def curve_figure(curves: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(5.2 * len(models), 4.2), layout="constrained")
     for axis, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         table = curves[curves["model"] == model]
-        for number, (method, part) in enumerate(table.groupby("method", sort=False)):
-            colour = COLOURS[number % len(COLOURS)]
-            if method in CURVES:
+        for method, colour in (CURVES | POINTS).items():
+            part = table[table["method"] == method]
+            if len(part) and method in CURVES:
                 line = frontier(part)
                 axis.plot(line["passes"], line["r"], "o-", color=colour, ms=4, label=method)
                 axis.plot(part["passes"], part["r"], ".", color=colour, ms=3, alpha=0.4)
-            else:
+            elif len(part):
                 axis.plot(part["passes"], part["r"], "D", color=colour, ms=6, label=method)
         axis.set(
             xscale="log", xlabel="forward passes over the examples", title=f"{model}, {table['components'].iloc[0]:,}"
@@ -78,9 +91,9 @@ def ratio_figure(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(5.2, 4.2), layout="constrained")
     axis = figure.subplots()
     best = table.loc[table.groupby(["model", "masks"])["r"].idxmax()].dropna(subset=["times fewer"])
-    for number, (masks, part) in enumerate(best[best["masks"] >= 1000].groupby("masks")):
+    for colour, (masks, part) in zip(CURVES.values(), best[best["masks"] >= 1000].groupby("masks"), strict=False):
         line = part.sort_values("components")
-        axis.plot(line["components"], line["times fewer"], "o-", color=COLOURS[number], label=f"{masks:,} masks")
+        axis.plot(line["components"], line["times fewer"], "o-", color=colour, label=f"{masks:,} masks")
         for _, row in line.iterrows():
             place = (row["components"], row["times fewer"])
             axis.annotate(row["model"], place, fontsize=8, xytext=(4, 4), textcoords="offset points")
