@@ -172,7 +172,8 @@ def _tell(result: "TaskResult", model: "nn.Module", folder: Path | None) -> None
 
     show(result.table)
     passes = sum(chosen.passes for chosen in result.selections)
-    typer.echo(f"{len(result.edits)} edits, chosen by {passes:,} forward passes of one example")
+    count = "1 edit" if len(result.edits) == 1 else f"{len(result.edits)} edits"
+    typer.echo(f"{count}, chosen by {passes:,} forward passes of one example")
     if folder is None:
         for made in result.edits:
             show(made.to_pandas())
