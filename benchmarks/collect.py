@@ -51,7 +51,7 @@ from coar.worker import BATCH_SIZE, Block, ModelRunner, Worker, device_copy
 
 CPU = torch.device("cpu")
 BATCH = BATCH_SIZE["cpu"]  # examples per forward pass; ours starts from it, as a run does, and measures
-LONG = 10_000  # masks ahead, of which a small share goes to choosing the pace
+LONG = 500  # masks ahead, of which a small share goes to choosing the pace
 MOST = 512  # masks per round
 FEW = 4  # examples on which batch norms are told to follow a layer
 OURS = {"float32": torch.float32, "bf16": torch.bfloat16}
