@@ -1,6 +1,6 @@
 """Masks x images per second beside three other ways of running ablated models, on five models.
 
-    COAR_DATA=/path/to/folder python benchmarks/collect.py          # everything; most of the time goes to the large models
+    COAR_DATA=/path/to/folder python benchmarks/collect.py    # everything; mostly the large models
     python benchmarks/collect.py --models vit-b-16 gpt2 --examples 4 64 --rounds 5
 
 The others, all in float32:
