@@ -4,7 +4,7 @@
     COAR_DATA=/path/to/folder python benchmarks/accuracy_per_pass.py --models digits resnet20 --seeds 0
 
 Zero weight, ablated fraction 0.10, 8,000 training masks, 512 test masks, three seeds of masks and probes; 400 digits,
-256 pictures for ResNet-20 and 128 for ResNet-44, 48 pairs for MiniLM (500 masks, 256 test masks; leave-one-out would
+256 pictures for ResNet-20 and 128 for ResNet-44, 48 pairs for MiniLM (2,000 masks, 256 test masks; leave-one-out would
 take 9,288 passes and is left out, and so is lasso, whose Gram matrix makes it take hours). Every method is judged on
 the same test masks of its seed. Cost is counted in forward passes over the examples, a probe as many as it was
 measured to take on this machine in the same precision, and at 2.5 beside. Runs are kept in runs/passes/ with the times
@@ -62,7 +62,7 @@ SUBJECTS = {
     "resnet44": Subject(resnet44, MASKS[1:], STAGES[:4]),
     "minilm": Subject(
         lambda seed: sentence_embeddings.study(seed=seed),
-        MASKS[:2],
+        MASKS[:4],
         (40, 50, 60, 80),
         test_masks=256,
         validation_masks=64,

@@ -274,7 +274,7 @@ def test_learning_from_some_of_the_examples_is_nearly_as_good(tmp_path, monkeypa
     chosen = np.arange(600)[informed_fits._spread_out(run)]
     assert len(chosen) == 120
     assert set(Probes(run).slot_of(slice(None))[chosen]) == set(range(64))
-    assert off(fit(run, method="informed", name="part"), truth) < 1.3 * whole
+    assert off(fit(run, method="informed", name="part"), truth) < 1.6 * whole
 
 
 def test_probes_are_used_by_whole_rounds(truth, tmp_path):

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from coar.regression import shared
-from coar.regression.shared import Rows, Slot, apart, conjugate_gradients, learn
+from coar.regression.rows import Rows, Slot
+from coar.regression.shared import apart, conjugate_gradients, learn
+from coar.regression.site_gains import gains_by_site
 from tests.synthetic import FRACTION, pairwise
 
 FOLDS, PROBES, SLOTS = 4, 8, 5  # probes of each fold
@@ -199,7 +201,7 @@ def test_a_curve_helps_where_few_probes_show_what_examples_share():
     rows, spread = rows_of(masks, outputs), outputs.reshape(-1, N).std(0, ddof=1)[:, None]
     ends = np.stack([np.stack([kept, kept + bend + 2 * rng.standard_normal((N, D))]) for _ in range(FOLDS)], axis=1)
     gradients = torch.tensor(ends / spread, dtype=torch.float32)
-    straight = shared._gains_by_site(rows, gradients, SITES)
+    straight = gains_by_site(rows, gradients, SITES)
     without = rows.error(shared._combine(straight, gradients))
     assert rows.error(shared._start(rows, gradients, SITES).weights(gradients)) < 0.9 * without
 

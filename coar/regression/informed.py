@@ -12,7 +12,8 @@ from torch import Tensor
 
 from coar.errors import RegressionError
 from coar.regression.ridge import PENALTIES, LinearFit, Spectrum
-from coar.regression.shared import Rows, SharedModel, Slot, apart, learn
+from coar.regression.rows import Rows, Slot
+from coar.regression.shared import SharedModel, apart, learn
 from coar.regression.sums import Gram, accumulate, batches
 from coar.store import Probes, Run
 

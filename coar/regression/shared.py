@@ -17,85 +17,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from coar.regression.rows import Rows
+from coar.regression.site_gains import by_site, gains_by_site
+
 GAIN_PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1)  # in units of each column's own sum of squares
 STRUCTURE_PENALTIES = (100.0, 30.0, 10.0, 3.0)  # in units of the mean column's sum of squares
 RANK = 20  # directions in which examples differ, at most
 BANDS = ((0, 1), (1, 6))  # of the leading directions of a site's curvature; a gain each
 EXAMPLES_PER_DIRECTION = 8
-JITTER = 1e-3  # ridge on the gains per site, in units of each column's own sum of squares
 TOLERANCE, STEPS = 1e-3, 100  # of conjugate gradients: relative size of the residual, and iterations
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Rows of one fold that some examples have in common.
-
-    Attributes:
-        masks: (rows, components) booleans.
-        mean: (components,) mean of the slot's masks in all folds.
-        outputs: (rows, examples) outputs less their mean in all folds, in units of each example's spread.
-        examples: (examples,) their places among all.
-        fold: The fold of the probes.
-        rounds: (rows,) the round of each; rows of different rounds are independent.
-    """
-
-    masks: Tensor
-    mean: Tensor
-    outputs: Tensor
-    examples: Tensor
-    fold: int
-    rounds: Tensor
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a set of examples, as one linear operator on their (folds, examples, components) weights.
-
-    Attributes:
-        slots: The rows by slot and fold.
-        shape: Folds, examples, components.
-        kept: Share of the components that a mask keeps.
-    """
-
-    slots: tuple[Slot, ...]
-    shape: tuple[int, int, int]
-    kept: float
-
-    def split(self, fold: int) -> tuple["Rows", "Rows"]:
-        """Return the rows of the other folds, and those of one fold."""
-        others = tuple(slot for slot in self.slots if slot.fold != fold)
-        return replace(self, slots=others), replace(self, slots=tuple(slot for slot in self.slots if slot.fold == fold))
-
-    def count(self) -> float:
-        """Return the mean number of rows of an example."""
-        return sum(slot.outputs.numel() for slot in self.slots) / self.shape[1]
-
-    def variance(self) -> float:
-        """Return the variance of a mask's entry."""
-        return self.kept * (1 - self.kept)
-
-    def design(self, slot: Slot) -> Tensor:
-        """Return the (rows, components) masks less their mean, as the outputs are less theirs."""
-        return slot.masks.float() - slot.mean
-
-    def predict(self, weight: Tensor) -> list[Tensor]:
-        """Map (folds, examples, components) weights to (rows, examples) predictions of each slot."""
-        return [self.design(slot) @ weight[slot.fold, slot.examples].T for slot in self.slots]
-
-    def pull(self, values: list[Tensor]) -> Tensor:
-        """Apply the transpose of `predict`."""
-        out = torch.zeros(self.shape)
-        for slot, value in zip(self.slots, values, strict=True):
-            out[slot.fold, slot.examples] = value.T @ self.design(slot)
-        return out
-
-    def residual(self, weight: Tensor) -> list[Tensor]:
-        """Return what (folds, examples, components) weights leave of the outputs."""
-        return [slot.outputs - part for slot, part in zip(self.slots, self.predict(weight), strict=True)]
-
-    def error(self, weight: Tensor) -> float:
-        """Return the sum of squared residuals."""
-        return float(sum((part**2).sum() for part in self.residual(weight)))
 
 
 @dataclass(frozen=True)
@@ -129,7 +59,7 @@ class SharedModel:
     def features(self, gradients: Tensor) -> Tensor:
         """Return the (2 + directions, ..., components) ends, and the curvature along each direction."""
         curvature = gradients[1] - self.ratio * gradients[0]
-        along = [curve * _by_site(curvature * curve, self.sites) for curve in self.curves]
+        along = [curve * by_site(curvature * curve, self.sites) for curve in self.curves]
         return torch.stack([*gradients, *along])
 
     def places(self, gradients: Tensor) -> Tensor:
@@ -207,16 +137,16 @@ def _best(
 
 def _start(rows: Rows, gradients: Tensor, sites: Tensor) -> SharedModel:
     """Learn gains by site, for both ends and for the curvature's leading directions."""
-    placing = _gains_by_site(rows, gradients, sites)
+    placing = gains_by_site(rows, gradients, sites)
     mean = gradients.mean(1)  # (2, examples, components), over folds
-    products, squares = (_by_site((mean[0] * end).sum(0), sites) for end in (mean[1], mean[0]))
+    products, squares = (by_site((mean[0] * end).sum(0), sites) for end in (mean[1], mean[0]))
     ratio = products / squares.clamp_min(1e-30)
     curves = _curves(mean[1] - ratio * mean[0], sites)
     rank = min(RANK, rows.shape[1] // EXAMPLES_PER_DIRECTION)
     unit = _unit(_combine(placing, mean))
     none = torch.zeros(rank, rows.shape[2])
     model = SharedModel(sites, placing, ratio, curves, torch.empty(0), _leading(unit, rank).T, none)
-    return replace(model, gain=_unbanded(_gains_by_site(rows, _banded(model.features(gradients)), sites), len(curves)))
+    return replace(model, gain=_unbanded(gains_by_site(rows, _banded(model.features(gradients)), sites), len(curves)))
 
 
 def _curves(curvature: Tensor, sites: Tensor) -> Tensor:
@@ -258,7 +188,7 @@ def smoothing(model: SharedModel, rows: Rows, gradients: Tensor, _: float) -> Sh
     mean = gradients.mean(1)
     places = model.places(mean)
     common = torch.linalg.lstsq(places.expand(2, *places.shape), mean).solution  # (2, rank, components)
-    gain = _gains_by_site(rows, torch.cat([gradients, model.places(gradients) @ common[:, None]]), model.sites)
+    gain = gains_by_site(rows, torch.cat([gradients, model.places(gradients) @ common[:, None]]), model.sites)
     return replace(
         model,
         curves=model.curves[:0],
@@ -266,25 +196,6 @@ def smoothing(model: SharedModel, rows: Rows, gradients: Tensor, _: float) -> Sh
         structure=(gain[2:, None] * common).sum(0),
         stages=(*model.stages, ("smoothing", 0.0)),
     )
-
-
-def _gains_by_site(rows: Rows, features: Tensor, sites: Tensor) -> Tensor:
-    """Return (features, components) factors that all components of a site share."""
-    kinds, count = len(features), int(sites.max()) + 1
-    groups = [(sites == site).nonzero()[:, 0] for site in range(count)]
-    gram = torch.zeros(kinds * count, kinds * count, dtype=torch.float64)
-    moment = torch.zeros(kinds * count, dtype=torch.float64)
-    for slot in rows.slots:
-        design = rows.design(slot)
-        parts = [part[slot.fold, slot.examples] for part in features]
-        columns = [design[:, group] @ part[:, group].T for part in parts for group in groups]
-        table = torch.stack([column.flatten() for column in columns]).double()  # (factors, rows * examples)
-        gram += table @ table.T
-        moment += table @ slot.outputs.flatten().double()
-    scale = gram.diagonal()
-    floor = 1e-12 * scale.max().clamp_min(1e-30)
-    gain: Tensor = torch.linalg.solve(gram + torch.diag(JITTER * scale + floor), moment)
-    return gain.float().view(kinds, count)[:, sites]
 
 
 def gains(model: SharedModel, rows: Rows, gradients: Tensor, penalty: float) -> SharedModel:
@@ -353,12 +264,6 @@ def conjugate_gradients(normal: Callable[[Tensor], Tensor], right: Tensor, inver
 def _combine(gain: Tensor, features: Tensor) -> Tensor:
     weights: Tensor = torch.einsum("kd,k...d->...d", gain, features)
     return weights
-
-
-def _by_site(values: Tensor, sites: Tensor) -> Tensor:
-    """Replace (..., components) values by their sums over the components of each site."""
-    sums = torch.zeros(*values.shape[:-1], int(sites.max()) + 1).index_add_(-1, sites, values)
-    return sums[..., sites]
 
 
 def _unit(weights: Tensor) -> Tensor:
