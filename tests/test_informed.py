@@ -263,7 +263,8 @@ def test_dead_components_and_constant_outputs(run, truth, tmp_path):
     assert np.isfinite(found.standard_errors()).all()
     assert np.abs(found.weights()[:, 7]).max() < 1e-3
     others = np.setdiff1d(np.arange(60), [3, 40])
-    np.testing.assert_allclose(found.weights()[others], plain.weights()[others], atol=0.1)
+    errors = [np.square(fitted.weights()[others] - truth.effect[others]).mean() for fitted in (found, plain)]
+    assert errors[0] < 1.5 * errors[1], errors
 
 
 def test_learning_from_some_of_the_examples_is_nearly_as_good(tmp_path, monkeypatch):
