@@ -36,8 +36,16 @@ from coar.editing import (
 from coar.engines import collect
 from coar.errors import CoarError
 from coar.evaluation import Evaluation, evaluate
-from coar.examples import Examples
-from coar.outputs import ClassLogit, CorrectClassMargin, CosineSimilarity, CrossEntropy
+from coar.examples import Examples, token_examples
+from coar.outputs import (
+    ChoiceMargin,
+    ClassLogit,
+    CorrectClassMargin,
+    CosineSimilarity,
+    CrossEntropy,
+    TokenLogProbability,
+    TokenMargin,
+)
 from coar.regression import fit
 from coar.sampling import BernoulliSampler, FixedSizeSampler
 from coar.store import Problem, Run, repair, verify
@@ -48,6 +56,7 @@ __all__ = [
     "Attributions",
     "BernoulliSampler",
     "Bound",
+    "ChoiceMargin",
     "ClassLogit",
     "CoarError",
     "Component",
@@ -68,6 +77,8 @@ __all__ = [
     "Run",
     "Selection",
     "Study",
+    "TokenLogProbability",
+    "TokenMargin",
     "TradeOff",
     "ZeroActivation",
     "ZeroWeight",
@@ -100,5 +111,6 @@ __all__ = [
     "save_weights",
     "select",
     "strengthen_group",
+    "token_examples",
     "verify",
 ]

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, default_collate
 from coar.errors import ExamplesError
 
 Inputs = Tensor | dict[str, Tensor]
+UNREAD = -100  # the target of a position that is not read, the number that torch's cross-entropy ignores
 HASH_BLOCK = 256  # examples hashed at a time, so that a data set on disk is never held in memory whole
 
 
@@ -125,6 +126,79 @@ class Examples:
             column = np.asarray(self.metadata[name])
             digest.update(f"{name}:{column.tolist()}".encode())
         return digest.hexdigest()
+
+
+def token_examples(
+    tokens: Mapping[str, Any],
+    *,
+    answers: Tensor | None = None,
+    metadata: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
+) -> Examples:
+    """Make examples for a causal language model, whose targets are the tokens that come next.
+
+    At every position that has a token and a next one, the target is that next token; elsewhere it is -100, and nothing
+    is read. Where texts have padding on the left, `position_ids` that count from their first tokens join the inputs, as
+    transformers gives them when it generates; pad on the right for models that take none.
+
+    Args:
+        tokens: What a tokenizer returns with `return_tensors="pt"`: `input_ids` and `attention_mask` (examples,
+            length), 1 where there is a token, and whatever else the model takes.
+        answers: (examples,) tokens that should come after the texts; then these alone are the targets, each at its
+            text's last token.
+        metadata: Columns of one value per example.
+
+    Raises:
+        ExamplesError: When there is no attention mask, tokens are missing between others, or a text is too short.
+    """
+    ids, mask = _tokens_there(tokens)
+    lengths = mask.sum(1)
+    shortest = 2 if answers is None else 1
+    if int(lengths.min()) < shortest:
+        raise ExamplesError(
+            f"example {int(lengths.argmin())} has {int(lengths.min())} tokens and at least {shortest} are needed; "
+            f"leave such texts out"
+        )
+    targets = torch.full_like(ids, UNREAD, dtype=torch.long)
+    if answers is None:
+        follows = mask[:, :-1] & mask[:, 1:]
+        targets[:, :-1][follows] = ids[:, 1:][follows].long()
+    else:
+        if answers.shape != lengths.shape or answers.is_floating_point():
+            raise ExamplesError(
+                f"answers are {answers.dtype} of shape {tuple(answers.shape)}; give one token, a whole number, for "
+                f"each of the {len(ids)} examples"
+            )
+        last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+        targets[torch.arange(len(ids)), last] = answers.long()
+    inputs = dict(tokens)
+    if not bool(mask[:, 0].all()):
+        inputs.setdefault("position_ids", (mask.long().cumsum(1) - 1).clamp(min=0))
+    return Examples(inputs=inputs, targets=targets, metadata=metadata or {})
+
+
+def _tokens_there(tokens: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return (examples, length) tokens and where there are any; raise `ExamplesError` when that cannot be known."""
+    for name in ("input_ids", "attention_mask"):
+        if not isinstance(tokens.get(name), Tensor):
+            raise ExamplesError(
+                f"{name} is a {type(tokens.get(name)).__name__} and a tensor is expected, since without it what is "
+                f"text and what is padding cannot be known; give what a tokenizer returns with padding=True and "
+                f"return_tensors='pt' (or ones for texts of one length)"
+            )
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    if ids.ndim != 2 or ids.shape != mask.shape or len(ids) == 0 or not bool(((mask == 0) | (mask == 1)).all()):
+        raise ExamplesError(
+            f"input_ids have shape {tuple(ids.shape)} and attention_mask {tuple(mask.shape)}; give both as (examples, "
+            f"length), the mask 1 where there is a token and 0 where there is padding"
+        )
+    there = mask.bool()
+    torn = (there[:, 1:] & ~there[:, :-1]).sum(1) + there[:, 0].int() > 1  # tokens begin more than once
+    if bool(torn.any()):
+        raise ExamplesError(
+            f"the attention_mask of example {int(torn.int().argmax())} has zeros between ones; padding belongs in "
+            f"front of a text or after it"
+        )
+    return ids, there
 
 
 def update_digest(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:

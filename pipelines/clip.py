@@ -13,19 +13,16 @@ written on it. The classes are the names of the sub-folders. Every second pair i
 Without COAR_CLIP, openai/clip-vit-base-patch32 is fetched from the hub of Hugging Face.
 """
 
-import os
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 import coar
-from pipelines import photographs, zero_shot
+from pipelines import hub, photographs, zero_shot
 
 try:
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -39,28 +36,16 @@ TEST_MASKS = 300
 TEST_FRACTIONS = (0.05,)
 GOAL = coar.EditGoal(targets="attacked == 1", references="attacked == 0", direction="increase", pairs="pair")
 
-PUBLISHED = "openai/clip-vit-base-patch32"
+SOURCE = hub.Source(
+    name="CLIP",
+    variable="COAR_CLIP",
+    default="openai/clip-vit-base-patch32",
+    parts="model, tokenizer and image processor",
+)
 PROMPT = "a photo of a {}"
 VERSIONS = ("clean", "attacked")
 WANTED = "pictures as clean/<class>/<name> and attacked/<class>/<name>"
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
-
-
-def load(part: type[Any], **options: Any) -> Any:
-    """Load a part of CLIP from the folder or the name in COAR_CLIP; raise `PipelineError` when it is not there."""
-    source = os.environ.get("COAR_CLIP", PUBLISHED)
-    try:
-        return part.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise unusable(str(error).splitlines()[0]) from None
-
-
-def unusable(reason: str) -> coar.CoarError:
-    """Return the error that says why CLIP cannot be loaded, and how to mend it."""
-    return coar.errors.PipelineError(
-        f"cannot load CLIP from {os.environ.get('COAR_CLIP', PUBLISHED)!r}: {reason}; set COAR_CLIP to a folder with "
-        f"{PUBLISHED} or another CLIP, its model, tokenizer and image processor as save_pretrained writes them"
-    )
 
 
 def pictures() -> Path:
@@ -89,7 +74,7 @@ def classes(root: Path) -> list[str]:
 
 def examples(rows: slice) -> coar.Examples:
     """Return pairs: all clean pictures, then the same with a written word."""
-    root, processor = pictures(), load(CLIPImageProcessor)
+    root, processor = pictures(), SOURCE.load(CLIPImageProcessor)
 
     def prepare(picture: Image.Image) -> Tensor:
         return processor(picture, return_tensors="pt")["pixel_values"][0]
@@ -111,15 +96,10 @@ def examples(rows: slice) -> coar.Examples:
 
 def model() -> zero_shot.ZeroShot:
     """Return the zero-shot classifier of the pictures' classes."""
-    # the plainest attention kernel gives gradients on every device
-    clip, found = load(CLIPModel, attn_implementation="eager", output_loading_info=True)
-    tokenizer = load(CLIPTokenizer)
-    # transformers draws weights that it does not find, and makes up a tokenizer, where a folder lacks a file
-    if found["missing_keys"]:
-        raise unusable(f"{len(found['missing_keys'])} weights are missing, first {min(found['missing_keys'])}")
+    clip, tokenizer = SOURCE.model(CLIPModel), SOURCE.load(CLIPTokenizer)
     words = clip.config.text_config.vocab_size
-    if len(tokenizer) != words:
-        raise unusable(f"the tokenizer has {len(tokenizer)} words where the model has {words}")
+    if len(tokenizer) != words:  # transformers makes up a tokenizer where a folder lacks its file
+        raise SOURCE.unusable(f"the tokenizer has {len(tokenizer)} words where the model has {words}")
     prompts = [PROMPT.format(kind.replace("_", " ")) for kind in classes(pictures())]
     return zero_shot.ZeroShot(clip, dict(tokenizer(prompts, padding=True, return_tensors="pt")))
 

@@ -1,0 +1,47 @@
+"""What every output function is, and where the logits are in what models return."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coar.errors import OutputError
+from coar.settings import Settings
+
+
+class Output(Settings):
+    """Base of all output functions: settings that turn a model's result into one number per example."""
+
+    @abstractmethod
+    def __call__(self, result: Any, targets: Tensor) -> Tensor:
+        """Return (examples,) outputs from the model's result and the (examples, ...) targets."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name and settings that identify this function in a run's fingerprint."""
+        return {"name": type(self).__name__, **self.model_dump(mode="json")}
+
+
+def find_logits(result: Any) -> Tensor:
+    """Return the logits in a model's result, of whatever shape.
+
+    Raises:
+        OutputError: When it holds none.
+    """
+    if isinstance(result, dict):
+        logits = result.get("logits")
+    else:
+        logits = getattr(result, "logits", result[0] if isinstance(result, tuple) and result else result)
+    if not isinstance(logits, Tensor):
+        raise OutputError(
+            f"the model returned a {type(result).__name__} without logits; a tensor, a tuple that starts with one, or "
+            f"an object or dict with a 'logits' tensor was expected: wrap the model so that it returns one of these"
+        )
+    return logits
+
+
+def whole_numbers(targets: Tensor) -> Tensor:
+    """Return targets as int64; raise `OutputError` when they are no labels."""
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise OutputError(f"the targets are {targets.dtype}; class labels must be whole numbers: use targets.long()")
+    return targets.long()

@@ -1,0 +1,189 @@
+"""Passages of text and a causal language model: a small GPT-2 that is trained here, or one of yours.
+
+    pip install 'coar[text]'
+    coar collect pipelines/gpt2.py --probes 64
+    coar fit runs/gpt2-mean.zarr
+
+    export COAR_GPT2=/path/to/gpt2          # optional: a folder, or a name on the hub, such as gpt2
+    export COAR_GPT2_TEXT=/path/to/text     # optional: a file of text in UTF-8
+    export COAR_GPT2_COMPONENTS=heads       # optional: attention heads instead of input features
+
+Without COAR_GPT2_TEXT the text is the language reference that comes with Python (`pydoc_data.topics`), so another
+version of Python may give another one. Without COAR_GPT2 the model is a GPT-2 of three layers, which learns the text in
+about two minutes on one core, on first use, and is kept under data/gpt2. Any causal model will do in its place. The
+components are those of Shah et al. (2024): every input feature of every linear layer but the last, 64,512 in the
+smallest published GPT-2 and 2,688 here. The output is the margin of the tokens that come next, on average over a
+passage, or of its last token.
+"""
+
+import os
+from functools import cache
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import coar
+from pipelines import hub, training
+
+try:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+except ImportError as error:
+    raise coar.errors.PipelineError(
+        f"the pipeline gpt2 needs {error.name}, which is not installed; install it with pip install 'coar[text]'"
+    ) from None
+
+MASKS = 3_000
+TEST_MASKS = 300
+TEST_FRACTIONS = (0.05,)
+
+SOURCE = hub.Source(name="a causal language model", variable="COAR_GPT2", default="gpt2", parts="model and tokenizer")
+FOLDER = Path("data/gpt2")
+RECIPE = training.Recipe(epochs=12, batch=32, learning_rate=4e-3, weight_decay=0.1)
+SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 128}
+VOCABULARY = 1_024  # tokens of the small model: bytes, and the pairs of tokens that are merged
+LENGTH = 64  # tokens of a passage
+HELD_OUT = 8  # every so many passages one is kept from training, to be studied or judged on
+TRAIN, STUDIED, CALIBRATION = 2_000, 64, 200
+KINDS = ("inputs", "heads")
+
+
+def text() -> str:
+    """Return the text of the file in COAR_GPT2_TEXT, or Python's language reference."""
+    file = os.environ.get("COAR_GPT2_TEXT")
+    if file is None:
+        return "\n\n".join(topics[topic] for topic in sorted(topics))
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise coar.errors.PipelineError(
+            f"cannot read the text {file} ({error}); set COAR_GPT2_TEXT to a file of text in UTF-8"
+        ) from None
+
+
+def tokenizer() -> Any:
+    """Return the tokenizer of the model in COAR_GPT2, or the small model's own."""
+    return SOURCE.load(AutoTokenizer) if "COAR_GPT2" in os.environ else byte_pairs(text())
+
+
+@cache
+def byte_pairs(of: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that merges the pairs of bytes that are frequent in a text."""
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer, pairs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    every = pre_tokenizers.ByteLevel.alphabet()
+    pairs.train_from_iterator(
+        of.splitlines(keepends=True),
+        trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=every, show_progress=False),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=pairs)
+
+
+def examples(part: Literal["train", "studied", "judge"]) -> coar.Examples:
+    """Return passages of the text; their `id` is their place in it. What is left at its end is dropped."""
+    tokens = tokenizer()
+    ids = torch.tensor(tokens.encode(text(), add_special_tokens=False, verbose=False))
+    numbers = torch.arange(len(ids) // LENGTH)
+    held_out = numbers[::HELD_OUT]
+    if len(held_out) < 2:
+        raise coar.errors.PipelineError(
+            f"the text has {len(ids)} tokens and more than {HELD_OUT * LENGTH + LENGTH} are needed; set "
+            f"COAR_GPT2_TEXT to a longer file"
+        )
+    studied = held_out[::4][:STUDIED]  # from all over the text
+    chosen = {
+        "train": numbers[numbers % HELD_OUT != 0][:TRAIN],
+        "studied": studied,
+        "judge": held_out[~torch.isin(held_out, studied)],
+    }[part]
+    inputs = ids[: len(numbers) * LENGTH].view(-1, LENGTH)[chosen]
+    return coar.token_examples(
+        {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)},
+        metadata={"id": chosen.numpy(), "text": tokens.batch_decode(inputs)},
+    )
+
+
+def next_token_loss(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the tokens that come next, in nats."""
+    return functional.cross_entropy(model(**inputs).logits.flatten(0, 1), targets.flatten())
+
+
+def small_gpt2() -> nn.Module:
+    """Return a small GPT-2 with random weights."""
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    nothing = {"bos_token_id": None, "eos_token_id": None, "use_cache": False}
+    # the plainest attention kernel gives gradients on every device
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY, n_positions=LENGTH, attn_implementation="eager", **SIZES, **dropout, **nothing
+        )
+    )
+
+
+def next_tokens_found(model: nn.Module) -> dict[str, float]:
+    """Return the share of tokens of the judging passages that the model predicts."""
+    inputs, targets = examples("judge").block(0, STUDIED)
+    with torch.inference_mode():
+        found = model(**inputs).logits[:, :-1].argmax(2) == targets[:, :-1]
+    return {"next token": float(found.float().mean())}
+
+
+def model(training_seed: int = 0) -> nn.Module:
+    """Return the model in COAR_GPT2, or the small one, trained on first use and kept under data/gpt2."""
+    if "COAR_GPT2" in os.environ:
+        net, words = SOURCE.model(AutoModelForCausalLM), len(tokenizer())
+        if words > net.config.vocab_size:
+            raise SOURCE.unusable(f"the tokenizer has {words} words where the model has {net.config.vocab_size}")
+        net.config.use_cache = False
+        return net
+    learnt = examples("train")
+    return training.trained(
+        small_gpt2,
+        lambda net: training.fit(net, learnt, RECIPE, loss=next_token_loss),
+        folder=FOLDER,
+        seed=training_seed,
+        settings=training.recipe_settings(RECIPE, learnt),
+        about="two minutes on one core",
+        report=next_tokens_found,
+    )
+
+
+def components(net: nn.Module, kind: str = "inputs") -> coar.Components:
+    """Return the input features of all linear layers but the last, or the attention heads."""
+    if kind not in KINDS:
+        raise coar.errors.SettingsError(f"COAR_GPT2_COMPONENTS is {kind!r}; choose one of {', '.join(KINDS)}")
+    if kind == "heads":
+        return coar.attention_heads(net)
+    last = net.get_output_embeddings()
+    return coar.input_features(net, exclude=next(name for name, module in net.named_modules() if module is last))
+
+
+def study(
+    *,
+    ablation: str = "mean",
+    ablated_fraction: float = 0.10,
+    seed: int = 0,
+    reduction: Literal["mean", "last"] = "mean",
+    training_seed: int = 0,
+) -> coar.Study:
+    """Define the study of 64 passages; `ablation` is `mean` or `zero`, `reduction` is over a passage's tokens."""
+    net = model(training_seed)
+    kind = os.environ.get("COAR_GPT2_COMPONENTS", KINDS[0])
+    learnt = examples("train")
+    return coar.Study(
+        model=net,
+        examples=examples("studied"),
+        components=components(net, kind),
+        output=coar.TokenMargin(reduction=reduction),
+        ablation=coar.choose_ablation(ablation, calibration=learnt.subset(range(min(len(learnt), CALIBRATION)))),
+        sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
+    )
+
+
+def judge() -> coar.Examples:
+    """Return other passages, which neither training nor any attribution has seen."""
+    return examples("judge")
