@@ -23,7 +23,8 @@ class Examples:
 
     Attributes:
         inputs: A tensor (examples, ...), a dict of such tensors passed to the model by name, or a torch data set
-            whose items are an input or a tuple that starts with one; a data set is read one block at a time.
+            whose items are an input or a tuple that starts with one; a data set is read one block at a time, all at
+            once where it has `__getitems__`, as torch's own loader does.
         targets: (examples,) class labels, or whatever the output function reads.
         metadata: Columns of one value per example; `id` (0, 1, ...) and `label` (integer targets) are added when
             missing.
@@ -81,7 +82,9 @@ class Examples:
             return {name: value[start:stop] for name, value in self.inputs.items()}, targets
         if isinstance(self.inputs, Tensor):
             return self.inputs[start:stop], targets
-        items = [self.inputs[i] for i in range(start, min(stop, len(self)))]
+        rows = list(range(start, min(stop, len(self))))
+        at_once = getattr(self.inputs, "__getitems__", None)
+        items = at_once(rows) if at_once else [self.inputs[i] for i in rows]
         return default_collate([item[0] if isinstance(item, tuple | list) else item for item in items]), targets
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "Examples":

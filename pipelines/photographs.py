@@ -128,9 +128,7 @@ def classifier(name: str, collection: Collection, *, seed: int) -> nn.Module:
         PipelineError: When the ImageNet weights cannot be fetched.
     """
     variable = f"COAR_{name.upper()}"
-    kind, checkpoint = os.environ.get(f"{variable}_MODEL", "resnet50"), os.environ.get(f"{variable}_WEIGHTS")
-    if kind not in RESNETS:
-        raise coar.errors.SettingsError(f"{variable}_MODEL is {kind!r}; choose one of {', '.join(RESNETS)}")
+    kind, checkpoint = architecture(variable, RESNETS, usual="resnet50"), os.environ.get(f"{variable}_WEIGHTS")
     if checkpoint:
         return coar.load_weights(get_model(kind, weights=None, num_classes=2), checkpoint).eval()
     examples = collection.examples("train", count=TRAIN)
@@ -146,16 +144,32 @@ def classifier(name: str, collection: Collection, *, seed: int) -> nn.Module:
     )
 
 
-def pretrained(kind: str, variable: str) -> nn.Module:
-    """Return a ResNet with ImageNet weights and a new head for two classes."""
+def architecture(variable: str, known: Sequence[str], *, usual: str) -> str:
+    """Return the model that <variable>_MODEL names, or the usual one; raise `SettingsError` when it is not known."""
+    kind = os.environ.get(f"{variable}_MODEL", usual)
+    if kind not in known:
+        raise coar.errors.SettingsError(f"{variable}_MODEL is {kind!r}; choose one of {', '.join(known)}")
+    return kind
+
+
+def imagenet_weights(kind: str, *, otherwise: str) -> nn.Module:
+    """Return a model with torchvision's ImageNet weights; raise `PipelineError` when they cannot be fetched."""
     try:
-        model = get_model(kind, weights="IMAGENET1K_V1")
+        return get_model(kind, weights="IMAGENET1K_V1")
     except OSError as error:
         raise coar.errors.PipelineError(
             f"the ImageNet weights of {kind} cannot be fetched ({error}); put their file into "
-            f"{Path(torch.hub.get_dir()) / 'checkpoints'}, or set {variable}_WEIGHTS to a checkpoint: the state dict "
-            f"of a torchvision {kind} with two classes, trained on this data set, as safetensors or .pt"
+            f"{Path(torch.hub.get_dir()) / 'checkpoints'}, or set {otherwise}"
         ) from None
+
+
+def pretrained(kind: str, variable: str) -> nn.Module:
+    """Return a ResNet with ImageNet weights and a new head for two classes."""
+    model = imagenet_weights(
+        kind,
+        otherwise=f"{variable}_WEIGHTS to a checkpoint: the state dict of a torchvision {kind} with two classes, "
+        f"trained on this data set, as safetensors or .pt",
+    )
     model.fc = nn.Linear(model.fc.in_features, 2)
     return model
 

@@ -71,6 +71,25 @@ def test_a_data_set_is_read_only_where_it_is_asked_for():
     assert examples.inputs.read == [4, 5]
 
 
+class AtOnce(Pictures):
+    """Pictures that can be read several at a time."""
+
+    def __getitems__(self, rows):
+        self.read.append(tuple(rows))
+        return [(self.x[i], self.y[i]) for i in rows]
+
+
+def test_a_data_set_that_reads_several_at_a_time_is_asked_once_per_block():
+    x, y = drawn()
+    examples = coar.Examples(inputs=AtOnce(x, y, "pair"), targets=y)
+    assert torch.equal(examples.block(4, 99)[0], x[4:])
+    assert examples.inputs.read == [tuple(range(4, N))]
+    part = examples.subset([7, 2, 11])
+    assert torch.equal(part.block(0, 2)[0], x[[7, 2]])
+    assert examples.inputs.read[1:] == [(7, 2)]
+    assert part.fingerprint() == make("tensor", x, y).subset([7, 2, 11]).fingerprint()
+
+
 def test_id_and_label_are_added_and_given_columns_stay():
     x, y = drawn()
     examples = make("tensor", x, y)
