@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -103,6 +104,7 @@ def reader(file: Path, size: int, ratio: float) -> Any:
     return ffcv.loader.Loader(
         str(file),
         batch_size=BATCH,
+        num_workers=torch.get_num_threads(),  # ffcv sets how many threads there are for torch too
         os_cache=True,
         order=ffcv.loader.OrderOption.SEQUENTIAL,
         drop_last=False,
