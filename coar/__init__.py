@@ -45,6 +45,7 @@ from coar.outputs import (
     CrossEntropy,
     TokenLogProbability,
     TokenMargin,
+    ZeroShotMargin,
 )
 from coar.regression import fit
 from coar.sampling import BernoulliSampler, FixedSizeSampler
@@ -81,6 +82,7 @@ __all__ = [
     "TokenMargin",
     "TradeOff",
     "ZeroActivation",
+    "ZeroShotMargin",
     "ZeroWeight",
     "__version__",
     "attention_heads",

@@ -174,3 +174,78 @@ def test_similarity_is_the_cosine_of_the_two_embeddings():
 def test_what_holds_no_two_embeddings_of_each_pair_is_an_error(result, message):
     with pytest.raises(OutputError, match=message):
         coar.CosineSimilarity()(result, torch.zeros(3))
+
+
+def zero_shot(pictures, prompts, targets, scale, against):
+    """Margins from plain numbers, one picture and one prompt at a time."""
+    found = []
+    for picture, target in zip(pictures.tolist(), targets, strict=True):
+        row = [
+            scale
+            * sum(a * b for a, b in zip(picture, prompt, strict=True))
+            / math.hypot(*picture)
+            / math.hypot(*prompt)
+            for prompt in prompts.tolist()
+        ]
+        found.append(oracles.OUTPUTS[against](row, int(target)))
+    return found
+
+
+@dataclass
+class Embedded:
+    """What models return that embed pictures."""
+
+    image_embeds: object
+
+
+@pytest.mark.parametrize("against", ["logsumexp", "largest"])
+def test_zero_shot_margin_is_that_of_plain_loops(against):
+    pictures, prompts = torch.randn(9, 6) * 3, torch.randn(4, 6) * 2
+    targets = torch.arange(9) % 4
+    function = coar.ZeroShotMargin(prompts=prompts, scale=20.0, against=against)
+    expected = zero_shot(pictures, prompts, targets, 20.0, against)
+    for result in (Embedded(pictures), {"image_embeds": pictures}):
+        np.testing.assert_allclose(function(result, targets), expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_allclose(function(Embedded(pictures), targets), expected, rtol=1e-4, atol=1e-4)
+    live = pictures.clone().requires_grad_()
+    function(Embedded(live), targets).sum().backward()
+    assert (live.grad.abs().sum(1) > 0).all()
+
+
+def test_zero_shot_margin_is_told_apart_by_its_prompts():
+    prompts = torch.randn(4, 6)
+    other = prompts.clone()
+    other[3, 5] += 1e-3
+    every = [coar.ZeroShotMargin(prompts=prompts), coar.ZeroShotMargin(prompts=other)]
+    every += [coar.ZeroShotMargin(prompts=prompts, scale=1.0), coar.ZeroShotMargin(prompts=prompts, against="largest")]
+    assert len({tuple(function.settings().items()) for function in every}) == 4
+    assert coar.ZeroShotMargin(prompts=prompts * 2).settings() == every[0].settings()  # lengths do not matter
+
+
+@pytest.mark.parametrize(
+    "prompts", [torch.randn(6), torch.randn(1, 6), torch.zeros(3, 6), torch.ones(3, 6).long(), [1]]
+)
+def test_prompts_that_are_no_embeddings(prompts):
+    with pytest.raises(SettingsError, match="prompts"):
+        coar.ZeroShotMargin(prompts=prompts)
+
+
+@pytest.mark.parametrize(
+    ("result", "targets", "message"),
+    [
+        (torch.zeros(2, 6), [0, 1], "returned no image_embeds in a Tensor"),
+        ({"logits": torch.zeros(2, 6)}, [0, 1], "no image_embeds in a dict"),
+        (
+            Embedded(torch.zeros(2, 5)),
+            [0, 1],
+            r"image_embeds \(2, 5\) in a Embedded; .* \(examples, 6\), as wide as",
+        ),
+        (Embedded(torch.zeros(2, 3, 6)), [0, 1], r"\(2, 3, 6\)"),
+        (Embedded(torch.ones(2, 6)), [0, 4], "label 4 is outside the model's 4 classes"),
+        (Embedded(torch.ones(2, 6)), [0], r"\(2, 4\) and the targets \(1,\)"),
+    ],
+)
+def test_what_holds_no_embeddings_of_pictures_is_an_error(result, targets, message):
+    with pytest.raises(OutputError, match=message):
+        coar.ZeroShotMargin(prompts=torch.randn(4, 6))(result, torch.tensor(targets))

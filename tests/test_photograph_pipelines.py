@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.models import resnet18
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 import coar
 from coar.errors import PipelineError, SettingsError, WeightsError
@@ -335,6 +335,17 @@ def test_clip_gives_the_logits_of_transformers_itself(photos):
                 expected = whole(**tokens, pixel_values=pixels).logits_per_image
                 torch.testing.assert_close(found[row, column], expected[0, 0], rtol=1e-4, atol=1e-4)
     assert targets.tolist() == [0, 0, 1, 1] * 2
+
+
+def test_zero_shot_margin_of_the_plain_model_is_that_of_the_pipeline(photos):
+    """The half that sees, as transformers has it, with the prompts in the output instead of the model."""
+    study = clip.study()
+    plain = CLIPVisionModelWithProjection.from_pretrained(photos / "clip", projection_dim=16).eval()
+    output = coar.ZeroShotMargin(prompts=study.model.prompts, scale=float(study.model.scale))
+    inputs, targets = study.examples.block(0, len(study.examples))
+    with torch.no_grad():
+        expected = study.output(study.model(inputs), targets)
+        torch.testing.assert_close(output(plain(inputs), targets), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_clip_pairs(photos):

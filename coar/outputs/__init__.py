@@ -2,7 +2,7 @@
 
 from coar.outputs.base import Output
 from coar.outputs.classes import ClassLogit, CorrectClassMargin, CrossEntropy, class_logits
-from coar.outputs.embeddings import CosineSimilarity
+from coar.outputs.embeddings import CosineSimilarity, ZeroShotMargin
 from coar.outputs.tokens import ChoiceMargin, TokenLogProbability, TokenMargin, token_logits
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Output",
     "TokenLogProbability",
     "TokenMargin",
+    "ZeroShotMargin",
     "class_logits",
     "token_logits",
 ]
