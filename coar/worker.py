@@ -133,7 +133,7 @@ class ModelRunner:
     def _fill(self, row: Tensor, block: Block, run: Callable[[Inputs], Any]) -> None:
         at = 0
         for inputs, targets in block.batches:
-            row[at : at + len(targets)] = self._output(run(inputs), targets)
+            row[at : at + len(targets)] = self._output.read(run(inputs), targets)
             at += len(targets)
 
     def _run(self, inputs: Inputs) -> Any:
@@ -241,7 +241,7 @@ class Worker(ModelRunner):
             few = keeps[start : start + group]  # (group, components), fewer at the end
             part = slice(len(few) * block.size)
             gates.set(few)
-            values = self._output(self._run(rows_of(many, part)), labels[part])
+            values = self._output.read(self._run(rows_of(many, part)), labels[part])
             out[start : start + len(few)] = values.view(len(few), block.size)
             if start == 0:
                 gates.confirm()
@@ -299,7 +299,7 @@ class Worker(ModelRunner):
         try:
             for gated in (plain, low):
                 with gated, torch.inference_mode(), self._computing():
-                    found.append(self._output(self._run(inputs), targets))
+                    found.append(self._output.read(self._run(inputs), targets))
         except RuntimeError as error:
             if len(found) == 0:
                 raise
@@ -341,7 +341,7 @@ class Worker(ModelRunner):
                         part = slice(at, at + len(targets))
                         keep = of_slots[which[part]].float().requires_grad_()
                         gates.set(keep)
-                        values = self._output(self._run(inputs), targets)
+                        values = self._output.read(self._run(inputs), targets)
                         gates.confirm()
                         gradient = _gradient(values, keep)
                         sums[0, part] += gradient

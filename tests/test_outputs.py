@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import coar
 from coar.errors import OutputError, SettingsError
+from coar.outputs import Output
 from tests import oracles
 
 FUNCTIONS = {
@@ -249,3 +250,34 @@ def test_prompts_that_are_no_embeddings(prompts):
 def test_what_holds_no_embeddings_of_pictures_is_an_error(result, targets, message):
     with pytest.raises(OutputError, match=message):
         coar.ZeroShotMargin(prompts=torch.randn(4, 6))(result, torch.tensor(targets))
+
+
+OWN = {
+    "a column": lambda logits: logits[:, :1],
+    "all": lambda logits: logits,
+    "a mean over examples": lambda logits: logits.mean(),
+    "the first": lambda logits: logits[:1, 0],
+    "too few": lambda logits: logits[:-1, 0],
+    "a plain number": lambda logits: 1.0,
+    "an array": lambda logits: logits[:, 0].detach().numpy(),
+}
+
+
+class Own(Output):
+    """An output of a user's own."""
+
+    kind: str
+
+    def __call__(self, result, targets):
+        return OWN[self.kind](result)
+
+
+@pytest.mark.parametrize("passes", ["masks", "probes"])
+@pytest.mark.parametrize("kind", OWN)
+def test_what_is_not_one_number_per_example_is_an_error_and_no_run(kind, passes, tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+    examples = coar.Examples(inputs=torch.randn(5, 4), targets=torch.tensor([0, 1, 2, 0, 1]))
+    study = coar.Study(model=net, examples=examples, components=coar.neurons(net), output=Own(kind=kind))
+    with pytest.raises(OutputError, match=r"Own returned .* for \d examples; .* return one number per example"):
+        coar.collect(study, tmp_path / "run.zarr", device="cpu", progress=False, **{passes: 4})
+    assert not (tmp_path / "run.zarr").exists()

@@ -17,6 +17,17 @@ class Output(Settings):
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) outputs from the model's result and the (examples, ...) targets."""
 
+    def read(self, result: Any, targets: Tensor) -> Tensor:
+        """Call the function, and raise `OutputError` when it does not return one number per example."""
+        values = self(result, targets)
+        if not isinstance(values, Tensor) or values.shape != targets.shape[:1]:
+            given = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise OutputError(
+                f"{type(self).__name__} returned {given} for {len(targets)} examples; a tensor of shape "
+                f"({len(targets)},) was expected: return one number per example, such as a mean over all other axes"
+            )
+        return values
+
     def settings(self) -> dict[str, Any]:
         """Return the name and settings that identify this function in a run's fingerprint."""
         return {"name": type(self).__name__, **self.model_dump(mode="json")}
