@@ -41,7 +41,12 @@ MASKS = 3_000
 TEST_MASKS = 300
 TEST_FRACTIONS = (0.05,)
 
-SOURCE = hub.Source(name="a causal language model", variable="COAR_GPT2", default="gpt2", parts="model and tokenizer")
+SOURCE = hub.Source(
+    name="a causal language model",
+    variable="COAR_GPT2",
+    default="gpt2",
+    wanted="a GPT-2 or one of its kin, model and tokenizer,",
+)
 FOLDER = Path("data/gpt2")
 RECIPE = training.Recipe(epochs=12, batch=32, learning_rate=4e-3, weight_decay=0.1)
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 128}

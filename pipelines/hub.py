@@ -18,13 +18,13 @@ class Source:
         name: What the model is called in messages.
         variable: The environment variable that names a folder, or a name on the hub.
         default: What is taken without the variable.
-        parts: What the folder holds.
+        wanted: What the folder holds, in words.
     """
 
     name: str
     variable: str
     default: str
-    parts: str
+    wanted: str
 
     def load(self, part: type[Any], **options: Any) -> Any:
         """Load a part, such as a tokenizer; raise `PipelineError` when it is not there."""
@@ -44,8 +44,8 @@ class Source:
     def unusable(self, reason: str) -> coar.CoarError:
         """Return the error that says why the model cannot be loaded, and how to mend it."""
         return coar.errors.PipelineError(
-            f"cannot load {self.name} from {self._place()!r}: {reason}; set {self.variable} to a folder with "
-            f"{self.default} or another {self.name}, its {self.parts} as save_pretrained writes them"
+            f"cannot load {self.name} from {self._place()!r}: {reason.rstrip('.')}; set {self.variable} to a folder "
+            f"with {self.wanted} as save_pretrained writes them"
         )
 
     def _place(self) -> str:

@@ -35,10 +35,10 @@ def examples(part: imagenet.Part) -> coar.Examples:
 
 def study(*, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int = 0) -> coar.Study:
     """Define the study of up to 256 pictures; `ablation` is `mean` or `zero`."""
-    net = imagenet.model(NAME, kind())
+    studied, net = examples("studied"), imagenet.model(NAME, kind())
     return coar.Study(
         model=net,
-        examples=examples("studied"),
+        examples=studied,
         components=coar.conv_filters(net, exclude="*.downsample.*"),
         output=coar.CorrectClassMargin(),
         ablation=coar.choose_ablation(ablation, calibration=examples("calibration")),

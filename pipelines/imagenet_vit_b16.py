@@ -53,10 +53,10 @@ def study(*, ablation: str = "zero", ablated_fraction: float = 0.10, seed: int =
         raise coar.errors.SettingsError(
             f"ablation {ablation!r} has no meaning for rows of a parameter and attention heads; choose zero"
         )
-    net = imagenet.model(NAME, kind())
+    studied, net = examples("studied"), imagenet.model(NAME, kind())
     return coar.Study(
         model=net,
-        examples=examples("studied"),
+        examples=studied,
         components=components(net),
         output=coar.CorrectClassMargin(),
         ablation=coar.ZeroWeight(),

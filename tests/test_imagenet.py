@@ -180,6 +180,8 @@ def test_weights_that_cannot_be_fetched_and_unknown_models(small, pipeline, monk
     variable = f"COAR_{pipeline.NAME.upper()}"
     for name in (f"{variable}_WEIGHTS", f"{variable}_MODEL", "COAR_IMAGENET_CLASSES"):
         monkeypatch.delenv(name, raising=False)
+    for number in range(1_000 - len(WNIDS)):
+        (small / f"val/n1{number:07d}").mkdir()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # a port that nobody listens on
     with pytest.raises(PipelineError, match=f"cannot be fetched .*empty/hub/checkpoints, or set {variable}_WEIGHTS to"):
