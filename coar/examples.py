@@ -23,8 +23,8 @@ class Examples:
 
     Attributes:
         inputs: A tensor (examples, ...), a dict of such tensors passed to the model by name, or a torch data set
-            whose items are an input or a tuple that starts with one; a data set is read one block at a time, all at
-            once where it has `__getitems__`, as torch's own loader does.
+            whose items are an input, a dict of inputs, or a tuple that starts with one; a data set is read one block
+            at a time, all at once where it has `__getitems__`, as torch's own loader does.
         targets: (examples,) class labels, or whatever the output function reads.
         metadata: Columns of one value per example; `id` (0, 1, ...) and `label` (integer targets) are added when
             missing.
@@ -85,7 +85,14 @@ class Examples:
         rows = list(range(start, min(stop, len(self))))
         at_once = getattr(self.inputs, "__getitems__", None)
         items = at_once(rows) if at_once else [self.inputs[i] for i in rows]
-        return default_collate([item[0] if isinstance(item, tuple | list) else item for item in items]), targets
+        inputs = [item[0] if isinstance(item, tuple | list) else item for item in items]
+        try:
+            return default_collate(inputs), targets
+        except RuntimeError as error:
+            raise ExamplesError(
+                f"the inputs of examples {start} to {start + len(items) - 1} do not fit into one tensor ({error}); let "
+                f"the data set give all in one shape: scale or crop pictures, pad tokens and give their attention_mask"
+            ) from None
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "Examples":
         """Return the examples at these positions, in this order, or those where a boolean array is true."""

@@ -90,6 +90,35 @@ def test_a_data_set_that_reads_several_at_a_time_is_asked_once_per_block():
     assert part.fingerprint() == make("tensor", x, y).subset([7, 2, 11]).fingerprint()
 
 
+class Texts(Dataset):
+    """Items that are tokens and their mask."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, i):
+        ids = torch.tensor(self.texts[i])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def test_items_may_be_tokens_and_must_be_of_one_length():
+    examples = coar.Examples(inputs=Texts([[1, 2, 0], [3, 4, 5], [6, 0, 0]]), targets=torch.arange(3))
+    inputs, _ = examples.block(0, 2)
+    assert {name: value.tolist() for name, value in inputs.items()} == {
+        "input_ids": [[1, 2, 0], [3, 4, 5]],
+        "attention_mask": [[1, 1, 0], [1, 1, 1]],
+    }
+    plain = {"input_ids": torch.tensor([[1, 2, 0], [3, 4, 5], [6, 0, 0]])}
+    plain["attention_mask"] = (plain["input_ids"] > 0).long()
+    assert examples.fingerprint() == coar.Examples(inputs=plain, targets=torch.arange(3)).fingerprint()
+    ragged = coar.Examples(inputs=Texts([[1, 2], [3, 4, 5]]), targets=torch.arange(2))
+    with pytest.raises(ExamplesError, match=r"examples 0 to 1 do not fit into one tensor .* pad tokens and give their"):
+        ragged.fingerprint()
+
+
 def test_id_and_label_are_added_and_given_columns_stay():
     x, y = drawn()
     examples = make("tensor", x, y)
