@@ -1,7 +1,7 @@
 """How fast pictures are read: from memory, from a .beton file by ffcv, and from single files as torchvision does.
 
-    python -m benchmarks.loading                              # half a minute on one core
-    python -m benchmarks.loading --pictures 5000 --workers 8
+    python benchmarks/loading.py                             # half a minute on one core
+    python benchmarks/loading.py --pictures 5000 --workers 8
 
 The pictures are random patterns in 224 x 224 pixels, as JPEG files in a folder per class and as bytes in a .beton file,
 in a temporary folder; all come from the disk's cache. Every way gives the same batches, each of which is copied once,

@@ -1,7 +1,7 @@
 """Every architecture, kind of component and ablation: the largest difference from an oracle, or why there is none.
 
-    python benchmarks/coverage.py > coverage.md          # a minute on one core
-    python benchmarks/coverage.py --architecture GPT-2
+    python benchmarks/cells.py > cells.md             # a minute on one core
+    python benchmarks/cells.py --architecture GPT-2
 
 Small models with random weights; every row of a batch under a mask of its own, by weights and by hooks. The oracle, in
 tests/oracles.py, shares no code with the package.
