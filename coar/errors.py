@@ -65,6 +65,10 @@ class GoalError(CoarError, ValueError):
     """An editing goal selects no examples, the same example twice, or reads a column that is not there."""
 
 
+class BoundError(GoalError):
+    """No set of components nears a goal without breaking the bound on harm."""
+
+
 class EditError(CoarError, ValueError):
     """An edit does not fit the model or its file is damaged."""
 

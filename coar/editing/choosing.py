@@ -10,22 +10,16 @@ from coar.errors import GoalError
 from coar.examples import Examples, Inputs
 
 
-def choosing_examples(
-    attributions: Attributions, goal: EditGoal, studied: Examples, more: Examples | None
-) -> tuple[Examples, EditGoal]:
-    """Join the studied examples and further ones, in memory, and say what the goal means for all of them.
-
-    A goal by conditions speaks of all alike. For one by positions, which are those of studied examples, the further
-    examples are references.
+def joined(attributions: Attributions, studied: Examples, more: Examples | None) -> Examples:
+    """Join the studied examples and further ones, in memory, with the columns that both have.
 
     Args:
         attributions: Attributions of the studied examples.
-        goal: The goal.
         studied: The study's examples.
-        more: Further examples, with the columns that the goal reads.
+        more: Further examples, with the columns that goals read.
 
     Raises:
-        GoalError: When the studied examples are not those with attributions, or the others lack a column.
+        GoalError: When the studied examples are not those with attributions, or the others have other inputs.
     """
     if not np.array_equal(attributions.metadata["id"], np.asarray(studied.metadata["id"])):
         raise GoalError(
@@ -34,16 +28,24 @@ def choosing_examples(
         )
     inputs, targets = studied.block(0, len(studied))
     if more is None:
-        return Examples(inputs=inputs, targets=targets, metadata=studied.metadata), goal
+        return Examples(inputs=inputs, targets=targets, metadata=studied.metadata)
     further, labels = more.block(0, len(more))
     shared = [name for name in studied.metadata if name in more.metadata]
     metadata = {name: np.concatenate([studied.metadata[name], more.metadata[name]]) for name in shared}
-    both = Examples(inputs=_joined(inputs, further), targets=torch.cat([targets, labels]), metadata=metadata)
-    if goal.general:
-        return both, goal
-    chosen, others = goal.resolve(attributions.metadata)
-    references = (*others.tolist(), *range(len(studied), len(both)))
-    return both, goal.model_copy(update={"targets": tuple(chosen.tolist()), "references": references})
+    return Examples(inputs=_stacked(inputs, further), targets=torch.cat([targets, labels]), metadata=metadata)
+
+
+def widened(goal: EditGoal, attributions: Attributions, examples: int) -> EditGoal:
+    """Return what a goal means for the studied examples and the further ones that follow them.
+
+    One by conditions speaks of all alike. For one by positions, which are those of studied examples, the further
+    examples are references.
+    """
+    if goal.general or examples == len(attributions):
+        return goal
+    targets, references = goal.resolve(attributions.metadata)
+    both = (*references.tolist(), *range(len(attributions), examples))
+    return goal.model_copy(update={"targets": tuple(targets.tolist()), "references": both})
 
 
 def columns(examples: Examples) -> dict[str, np.ndarray]:
@@ -51,7 +53,7 @@ def columns(examples: Examples) -> dict[str, np.ndarray]:
     return {name: np.asarray(column) for name, column in examples.metadata.items()}
 
 
-def _joined(first: Inputs, second: Inputs) -> Inputs:
+def _stacked(first: Inputs, second: Inputs) -> Inputs:
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return torch.cat([first, second])
     if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():

@@ -11,7 +11,7 @@ from coar.editing.trials import Trials
 STEPS = 120
 BATCH = (48, 112)  # targets and references per probe
 RATE = 0.05  # of the first steps; the last are a tenth as long
-COST = 0.002  # of each closed gate, in units of the trade-off
+COST = 0.002  # of each closed gate, in units of the trade-off, unless told otherwise
 PUSH = 0.02  # towards open or closed at the last steps; nothing in the first quarter
 DECAY = (0.8, 0.99)  # of the running means of slopes and of their squares (Adam, Kingma and Ba 2015)
 
@@ -41,6 +41,7 @@ def descend(
     *,
     budget: int | None = None,
     steps: int = STEPS,
+    cost: float = COST,
     seed: int = 0,
     told: Callable[[], object] = lambda: None,
 ) -> np.ndarray:
@@ -56,12 +57,14 @@ def descend(
         free: Components whose gates may move.
         budget: How many may be closed; gates become dearer while there are more.
         steps: Number of probes.
+        cost: What a closed gate costs, in units of the trade-off.
         seed: Which examples are drawn.
         told: Called after each step.
     """
     rng = np.random.default_rng(seed)
     drawn = [_Draw(rows, objective.weights, rng) for rows in (objective.targets, objective.references)]
-    gates, adam, cost = np.ones(trials.components), _Adam(np.zeros(len(free)), np.zeros(len(free))), COST
+    gates, adam = np.ones(trials.components), _Adam(np.zeros(len(free)), np.zeros(len(free)))
+    least = cost
     for step in range(steps):
         (some, their_shares), (others, other_shares) = (draw(n) for draw, n in zip(drawn, BATCH, strict=True))
         rows, shares = np.concatenate([some, others]), np.concatenate([their_shares, other_shares])
@@ -71,7 +74,7 @@ def descend(
         push = PUSH * max(0.0, (step / steps - 0.25) / 0.75)
         if budget is not None and step > steps // 5:
             cost *= 1.05 if (now < 0.5).sum() > budget else 0.98
-            cost = max(cost, COST)
+            cost = max(cost, least)
         moved = adam.step(slopes - cost + push * (1 - 2 * now))
         gates[free] = np.clip(now + RATE * (1 - 0.9 * step / steps) * moved, 0, 1)
         told()

@@ -1,6 +1,6 @@
 """A search for the best set of components: a path of sets, then steps forward and back, each of them tried out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,9 +8,9 @@ import numpy as np
 from coar.editing.tradeoff import Objective, Outcome
 from coar.editing.trials import Trials
 
-SCREEN = (150, 300)  # targets and references on which candidates are tried first
-FULL = 4  # of them are then tried on all examples
-ADDED, PATH = 12, 12  # additions per round, sets along a path
+SCREEN = (150, 300)  # targets and references on which sets are tried first
+FULL, JOINED = 3, 4  # sets that are then tried on all examples, and single steps that are also taken together
+FLIPS, PATH = 12, 12  # additions and drops per round, sets along a path
 ROUNDS, RESCUES = 2, 4  # rounds of additions and drops, and further ones as long as the bound is broken
 PENALTY = 20.0  # of a broken bound in the first rounds, in units of the trade-off per unit of accuracy
 DEARER = 4.0  # by how much the penalty grows with every further round
@@ -42,6 +42,8 @@ class Search:
         tried: Every set tried on all examples; the first is the empty one.
         told: Called after each set of trials.
         penalty: What breaking the bound costs.
+        near: How many references, those nearest to the edge, sets are tried on; the others count as unchanged. By
+            default all.
     """
 
     trials: Trials
@@ -50,8 +52,10 @@ class Search:
     tried: list[Tried] = field(default_factory=list)
     told: Callable[[], object] = lambda: None
     penalty: float = PENALTY
+    near: int | None = None
 
     def __post_init__(self) -> None:
+        self._rows = self._nearest(self.objective.base, len(self.objective.targets), self.near)
         self.tried.append(Tried((), self.objective.base, self.objective.outcome(self.objective.base)))
 
     @property
@@ -72,7 +76,7 @@ class Search:
         """Try sets on all examples."""
         if not sets:
             return []
-        margins = self.trials.margins(np.stack([self.trials.mask(one) for one in sets]))
+        margins = self._margins(sets, self._rows, self.objective.base)
         found = [Tried(one, row, self.objective.outcome(row)) for one, row in zip(sets, margins, strict=True)]
         self.tried += found
         self.told()
@@ -81,15 +85,9 @@ class Search:
     def follow(self, order: Sequence[int] | np.ndarray, *, least: int = 1) -> None:
         """Try the first components of an order, in up to a dozen numbers from `least` to all of them."""
         path = tuple(int(i) for i in order[: self.budget])
-        counts = np.unique(np.linspace(min(least, len(path)), len(path), PATH).round().astype(int))
-        if not path:
-            return
-        rows = self._screen()
-        values = self.objective.values(
-            self.trials.margins(np.stack([self.trials.mask(path[:n]) for n in counts]), rows), rows
-        )
-        nearest = np.argsort(values, kind="stable")[:FULL]
-        self.try_out([path[:n] for n in counts[np.sort(nearest)]])
+        if path:
+            counts = np.unique(np.linspace(min(least, len(path)), len(path), PATH).round().astype(int))
+            self._try_best([path[:count] for count in counts], self.tried[0], self._screen())
 
     def refine(self, free: np.ndarray) -> None:
         """Add and drop components around the leading set, as long as that pays beyond chance or mends the bound."""
@@ -107,18 +105,28 @@ class Search:
     def _step(self, now: Tried, free: np.ndarray) -> list[Tried]:
         """Try each promising flip of a component on few examples, and the best, alone and together, on all."""
         rows = self._screen()
-        flips = [*self._additions(now, free, rows), *now.ablated]
-        if not flips:
-            return []
-        masks = np.stack([self.trials.mask(_flipped(now.ablated, [flip])) for flip in flips])
-        costs = []
-        for few in self.trials.margins(masks, rows):
-            margins = now.margins.copy()  # examples far from the edge stay as they are
-            margins[rows] = few
-            costs.append(self.cost(self.objective.outcome(margins)))
-        best = [flips[i] for i in np.argsort(costs, kind="stable")[:FULL]]
-        sets = dict.fromkeys(_flipped(now.ablated, chosen) for chosen in _joint(best))
-        return self.try_out([one for one in sets if 0 < len(one) <= self.budget])
+        flips = self._flips(now, free, rows)
+        alone = [_flipped(now.ablated, [flip]) for flip in flips]
+        best = [flips[i] for i in np.argsort(self._costs(alone, now, rows), kind="stable")[:JOINED]]
+        together = [_flipped(now.ablated, best[:count]) for count in range(1, len(best) + 1)]
+        return self._try_best([*together, *(_flipped(now.ablated, [flip]) for flip in best[1:])], now, rows)
+
+    def _try_best(self, sets: Sequence[tuple[int, ...]], now: Tried, rows: np.ndarray) -> list[Tried]:
+        """Try sets on few examples, and those that did best there on all."""
+        allowed = [one for one in sets if 0 < len(one) <= self.budget]
+        costs = self._costs(allowed, now, rows)
+        return self.try_out([allowed[i] for i in np.sort(np.argsort(costs, kind="stable")[:FULL])])
+
+    def _costs(self, sets: Sequence[tuple[int, ...]], now: Tried, rows: np.ndarray) -> list[float]:
+        """Return the cost of each set, tried on few examples; the others stay as they are now."""
+        return [self.cost(self.objective.outcome(row)) for row in self._margins(sets, rows, now.margins)]
+
+    def _margins(self, sets: Sequence[tuple[int, ...]], rows: np.ndarray, rest: np.ndarray) -> np.ndarray:
+        """Return (sets, examples) margins, by trials on these rows and as given on the rest."""
+        margins = np.repeat(rest[None], len(sets), axis=0)
+        if len(sets):
+            margins[:, rows] = self.trials.margins(np.stack([self.trials.mask(one) for one in sets]), rows)
+        return margins
 
     def _pays(self, new: Tried, old: Tried) -> bool:
         """Say whether a set is better by more than a standard error of the difference over examples."""
@@ -129,32 +137,32 @@ class Search:
         parts = self.objective.weights * (np.tanh(new.margins / scale / 2) - np.tanh(old.margins / scale / 2)) / 2
         return gain > float(np.sqrt((parts**2).sum()))
 
-    def _additions(self, now: Tried, free: np.ndarray, rows: np.ndarray) -> Iterator[int]:
-        """Yield the components whose ablation, by a probe at the present set, would help most."""
-        if len(now.ablated) >= self.budget:
-            return
+    def _flips(self, now: Tried, free: np.ndarray, rows: np.ndarray) -> list[int]:
+        """Return the components that, by a probe at the present set, it would pay most to ablate or to take back."""
         few = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).round().astype(int)]
-        _, slopes = self.trials.slopes(self.trials.mask(now.ablated).astype(float), few)
-        moved = now.margins[few, None] - slopes[:, free]  # (examples, free), by first order
+        keep = self.trials.mask(now.ablated)
+        _, slopes = self.trials.slopes(keep.astype(float), few)
         scales, weights = self.objective.scales[few], self.objective.weights[few]
+        moved = now.margins[few, None] + slopes * np.where(keep, -1, 1)  # (examples, components), by first order
         values = weights @ np.tanh(moved / scales[:, None] / 2)
-        left = [int(free[i]) for i in np.argsort(values, kind="stable") if int(free[i]) not in now.ablated]
-        yield from left[:ADDED]
+        additions = np.setdiff1d(free, now.ablated) if len(now.ablated) < self.budget else free[:0]
+        return [
+            int(i)
+            for side in (additions, np.array(now.ablated, dtype=np.int64))
+            for i in side[np.argsort(values[side], kind="stable")[:FLIPS]]
+        ]
 
     def _screen(self) -> np.ndarray:
         """Return the examples that tell sets apart: targets, and references near the edge under the leading set."""
-        most_targets, most_references = SCREEN
-        targets, references = self.objective.targets, self.objective.references
-        edge = np.minimum(self.leading.margins, self.objective.base)[references]
-        near = references[np.argsort(edge, kind="stable")[:most_references]]
-        return np.sort(np.concatenate([targets[:most_targets], near]))
+        return self._nearest(np.minimum(self.leading.margins, self.objective.base), *SCREEN)
+
+    def _nearest(self, margins: np.ndarray, targets: int, references: int | None) -> np.ndarray:
+        """Return the first targets and those references, of all that are tried, whose margins are smallest."""
+        others = self.objective.references
+        near = others[np.argsort(margins[others], kind="stable")[:references]]
+        return np.sort(np.concatenate([self.objective.targets[:targets], near]))
 
 
 def _flipped(ablated: tuple[int, ...], flips: Sequence[int]) -> tuple[int, ...]:
     """Return the set without those flips that are in it and with the others."""
     return (*(i for i in ablated if i not in flips), *(i for i in flips if i not in ablated))
-
-
-def _joint(best: Sequence[int]) -> list[list[int]]:
-    """Return the best flips alone, and the best two, three, ... together."""
-    return [*([one] for one in best), *(list(best[:n]) for n in range(2, len(best) + 1))]

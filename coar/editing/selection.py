@@ -1,23 +1,23 @@
 """The choice of components for a goal, tried out on examples: verified, or along the published ranking."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
 import numpy as np
 from torch import nn
 
 from coar.attributions import Attributions
-from coar.editing.choosing import choosing_examples, columns
-from coar.editing.descent import STEPS, descend
+from coar.editing.choosing import columns, joined, widened
+from coar.editing.descent import COST, STEPS, descend
 from coar.editing.edits import Edit, check_budget, edit_of
 from coar.editing.goals import EditGoal
 from coar.editing.ranking import candidates, ranking, welch_t
 from coar.editing.search import ROUNDS, Search, Tried
 from coar.editing.tradeoff import Bound, Objective, Outcome, TradeOff
 from coar.editing.trials import Trials
-from coar.errors import GoalError, SettingsError
+from coar.errors import BoundError, GoalError, SettingsError
 from coar.examples import Examples
 from coar.progress import progress_bar
 from coar.worker import Precision
@@ -25,8 +25,8 @@ from coar.worker import Precision
 if TYPE_CHECKING:
     import pandas as pd
 
-CANDIDATES = 160  # components that a verified search considers
-MOST = 40  # components that are tried without a budget
+STAGES = ((160, 40, 1.0), (1_000, 320, 0.1))  # candidates, components, and the cost of each next to the usual one
+OPEN = 0.1  # share of targets that may be left unchanged before the search is widened
 Rule = Literal["verified", "welch"]
 
 
@@ -53,6 +53,76 @@ class Selection:
     examples: int
 
 
+class Options(TypedDict, total=False):
+    """How to choose.
+
+    Attributes:
+        budget: The most components to ablate; by default as many as the trade-off asks for, 320 at most, and 40 by the
+            rule `welch`.
+        rule: `verified` or `welch`.
+        tradeoff: How gain and harm are weighed.
+        bound: The most accuracy that references may lose on the choosing examples.
+        seed: Which examples the probes draw.
+        steps: How many probes move the gates.
+        near: On how many references, those nearest to the edge, sets are tried before the choice is checked on all.
+        progress: Show a progress bar with the trade-off so far.
+    """
+
+    budget: int | None
+    rule: Rule
+    tradeoff: TradeOff | None
+    bound: Bound | None
+    seed: int
+    steps: int
+    near: int | None
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What choices for several goals share: examples that stay on the device, and the unablated model's margins.
+
+    Attributes:
+        attributions: Attributions of the studied examples, which come first.
+        model: The model they were collected from.
+        examples: The choosing examples.
+        plain: Trials in float32.
+        trials: Trials in the precision of the search.
+        base: (examples,) margins of the unablated model.
+    """
+
+    attributions: Attributions
+    model: nn.Module
+    examples: Examples
+    plain: Trials
+    trials: Trials
+    base: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        attributions: Attributions,
+        model: nn.Module,
+        studied: Examples,
+        *,
+        choosing: Examples | None = None,
+        device: str = "auto",
+        precision: Precision = "float32",
+    ) -> Self:
+        """Move the examples to the device and run the model on them; for arguments and errors see `select`."""
+        examples = joined(attributions, studied, choosing)
+        plain = Trials(attributions, model, examples, device=device)
+        searched = plain
+        if precision != "float32":
+            searched = Trials(attributions, model, examples, device=device, precision=precision)
+        return cls(attributions, model, examples, plain, searched, plain.margins(plain.mask([])[None])[0])
+
+    @property
+    def passes(self) -> int:
+        """Passes of one example so far."""
+        return self.trials.passes + (self.plain.passes if self.plain is not self.trials else 0)
+
+
 def select(
     attributions: Attributions,
     model: nn.Module,
@@ -60,23 +130,18 @@ def select(
     goal: EditGoal,
     *,
     choosing: Examples | None = None,
-    budget: int | None = None,
-    rule: Rule = "verified",
-    tradeoff: TradeOff | None = None,
-    bound: Bound | None = None,
     device: str = "auto",
     precision: Precision = "float32",
-    seed: int = 0,
-    steps: int = STEPS,
-    progress: bool = True,
+    **options: Unpack[Options],
 ) -> Selection:
     """Choose components by what their ablation really does to examples, within a bound on harm.
 
     `verified` takes the components that attributions find promising, moves gates on all of them at once down the slope
     of the trade-off by probes around the partly edited model, tries the sets that this leads to, and goes on from the
-    best by adding and dropping components, each tried out. `welch` tries the first components of the published
-    ranking (Shah et al. 2024, section 5) in different numbers. Of all sets tried on all choosing examples, the one
-    with the best trade-off within the bound is taken.
+    best by adding and dropping components, each tried out. Where that leaves more than a tenth of the targets
+    unchanged, it starts again with more candidates, each of which costs less. `welch` tries the first components of
+    the published ranking (Shah et al. 2024, section 5) in different numbers. Of all sets tried on all choosing
+    examples, the one with the best trade-off within the bound is taken.
 
     Args:
         attributions: Attributions of the studied examples.
@@ -84,52 +149,82 @@ def select(
         studied: The study's examples.
         goal: Targets, references and direction.
         choosing: Further examples to choose on; they need no attributions.
-        budget: The most components to ablate; by default as many as the trade-off asks for, 40 at most.
-        rule: `verified` or `welch`.
-        tradeoff: How gain and harm are weighed.
-        bound: The most accuracy that references may lose on the choosing examples.
         device: Where to compute.
         precision: Precision of the search; the choice itself is checked in float32.
-        seed: Which examples the probes draw.
-        steps: How many probes move the gates.
-        progress: Show a progress bar with the trade-off so far.
+        options: Any of `Options`: budget, rule, tradeoff, bound, seed, steps, near, progress.
 
     Raises:
-        GoalError: When the goal does not fit the examples, is reached already, or cannot be neared within the bound.
+        GoalError: When the goal does not fit the examples, or is reached already.
+        BoundError: When nothing within the bound comes nearer to the goal.
         SettingsError: When the budget is out of range or there is no such rule.
     """
-    d = len(attributions.components)
-    most = min(MOST, d) if budget is None else check_budget(budget, d)
+    _check_options(options, len(attributions.components))
+    welch_t(attributions, goal)  # refuses a goal that does not fit before anything is run
+    ground = Ground.of(attributions, model, studied, choosing=choosing, device=device, precision=precision)
+    return choose(ground, goal, **options)
+
+
+def choose(ground: Ground, goal: EditGoal, **options: Unpack[Options]) -> Selection:
+    """Choose components for a goal as `select` does, on examples that are there already."""
+    attributions, spent = ground.attributions, ground.passes
+    budget = _check_options(options, len(attributions.components))
+    scores = welch_t(attributions, goal)
+    objective = Objective.of(
+        widened(goal, attributions, len(ground.examples)),
+        columns(ground.examples),
+        ground.base,
+        tradeoff=options.get("tradeoff") or TradeOff(),
+        bound=options.get("bound") or Bound(),
+    )
+    _check_open(objective, goal)
+    search = Search(ground.trials, objective, budget, near=options.get("near"))
+    steps = options.get("steps", STEPS)
+    if options.get("rule", "verified") == "welch":
+        search.follow(ranking(scores, goal))
+    else:
+        with _telling(search, steps, shown=options.get("progress", True)):
+            _explore(search, goal, attributions, steps=steps, seed=options.get("seed", 0))
+    best = _confirmed(search, ground.plain)
+    _check_neared(search, best, goal)
+    edit = edit_of(attributions, goal, best.ablated, scores).keep(ground.model)
+    passes = ground.passes - spent
+    return Selection(edit, search.tried[0].outcome, best.outcome, _steps(search), passes, len(ground.examples))
+
+
+def _explore(search: Search, goal: EditGoal, attributions: Attributions, *, steps: int, seed: int) -> None:
+    """Search among few candidates, and among more where these do not bring the targets where they shall be."""
+    budget = search.budget
+    for count, most, share in STAGES:
+        search.budget = min(most, budget)
+        free = np.sort(candidates(attributions, goal, count))
+        gates = descend(
+            search.trials,
+            search.objective,
+            free,
+            budget=search.budget,
+            steps=steps,
+            cost=share * COST,
+            seed=seed,
+            told=search.told,
+        )
+        closed = np.argsort(gates, kind="stable")[: int((gates < 0.9).sum())]
+        search.follow(closed, least=int((gates < 0.3).sum()))
+        search.refine(free)
+        if search.objective.open(search.best.outcome) <= OPEN or budget <= most:
+            return
+
+
+def _check_options(options: Options, components: int) -> int:
+    """Return the most components to ablate; raise `SettingsError` for a budget out of range or an unknown rule."""
+    rule, budget = options.get("rule", "verified"), options.get("budget")
     if rule not in ("verified", "welch"):
         raise SettingsError(f"unknown rule {rule!r}; choose verified or welch")
-    scores = welch_t(attributions, goal)
-    examples, wide = choosing_examples(attributions, goal, studied, choosing)
-    plain = Trials(attributions, model, examples, device=device)
-    base = plain.margins(plain.mask([])[None])[0]
-    objective = Objective.of(wide, columns(examples), base, tradeoff=tradeoff or TradeOff(), bound=bound or Bound())
-    _check_open(objective, goal)
-    trials = (
-        plain if precision == "float32" else Trials(attributions, model, examples, device=device, precision=precision)
-    )
-    search = Search(trials, objective, most)
-    with _telling(search, steps, shown=progress and rule == "verified") as told:
-        if rule == "welch":
-            search.follow(ranking(scores, goal))
-        else:
-            free = np.sort(candidates(attributions, goal, CANDIDATES))
-            gates = descend(trials, objective, free, budget=most, steps=steps, seed=seed, told=told)
-            closed = np.argsort(gates, kind="stable")[: int((gates < 0.9).sum())]
-            search.follow(closed, least=int((gates < 0.3).sum()))
-            search.refine(free)
-    best = _confirmed(search, plain)
-    _check_neared(search, best, goal)
-    edit = edit_of(attributions, goal, best.ablated, scores)
-    passes = trials.passes + (plain.passes if plain is not trials else 0)
-    return Selection(edit.keep(model), search.tried[0].outcome, best.outcome, _steps(search), passes, len(examples))
+    most = STAGES[0][1] if rule == "welch" else STAGES[-1][1]
+    return min(most, components) if budget is None else check_budget(budget, components)
 
 
 @contextmanager
-def _telling(search: Search, steps: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+def _telling(search: Search, steps: int, *, shown: bool) -> Iterator[None]:
     """Show a bar that moves with every probe and every set of trials, with the trade-off so far."""
     with progress_bar(shown=shown, total=steps + ROUNDS + 1, desc="select", unit="step") as bar:
 
@@ -139,7 +234,7 @@ def _telling(search: Search, steps: int, *, shown: bool) -> Iterator[Callable[[]
             bar.set_postfix(components=len(best.ablated), trade_off=f"{best.outcome.value:.4f}", refresh=False)
 
         search.told = told
-        yield told
+        yield
 
 
 def _check_open(objective: Objective, goal: EditGoal) -> None:
@@ -154,8 +249,8 @@ def _check_open(objective: Objective, goal: EditGoal) -> None:
 
 
 def _confirmed(search: Search, plain: Trials) -> Tried:
-    """Return the best set within the bound by float32, whatever the search was done in."""
-    if search.trials is plain:
+    """Return the best set within the bound, by float32 and on all examples, whatever the search was done with."""
+    if search.trials is plain and search.near is None:
         return search.best
     exact = Search(plain, search.objective, search.budget)
     within = [one for one in search.tried if one.outcome.excess == 0 and one.ablated]
@@ -167,12 +262,12 @@ def _confirmed(search: Search, plain: Trials) -> Tried:
 
 
 def _check_neared(search: Search, best: Tried, goal: EditGoal) -> None:
-    """Raise `GoalError` when nothing within the bound is better than to leave the model as it is."""
+    """Raise `BoundError` when nothing within the bound is better than to leave the model as it is."""
     if best.ablated:
         return
     bound = search.objective.bound
     least = min(search.tried[1:] or search.tried, key=lambda one: search.cost(one.outcome))
-    raise GoalError(
+    raise BoundError(
         f"no set of components was found that would {goal.direction} the targets' outputs within the bound, "
         f"{bound.mean:.1%} lost on average and {bound.group:.1%} in any group. The best found brings accuracy on "
         f"targets from {search.tried[0].outcome.targets:.1%} to {least.outcome.targets:.1%}, and loses "

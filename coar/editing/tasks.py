@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from torch import nn
@@ -12,9 +12,10 @@ from coar.editing.choosing import columns
 from coar.editing.edits import Edit
 from coar.editing.goals import EditGoal
 from coar.editing.judging import effect_curve, judge_edit, margins
-from coar.editing.selection import Rule, Selection, select
+from coar.editing.selection import Ground, Selection, choose, select
+from coar.editing.selection import Options as Choice
 from coar.editing.tradeoff import Bound, TradeOff
-from coar.errors import GoalError
+from coar.errors import BoundError, GoalError
 from coar.examples import Examples
 from coar.progress import progress_bar
 from coar.worker import Precision
@@ -23,22 +24,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORGET = Bound(mean=0.003, group=0.03)
-REPAIR = Bound(mean=0.02, group=0.05)  # for groups and shortcuts, which cost some accuracy elsewhere
-FIX, FIX_TRADEOFF, FIX_STEPS = Bound(mean=0.003, group=0.03), TradeOff(target_scale=0.5), 60
+REPAIR = Bound(mean=0.01, group=0.03)  # for groups and shortcuts, which cost some accuracy elsewhere
+FIX, FIX_TRADEOFF = Bound(mean=0.003, group=0.03), TradeOff(target_scale=0.5)
+FIX_STEPS, FIX_NEAR = 40, 600  # one target needs few probes, and moves few references that are far from the edge
 
 
-class Options(TypedDict, total=False):
+class Options(Choice, total=False):
     """What every task passes on to `select`, see there."""
 
     choosing: Examples | None
-    budget: int | None
-    rule: Rule
-    tradeoff: TradeOff | None
-    bound: Bound | None
     device: str
     precision: Precision
-    seed: int
-    progress: bool
 
 
 @dataclass(frozen=True)
@@ -214,7 +210,7 @@ def resist_typographic(
 def fix_errors(
     attributions: Attributions, model: nn.Module, studied: Examples, judge: Examples, **options: Unpack[Options]
 ) -> TaskResult:
-    """Correct each misclassified studied example in turn, each by an edit of its own.
+    """Correct each misclassified studied example in turn, each by an edit of its own, if the bound allows one.
 
     The references are the studied examples that are classified correctly, and all further choosing examples. One
     target says little of others like it, so what is sought is the least harm with a small margin for the target.
@@ -232,23 +228,22 @@ def fix_errors(
     """
     import pandas as pd
 
-    device = options.get("device", "auto")
+    where: dict[str, Any] = {name: options.pop(name) for name in ("choosing", "device", "precision") if name in options}
+    device, shown = where.get("device", "auto"), options.get("progress", True)
     before, judged = margins(model, studied, device=device), margins(model, judge, device=device)
     wrong, right = np.flatnonzero(before <= 0), np.flatnonzero(before > 0)
     if not len(wrong):
         raise GoalError(f"the model classifies all {len(studied)} studied examples correctly; there is nothing to fix")
-    shown = options.get("progress", True)
-    options["tradeoff"], options["bound"] = options.get("tradeoff") or FIX_TRADEOFF, options.get("bound") or FIX
-    options["progress"] = False
+    settings: Choice = {"tradeoff": FIX_TRADEOFF, "bound": FIX, "steps": FIX_STEPS, "near": FIX_NEAR}
+    settings |= {name: value for name, value in options.items() if value is not None}  # type: ignore[typeddict-item]
+    settings["progress"] = False  # one bar is enough
+    ground = Ground.of(attributions, model, studied, **where)
     rows, chosen, curves = [], [], []
     for i in progress_bar(wrong.tolist(), desc="fix", unit="error", shown=shown):
         goal = EditGoal(targets=(i,), references=tuple(right.tolist()), direction="increase")
-        try:
-            found = select(attributions, model, studied, goal, steps=FIX_STEPS, **options)
-        except GoalError:  # no set within the bound helps this one
-            found = None
         own, others = before[i : i + 1, None], judged[None]
-        if found:
+        found = _correction(ground, goal, settings)
+        if found is not None:
             chosen.append(found)
             own = _along(found.edit, attributions, model, studied.subset([i]), device)
             others = _along(found.edit, attributions, model, judge, device)
@@ -256,6 +251,15 @@ def fix_errors(
         rows.append({**identity, **_before_and_after(own[:, 0], others)})
         curves.append((own, others))
     return TaskResult("fix", tuple(one.edit for one in chosen), pd.DataFrame(rows), _overview(curves), tuple(chosen))
+
+
+def _correction(ground: Ground, goal: EditGoal, settings: Choice) -> Selection | None:
+    """Return a choice that gets the goal's one target right, if there is any within the bound."""
+    try:
+        found = choose(ground, goal, **settings)
+    except BoundError:
+        return None
+    return found if found.after.targets == 1 else None
 
 
 TASKS: dict[str, Callable[..., TaskResult]] = {

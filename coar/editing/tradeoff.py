@@ -101,6 +101,10 @@ class Objective:
         """Positions of the references."""
         return np.flatnonzero(self.group >= 0)
 
+    def open(self, outcome: Outcome) -> float:
+        """Return the share of targets that are not as wanted."""
+        return outcome.targets if self.scales[self.targets[0]] > 0 else 1 - outcome.targets
+
     def values(self, margins: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Return the trade-off from (..., examples) margins, of some of the examples where `rows` names them."""
         return np.asarray(_sigmoid(margins / self.scales[rows]) @ self.weights[rows])
