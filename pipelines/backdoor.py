@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import coar
-from pipelines import cifar10, training
+from pipelines import cifar10, studies, training
 
 MASKS = 4_000
 TEST_MASKS = 512
@@ -70,13 +70,12 @@ def pairs(part: str, rows: slice, which: slice = slice(None)) -> coar.Examples:
 
 def model(training_seed: int = 0) -> nn.Module:
     """Return the net with the backdoor, from data/backdoor when it is there."""
-    examples = poisoned()
-    return training.trained(
+    return training.fitted(
         cifar10.model,
-        lambda net: training.fit(net, examples, RECIPE),
+        poisoned(),
+        RECIPE,
         folder=FOLDER,
         seed=training_seed,
-        settings=training.recipe_settings(RECIPE, examples),
         about="half a minute",
         report=lambda net: training.accuracy_by("triggered", net, judge()),
     )
@@ -87,13 +86,14 @@ def study(
 ) -> coar.Study:
     """Define the study of 150 pairs of held-out training pictures; `ablation` is `mean` or `zero`."""
     net = model(training_seed)
-    return coar.Study(
-        model=net,
-        examples=pairs("train", HELD_OUT, slice(STUDIED)),
+    return studies.of_margins(
+        net,
+        pairs("train", HELD_OUT, slice(STUDIED)),
         components=coar.conv_filters(net),
-        output=coar.CorrectClassMargin(),
-        ablation=coar.choose_ablation(ablation, calibration=poisoned().subset(range(CALIBRATION))),
-        sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
+        calibration=poisoned().subset(range(CALIBRATION)),
+        ablation=ablation,
+        ablated_fraction=ablated_fraction,
+        seed=seed,
     )
 
 

@@ -22,6 +22,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import download_url
 
 import coar
+from pipelines import studies
 
 MASKS = 4_000
 TEST_MASKS = 512
@@ -129,14 +130,14 @@ def model(layers: int = 20) -> nn.Module:
 def study(*, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int = 0, layers: int = 20) -> coar.Study:
     """Define the study of the first 256 test pictures; `ablation` is `mean` or `zero`, `layers` 20 or 44."""
     net = model(layers)
-    calibration = examples("train", slice(0, CALIBRATION))
-    return coar.Study(
-        model=net,
-        examples=examples("test", slice(0, STUDIED)),
+    return studies.of_margins(
+        net,
+        examples("test", slice(0, STUDIED)),
         components=coar.conv_filters(net),
-        output=coar.CorrectClassMargin(),
-        ablation=coar.choose_ablation(ablation, calibration=calibration),
-        sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
+        calibration=examples("train", slice(CALIBRATION)),
+        ablation=ablation,
+        ablated_fraction=ablated_fraction,
+        seed=seed,
     )
 
 

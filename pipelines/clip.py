@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 import coar
-from pipelines import hub, photographs, zero_shot
+from pipelines import hub, photographs, studies, zero_shot
 
 try:
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -105,10 +105,16 @@ def model() -> zero_shot.ZeroShot:
 
 
 def study(*, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int = 0) -> coar.Study:
-    """Define the study of every second pair; `ablation` is `mean`, of neurons, or `zero`, of neurons and heads."""
-    studied = examples(slice(0, None, 2))
-    return zero_shot.study(
-        model(), studied, calibration=studied, ablation=ablation, ablated_fraction=ablated_fraction, seed=seed
+    """Define the study of every second pair; `ablation` is `mean`, with means of clean pictures, or `zero`."""
+    net, studied = model(), examples(slice(0, None, 2))
+    return studies.of_margins(
+        net,
+        studied,
+        components=zero_shot.components(net, ablation),
+        calibration=studied.subset(np.asarray(studied.metadata["attacked"]) == 0),
+        ablation=ablation,
+        ablated_fraction=ablated_fraction,
+        seed=seed,
     )
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.models import get_model, list_models
 
 import coar
-from pipelines import training
+from pipelines import studies, training
 
 RESNETS = sorted(name for name in list_models() if name.startswith("resnet"))
 HEAD = training.Recipe(epochs=100, batch=64, learning_rate=1e-2, weight_decay=1e-4)
@@ -187,11 +187,12 @@ def fit_head(model: nn.Module, examples: coar.Examples) -> None:
 
 def study(model: nn.Module, collection: Collection, *, ablation: str, ablated_fraction: float, seed: int) -> coar.Study:
     """Define a study of up to 75 validation pictures of each group; means are those of 300 training pictures."""
-    return coar.Study(
-        model=model,
-        examples=collection.examples("validation", of_each=STUDIED),
+    return studies.of_margins(
+        model,
+        collection.examples("validation", of_each=STUDIED),
         components=coar.conv_filters(model),
-        output=coar.CorrectClassMargin(),
-        ablation=coar.choose_ablation(ablation, calibration=collection.examples("train", count=CALIBRATION)),
-        sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
+        calibration=collection.examples("train", count=CALIBRATION),
+        ablation=ablation,
+        ablated_fraction=ablated_fraction,
+        seed=seed,
     )

@@ -4,10 +4,10 @@
     coar fit runs/subpopulations-mean.zarr
     coar edit runs/subpopulations-mean.zarr --pipeline pipelines/subpopulations.py --task group
 
-Of the pictures that the pretrained ResNet-20 is fine-tuned on, 95 % of the animals have an orange frame and 95 % of the
-vehicles a blue one, shares as in Waterbirds (Sagawa et al. 2020). So the net leans on the frame, and the groups that
-are rare in training do far worse than the others. It is fine-tuned on first use, in about a minute on two cores, and
-kept under data/subpopulations. Images come as for the pipeline cifar10.
+Of the pictures that the pretrained ResNet-20 is fine-tuned on, 98 % of the animals have an orange frame and 98 % of the
+vehicles a blue one; in Waterbirds (Sagawa et al. 2020) the background agrees with the bird for 95 %. So the net leans
+on the frame, and the groups that are rare in training do far worse than the others. It is fine-tuned on first use, in
+about a minute on two cores, and kept under data/subpopulations. Images come as for the pipeline cifar10.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import coar
-from pipelines import cifar10, training
+from pipelines import cifar10, studies, training
 
 MASKS = 4_000
 TEST_MASKS = 512
@@ -39,7 +39,7 @@ CLASSES, COLOURS = ("animal", "vehicle"), ("orange", "blue")
 VEHICLES = (0, 1, 8, 9)  # airplane, automobile, ship, truck
 TINTS = np.array([(230, 128, 26), (26, 128, 230)])
 FRAME, STRENGTH = 4, 0.7  # width in pixels, and the tint's share of a framed pixel
-AGREEING = 0.95  # share of training pictures whose frame is of the usual colour
+AGREEING = 0.98  # share of training pictures whose frame is of the usual colour
 
 
 def framed(pictures: np.ndarray, colours: np.ndarray) -> np.ndarray:
@@ -97,13 +97,12 @@ def network() -> nn.Module:
 
 def model(training_seed: int = 0) -> nn.Module:
     """Return the net that leans on the frames, from data/subpopulations when it is there."""
-    examples = coloured()
-    return training.trained(
+    return training.fitted(
         network,
-        lambda net: training.fit(net, examples, RECIPE),
+        coloured(),
+        RECIPE,
         folder=FOLDER,
         seed=training_seed,
-        settings=training.recipe_settings(RECIPE, examples),
         about="a minute",
         report=lambda net: training.accuracy_by("group", net, judge()),
     )
@@ -114,13 +113,14 @@ def study(
 ) -> coar.Study:
     """Define the study of 150 held-out training pictures in both frames; `ablation` is `mean` or `zero`."""
     net = model(training_seed)
-    return coar.Study(
-        model=net,
-        examples=pairs("train", HELD_OUT, slice(STUDIED)),
+    return studies.of_margins(
+        net,
+        pairs("train", HELD_OUT, slice(STUDIED)),
         components=coar.conv_filters(net),
-        output=coar.CorrectClassMargin(),
-        ablation=coar.choose_ablation(ablation, calibration=coloured().subset(range(CALIBRATION))),
-        sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
+        calibration=coloured().subset(range(CALIBRATION)),
+        ablation=ablation,
+        ablated_fraction=ablated_fraction,
+        seed=seed,
     )
 
 

@@ -100,9 +100,27 @@ def _rows(inputs: Any, rows: Tensor) -> Any:
     return {name: value[rows] for name, value in inputs.items()} if isinstance(inputs, dict) else inputs[rows]
 
 
-def recipe_settings(recipe: Recipe, examples: coar.Examples) -> dict[str, Any]:
-    """Return what decides a model trained by `fit`, beside its first weights and the seed."""
-    return {"recipe": asdict(recipe), "examples": examples.fingerprint()}
+def fitted(
+    make: Callable[[], nn.Module],
+    examples: coar.Examples,
+    recipe: Recipe,
+    *,
+    folder: Path,
+    seed: int,
+    about: str,
+    report: Callable[[nn.Module], Mapping[str, float]],
+    loss: Loss = classification_loss,
+) -> nn.Module:
+    """Return a model trained by `fit`, from its file in the folder when it is there; for arguments see `trained`."""
+    return trained(
+        make,
+        lambda model: fit(model, examples, recipe, loss=loss),
+        folder=folder,
+        seed=seed,
+        settings={"recipe": asdict(recipe), "examples": examples.fingerprint()},
+        about=about,
+        report=report,
+    )
 
 
 def correct(model: nn.Module, examples: coar.Examples, *, batch: int = 250) -> np.ndarray:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import coar
-from pipelines import training, zero_shot
+from pipelines import studies, training, zero_shot
 
 try:
     from transformers import CLIPConfig, CLIPModel
@@ -125,15 +125,15 @@ def captioned() -> coar.Examples:
     )
 
 
-def examples(name: str) -> coar.Examples:
-    """Return pairs of a part's scans: all without a label, then all with the name of another digit."""
-    rows = split()[name]
+def examples(*names: str, seed: int = 1) -> coar.Examples:
+    """Return pairs of some parts' scans: all without a label, then all with the name of another digit."""
+    rows = np.concatenate([split()[name] for name in names])
     labels = scans()[1][rows]
     nothing = np.full(len(rows), -1)
-    words = (labels + np.random.default_rng(1).integers(1, len(WORDS), len(rows))) % len(WORDS)
+    words = (labels + np.random.default_rng(seed).integers(1, len(WORDS), len(rows))) % len(WORDS)
     attacked = np.repeat([0, 1], len(rows))
     return coar.Examples(
-        inputs=torch.cat([draw(rows, word, seed=1) for word in (nothing, words)]),
+        inputs=torch.cat([draw(rows, word, seed=seed) for word in (nothing, words)]),
         targets=torch.from_numpy(np.tile(labels, 2)),
         metadata={
             "id": 2 * np.tile(rows, 2) + attacked,
@@ -167,12 +167,13 @@ def classifier(model: nn.Module) -> zero_shot.ZeroShot:
 def model(training_seed: int = 0) -> zero_shot.ZeroShot:
     """Return the trained classifier, from data/typographic when it is there."""
     return classifier(
-        training.trained(
+        training.fitted(
             clip,
-            lambda net: training.fit(net, captioned(), RECIPE, loss=contrastive_loss),
+            captioned(),
+            RECIPE,
+            loss=contrastive_loss,
             folder=FOLDER,
             seed=training_seed,
-            settings=training.recipe_settings(RECIPE, captioned()),
             about="a minute or two",
             report=lambda net: training.accuracy_by("attacked", classifier(net), judge()),
         )
@@ -182,10 +183,12 @@ def model(training_seed: int = 0) -> zero_shot.ZeroShot:
 def study(
     *, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int = 0, training_seed: int = 0
 ) -> coar.Study:
-    """Define the study of 150 pairs; `ablation` is `mean`, of neurons, or `zero`, of neurons and heads."""
-    return zero_shot.study(
-        model(training_seed),
+    """Define the study of 150 pairs; `ablation` is `mean`, with heads cut into features, or `zero`."""
+    net = model(training_seed)
+    return studies.of_margins(
+        net,
         examples("studied"),
+        components=zero_shot.components(net, ablation),
         calibration=calibration(),
         ablation=ablation,
         ablated_fraction=ablated_fraction,
@@ -194,14 +197,13 @@ def study(
 
 
 def calibration() -> coar.Examples:
-    """Return 500 training pictures, half of them with labels."""
-    some = captioned().subset(range(CALIBRATION))
-    return coar.Examples(inputs=some.inputs["pixel_values"], targets=some.targets)
+    """Return 500 training scans without labels, so that means are those of components when nothing is written."""
+    return examples("train").subset(range(CALIBRATION))
 
 
 def choosing() -> coar.Examples:
-    """Return further pairs, to choose edits on."""
-    return examples("choosing")
+    """Return further pairs to choose edits on: of scans kept for that, and of those of training, drawn anew."""
+    return examples("choosing", "train", seed=2)
 
 
 def judge() -> coar.Examples:

@@ -37,26 +37,7 @@ class ZeroShot(nn.Module):
 
 
 def components(model: ZeroShot, ablation: str) -> coar.Components:
-    """Return the neurons of all feed-forward blocks, with the attention heads before them where they can be ablated."""
-    neurons = coar.input_features(model, include="*.mlp.fc2")
-    return neurons if ablation in CONSTANTS else coar.attention_heads(model) + neurons
-
-
-def study(
-    model: ZeroShot,
-    examples: coar.Examples,
-    *,
-    calibration: coar.Examples,
-    ablation: str,
-    ablated_fraction: float,
-    seed: int,
-) -> coar.Study:
-    """Define a study of the correct class's zero-shot margin."""
-    return coar.Study(
-        model=model,
-        examples=examples,
-        components=components(model, ablation),
-        output=coar.CorrectClassMargin(),
-        ablation=coar.choose_ablation(ablation, calibration=calibration),
-        sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
-    )
+    """Return attention heads, cut into their features where constants replace them, and feed-forward neurons."""
+    features = coar.input_features(model, include="*.out_proj")
+    heads = features if ablation in CONSTANTS else coar.attention_heads(model)
+    return heads + coar.input_features(model, include="*.mlp.fc2")

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +89,7 @@ class TestTraining:
                 lambda net: train(net, examples, recipe),
                 folder=tmp_path,
                 seed=seed,
-                settings=training.recipe_settings(recipe, examples),
+                settings=asdict(recipe),
                 about="no time",
                 report=lambda net: training.accuracy_by("group", net, examples),
             )
@@ -195,11 +195,11 @@ class TestSubpopulations:
                 expected = [0.3 * value + 0.7 * colour for value, colour in zip(old[y, x], tint, strict=True)]
                 assert after[picture, y, x] == pytest.approx(expected, abs=1.01)
 
-    def test_the_cue_agrees_for_nineteen_of_twenty(self, cifar10):
+    def test_the_cue_agrees_for_49_of_50(self, cifar10):
         examples = subpopulations.coloured()
         rim = pixels(examples.inputs)[:, frame(4)].mean(1)  # (pictures, colours)
         blue = rim[:, 2] > rim[:, 0]
-        assert (blue == examples.targets.numpy()).mean() == pytest.approx(0.95, abs=0.01)
+        assert (blue == examples.targets.numpy()).mean() == pytest.approx(0.98, abs=0.01)
         labels = cifar10.images()["train_labels"][:3_000]
         assert (np.isin(labels, [0, 1, 8, 9]) == examples.targets.numpy()).all()
 
@@ -311,8 +311,8 @@ class TestTypographic:
     def test_components_of_the_half_that_sees(self, ablation):
         model = typographic.classifier(typographic.clip())
         components = zero_shot.components(model, ablation)
-        heads = {} if ablation == "mean" else {"attention head": 12}
-        assert Counter(components.kinds) == {**heads, "input feature": 768}
+        heads = {"attention head": 12} if ablation != "mean" else {}
+        assert Counter(components.kinds) == {**heads, "input feature": 768 if heads else 768 + 3 * 64}
         assert all(row.site.startswith("vision.") for row in components)
 
 
@@ -381,10 +381,9 @@ class TestFlaws:
     @pytest.mark.slow
     def test_rare_groups_do_far_worse(self, cifar10):
         found = accuracies(subpopulations.model(), subpopulations.judge(), "group")
-        assert 0.5 <= found["vehicle in orange"] <= 0.8
-        assert found["animal in blue"] <= 0.9
+        assert 0.4 <= found["vehicle in orange"] <= 0.7
+        assert 0.4 <= found["animal in blue"] <= 0.7
         assert min(found["vehicle in blue"], found["animal in orange"]) >= 0.97
-        assert np.mean(list(found.values())) >= 0.85
 
     @pytest.mark.slow
     def test_words_outweigh_what_is_shown(self):
