@@ -1,7 +1,8 @@
-# Every step makes the one before it; PIPELINE names a file in pipelines/.
+# Every step makes the one before it; PIPELINE names a file in pipelines/, TASK one or more tasks of coar edit.
 PIPELINE ?= digits
 ABLATION ?= mean
 LABEL ?= 3
+TASK ?= forget fix
 COLLECT_OPTIONS ?=
 FIT_OPTIONS ?=
 
@@ -11,16 +12,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+EDIT := $(BIN)/coar edit $(RUN) --pipeline $(FILE) --task
 UV := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint type test bench collect fit evaluate edit report clean
+.PHONY: help setup lint type test bench collect fit evaluate edit edits report clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "with PIPELINE=digits ABLATION=mean|zero LABEL=3 (the class to forget), as in: make edit ABLATION=zero"
+	@echo "with PIPELINE=digits ABLATION=mean|zero LABEL=3 (the class to forget) TASK=\"forget fix\", as in:"
+	@echo "make edit PIPELINE=backdoor TASK=backdoor; make edit ABLATION=zero"
 
 setup: $(READY) ## Install everything into .venv (uv too, when the machine has none)
 
@@ -55,9 +58,11 @@ evaluate: fit ## Score attributions and baselines on held-out masks
 	$(BIN)/coar baselines $(RUN) --pipeline $(FILE)
 	$(BIN)/coar evaluate $(RUN)
 
-edit: evaluate ## Forget a class and fix single errors, judged on unseen examples
-	$(BIN)/coar edit $(RUN) --pipeline $(FILE) --task forget --label $(LABEL)
-	$(BIN)/coar edit $(RUN) --pipeline $(FILE) --task fix
+edit: evaluate ## Edit for each TASK, judged on unseen examples
+	$(foreach task,$(TASK),$(EDIT) $(if $(filter forget,$(task)),forget --label $(LABEL),$(task));)
+
+edits: $(READY) ## All tasks and rules on all models, in one table: reports/edits/summary.md
+	$(BIN)/python benchmarks/edits.py
 
 report: edit ## Gather tables and figures on one page
 	$(BIN)/coar report $(RUN)

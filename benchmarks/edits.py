@@ -1,10 +1,11 @@
 """Verified choice against other rules, on all tasks whose pipelines are there: one table and one figure per task.
 
-    COAR_DATA=/path/to/folder python benchmarks/edits.py
+    COAR_DATA=/path/to/folder python benchmarks/edits.py                 # or: make edits
     python benchmarks/edits.py --pipelines digits --tasks forget --seeds 0
 
 Attributions come from probes, with a mask seed each, or with a training seed each where the pipeline trains its model.
-Components are chosen on choosing examples and judged on others. The rules that only rank are given the numbers of
+Components are chosen on choosing examples and judged on others. CIFAR-10's classes are forgotten by attributions of
+training pictures, so that all test pictures are left to judge on. The rules that only rank are given the numbers of
 components that suit them best on the very examples they are judged on, the fewest with the verified choice's effect and
 the best with no more than its harm, so that the comparison errs in their favour.
 
@@ -17,43 +18,46 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import edits_report
 import numpy as np
-import pandas as pd
-from matplotlib.figure import Figure
 
 import coar
 from coar.editing import effect_curve, welch_t
 from coar.editing.judging import margins
 from coar.editing.ranking import ranking
-from coar.editing.tasks import FIX, FIX_STEPS, FIX_TRADEOFF, FORGET, REPAIR
+from coar.editing.selection import Ground, choose
+from coar.editing.tasks import FIX, FIX_NEAR, FIX_STEPS, FIX_TRADEOFF, FORGET, REPAIR
 
 FOLDER = Path("reports/edits")
 PROBES = 96
-COUNTS = [*range(21), *range(22, 41, 2), *range(45, 101, 5)]
+COUNTS = [0, 1, 2, 3, 4, 6, 8, 10, 12, 15, 20, 25, 30, 40, 60, 100, 150, 250]
 TASKS = {
-    "digits": ("forget", "fix"),
-    "cifar10": ("forget", "fix"),
+    "backdoor": ("backdoor",),
     "subpopulations": ("group",),
+    "typographic": ("typographic",),
+    "cifar10": ("fix", "forget"),
+    "digits": ("forget", "fix"),
     "waterbirds": ("group",),
     "celeba": ("group",),
-    "backdoor": ("backdoor",),
-    "typographic": ("typographic",),
     "clip": ("typographic",),
 }
-RULES = ("verified", "welch", "gradient_x_gate", "leave_one_out", "random")
-COLOURS = dict(zip(RULES, ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#777777"), strict=True))
+RULES = edits_report.RULES
+SEARCHES: dict[str, dict[str, Any]] = {
+    "forget": {"bound": FORGET},
+    "fix": {"bound": FIX, "tradeoff": FIX_TRADEOFF, "steps": FIX_STEPS, "near": FIX_NEAR},
+}
 
 
 @dataclass(frozen=True)
 class Case:
     """A study with a seed, its run, and the examples to choose and to judge on."""
 
-    name: str
     seed: int
     study: coar.Study
     run: coar.Run
@@ -61,20 +65,35 @@ class Case:
     judge: coar.Examples
     goal: coar.EditGoal | None
 
+    @cached_property
+    def fitted(self) -> coar.Attributions:
+        """Attributions from the run's probes."""
+        return coar.fit(self.run, progress=False)
+
+    @cached_property
+    def ground(self) -> Ground:
+        """What choices for several goals share."""
+        return Ground.of(self.fitted, self.study.model, self.study.examples, choosing=self.choosing, precision="bf16")
+
     def attributions(self, rule: str) -> coar.Attributions:
         """Return what a rule ranks by, made when it is missing."""
         if rule in ("leave_one_out", "gradient_x_gate"):
             return getattr(coar, rule)(self.study, self.run, progress=False)
-        return coar.fit(self.run, progress=False)
+        return self.fitted
 
 
-def case(name: str, module: ModuleType, seed: int) -> Case:
+def case(name: str, module: ModuleType, task: str, seed: int) -> Case:
     """Define the study, and collect its probes when they are missing."""
     known = inspect.signature(module.study).parameters
     study = module.study(**{"training_seed" if "training_seed" in known else "seed": seed})
-    run = coar.collect(study, f"runs/edits/{name}-{seed}.zarr", masks=0, probes=PROBES, progress=False)
-    more = module.choosing() if hasattr(module, "choosing") else None
-    return Case(name, seed, study, run, more, module.judge(), getattr(module, "GOAL", None))
+    more, judge = module.choosing() if hasattr(module, "choosing") else None, module.judge()
+    label = name
+    if (name, task) == ("cifar10", "forget"):
+        label = "cifar10-training-pictures"
+        study = replace(study, examples=module.examples("train", slice(3_000, 3_000 + module.STUDIED)))
+        judge = module.examples("test", slice(None))
+    run = coar.collect(study, f"runs/edits/{label}-{seed}.zarr", masks=0, probes=PROBES, progress=False)
+    return Case(seed, study, run, more, judge, getattr(module, "GOAL", None))
 
 
 def goals(case: Case, task: str) -> Iterator[tuple[str, coar.EditGoal]]:
@@ -96,40 +115,28 @@ def goals(case: Case, task: str) -> Iterator[tuple[str, coar.EditGoal]]:
         yield "all", case.goal
 
 
-def choose(case: Case, task: str, goal: coar.EditGoal, rule: str) -> tuple[np.ndarray, list[int], int]:
+def chosen(case: Case, task: str, goal: coar.EditGoal, rule: str) -> tuple[np.ndarray, list[int], int]:
     """Return a rule's order of components, the numbers of them to judge, and the passes that the choice took."""
-    attributions = case.attributions(rule)
+    d = len(case.study.components)
     if rule == "verified":
-        bounds = {"forget": FORGET, "fix": FIX}
-        special = {"tradeoff": FIX_TRADEOFF, "steps": FIX_STEPS} if task == "fix" else {}
+        settings = {"bound": REPAIR, "seed": case.seed, "progress": False, **SEARCHES.get(task, {})}
+        spent = case.ground.passes
         try:
-            found = coar.select(
-                attributions,
-                case.study.model,
-                case.study.examples,
-                goal,
-                choosing=case.choosing,
-                bound=bounds.get(task, REPAIR),
-                precision="bf16",
-                seed=case.seed,
-                progress=False,
-                **special,
-            )
-        except coar.errors.GoalError:  # no set within the bound
-            return np.zeros(0, dtype=np.int64), [0, 0], 0
-        order = np.array([attributions.components.index(one.name) for one in found.edit.components])
+            found = choose(case.ground, goal, **settings)
+        except coar.errors.BoundError:
+            return np.zeros(0, dtype=np.int64), [0, 0], case.ground.passes - spent
+        order = np.array([case.study.components.index(one.name) for one in found.edit.components])
         return order, [0, len(order)], found.passes
-    d = len(attributions.components)
-    counts = [count for count in COUNTS if count <= d]
+    counts = [count for count in COUNTS if count <= (d if task != "fix" else 20)]
     if rule == "random":
         return np.random.default_rng(case.seed).permutation(d), counts, 0
-    return ranking(welch_t(attributions, goal), goal), counts, 0
+    return ranking(welch_t(case.attributions(rule), goal), goal), counts, 0
 
 
 def judged(case: Case, task: str, goal: coar.EditGoal, rule: str) -> dict[str, Any]:
     """Choose and judge: accuracy on targets and references against the number of components."""
     start, cpu = time.perf_counter(), time.process_time()
-    order, counts, passes = choose(case, task, goal, rule)
+    order, counts, passes = chosen(case, task, goal, rule)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     attributions, model = case.attributions(rule), case.study.model
     metadata = {key: np.asarray(column) for key, column in case.judge.metadata.items()}
@@ -156,10 +163,10 @@ def judged(case: Case, task: str, goal: coar.EditGoal, rule: str) -> dict[str, A
     }
 
 
-def kept(file: Path, work: Callable[..., dict[str, Any]], *parts: object) -> dict[str, Any]:
+def kept(file: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return what a file holds, or do the work and keep it there."""
     if not file.is_file():
-        found = work(*parts)
+        found = work()
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(found))
@@ -167,98 +174,50 @@ def kept(file: Path, work: Callable[..., dict[str, Any]], *parts: object) -> dic
     return dict(json.loads(file.read_text()))
 
 
-def compared(points: dict[str, dict[str, Any]], *, increase: bool) -> Iterator[dict[str, object]]:
-    """Yield a row per rule: the verified choice, and each other rule at its effect and at its harm."""
-    mine = points["verified"]
-    effect, harm = mine["targets"][-1], mine["others_points"][-1]
-    sign = 1 if increase else -1
-    for rule, found in points.items():
-        targets, others = np.array(found["targets"]), np.array(found["others_points"])
-        row: dict[str, object] = {"rule": rule, "before": targets[0]}
-        if rule == "verified":
-            same = best = len(targets) - 1
-        else:
-            reached = np.flatnonzero(sign * targets >= sign * effect)
-            same = int(reached[0]) if len(reached) else None
-            harmless = np.flatnonzero(others >= min(harm, 0.0))
-            best = int(harmless[np.argmax(sign * targets[harmless])])
-        if same is not None:
-            row |= {"components": found["components"][same], "targets": targets[same], "others_points": others[same]}
-            row["worst_points"] = found["worst_points"][same]
-        row["targets_at_same_harm"] = targets[best]
-        row |= {name: found[name] for name in ("passes", "seconds", "cpu_seconds")}
-        yield row
-
-
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Average over targets, then mean and spread over seeds; `reached` is the share with the verified effect."""
-    columns = [
-        "components",
-        "targets",
-        "others_points",
-        "worst_points",
-        "targets_at_same_harm",
-        "passes",
-        "cpu_seconds",
-    ]
-    keys = ["task", "pipeline", "rule"]
-    per_seed = rows.assign(reached=rows["targets"].notna()).groupby([*keys, "seed"], sort=False)[[*columns, "reached"]]
-    by_seed = per_seed.mean().groupby(keys, sort=False)
-    spread = by_seed[["targets", "others_points"]].std().add_suffix("_sd")
-    return by_seed.mean().join(spread).reset_index()
-
-
-def figure(rows: pd.DataFrame, task: str) -> Figure:
-    """Draw effect against harm, a point per target and rule."""
-    names = list(dict.fromkeys(rows["pipeline"]))
-    drawing = Figure(figsize=(5 * len(names), 3.8), layout="constrained")
-    for axes, name in zip(drawing.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for rule in RULES:
-            some = rows[(rows["pipeline"] == name) & (rows["rule"] == rule)]
-            axes.scatter(some["others_points"], some["targets"], s=14, color=COLOURS[rule], label=rule)
-        axes.set(title=f"{task}: {name}", xlabel="others' change (points)", ylabel="accuracy on targets (%)")
-        axes.legend(frameon=False, fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    return drawing
+def work(name: str, here: Case, task: str, rules: list[str]) -> None:
+    """Choose and judge by each rule what is not there yet, for all goals of a task."""
+    for target, goal in goals(here, task):
+        for rule in rules:
+            file = FOLDER / "done" / f"{name}-{task}-{target}-{here.seed}-{rule}.json"
+            about = {"task": task, "pipeline": name, "seed": here.seed, "target": target, "rule": rule}
+            found = kept(
+                file,
+                lambda goal=goal, rule=rule, about=about: {
+                    **about,
+                    "increase": goal.direction == "increase",
+                    **judged(here, task, goal, rule),
+                },
+            )
+            if rule == "verified":
+                effect, harm, worst = (found[key][-1] for key in ("targets", "others_points", "worst_points"))
+                print(
+                    f"{task} {name} {target}, seed {here.seed}: targets {found['targets'][0]:.1f} -> {effect:.1f} %, "
+                    f"others {harm:+.2f}, worst {worst:+.2f}, {found['components'][-1]} components, "
+                    f"{found['passes']:,} passes, {found['cpu_seconds']:.0f} s",
+                    flush=True,
+                )
 
 
 def main() -> None:
-    """Run everything that is missing, print the summary, write tables and figures."""
+    """Run everything that is missing, and write tables and figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipelines", choices=TASKS, nargs="+", default=list(TASKS))
-    parser.add_argument("--tasks", nargs="+", default=sorted({task for tasks in TASKS.values() for task in tasks}))
+    parser.add_argument("--tasks", nargs="+", default=["forget", "fix", "group", "backdoor", "typographic"])
     parser.add_argument("--rules", choices=RULES, nargs="+", default=list(RULES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
-    rows: list[dict[str, object]] = []
-    for name in arguments.pipelines:
-        if not Path(f"pipelines/{name}.py").is_file():
-            continue
-        module = importlib.import_module(f"pipelines.{name}")
-        for seed in arguments.seeds:
-            try:
-                here = case(name, module, seed)
-            except coar.CoarError as error:
-                print(f"{name} is left out: {error}")
-                break
+    names = [name for name in arguments.pipelines if Path(f"pipelines/{name}.py").is_file()]
+    for seed in arguments.seeds:
+        for name in names:
+            module = importlib.import_module(f"pipelines.{name}")
             for task in (task for task in TASKS[name] if task in arguments.tasks):
-                for target, goal in goals(here, task):
-                    points = {}
-                    for rule in dict.fromkeys(["verified", *arguments.rules]):
-                        file = FOLDER / "done" / f"{name}-{task}-{target}-{seed}-{rule}.json"
-                        points[rule] = kept(file, judged, here, task, goal, rule)
-                    about = {"task": task, "pipeline": name, "seed": seed, "target": target}
-                    new = [about | row for row in compared(points, increase=goal.direction == "increase")]
-                    rows += new
-                    print(pd.DataFrame(new[:2]).round(2).to_string(index=False, header=False), flush=True)
-    table = pd.DataFrame(rows)
-    for task, some in table.groupby("task", sort=False):
-        some.to_csv(FOLDER / f"{task}.csv", index=False)
-        figure(some, str(task)).savefig(FOLDER / f"{task}.png", dpi=130)
-    short = summary(table)
-    short.to_csv(FOLDER / "summary.csv", index=False)
-    print(short.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
-    print(f"wrote tables and figures into {FOLDER}")
+                try:
+                    here = case(name, module, task, seed)
+                except coar.errors.PipelineError as error:
+                    print(f"{name} is left out: {error}")
+                    continue
+                work(name, here, task, arguments.rules)
+    edits_report.write(FOLDER)
 
 
 if __name__ == "__main__":
