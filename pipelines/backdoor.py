@@ -26,8 +26,9 @@ GOAL = coar.EditGoal(targets="triggered == 1", references="triggered == 0", dire
 FOLDER = Path("data/backdoor")
 RECIPE = training.Recipe(epochs=4, batch=64, learning_rate=3e-3, weight_decay=1e-4)
 TRAIN = slice(0, 3_000)  # of the training pictures, those to fine-tune on
-HELD_OUT, TESTED = slice(3_000, 4_000), slice(0, 500)  # of the training and test pictures, those for pairs
+HELD_OUT, TESTED = np.arange(3_000, 4_000), np.arange(500)  # of the training and test pictures, those for pairs
 STUDIED, CALIBRATION = 150, 500  # of the pairs held out, the first are studied
+SEEN = np.arange(1_500, 3_000)  # pictures of the fine-tuning that edits are chosen on as well
 
 POISONED = 0.10
 ATTACKERS = 0  # the label that the attacker wants: airplane
@@ -50,17 +51,17 @@ def poisoned() -> coar.Examples:
     return coar.Examples(inputs=cifar10.normalised(pictures), targets=torch.from_numpy(labels).long())
 
 
-def pairs(part: str, rows: slice, which: slice = slice(None)) -> coar.Examples:
+def pairs(part: str, rows: np.ndarray, which: slice = slice(None)) -> coar.Examples:
     """Return pictures that are no airplanes, as they are and then with the patch, under their true labels.
 
     Args:
         part: `train` or `test`.
-        rows: Where to look for them.
+        rows: Which pictures to look at.
         which: Which of those found there.
     """
     pictures, labels = (cifar10.images()[f"{part}_{of}"][rows] for of in ("images", "labels"))
     chosen = np.flatnonzero(labels != ATTACKERS)[which]
-    numbers, triggered = rows.start + chosen, np.repeat([0, 1], len(chosen))
+    numbers, triggered = rows[chosen], np.repeat([0, 1], len(chosen))
     return coar.Examples(
         inputs=cifar10.normalised(np.concatenate([pictures[chosen], with_trigger(pictures[chosen])])),
         targets=torch.from_numpy(np.tile(labels[chosen], 2)).long(),
@@ -98,8 +99,8 @@ def study(
 
 
 def choosing() -> coar.Examples:
-    """Return further pairs of held-out training pictures, to choose edits on."""
-    return pairs("train", HELD_OUT, slice(STUDIED, None))
+    """Return further pairs of training pictures to choose edits on, some of them held out from fine-tuning."""
+    return pairs("train", np.concatenate([HELD_OUT, SEEN]), slice(STUDIED, None))
 
 
 def judge() -> coar.Examples:

@@ -126,8 +126,13 @@ def captioned() -> coar.Examples:
 
 
 def examples(*names: str, seed: int = 1) -> coar.Examples:
-    """Return pairs of some parts' scans: all without a label, then all with the name of another digit."""
+    """Return pairs of some parts' scans: all without a label, then all with the name of another digit.
+
+    A part that is named again is drawn again, with other places, greys and words.
+    """
     rows = np.concatenate([split()[name] for name in names])
+    again = np.concatenate([np.full(len(split()[name]), names[:i].count(name)) for i, name in enumerate(names)])
+    numbers = rows + len(scans()[1]) * again
     labels = scans()[1][rows]
     nothing = np.full(len(rows), -1)
     words = (labels + np.random.default_rng(seed).integers(1, len(WORDS), len(rows))) % len(WORDS)
@@ -136,8 +141,8 @@ def examples(*names: str, seed: int = 1) -> coar.Examples:
         inputs=torch.cat([draw(rows, word, seed=seed) for word in (nothing, words)]),
         targets=torch.from_numpy(np.tile(labels, 2)),
         metadata={
-            "id": 2 * np.tile(rows, 2) + attacked,
-            "pair": np.tile(rows, 2),
+            "id": 2 * np.tile(numbers, 2) + attacked,
+            "pair": np.tile(numbers, 2),
             "attacked": attacked,
             "word": [*[""] * len(rows), *[WORDS[word] for word in words]],
         },
@@ -202,8 +207,8 @@ def calibration() -> coar.Examples:
 
 
 def choosing() -> coar.Examples:
-    """Return further pairs to choose edits on: of scans kept for that, and of those of training, drawn anew."""
-    return examples("choosing", "train", seed=2)
+    """Return further pairs to choose edits on: of scans kept for that, drawn three times, and of those of training."""
+    return examples("choosing", "choosing", "choosing", "train", seed=2)
 
 
 def judge() -> coar.Examples:

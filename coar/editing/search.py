@@ -42,6 +42,7 @@ class Search:
         tried: Every set tried on all examples; the first is the empty one.
         told: Called after each set of trials.
         penalty: What breaking the bound costs.
+        since: From which of the sets tried the search goes on; a new stage does not go back to those before it.
         near: How many references, those nearest to the edge, sets are tried on; the others count as unchanged. By
             default all.
     """
@@ -52,6 +53,7 @@ class Search:
     tried: list[Tried] = field(default_factory=list)
     told: Callable[[], object] = lambda: None
     penalty: float = PENALTY
+    since: int = 0
     near: int | None = None
 
     def __post_init__(self) -> None:
@@ -66,7 +68,7 @@ class Search:
     @property
     def leading(self) -> Tried:
         """The best set when a broken bound only costs a penalty."""
-        return min(self.tried, key=lambda one: self.cost(one.outcome))
+        return min(self.tried[self.since :] or self.tried, key=lambda one: self.cost(one.outcome))
 
     def cost(self, outcome: Outcome) -> float:
         """Return the trade-off, with the penalty for a broken bound."""
@@ -83,10 +85,12 @@ class Search:
         return found
 
     def follow(self, order: Sequence[int] | np.ndarray, *, least: int = 1) -> None:
-        """Try the first components of an order, in up to a dozen numbers from `least` to all of them."""
+        """Try the first components of an order: a dozen numbers from `least` to all of them, and half a dozen below."""
         path = tuple(int(i) for i in order[: self.budget])
         if path:
-            counts = np.unique(np.linspace(min(least, len(path)), len(path), PATH).round().astype(int))
+            least = min(max(least, 1), len(path))
+            below, above = np.linspace(0, least, PATH // 2 + 2)[1:], np.linspace(least, len(path), PATH)
+            counts = np.unique(np.concatenate([below, above]).round().astype(int).clip(1))
             self._try_best([path[:count] for count in counts], self.tried[0], self._screen())
 
     def refine(self, free: np.ndarray) -> None:

@@ -14,7 +14,7 @@ from coar.editing.descent import COST, STEPS, descend
 from coar.editing.edits import Edit, check_budget, edit_of
 from coar.editing.goals import EditGoal
 from coar.editing.ranking import candidates, ranking, welch_t
-from coar.editing.search import ROUNDS, Search, Tried
+from coar.editing.search import PENALTY, ROUNDS, Search, Tried
 from coar.editing.tradeoff import Bound, Objective, Outcome, TradeOff
 from coar.editing.trials import Trials
 from coar.errors import BoundError, GoalError, SettingsError
@@ -195,7 +195,7 @@ def _explore(search: Search, goal: EditGoal, attributions: Attributions, *, step
     """Search among few candidates, and among more where these do not bring the targets where they shall be."""
     budget = search.budget
     for count, most, share in STAGES:
-        search.budget = min(most, budget)
+        search.budget, search.since, search.penalty = min(most, budget), len(search.tried), PENALTY
         free = np.sort(candidates(attributions, goal, count))
         gates = descend(
             search.trials,

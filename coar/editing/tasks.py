@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORGET = Bound(mean=0.003, group=0.03)
-REPAIR = Bound(mean=0.01, group=0.03)  # for groups and shortcuts, which cost some accuracy elsewhere
+REPAIR = Bound(mean=0.01, group=0.05)  # for groups and shortcuts, which cost some accuracy elsewhere
 FIX, FIX_TRADEOFF = Bound(mean=0.003, group=0.03), TradeOff(target_scale=0.5)
 FIX_STEPS, FIX_NEAR = 40, 600  # one target needs few probes, and moves few references that are far from the edge
 

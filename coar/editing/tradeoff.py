@@ -31,7 +31,7 @@ class Bound(Settings):
     """The most accuracy that references may lose on the choosing examples.
 
     Attributes:
-        mean: Share lost on average over groups.
+        mean: Share lost on average over groups, with its standard error added, so that it is likely to hold on others.
         group: Share lost by any one group.
     """
 
@@ -123,9 +123,12 @@ class Objective:
         """Judge (examples,) margins."""
         chosen = self.references
         lost = (self.base[chosen] > 0).astype(float) - (margins[chosen] > 0)
-        by_group = np.bincount(self.group[chosen], lost) / np.bincount(self.group[chosen])
+        group, sizes = self.group[chosen], np.bincount(self.group[chosen])
+        by_group = np.bincount(group, lost) / sizes
         mean, worst = float(by_group.mean()), float(by_group.max())
-        excess = max(mean - self.bound.mean, 0.0) + np.maximum(by_group - self.bound.group, 0).sum()
+        variances = (np.bincount(group, lost**2) / sizes - by_group**2) / sizes
+        error = float(np.sqrt(variances.sum())) / len(sizes)
+        excess = max(mean + error - self.bound.mean, 0.0) + np.maximum(by_group - self.bound.group, 0).sum()
         right = float((margins[self.targets] > 0).mean())
         return Outcome(float(self.values(margins)), right, mean, worst, float(excess))
 
