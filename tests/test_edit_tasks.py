@@ -119,6 +119,28 @@ def test_fix_errors_corrects_what_it_says_it_corrects(case):
     assert result.table["corrected"].mean() >= 0.9
 
 
+@pytest.mark.parametrize(("seed", "possible"), [(1, True), (3, False)])
+def test_errors_are_corrected_only_within_the_bound(tmp_path, seed, possible):
+    """Without the trick all tricked points are right; but with seed 3 one of them is right by the trick alone."""
+    study, judge = replace(planted(), examples=tricked(15, seed)), tricked(40, 2)
+    attributions = fit(coar.collect(study, tmp_path / "r.zarr", masks=60, device="cpu", progress=False))
+    before = margins(study.model, study.examples)
+    wrong = np.flatnonzero(before <= 0)
+    limit = coar.Bound(mean=0, group=0)
+    result = coar.fix_errors(attributions, study.model, study.examples, judge, bound=limit, **QUICK)
+    assert result.table["id"].tolist() == study.examples.metadata["id"][wrong].tolist()
+    assert (result.table["corrected"] == possible).all()
+    assert len(result.edits) == len(result.selections) == (len(wrong) if possible else 0)
+    for edit, i in zip(result.edits, wrong, strict=False):
+        after = margins(edit.apply(study.model), study.examples)
+        assert after[i] > 0
+        assert not ((before > 0) & (after <= 0)).any()
+    if not possible:
+        assert (result.table["components"] == 0).all()
+        assert (result.table["points"] == 0).all()
+        np.testing.assert_allclose(result.table["margin_after"], before[wrong], rtol=1e-5)
+
+
 def test_nothing_to_fix_is_a_goal_error(case):
     study, attributions, _, judge = case
     right = study.examples.subset(margins(study.model, study.examples) > 0)
@@ -158,9 +180,8 @@ def tricked(count, seed):
     return coar.Examples(inputs=inputs, targets=torch.tensor(np.tile(labels, 2)), metadata=columns)
 
 
-@pytest.fixture(scope="module")
-def shortcut(tmp_path_factory):
-    """A net whose hidden neuron 2 alone reads the trick."""
+def planted():
+    """A study of a net whose hidden neuron 2 alone reads the trick."""
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     first = [[2.0, 1.5, 0.0], [-1.5, -2.0, 0.0], [0.0, 0.0, 12.0], [0.1, 0.1, 0.0]]
     last = [[-1.0, 1.0, 2.0, 0.01], [1.0, -1.0, -2.0, 0.01]]
@@ -168,7 +189,12 @@ def shortcut(tmp_path_factory):
         for layer, weight in ((model[0], first), (model[2], last)):
             layer.weight.copy_(torch.tensor(weight))
             layer.bias.zero_()
-    study = coar.Study(model=model, examples=tricked(60, 1), components=coar.neurons(model, exclude="2"))
+    return coar.Study(model=model, examples=tricked(60, 1), components=coar.neurons(model, exclude="2"))
+
+
+@pytest.fixture(scope="module")
+def shortcut(tmp_path_factory):
+    study = planted()
     path = tmp_path_factory.mktemp("shortcut") / "r.zarr"
     return study, fit(coar.collect(study, path, masks=60, device="cpu", progress=False))
 

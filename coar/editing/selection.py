@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
 import numpy as np
@@ -161,7 +161,7 @@ def select(
     _check_options(options, len(attributions.components))
     welch_t(attributions, goal)  # refuses a goal that does not fit before anything is run
     ground = Ground.of(attributions, model, studied, choosing=choosing, device=device, precision=precision)
-    return choose(ground, goal, **options)
+    return replace(choose(ground, goal, **options), passes=ground.passes)
 
 
 def choose(ground: Ground, goal: EditGoal, **options: Unpack[Options]) -> Selection:
