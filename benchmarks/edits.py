@@ -152,7 +152,7 @@ def judged(case: Case, task: str, goal: coar.EditGoal, rule: str) -> dict[str, A
     lost = np.stack([seen[:, references[of == group]].mean(1) for group in np.unique(of)])  # (groups, counts)
     points = 100 * (lost - lost[:, :1])
     others = 100 * (seen.mean(1) - seen[0].mean()) if task == "fix" else points.mean(0)
-    return {
+    found = {
         "components": counts,
         "targets": (100 * targets).tolist(),
         "others_points": others.tolist(),
@@ -161,6 +161,11 @@ def judged(case: Case, task: str, goal: coar.EditGoal, rule: str) -> dict[str, A
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
     }
+    if task == "group":
+        every = goal.groups_of(metadata, np.arange(len(case.judge)))
+        by_group = 100 * np.stack([seen[:, every == group].mean(1) for group in np.unique(every)])  # (groups, counts)
+        found |= {"lowest": by_group.min(0).tolist(), "average": by_group.mean(0).tolist()}
+    return found
 
 
 def kept(file: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -40,6 +40,11 @@ def compared(points: dict[str, dict[str, Any]]) -> Iterator[dict[str, object]]:
         if same >= 0:
             row |= {"components": found["components"][same], "targets": targets[same], "others_points": others[same]}
             row["worst_points"] = found["worst_points"][same]
+            for name in {
+                "lowest",
+                "average",
+            } & found.keys():  # accuracy of the worst group, targets among them, and of all groups
+                row |= {f"{name}_before": found[name][0], name: found[name][same]}
         row["targets_at_same_harm"] = targets[best]
         yield row | {name: found[name] for name in ("passes", "seconds", "cpu_seconds")}
 
@@ -96,6 +101,19 @@ def corrections(rows: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+def groups(rows: pd.DataFrame) -> str:
+    """Say what became of the worst group and of the average over groups, where groups are strengthened."""
+    lines = []
+    of_groups = rows[(rows["task"] == "group") & rows["reached"]]
+    for (pipeline, rule), some in of_groups.groupby(["pipeline", "rule"], sort=False):
+        told = [
+            f"{text} {some[f'{name}_before'].mean():.1f} -> {_told(some[name].mean(), some[name].std(), sign='')} %"
+            for text, name in (("worst group", "lowest"), ("average of groups", "average"))
+        ]
+        lines.append(f"- {pipeline}, {rule}: {', '.join(told)}")
+    return "\n".join(lines) + "\n"
+
+
 def _told(mean: float, spread: float, *, sign: str) -> str:
     if np.isnan(mean):
         return "-"
@@ -122,7 +140,7 @@ def write(folder: Path) -> None:
     for task, some in rows.groupby("task", sort=False):
         some.to_csv(folder / f"{task}.csv", index=False)
         figure(some, str(task)).savefig(folder / f"{task}.png", dpi=130)
-    table = markdown(summary(rows)) + "\n" + corrections(rows)
+    table = markdown(summary(rows)) + "\n" + corrections(rows) + groups(rows)
     (folder / "summary.md").write_text(table)
     print(table)
     print(f"wrote tables and figures into {folder}")

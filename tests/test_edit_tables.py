@@ -12,6 +12,8 @@ RANKED = {
     "targets": [90.0, 40.0, 9.0, 0.0],
     "others_points": [0.0, 0.5, -1.0, -4.0],
     "worst_points": [0.0, -1.0, -5.0, -9.0],
+    "lowest": [80.0, 40.0, 9.0, 0.0],
+    "average": [90.0, 85.0, 80.0, 70.0],
 }
 
 
@@ -21,6 +23,8 @@ def chosen(targets, others):
         "targets": [90.0, targets],
         "others_points": [0.0, others],
         "worst_points": [0.0, others - 2],
+        "lowest": [80.0, targets],
+        "average": [90.0, 88.0],
     }
 
 
@@ -74,6 +78,13 @@ def test_corrections_are_counted_with_their_cost(folder):
     told = edits_report.corrections(edits_report.read(folder))
     assert told.startswith("- toy, verified: 2 of 2 errors corrected (100%), 1 of them at a cost of at most 0.5 points")
     assert "the dearest -0.60" in told
+
+
+def test_groups_are_told_apart_from_the_others(folder):
+    file = folder / "done" / "0-verified.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task": "group", "increase": True}))
+    told = edits_report.groups(edits_report.read(folder))
+    assert told == "- toy, verified: worst group 80.0 -> 10.00 %, average of groups 90.0 -> 88.00 %\n"
 
 
 def test_tables_and_figures_are_written(folder, capsys):

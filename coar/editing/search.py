@@ -158,7 +158,9 @@ class Search:
 
     def _screen(self) -> np.ndarray:
         """Return the examples that tell sets apart: targets, and references near the edge under the leading set."""
-        return self._nearest(np.minimum(self.leading.margins, self.objective.base), *SCREEN)
+        targets, references = SCREEN
+        few = references if self.near is None else min(references, max(self.near // 4, 1))
+        return self._nearest(np.minimum(self.leading.margins, self.objective.base), targets, few)
 
     def _nearest(self, margins: np.ndarray, targets: int, references: int | None) -> np.ndarray:
         """Return the first targets and those references, of all that are tried, whose margins are smallest."""
