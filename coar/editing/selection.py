@@ -184,8 +184,9 @@ def choose(ground: Ground, goal: EditGoal, **options: Unpack[Options]) -> Select
     else:
         with _telling(search, steps, shown=options.get("progress", True)):
             _explore(search, goal, attributions, steps=steps, seed=options.get("seed", 0))
-    best = _confirmed(search, ground.plain)
-    _check_neared(search, best, goal)
+    exact = _confirmed(search, ground.plain)
+    best = exact.best
+    _check_neared(exact if len(exact.tried) > 1 else search, best, goal)
     edit = edit_of(attributions, goal, best.ablated, scores).keep(ground.model)
     passes = ground.passes - spent
     return Selection(edit, search.tried[0].outcome, best.outcome, _steps(search), passes, len(ground.examples))
@@ -248,17 +249,17 @@ def _check_open(objective: Objective, goal: EditGoal) -> None:
         )
 
 
-def _confirmed(search: Search, plain: Trials) -> Tried:
-    """Return the best set within the bound, by float32 and on all examples, whatever the search was done with."""
+def _confirmed(search: Search, plain: Trials) -> Search:
+    """Try the best sets by float32 and on all examples, until one is within the bound there too."""
     if search.trials is plain and search.near is None:
-        return search.best
+        return search
     exact = Search(plain, search.objective, search.budget)
     within = [one for one in search.tried if one.outcome.excess == 0 and one.ablated]
     for one in sorted(within, key=lambda one: one.outcome.value):
         (found,) = exact.try_out([one.ablated])
         if found.outcome.excess == 0:
             break
-    return exact.best
+    return exact
 
 
 def _check_neared(search: Search, best: Tried, goal: EditGoal) -> None:
