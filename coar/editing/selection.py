@@ -250,14 +250,14 @@ def _check_open(objective: Objective, goal: EditGoal) -> None:
 
 
 def _confirmed(search: Search, plain: Trials) -> Search:
-    """Try the best sets by float32 and on all examples, until one is within the bound there too."""
+    """Try the best sets by float32 and on all examples, until one holds there too: within the bound, and of use."""
     if search.trials is plain and search.near is None:
         return search
     exact = Search(plain, search.objective, search.budget)
     within = [one for one in search.tried if one.outcome.excess == 0 and one.ablated]
     for one in sorted(within, key=lambda one: one.outcome.value):
-        (found,) = exact.try_out([one.ablated])
-        if found.outcome.excess == 0:
+        exact.try_out([one.ablated])
+        if exact.best.ablated:
             break
     return exact
 
