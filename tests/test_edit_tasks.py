@@ -141,6 +141,20 @@ def test_errors_are_corrected_only_within_the_bound(tmp_path, seed, possible):
         np.testing.assert_allclose(result.table["margin_after"], before[wrong], rtol=1e-5)
 
 
+def test_edit_that_does_not_correct_its_error_is_none(tmp_path):
+    """Without neuron 1 nothing speaks for either class of point 9: better than before, and still not right."""
+    study, judge = replace(planted(), examples=tricked(15, 7)), tricked(40, 2)
+    attributions = fit(coar.collect(study, tmp_path / "r.zarr", masks=60, device="cpu", progress=False))
+    free = {"bound": coar.Bound(mean=1, group=1), "tradeoff": coar.TradeOff(harm=1e-3), "budget": 1}
+    result = coar.fix_errors(attributions, study.model, study.examples, judge, **free, **QUICK)
+    table = result.table.set_index("id")
+    assert table.loc[9, "margin_before"] < 0
+    assert not table.loc[9, "corrected"]
+    assert table.loc[9, "components"] == 0
+    assert table.drop([9, 13, 24, 28])["corrected"].all()  # those wrong by the trick alone
+    assert len(result.edits) == table["corrected"].sum()
+
+
 def test_nothing_to_fix_is_a_goal_error(case):
     study, attributions, _, judge = case
     right = study.examples.subset(margins(study.model, study.examples) > 0)
