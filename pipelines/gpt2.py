@@ -145,13 +145,13 @@ def model(training_seed: int = 0) -> nn.Module:
             raise SOURCE.unusable(f"the tokenizer has {words} words where the model has {net.config.vocab_size}")
         net.config.use_cache = False
         return net
-    learnt = examples("train")
-    return training.trained(
+    return training.fitted(
         small_gpt2,
-        lambda net: training.fit(net, learnt, RECIPE, loss=next_token_loss),
+        examples("train"),
+        RECIPE,
+        loss=next_token_loss,
         folder=FOLDER,
         seed=training_seed,
-        settings=training.recipe_settings(RECIPE, learnt),
         about="two minutes on one core",
         report=next_tokens_found,
     )

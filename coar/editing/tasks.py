@@ -101,7 +101,8 @@ def forget_class(
 ) -> TaskResult:
     """Make the model fail on one class and leave the others as they are: `reach_goal` with the class as targets.
 
-    The other classes may lose 0.6 points on average on the choosing examples, with the standard error, and none 3, unless `bound` says other.
+    The other classes may lose 0.6 points on average on the choosing examples, standard error included, and none 3,
+    unless `bound` says other.
 
     Args:
         attributions: Attributions of the studied examples.
