@@ -12,14 +12,13 @@ from safetensors.numpy import save_file
 from coar.components import Components, read_component
 from coar.errors import RunError, SettingsError, StorageError, WeightsError
 from coar.store import Run
-from coar.store.fits import GROUP, fit_array, fit_facts, fit_names, read_fit
+from coar.store.fits import FIELDS, fit_array, fit_facts, fit_fields, fit_names, read_fit
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
 BLOCK = 1024  # examples read at a time where all of them are gone through
-FIELDS = ("weight", "intercept", "standard_error", "penalty")
 PREFERRED = ("informed", "ridge", "ols")
 
 
@@ -39,7 +38,7 @@ class _RunSource:
         return read_fit(self.run, self.name, field, *slices)
 
     def fields(self) -> list[str]:
-        return [field for field in FIELDS if f"{GROUP}/{self.name}/{field}" in self.run.group]
+        return fit_fields(self.run, self.name)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from coar.engines import collect, try_probe, worker_of
 from coar.errors import AblationError, SettingsError
 from coar.regression import fit
 from coar.store import Probes, Run
-from coar.store.probes import ROUND, ROUNDS
+from coar.store.layout import ROUND
+from coar.store.probes import ROUNDS
 from coar.study import Study
 from coar.worker import choose_device, device_copy
 

@@ -287,10 +287,10 @@ def test_damaged_description_of_an_array_is_named(fresh, name):
 
 
 def test_damaged_fit_is_deleted_whole(fresh):
-    values = np.arange(22, dtype=np.float32).reshape(2, 11)
-    arrays.write_all(fresh.group, "attributions/ridge/intercept", values[0], "component")
-    arrays.write_all(fresh.group, "attributions/ridge/penalty", values[1], "component")
-    arrays.write_all(fresh.group, "attributions/ols/penalty", values[1], "component")
+    values = np.arange(40, dtype=np.float32).reshape(2, 20)
+    arrays.write_all(fresh.group, "attributions/ridge/intercept", values[0], "example")
+    arrays.write_all(fresh.group, "attributions/ridge/penalty", values[1], "example")
+    arrays.write_all(fresh.group, "attributions/ols/penalty", values[1], "example")
     flipped(fresh.path / "attributions/ridge/penalty/c/0")
     problems = verify(reopened(fresh))
     assert [(problem.chunk, problem.what) for problem in problems] == [("attributions/ridge/penalty/c/0", "damaged")]

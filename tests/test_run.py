@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import zarr
 
 import coar
 from coar.errors import CorruptRunError, IncompleteRunError, RunError
-from coar.store import Unit
+from coar.store import Unit, arrays, verify
 from tests.faults import helpers
 
 FLOAT = {"float32": "NaN", "float64": "NaN"}
@@ -295,6 +296,54 @@ def test_damaged_description_of_an_array(fresh, name, content):
     file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(CorruptRunError, match=name):
         coar.Run.open(fresh.path).array(name)
+
+
+CHANGES = {  # of one description alone, each parsed by Zarr without complaint
+    "outputs": [("shape", [120, 7]), ("shape", [119, 20]), ("chunk", [16, 0]), ("data_type", "float64")],
+    "masks": [("shape", [120, 3]), ("chunk", [16, 1]), ("chunk", [0, 2])],
+    "base_output": [("shape", [2**40]), ("shape", [0]), ("chunk", [7]), ("chunk", [0])],
+    "split": [("chunk", [7]), ("shape", [2**40])],
+    "component/name": [("shape", [2**40]), ("shape", [7])],
+    "component/axis": [("shape", [12]), ("chunk", [2])],
+    "example/id": [("shape", [19]), ("chunk", [0])],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "value"), [(name, *change) for name, changes in CHANGES.items() for change in changes]
+)
+def test_description_that_does_not_fit_the_rest(fresh, name, what, value):
+    found = description(fresh, name)
+    if what == "chunk":
+        found["chunk_grid"]["configuration"]["chunk_shape"] = value
+    else:
+        found[what] = value
+    (fresh.path / name / "zarr.json").write_text(json.dumps(found))
+    changed = coar.Run.open(fresh.path)
+    with pytest.raises(CorruptRunError, match=f"{name}.*copy"):
+        changed.array(name)
+    for attempt in (verify, coar.Run.missing_units, coar.Run.rows_intact):
+        with suppress(CorruptRunError):
+            attempt(changed)  # nothing else is raised, and nothing takes for ever
+
+
+def test_array_that_is_no_part_of_a_run(fresh):
+    arrays.write_all(fresh.group, "weights", np.zeros(3), "mask")
+    with pytest.raises(CorruptRunError, match=r"'weights' .* is no array of a run; take it away"):
+        verify(coar.Run.open(fresh.path))
+
+
+def test_many_chunks_are_listed(tmp_path):
+    """Every file counts once, strays of killed writers and folders do not; how fast is for benchmarks/scale.py."""
+    run = helpers.collect(helpers.study(), tmp_path / "r.zarr", masks=3)
+    folder = run.path / "outputs/c"
+    for i in range(100, 200):
+        (folder / str(i)).mkdir()
+        for j in range(30):
+            (folder / str(i) / str(j)).touch()
+        (folder / str(i) / "0.0123456789abcdef0123456789abcdef.partial").touch()
+    found = arrays.stored_chunks(run.array("outputs"))
+    assert {key for key in found if key[0] >= 100} == {(i, j) for i in range(100, 200) for j in range(30)}
 
 
 def test_creation_cut_short_begins_again(run, fresh):

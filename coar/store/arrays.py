@@ -10,6 +10,7 @@ from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from coar.errors import CorruptRunError
+from coar.store.layout import is_group
 from coar.store.sealed import wait
 
 Chunk = tuple[int, ...]
@@ -40,15 +41,23 @@ def create_array(
     )
 
 
+UNREADABLE = (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
+
+
+def there_is(group: zarr.Group, name: str) -> bool:
+    """Say whether a group has an array or a group of a name; raise `CorruptRunError` when its description is none."""
+    try:
+        return name in group
+    except UNREADABLE as error:
+        raise _damaged(group, name, error) from error
+
+
 def open_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     """Open an array of a run; raise `CorruptRunError` when it is missing or its description is damaged."""
     try:
         found = group[name]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CorruptRunError(
-            f"array {name!r} of {group.store_path} is missing or its zarr.json is damaged ({error}); restore it from a "
-            f"copy, or collect into a new path"
-        ) from error
+    except UNREADABLE as error:
+        raise _damaged(group, name, error) from error
     if not isinstance(found, zarr.Array):
         raise CorruptRunError(f"{name!r} of {group.store_path} is not an array; collect into a new path")
     return found.with_config({"write_empty_chunks": True})
@@ -87,12 +96,11 @@ def write_all(group: zarr.Group, name: str, values: np.ndarray, dimension: str) 
     write(array, values.astype(object) if text else values, slice(None))
 
 
-def array_names(group: zarr.Group) -> list[str]:
-    """Return the paths of all arrays in a group, by one listing; damaged descriptions count as arrays."""
-    listed = wait(_list(group.store, ""))
-    nodes = {name.removesuffix("/zarr.json") for name in listed if name.endswith("/zarr.json")}
-    groups = {name for name in nodes if any(other.startswith(f"{name}/") for other in nodes)}
-    return sorted(nodes - groups)
+def array_names(group: zarr.Group, within: str = "") -> list[str]:
+    """Return the paths of all arrays below a path in a group, by one listing; damaged descriptions count as arrays."""
+    listed = wait(_list(group.store, within))
+    nodes = (name.removesuffix("/zarr.json") for name in listed if name.endswith("/zarr.json"))
+    return sorted(name for name in nodes if not is_group(name))
 
 
 def stored_chunks(array: zarr.Array[Any]) -> set[Chunk]:
@@ -137,6 +145,13 @@ def delete_chunk(array: zarr.Array[Any], key: Chunk) -> None:
 def chunk_path(array: zarr.Array[Any], key: Chunk) -> str:
     """Return a chunk's path inside the run."""
     return "/".join([array.path, "c", *map(str, key)])
+
+
+def _damaged(group: zarr.Group, name: str, error: Exception) -> CorruptRunError:
+    return CorruptRunError(
+        f"array {name!r} of {group.store_path} is missing or its zarr.json is damaged ({error}); restore it from a "
+        f"copy, or collect into a new path"
+    )
 
 
 async def _list(store: Store, prefix: str) -> list[str]:

@@ -4,6 +4,8 @@ import asyncio
 import errno
 import os
 import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -26,6 +28,11 @@ class DurableStore(LocalStore):
             await self._open()
         self._check_writable()
         await asyncio.to_thread(put, self.root / key, value.to_bytes(), exclusive=exclusive)
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """List all files below a folder of the store; several times as fast as Zarr's own, which asks after each."""
+        for file in await asyncio.to_thread(lambda: list(files_below(self.root / prefix))):
+            yield f"{prefix.rstrip('/')}/{file}".lstrip("/")
 
 
 def put(path: Path, content: bytes, *, exclusive: bool = False) -> None:
@@ -72,9 +79,19 @@ def synced() -> bool:
     return os.environ.get(SWITCH) != "0"
 
 
+def files_below(folder: str | Path) -> Iterator[str]:
+    """Yield the paths of all files below a folder, from there; none where there is no folder."""
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from (f"{entry.name}/{file}" for file in files_below(entry.path))
+            else:
+                yield entry.name
+
+
 def sweep(root: Path) -> list[Path]:
     """Delete temporary files that a killed writer left in a run; only for the run's single writer to call."""
-    stray = [path for path in root.rglob("*.partial") if is_stray(path)]
+    stray = [root / file for file in files_below(root) if STRAY.search(file)]
     for path in stray:
         path.unlink()
     return stray

@@ -14,13 +14,14 @@ from coar.store.run import Run
 GROUP = "attributions"
 ATTRIBUTE = "coar"
 CHUNK_BYTES = 8 * 2**20
+FIELDS = ("weight", "intercept", "standard_error", "penalty")
 PER_COMPONENT = ("weight", "standard_error")
 
 
 def fit_names(run: Run) -> list[str]:
     """Return the names of the run's finished fits."""
     with _readable(run, GROUP):
-        if GROUP not in run.group:
+        if not arrays.there_is(run.group, GROUP):
             return []
         names = sorted(cast(zarr.Group, run.group[GROUP]).group_keys())
     return [name for name in names if fit_facts(run, name).get("state") == "ready"]
@@ -34,7 +35,7 @@ def fit_facts(run: Run, name: str) -> dict[str, Any]:
     """
     key = f"{GROUP}/{name}"
     with _readable(run, key):
-        if key not in run.group:
+        if not arrays.there_is(run.group, key):
             return {}
         return dict(cast(dict[str, Any], run.group[key].attrs.get(ATTRIBUTE, {})))
 
@@ -56,14 +57,20 @@ def add_fit_facts(run: Run, name: str, **facts: Any) -> None:
     group.attrs[ATTRIBUTE] = {**fit_facts(run, name), **facts}
 
 
+def fit_fields(run: Run, name: str) -> list[str]:
+    """Return which arrays a fit has, of those that a fit may have."""
+    return [field for field in FIELDS if arrays.there_is(run.group, f"{GROUP}/{name}/{field}")]
+
+
 def fit_array(run: Run, name: str, array: str) -> zarr.Array[Any]:
     """Open an array of a finished fit; raise `RunError` when there is no such fit or array."""
     if fit_facts(run, name).get("state") != "ready":
-        there = ", ".join(fit_names(run)) or "none"
-        raise RunError(f"{run.path} has no finished fit {name!r} (finished: {there}); make it with 'coar fit'")
-    if f"{GROUP}/{name}/{array}" not in run.group:
+        finished = ", ".join(fit_names(run)) or "none"
+        raise RunError(f"{run.path} has no finished fit {name!r} (finished: {finished}); make it with 'coar fit'")
+    key = f"{GROUP}/{name}/{array}"
+    if array not in fit_fields(run, name):
         raise RunError(f"fit {name!r} of {run.path} has no {array}; only regressions have one")
-    return run.array(f"{GROUP}/{name}/{array}")
+    return run.array(key)
 
 
 def read_fit(run: Run, name: str, array: str, *slices: slice) -> np.ndarray:
@@ -89,6 +96,14 @@ def chunk_rows(run: Run) -> int:
     return max(1, min(run.n_examples, CHUNK_BYTES // (4 * run.n_components)))
 
 
+def write_block(run: Run, name: str, examples: slice, **fields: np.ndarray) -> None:
+    """Write whole chunks of a fit that has been begun: (examples, components) or (examples,) values by field."""
+    for field, values in fields.items():
+        array = run.array(f"{GROUP}/{name}/{field}")
+        wide = (slice(None),) if values.ndim == 2 else ()
+        arrays.write(array, values.astype(np.float32), examples, *wide)
+
+
 class FitWriter:
     """Replaces a fit block by block; it counts as made once `finish` has been called.
 
@@ -100,6 +115,7 @@ class FitWriter:
     """
 
     def __init__(self, run: Run, name: str, fields: tuple[str, ...], facts: dict[str, Any]) -> None:
+        self._run, self._name = run, name
         self._facts = {"state": "ready", **facts}
         n, d, rows = run.n_examples, run.n_components, chunk_rows(run)
         self._group = run.group.create_group(
@@ -118,10 +134,7 @@ class FitWriter:
 
     def write(self, examples: slice, **fields: np.ndarray) -> None:
         """Write whole chunks of examples: (examples, components) or (examples,) values by field."""
-        for field, values in fields.items():
-            array = arrays.open_array(self._group, field)
-            wide = (slice(None),) if values.ndim == 2 else ()
-            arrays.write(array, values.astype(np.float32), examples, *wide)
+        write_block(self._run, self._name, examples, **fields)
 
     def finish(self) -> None:
         """Declare the fit made."""

@@ -11,6 +11,7 @@ from coar.errors import CorruptRunError
 from coar.store import arrays
 from coar.store import probes as probing
 from coar.store.disk import sweep
+from coar.store.layout import SUMS
 from coar.store.probes import Probes
 from coar.store.refusals import storage_errors
 from coar.store.run import ROW_COLUMNS, Run
@@ -47,7 +48,13 @@ def verify(run: Run) -> list[Problem]:
     probes = Probes(run)
     expected = probing.ARRAYS if probes.rounds else ()
     for name in sorted({*arrays.array_names(run.group), *expected}):
-        array = run.array(name)
+        try:
+            array = run.array(name, rounds=len(probes.rounds))
+        except CorruptRunError:
+            if not name.startswith("attributions/"):
+                raise
+            problems.append(Problem(name, f"{name}/zarr.json", "damaged", _mended_by(name)))
+            continue
         stored = arrays.stored_chunks(array)
         wanted = _collected(run, probes, name) if name in REMADE_BY_COLLECT else set(arrays.all_chunks(array))
         for key in sorted(stored | wanted):
@@ -88,7 +95,7 @@ def repair(run: Run, problems: list[Problem]) -> list[Problem]:
         if any(problem.array in ROW_COLUMNS for problem in problems):
             now.extend(now.plan)
         for problem in problems:
-            if problem.array in REMADE_BY_COLLECT and problem.what not in ("missing", "partly filled"):
+            if _made_in_chunks(problem.array) and problem.what not in ("missing", "partly filled"):
                 array = now.array(problem.array)
                 key = tuple(int(part) for part in problem.chunk.removeprefix(f"{array.path}/c/").split("/"))
                 arrays.delete_chunk(array, key)
@@ -99,11 +106,18 @@ def repair(run: Run, problems: list[Problem]) -> list[Problem]:
     return [problem for problem in problems if not problem.mended_by]
 
 
+def _made_in_chunks(name: str) -> bool:
+    """Say whether single chunks of an array are made again once they are deleted."""
+    return name in REMADE_BY_COLLECT or name.startswith(f"{SUMS}/")
+
+
 def _mended_by(name: str) -> str:
     if name in REMADE_BY_COLLECT:
         return "coar collect"
     if name.startswith("attributions/"):
         return "coar fit or coar baselines"
+    if name.startswith(f"{SUMS}/"):
+        return "coar fit --worker"
     return "coar verify --repair" if name in ROW_COLUMNS else ""
 
 

@@ -7,10 +7,11 @@ import numpy as np
 
 from coar.errors import CorruptRunError, IncompleteRunError, MismatchError, SettingsError
 from coar.store import arrays
+from coar.store.layout import ROUND, laid_out, unit_forms
 from coar.store.run import Run
 
 SLOTS = 64  # different masks per probe: example n takes that of slot n modulo 64
-ROUND, ROUNDS = 32, 4  # probes per round at most, and rounds that probes are collected in at least
+ROUNDS = 4  # that probes are collected in at least
 CHUNK_BYTES = 64 * 2**20
 ENTRY = "probes"
 MASKS = "stratified"  # how a round draws them
@@ -74,19 +75,17 @@ class Probes:
         """Give the run these rounds, of which it has the first already."""
         if rounds == self.rounds:
             return
-        n, d = self.run.n_examples, self.run.n_components
-        block = max(1, min(self.run.blocks[1], CHUNK_BYTES // (4 * d)))
-        axes = ("round", "example", "component")
-        layout: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]] = {
-            name: ((len(rounds), n, d), (1, block, d), axes) for name in GRADIENTS
-        }
-        layout[OUTPUTS] = ((len(rounds), ROUND, n), (1, ROUND, block), ("round", "probe", "example"))
-        for name, (shape, chunks, dimensions) in layout.items():
-            if name in self.run.group:
+        sizes = self.run.sizes
+        block = max(1, min(sizes.blocks[1], CHUNK_BYTES // (4 * sizes.components)))
+        forms = unit_forms(sizes)
+        for name in ARRAYS:
+            form = forms[name]
+            shape, chunks = laid_out(form, sizes, growing=len(rounds), some=block)
+            if arrays.there_is(self.run.group, name):
                 self.run.array(name).resize(shape)
             else:
                 arrays.create_array(
-                    self.run.group, name, shape=shape, chunks=chunks, dtype="float32", dimensions=dimensions
+                    self.run.group, name, shape=shape, chunks=chunks, dtype=form.dtype, dimensions=form.dimensions
                 )
         self.run.set_entry(ENTRY, {"rounds": list(rounds), "slots": self.slots, "masks": MASKS})
         self.rounds = rounds
@@ -183,7 +182,7 @@ class Probes:
         return sums / np.maximum(counts, 1), counts
 
     def _array(self, name: str) -> Any:
-        return self.run.array(name)
+        return self.run.array(name, rounds=len(self.rounds))
 
 
 def check_probes(total: int) -> int:

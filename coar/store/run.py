@@ -15,7 +15,8 @@ from zarr.storage import StorePath
 from coar.components import Component, Components, read_component
 from coar.errors import CorruptRunError, IncompleteRunError, MismatchError, RunError
 from coar.sampling import Sampler, sampler_from_settings
-from coar.store import arrays
+from coar.store import arrays, layout
+from coar.store.layout import Sizes
 from coar.store.lock import Lock, write_lock
 from coar.store.places import Address, locate, open_store
 from coar.store.plan import Plan, Unit
@@ -83,7 +84,7 @@ class Run:
         if state_of(place) != "ready":
             store = RunStore(open_store(place), place=place, study=fingerprint, creating=True)
             group = zarr.Group(AsyncGroup(GroupMetadata(), StorePath(store)))
-            _create_arrays(group, len(components), len(next(iter(metadata.values()))), blocks, len(rows))
+            _create_arrays(group, Sizes(len(components), len(next(iter(metadata.values()))), blocks), len(rows))
             for field, values in zip(COMPONENT_FIELDS, zip(*components, strict=True), strict=True):
                 arrays.write_all(group, f"component/{field}", np.asarray(values), "component")
             arrays.write_all(group, "component/replacement", replacements.astype(np.float32), "component")
@@ -162,28 +163,40 @@ class Run:
     @cached_property
     def metadata(self) -> dict[str, np.ndarray]:
         """Columns over the examples."""
-        group = self.group["example"]
-        return {name: self.column(f"example/{name}") for name in sorted(group.array_keys())}  # type: ignore[union-attr]
+        names = arrays.array_names(self.group, "example/")
+        return {name.removeprefix("example/"): self.column(name) for name in names}
 
     @cached_property
+    def sizes(self) -> Sizes:
+        """Numbers of components and examples, and the sizes of units."""
+        named = ("component/name", "masks", "base_output", "outputs")
+        return layout.sizes_of(*(arrays.open_array(self.group, name) for name in named))
+
+    @property
     def n_components(self) -> int:
         """Number of components."""
-        return self.array("component/name").shape[0]
+        return self.sizes.components
 
-    @cached_property
+    @property
     def n_examples(self) -> int:
         """Number of examples."""
-        return self.array("base_output").shape[0]
+        return self.sizes.examples
 
-    @cached_property
+    @property
     def blocks(self) -> tuple[int, int]:
         """Masks and examples per unit of work."""
-        masks, examples = self.array("outputs").chunks
-        return masks, examples
+        return self.sizes.blocks
 
-    def array(self, name: str) -> zarr.Array[Any]:
-        """Return one of the run's arrays."""
-        return arrays.open_array(self.group, name)
+    def array(self, name: str, *, rounds: int = 0) -> zarr.Array[Any]:
+        """Return one of the run's arrays, with at least so many rounds of probes where it has such an axis.
+
+        Raises:
+            CorruptRunError: When it is missing, or is described otherwise than the rest of the run needs it.
+        """
+        found = arrays.open_array(self.group, name)
+        rows = 0 if name in ROW_COLUMNS else len(self.plan)  # these are made anew where they are too short
+        layout.check(found, name, self.sizes, least={"mask": rows, "round": rounds})
+        return found
 
     def column(self, name: str) -> np.ndarray:
         """Read a one-dimensional array whole; raise `CorruptRunError` when a chunk of it is missing."""
@@ -214,7 +227,7 @@ class Run:
     def rows_intact(self) -> bool:
         """Say whether everything over the mask axis is there and as long as the plan; a cut extension is not."""
         names = (*ROW_COLUMNS, "outputs", "masks")
-        return all(name in self.group and self.array(name).shape[0] == len(self.plan) for name in names)
+        return all(arrays.there_is(self.group, name) and self.array(name).shape[0] == len(self.plan) for name in names)
 
     def extend(self, plan: Plan) -> None:
         """Give the run the rows of a longer plan; the plan is committed last, so a cut leaves the old one."""
@@ -349,16 +362,13 @@ def _write_row_columns(group: zarr.Group, plan: Plan) -> None:
         arrays.write_all(group, name, column, "mask")
 
 
-def _create_arrays(group: zarr.Group, components: int, examples: int, blocks: tuple[int, int], rows: int) -> None:
-    mask_block, example_block = blocks
-    packed = -(-components // 8)
-    layout: dict[str, tuple[tuple[int, ...], tuple[int, ...], str, tuple[str, ...]]] = {
-        "outputs": ((rows, examples), (mask_block, example_block), "float32", ("mask", "example")),
-        "masks": ((rows, packed), (mask_block, packed), "uint8", ("mask", "byte")),
-        "base_output": ((examples,), (example_block,), "float32", ("example",)),
-    }
-    for name, (shape, chunks, dtype, dimensions) in layout.items():
-        arrays.create_array(group, name, shape=shape, chunks=chunks, dtype=dtype, dimensions=dimensions, overwrite=True)
+def _create_arrays(group: zarr.Group, sizes: Sizes, rows: int) -> None:
+    for name in ("outputs", "masks", "base_output"):
+        form = layout.unit_forms(sizes)[name]
+        shape, chunks = layout.laid_out(form, sizes, growing=rows)
+        arrays.create_array(
+            group, name, shape=shape, chunks=chunks, dtype=form.dtype, dimensions=form.dimensions, overwrite=True
+        )
 
 
 def _short(value: object) -> str:

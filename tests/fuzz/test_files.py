@@ -81,22 +81,36 @@ def changes(draw, document):
     return changed
 
 
-def use(path):
-    """Do all that is done with a run without its study."""
-    run = coar.Run.open(path)
-    verify(run)
-    run.missing_units()
-    Probes(run).missing_units()
-    _ = run.components, run.metadata, run.replacements, fit_names(run)
-    run.outputs(slice(0, 8), slice(0, 8))
-    run.masks(0, 8)
-    coar.load(path)[0].top(2)
-    coar.evaluate(run)
-
-
 def only_own_errors(action, *arguments):
     with contextlib.suppress(CoarError):
         action(*arguments)
+
+
+def use(path):
+    """Do all that is done with a run without its study; what one step refuses, the next may still do."""
+    run = None
+    with contextlib.suppress(CoarError):
+        run = coar.Run.open(path)
+    for step in STEPS if run else ():
+        only_own_errors(step, run)
+
+
+STEPS = [
+    verify,
+    coar.Run.missing_units,
+    coar.Run.rows_intact,
+    lambda run: Probes(run).missing_units(),
+    lambda run: Probes(run).outputs(1, slice(0, 8)),
+    lambda run: Probes(run).gradients([0], slice(0, 8)),
+    lambda run: run.components,
+    lambda run: run.metadata,
+    lambda run: run.replacements,
+    fit_names,
+    lambda run: run.outputs(slice(0, 8), slice(0, 8)),
+    lambda run: run.masks(0, 8),
+    lambda run: coar.load(run.path)[0].top(2),
+    coar.evaluate,
+]
 
 
 NODES = [

@@ -1,0 +1,164 @@
+"""What the arrays of a run look like: made so when it is created, and checked whenever one is opened."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import zarr
+
+from coar.errors import CorruptRunError
+
+ROUND = 32  # probes per round at most
+PANEL = 256  # examples whose sums a fit makes at once
+GROWING = ("mask", "round", "worker", "panel")  # axes whose lengths are not those of the run
+SUMS = "sums"  # the group of what workers add up for a fit
+COLUMNS = {"split": "string", "ablated_fraction": "float64", "component/replacement": "float32"}
+COLUMNS |= {f"component/{name}": "string" for name in ("name", "kind", "site", "side")}
+COLUMNS |= {f"component/{name}": "int64" for name in ("axis", "position", "size")}
+
+
+class Form(NamedTuple):
+    """How an array is laid out.
+
+    Attributes:
+        dimensions: What its axes are.
+        chunks: Entries of a chunk along each axis: a number, `all` of them, or `some`, from one to all.
+        dtype: What its entries are; empty where that may be anything.
+    """
+
+    dimensions: tuple[str, ...]
+    chunks: tuple[int | Literal["all", "some"], ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Lengths of a run's axes, and of its blocks.
+
+    Attributes:
+        components: Number of components.
+        examples: Number of examples.
+        blocks: Masks and examples per unit of work.
+    """
+
+    components: int
+    examples: int
+    blocks: tuple[int, int]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a packed mask."""
+        return -(-self.components // 8)
+
+    def lengths(self) -> dict[str, int]:
+        """Return the length of every axis that does not grow."""
+        d = self.components
+        lengths = {"example": self.examples, "component": d, "byte": self.bytes, "probe": ROUND}
+        return lengths | {"mask or sum": d + 1, "sum": d + 3, "place": PANEL}
+
+
+def unit_forms(sizes: Sizes) -> dict[str, Form]:
+    """Return how the arrays that units are stored in are laid out, by name."""
+    masks, examples = sizes.blocks
+    gradients = Form(("round", "example", "component"), (1, "some", sizes.components), "float32")
+    return {
+        "outputs": Form(("mask", "example"), (masks, examples), "float32"),
+        "masks": Form(("mask", "byte"), (masks, sizes.bytes), "uint8"),
+        "base_output": Form(("example",), (examples,), "float32"),
+        "probe_kept": gradients,
+        "probe_ablated": gradients,
+        "probe_outputs": Form(("round", "probe", "example"), (1, ROUND, "some"), "float32"),
+    }
+
+
+def is_group(name: str) -> bool:
+    """Say whether a path in a run is that of a group, by its name."""
+    first, *rest = name.split("/")
+    return (first in ("component", "example") and not rest) or (first in ("attributions", SUMS) and len(rest) < 2)
+
+
+def form_of(name: str, sizes: Sizes) -> Form | None:
+    """Return how the array of a name is laid out; None for a name that no array of a run has."""
+    d, parts = sizes.components, name.split("/")
+    wide = Form(("example", "component"), ("some", d), "float32")
+    narrow = Form(("example",), ("some",), "float32")
+    forms = unit_forms(sizes) | {
+        "example/*": Form(("example",), ("all",), ""),
+        "attributions/*/weight": wide,
+        "attributions/*/standard_error": wide,
+        "attributions/*/intercept": narrow,
+        "attributions/*/penalty": narrow,
+        f"{SUMS}/*/gram": Form(("worker", "mask or sum", "component"), (1, "some", d), "float64"),
+        f"{SUMS}/*/moments": Form(("panel", "sum", "place"), (1, d + 3, PANEL), "float64"),
+    }
+    for column, dtype in COLUMNS.items():
+        forms[column] = Form(("component" if "/" in column else "mask",), ("all",), dtype)
+    if len(parts) == 3 or parts[0] == "example":
+        parts[1] = "*"
+    return forms.get("/".join(parts))
+
+
+def sizes_of(
+    components: zarr.Array[Any], masks: zarr.Array[Any], base_output: zarr.Array[Any], outputs: zarr.Array[Any]
+) -> Sizes:
+    """Read the sizes of a run off some of its arrays; raise `CorruptRunError` when they contradict each other."""
+    for array, axes in ((components, 1), (masks, 2), (base_output, 1), (outputs, 2)):
+        if array.ndim != axes or not all(chunk >= 1 for chunk in chunks_in(array)):
+            raise _damaged(array, f"{axes} axes and chunks of at least 1")
+    sizes = Sizes(components.shape[0], base_output.shape[0], (chunks_in(outputs)[0], chunks_in(outputs)[1]))
+    if sizes.components < 1 or masks.shape[1] != sizes.bytes:
+        raise _damaged(components, f"as many as fill the {masks.shape[1]} bytes of 'masks'")
+    if sizes.examples < 1 or outputs.shape[1] != sizes.examples:
+        raise _damaged(base_output, f"the {outputs.shape[1]} examples of 'outputs'")
+    return sizes
+
+
+def laid_out(form: Form, sizes: Sizes, *, growing: int, some: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shape and the chunks of an array, given the length of its growing axis and what `some` is."""
+    lengths = sizes.lengths()
+    shape = tuple(lengths.get(axis, growing) for axis in form.dimensions)
+    free = {"some": (some,) * len(shape), "all": shape}
+    return shape, tuple(c if isinstance(c, int) else free[c][i] for i, c in enumerate(form.chunks))
+
+
+def check(array: zarr.Array[Any], name: str, sizes: Sizes, *, least: dict[str, int]) -> None:
+    """Raise `CorruptRunError` unless an array is laid out as the rest of its run needs it.
+
+    Args:
+        array: The array.
+        name: Its path inside the run.
+        sizes: Those of the run.
+        least: Lengths that growing axes have at least.
+    """
+    form = form_of(name, sizes)
+    if form is None:
+        raise CorruptRunError(f"{name!r} of {array.store} is no array of a run; take it away, or restore a copy")
+    if len(form.dimensions) != array.ndim:
+        raise _damaged(array, f"the axes {', '.join(form.dimensions)}")
+    lengths = sizes.lengths()
+    for axis, have, chunk, wanted in zip(form.dimensions, array.shape, chunks_in(array), form.chunks, strict=True):
+        long_enough = have >= least.get(axis, 0) if axis in GROWING else have == lengths[axis]
+        allowed = {"all": chunk == max(1, have), "some": 1 <= chunk <= have}
+        if not long_enough or not (allowed[wanted] if isinstance(wanted, str) else chunk == wanted):
+            length = lengths.get(axis, f"{least.get(axis, 0)} or more")
+            raise _damaged(array, f"a {axis} axis of {length} with {wanted} in a chunk")
+    kind = "string" if isinstance(array.dtype, np.dtypes.StringDType) or array.dtype.kind in "OT" else array.dtype.name
+    if form.dtype not in ("", kind):
+        raise _damaged(array, form.dtype)
+    if array.dtype.kind == "f" and not np.isnan(array.fill_value):
+        raise _damaged(array, "NaN for entries that nobody has written")
+
+
+def chunks_in(array: zarr.Array[Any]) -> tuple[int, ...]:
+    """Return the lengths of an array's chunks; raise `CorruptRunError` when they are not all of a size."""
+    try:
+        return array.chunks
+    except NotImplementedError as error:
+        raise _damaged(array, "chunks of one size") from error
+
+
+def _damaged(array: zarr.Array[Any], expected: str) -> CorruptRunError:
+    return CorruptRunError(
+        f"the description of array {array.path!r} of {array.store} does not fit the run: it says shape {array.shape} "
+        f"of {array.dtype}, and {expected} was expected; restore its zarr.json from a copy"
+    )
