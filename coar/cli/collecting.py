@@ -1,17 +1,15 @@
 """Commands before and while a run is collected: plan and collect."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coar.cli.common import DeviceOption, app, told
+from coar.cli.common import AddressOption, DeviceOption, EngineOption, WorkersOption, app, cluster, share, told
 from coar.errors import SettingsError
 
 if TYPE_CHECKING:
-    from coar.engines import RayCluster
     from coar.planning import Progress
     from coar.store import Run
     from coar.study import Study
@@ -43,9 +41,9 @@ def collect(
     mask_block: Annotated[int | None, typer.Option(help="Masks per unit of work, for a new run.")] = None,
     example_block: Annotated[int | None, typer.Option(help="Examples per unit of work, for a new run.")] = None,
     worker: Annotated[str | None, typer.Option(help="Do one share of the units, as in 3/64: the third of 64.")] = None,
-    engine: Annotated[str, typer.Option(help="local, or ray: workers on a cluster.")] = "local",
-    address: Annotated[str | None, typer.Option(help="The Ray cluster's address [default: start one here].")] = None,
-    workers: Annotated[int, typer.Option(help="Workers on the Ray cluster.")] = 2,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
+    workers: WorkersOption = 2,
     gpus_per_worker: Annotated[float, typer.Option(help="GPUs, or a share of one, for each.")] = 0.0,
 ) -> None:
     """Record the model's outputs under random masks. Run it again to go on, or with more masks to extend the run."""
@@ -58,8 +56,8 @@ def collect(
     study, build = loaded.study(**chosen), partial(_study, pipeline.absolute(), chosen)
     path = run or Path("runs") / f"{loaded.name}-{study.ablation.label}.zarr"
     options: dict[str, Any] = {
-        "worker": _share(worker),
-        "cluster": _cluster(engine, build, address, {"workers": workers, "gpus_per_worker": gpus_per_worker}),
+        "worker": share(worker) or (1, 1),
+        "cluster": cluster(engine, address, study=build, workers=workers, gpus_per_worker=gpus_per_worker),
         "test_masks": loaded.test_masks if test_masks is None else test_masks,
         "test_fractions": loaded.test_fractions if test_fractions is None else _numbers(test_fractions),
         "device": device,
@@ -137,29 +135,6 @@ def _tell(run: "Run") -> None:
     missing = len(run.missing_units()) + len(probes.missing_units())
     far = f"{missing} units left to other workers" if missing else "complete"
     typer.echo(f"{run.path}: {len(run.plan)} masks{also} x {run.n_examples} examples, {far}")
-
-
-def _share(text: str | None) -> tuple[int, int]:
-    if text is None:
-        return 1, 1
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal()):
-        raise SettingsError(f"--worker {text} is no share; write the number of the worker and of all, as in 3/64")
-    return int(number), int(count)
-
-
-def _cluster(
-    engine: str, build: Callable[[], "Study"], address: str | None, resources: dict[str, Any]
-) -> "RayCluster | None":
-    from coar.engines import RayCluster
-
-    if engine not in ("local", "ray"):
-        raise SettingsError(f"unknown engine {engine!r}; choose local or ray")
-    if engine == "ray":
-        return RayCluster(study=build, address=address, **resources)
-    if address is not None:
-        raise SettingsError("--address names a Ray cluster; add --engine ray, or leave it out")
-    return None
 
 
 def _study(pipeline: Path, options: dict[str, Any]) -> "Study":

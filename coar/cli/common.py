@@ -4,14 +4,16 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from coar.errors import CoarError
+from coar.errors import CoarError, SettingsError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from coar.engines import RayCluster
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,6 +31,9 @@ app = typer.Typer(
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run, such as runs/digits-mean.zarr.")]
 PipelineOption = Annotated[Path, typer.Option("--pipeline", help="The pipeline file that the run was collected from.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+EngineOption = Annotated[str, typer.Option(help="local, or ray: workers on a cluster.")]
+AddressOption = Annotated[str | None, typer.Option(help="The Ray cluster's address [default: start one here].")]
+WorkersOption = Annotated[int, typer.Option(help="Workers on the Ray cluster.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write to [default: reports/<run>].")]
 
 
@@ -49,6 +54,29 @@ def told(command: Callable[P, T]) -> Callable[P, T]:
             raise typer.Exit(130) from None
 
     return wrapper
+
+
+def share(text: str | None) -> tuple[int, int] | None:
+    """Read which worker of how many this is."""
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise SettingsError(f"--worker {text} is no share; write the number of the worker and of all, as in 3/64")
+    return int(number), int(count)
+
+
+def cluster(engine: str, address: str | None, **settings: Any) -> "RayCluster | None":
+    """Return the cluster that options name; None for this process."""
+    from coar.engines import RayCluster
+
+    if engine not in ("local", "ray"):
+        raise SettingsError(f"unknown engine {engine!r}; choose local or ray")
+    if engine == "ray":
+        return RayCluster(address=address, **settings)
+    if address is not None:
+        raise SettingsError("--address names a Ray cluster; add --engine ray, or leave it out")
+    return None
 
 
 def show(table: "pd.DataFrame") -> None:

@@ -1,10 +1,26 @@
 """Commands that fit a run and score it: fit, baselines and evaluate."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from coar.cli.common import DeviceOption, OutOption, PipelineOption, RunArgument, app, reports, show, told, written
+from coar.cli.common import (
+    AddressOption,
+    DeviceOption,
+    EngineOption,
+    OutOption,
+    PipelineOption,
+    RunArgument,
+    WorkersOption,
+    app,
+    cluster,
+    reports,
+    share,
+    show,
+    told,
+    written,
+)
+from coar.errors import SettingsError
 
 
 @app.command(epilog="Example: coar fit runs/digits-mean.zarr --method ols")
@@ -16,12 +32,28 @@ def fit(
     probes: Annotated[int | None, typer.Option(help="Use only the first so many probes.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the fit [default: the method].")] = None,
     refit: Annotated[bool, typer.Option("--refit", help="Fit again even when it is there.")] = False,
+    worker: Annotated[str | None, typer.Option(help="Make one share of the sums, as in 3/64, and stop there.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Add up the workers' sums and solve.")] = False,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
+    workers: WorkersOption = 2,
 ) -> None:
     """Fit attributions to a collected run and write them into it."""
     from coar.regression import fit as fit_run
+    from coar.regression import fit_share
     from coar.store import Run
 
-    attributions = fit_run(Run.open(run), method=method, masks=masks, probes=probes, name=name, refit=refit)
+    one, crew = share(worker), cluster(engine, address, workers=workers)
+    if (one is not None) + merge + (crew is not None) > 1:
+        raise SettingsError("--worker, --merge and --engine ray each say who does the work; give one of them")
+    if one is not None:
+        if probes is not None or refit:
+            raise SettingsError("--worker makes sums over masks; give --refit with --merge, and no --probes")
+        fit_share(Run.open(run), one, method=method, masks=masks, name=name)
+        typer.echo(f"{run}: sums of worker {worker} made; once all are, run the same with --merge")
+        return
+    options: dict[str, Any] = {"method": method, "masks": masks, "probes": probes, "name": name, "refit": refit}
+    attributions = fit_run(Run.open(run), **options, merge=merge, cluster=crew)
     facts = attributions.facts["fit"]
     probed = f" and {facts['probes']} probes" if "probes" in facts else ""
     typer.echo(f"{run}: {attributions!r}, fitted on {facts['masks']} masks{probed}")

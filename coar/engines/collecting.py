@@ -94,6 +94,8 @@ def collect(
         raise SettingsError(f"batch size {batch_size} and memory limit {memory_limit} both bound a batch; give one")
     if cluster is not None and worker != (1, 1):
         raise SettingsError("a worker of a job array and a cluster were given; a cluster shares the units out itself")
+    if cluster is not None and cluster.study is None:
+        raise SettingsError("the cluster has no study for its workers; give RayCluster(study=...) what builds it")
     place, among = locate(path), check_worker(worker)
     order = Order(
         wanted=_wanted(study.sampler.ablated_fraction, masks, test_masks, validation_masks, test_fractions),

@@ -33,7 +33,8 @@ class RayCluster(Settings):
     """A Ray cluster whose workers do a run's units; needs the extra `coar[ray]`.
 
     Attributes:
-        study: Builds the study; each worker calls it once. What it imports and reads must be on every machine.
+        study: Builds the study, to collect; each worker calls it once. What it imports and reads must be on every
+            machine. A fit needs none.
         workers: How many workers to ask for; the work begins with the first that finds room.
         address: The cluster, as in `10.0.0.5:6379`, or `auto` for the one this machine belongs to; by default one is
             started on this machine, reachable from it alone, and ended afterwards.
@@ -41,7 +42,7 @@ class RayCluster(Settings):
         gpus_per_worker: GPUs per worker; a fraction puts several on one.
     """
 
-    study: Callable[[], Study]
+    study: Callable[[], Study] | None = None
     workers: int = Field(default=2, ge=1)
     address: str | None = None
     cpus_per_worker: float = Field(default=1.0, ge=0)
@@ -98,7 +99,7 @@ def collect_on_cluster(cluster: RayCluster, run: Run, *, device: str, limits: di
         "probes": bool(stages[0].share),
         "limits": limits,
     }
-    with _connected(cluster) as ray:
+    with connected(cluster) as ray:
         crew = Crew(ray, cluster, job)
         for stage in stages:
             with interrupts() as stopped, Tally(stage, shown=progress) as tally:
@@ -171,7 +172,7 @@ class Crew:
         try:
             self._ray.get(task)
         except exceptions.RayTaskError as error:
-            raise _told(error, unit) from None
+            raise told(error, unit) from None
         except exceptions.RayError as error:
             log.warning("a worker was lost (%s); what it was doing is handed out again", type(error).__name__)
             self._lost[unit] += 1
@@ -198,7 +199,7 @@ class Crew:
 
 
 @contextmanager
-def _connected(cluster: RayCluster) -> Iterator[ModuleType]:
+def connected(cluster: RayCluster) -> Iterator[ModuleType]:
     """Join the cluster, or start one that only this machine can reach; leave what was joined before."""
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # or 'uv run' would send the working directory around
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -247,7 +248,7 @@ def _reach(address: str) -> None:
         ) from None
 
 
-def _told(error: Any, unit: AnyUnit | None) -> CoarError:
+def told(error: Any, unit: AnyUnit | None) -> CoarError:
     """Return what a worker raised: this package's errors as they are, others named."""
     cause = error.cause if isinstance(error.cause, BaseException) else error
     if isinstance(cause, CoarError):

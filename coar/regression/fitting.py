@@ -1,28 +1,31 @@
 """Fits a run: reads it once, solves for every example, and writes the attributions back into it."""
 
-import math
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from coar.attributions import Attributions
+from coar.engines.ray import RayCluster, connected
+from coar.engines.units import check_worker
 from coar.errors import IncompleteRunError, RegressionError, SettingsError
 from coar.evaluation import score
 from coar.progress import progress_bar
+from coar.regression.cluster import ClusterFit
 from coar.regression.informed import informed
 from coar.regression.lasso import SparseFit, sparse
-from coar.regression.ridge import LinearFit, Spectrum, solve
+from coar.regression.ridge import LinearFit, Spectrum, solve_from_moments, solve_from_outputs
+from coar.regression.shares import Shares
 from coar.regression.sums import Gram, accumulate, batches
 from coar.store import Probes, Run
-from coar.store.fits import FitWriter, add_fit_facts, check_name, chunk_rows, fit_facts
+from coar.store.fits import FIELDS, FitWriter, add_fit_facts, check_name, chunk_rows, fit_facts
+from coar.store.lock import worker_lock
 
 METHODS = ("ridge", "ols", "lasso", "informed")
+SHARED = ("ridge", "ols")  # whose sums many workers can make
 MOMENT_BYTES = 256 * 2**20  # of X'Y held at a time; more examples than fit take another reading of the masks
-FIELDS = ("weight", "intercept", "standard_error", "penalty")
 LACKING = {"informed": "penalty", "lasso": "standard_error"}  # what a method does not give
 
 
@@ -34,6 +37,8 @@ def fit(
     probes: int | None = None,
     name: str | None = None,
     refit: bool = False,
+    merge: bool = False,
+    cluster: RayCluster | None = None,
     progress: bool = True,
 ) -> Attributions:
     """Fit one linear model per example from masks to outputs and write it into the run.
@@ -48,13 +53,16 @@ def fit(
         probes: Use only the first so many probes, a whole number of the rounds in which they were collected.
         name: Name of the fit in the run; by default the method.
         refit: Fit again even when the run already holds this fit.
+        merge: Solve from the sums that all workers of a job array have made by `fit_share`.
+        cluster: Make sums and solve on a Ray cluster, for ridge and least squares.
         progress: Show a progress bar.
 
     Returns:
         The attributions, read lazily from the run.
 
     Raises:
-        IncompleteRunError: When units are missing.
+        IncompleteRunError: When units are missing, or workers' sums.
+        EngineError: When the cluster cannot be reached, or its workers cannot do the work.
         RegressionError: When there are fewer than two masks, or too few for least squares, or too few probes; when
             lasso does not converge, or this machine has no room for its Gram matrix.
     """
@@ -64,7 +72,10 @@ def fit(
         run.require_complete()
     rounds = _rounds(run, probes, method)
     rows = _rows(run, masks, none_will_do=rounds > 0)
-    common = {"refit": refit, "progress": progress}
+    common: dict[str, Any] = {"refit": refit, "progress": progress}
+    if merge or cluster is not None:
+        method = _shared_method(method, rounds, rows, run, storing=merge)
+        return _fit(run, method, rows, 0, name or method, **common, merge=merge, cluster=cluster)
     if method != "auto":
         return _fit(run, method, rows, rounds, name or method, **common)
     if not rounds:
@@ -74,6 +85,51 @@ def fit(
         return informed_fit
     ridge_fit = _fit(run, "ridge", rows, 0, "ridge", **common)
     return max(informed_fit, ridge_fit, key=lambda fitted: fitted.facts["fit"]["validation"])
+
+
+def fit_share(
+    run: Run, worker: tuple[int, int], *, method: str = "auto", masks: int | None = None, name: str | None = None
+) -> None:
+    """Make the sums of worker k of n for a fit of ridge or least squares, and store them in the run.
+
+    All workers are given the same settings, in any order or at once; then `fit` with `merge` adds up and solves.
+
+    Args:
+        run: A complete run.
+        worker: k and n, counted from 1.
+        method: As for `fit`.
+        masks: As for `fit`.
+        name: As for `fit`.
+
+    Raises:
+        IncompleteRunError: When units are missing.
+        SettingsError: When the method is another.
+        MismatchError: When the sums are being made by another number of workers.
+        RegressionError: When there are no more masks than components: sums do not help there.
+    """
+    among = check_worker(worker)
+    run.require_complete()
+    rows = _rows(run, masks, none_will_do=False)
+    method = _shared_method(method, _rounds(run, None, method), rows, run, storing=True)
+    shares = Shares(run, check_name(name or method), rows, chunk_rows(run))
+    with worker_lock(run.path, prepared=shares.prepared) as lock:
+        if lock.alone:
+            shares.lay_out(among[1])
+            lock.share()
+        shares.do(among)
+
+
+def _shared_method(method: str, rounds: int, rows: np.ndarray, run: Run, *, storing: bool) -> str:
+    """Return the method of a fit whose work is shared; raise when there is none such."""
+    chosen = "informed" if method == "auto" and rounds else "ridge" if method == "auto" else method
+    if chosen not in SHARED:
+        raise SettingsError(f"{chosen} fits are not shared among workers; choose --method {' or '.join(SHARED)}")
+    if storing and len(rows) <= run.n_components:
+        raise RegressionError(
+            f"{len(rows)} masks and {run.n_components} components were given, and with no more masks than components "
+            f"there is nothing to add up; fit in one process, or on a Ray cluster"
+        )
+    return chosen
 
 
 def _rows(run: Run, masks: int | None, *, none_will_do: bool) -> np.ndarray:
@@ -100,7 +156,16 @@ def _rounds(run: Run, probes: int | None, method: str) -> int:
 
 
 def _fit(
-    run: Run, method: str, rows: np.ndarray, rounds: int, name: str, *, refit: bool, progress: bool
+    run: Run,
+    method: str,
+    rows: np.ndarray,
+    rounds: int,
+    name: str,
+    *,
+    refit: bool,
+    progress: bool,
+    merge: bool = False,
+    cluster: RayCluster | None = None,
 ) -> Attributions:
     if method != "informed" and len(rows) < 2:
         raise RegressionError(
@@ -113,21 +178,61 @@ def _fit(
     known = fit_facts(run, label)
     if refit or {key: known.get(key) for key in facts} != facts or known.get("state") != "ready":
         with run.lock():
-            fields = tuple(field for field in FIELDS if field != LACKING.get(method))
-            solutions: Iterator[tuple[slice, LinearFit | SparseFit]]
-            if method == "informed":
-                learned, solutions = informed(run, rows, rounds, chunk_rows(run))
+            if cluster is not None:
+                _fit_on_cluster(cluster, run, rows, label, facts, progress=progress)
             else:
-                learned, solutions = {}, _solutions(run, rows, method, chunk_rows(run))
-            first = next(solutions)  # what cannot be fitted raises here, before the stored fit is replaced
-            writer = FitWriter(run, label, fields, facts | learned)
-            for examples, result in progress_bar(
-                chain([first], solutions), desc=f"fit {label}", unit="block", shown=progress
-            ):
-                writer.write(examples, **{field: getattr(result, field).numpy() for field in fields})
-            writer.finish()
+                _fit_here(run, rows, rounds, label, facts, merge=merge, progress=progress)
     _validate(run, label)
     return Attributions.open(run, label)
+
+
+def _fit_here(
+    run: Run, rows: np.ndarray, rounds: int, label: str, facts: dict[str, Any], *, merge: bool, progress: bool
+) -> None:
+    """Solve in this process, block by block, and write the fit."""
+    method, step = facts["method"], chunk_rows(run)
+    fields = tuple(field for field in FIELDS if field != LACKING.get(method))
+    shares = Shares(run, label, rows, step) if merge else None
+    learned: dict[str, Any] = {}
+    solutions: Iterator[tuple[slice, LinearFit | SparseFit]]
+    if shares is not None:
+        shares.require()
+        solutions = _merged(shares, method, step, run.n_examples)
+    elif method == "informed":
+        learned, solutions = informed(run, rows, rounds, step)
+    else:
+        solutions = _solutions(run, rows, method, step)
+    first = next(solutions)  # what cannot be fitted raises here, before the stored fit is replaced
+    writer = FitWriter(run, label, fields, facts | learned)
+    for examples, result in progress_bar(chain([first], solutions), desc=f"fit {label}", unit="block", shown=progress):
+        writer.write(examples, **{field: getattr(result, field).numpy() for field in fields})
+    writer.finish()
+    if shares is not None:
+        shares.remove()
+
+
+def _fit_on_cluster(
+    cluster: RayCluster, run: Run, rows: np.ndarray, label: str, facts: dict[str, Any], *, progress: bool
+) -> None:
+    """Have the cluster solve and write blocks of examples."""
+    step = chunk_rows(run)
+    with connected(cluster) as ray:
+        work = ClusterFit(ray, cluster, run, rows, facts["method"])
+        work.decompose()  # what cannot be fitted raises here, before the stored fit is replaced
+        writer = FitWriter(run, label, FIELDS, facts)
+        with progress_bar(total=run.n_examples, desc=f"fit {label}", unit="example", shown=progress) as bar:
+            for examples in work.solve(label, step):
+                bar.update(examples.stop - examples.start)
+        writer.finish()
+
+
+def _merged(shares: Shares, method: str, step: int, examples: int) -> Iterator[tuple[slice, LinearFit]]:
+    """Yield solved blocks of `step` examples from workers' sums."""
+    gram = shares.gram()
+    spectrum = Spectrum.primal(gram)
+    for start in range(0, examples, step):
+        block = slice(start, min(start + step, examples))
+        yield block, solve_from_moments(spectrum, gram, shares.moments(block), method=method)
 
 
 def _validate(run: Run, label: str) -> None:
@@ -160,10 +265,10 @@ def _primal(
     gram: Gram | None = None
     spectrum: Spectrum | None = None
     for block in blocks:
-        gram, moments = accumulate(run, rows, block, gram=gram)
+        gram, moments = accumulate(run, rows, block, gram=gram, step=step)
         spectrum = spectrum or Spectrum.primal(gram)
-        scores = spectrum.scores_primal(gram, moments)
-        yield from _blocks(spectrum, scores, moments.mean(), moments.variation(), method, step, block)
+        for examples, part in _steps(block, step):
+            yield examples, solve_from_moments(spectrum, gram, moments[part], method=method)
 
 
 def _dual(run: Run, rows: np.ndarray, method: str, step: int, blocks: list[slice]) -> Iterator[tuple[slice, LinearFit]]:
@@ -173,16 +278,13 @@ def _dual(run: Run, rows: np.ndarray, method: str, step: int, blocks: list[slice
         parts = list(batches(run, rows, block))
         if spectrum is None:
             spectrum, left = Spectrum.dual(torch.cat([x[:, :-1] for x, _ in parts]))
-        outputs = torch.cat([y for _, y in parts]).double()  # (masks, examples)
-        mean = outputs.mean(0)
-        outputs -= mean
-        yield from _blocks(spectrum, left.T @ outputs, mean, (outputs**2).sum(0), method, step, block)
+        outputs = torch.cat([y for _, y in parts])  # (masks, examples)
+        for examples, part in _steps(block, step):
+            yield examples, solve_from_outputs(spectrum, left, outputs[:, part].contiguous(), method=method)
 
 
-def _blocks(
-    spectrum: Spectrum, scores: Tensor, mean: Tensor, variation: Tensor, method: str, step: int, block: slice
-) -> Iterator[tuple[slice, LinearFit]]:
-    for at in range(0, math.ceil((block.stop - block.start) / step) * step, step):
-        part = slice(at, min(at + step, block.stop - block.start))
-        result = solve(spectrum, scores[:, part], mean[part], variation[part], method=method)
-        yield slice(block.start + part.start, block.start + part.stop), result
+def _steps(block: slice, step: int) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of `step` examples of a block, and where in the block they are."""
+    for start in range(block.start, block.stop, step):
+        stop = min(start + step, block.stop)
+        yield slice(start, stop), slice(start - block.start, stop - block.start)

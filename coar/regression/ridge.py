@@ -74,6 +74,34 @@ class LinearFit:
     penalty: Tensor
 
 
+def check_solvable(spectrum: Spectrum, method: str) -> None:
+    """Raise `RegressionError` when the masks do not support a fit by a method, whatever the outputs are."""
+    rank, components = len(spectrum.eigenvalues), len(spectrum.mean)
+    if not rank:
+        raise RegressionError(
+            f"the {spectrum.count} masks are all alike, so they say nothing; collect more, or ablate more"
+        )
+    if method == "ols" and (rank < components or spectrum.count < components + 2):
+        raise RegressionError(
+            f"least squares needs at least {components + 2} masks for {components} components, and masks that tell "
+            f"them all apart; there are {spectrum.count} masks of rank {rank}: collect more, or use ridge"
+        )
+
+
+def solve_from_moments(spectrum: Spectrum, gram: Gram, moments: Moments, *, method: str) -> LinearFit:
+    """Solve for the examples of some moments, in the primal form; raises as `solve` does."""
+    scores = spectrum.scores_primal(gram, moments)
+    return solve(spectrum, scores, moments.mean(), moments.variation(), method=method)
+
+
+def solve_from_outputs(spectrum: Spectrum, left: Tensor, outputs: Tensor, *, method: str) -> LinearFit:
+    """Solve for (masks, examples) outputs, in the dual form, `left` being its U; raises as `solve` does."""
+    centred = outputs.double()
+    mean = centred.mean(0)
+    centred -= mean
+    return solve(spectrum, left.T @ centred, mean, (centred**2).sum(0), method=method)
+
+
 def solve(spectrum: Spectrum, scores: Tensor, mean: Tensor, variation: Tensor, *, method: str) -> LinearFit:
     """Solve for a block of examples.
 
@@ -88,21 +116,9 @@ def solve(spectrum: Spectrum, scores: Tensor, mean: Tensor, variation: Tensor, *
     Raises:
         RegressionError: When least squares is asked for and the masks do not determine it.
     """
+    check_solvable(spectrum, method)
     values = spectrum.eigenvalues
-    components = len(spectrum.mean)
-    if not len(values):
-        raise RegressionError(
-            f"the {spectrum.count} masks are all alike, so they say nothing; collect more, or ablate more"
-        )
-    if method == "ols":
-        if len(values) < components or spectrum.count < components + 2:
-            raise RegressionError(
-                f"least squares needs at least {components + 2} masks for {components} components, and masks that tell "
-                f"them all apart; there are {spectrum.count} masks of rank {len(values)}: collect more, or use ridge"
-            )
-        grid = torch.zeros(1, dtype=torch.float64)
-    else:
-        grid = PENALTIES * values.mean()
+    grid = torch.zeros(1, dtype=torch.float64) if method == "ols" else PENALTIES * values.mean()
     left_over = grid / (values[:, None] + grid)  # (rank, penalties)
     freedom = spectrum.count - 1 - (1 - left_over).sum(0)  # (penalties,)
     residual = variation[:, None] - scores.T**2 @ (1 - left_over**2)  # (examples, penalties)

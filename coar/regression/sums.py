@@ -1,6 +1,6 @@
 """One streaming pass over a run: the sums that a linear fit needs, in memory that does not grow with the masks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from coar.store import Run
+from coar.store.layout import PANEL
 
 BATCH = 4096  # rows per matrix product: float32 products over so few rows, summed up in float64
 
@@ -26,6 +27,25 @@ class Gram:
     product: Tensor
     total: Tensor
     count: int
+
+    @classmethod
+    def of(cls, run: Run, rows: np.ndarray) -> "Gram":
+        """Read the masks of ascending rows, and no outputs; (components, components) zeros where there are none."""
+        d = run.n_components
+        square = torch.zeros(d + 1, d + 1, dtype=torch.float64)
+        for part in np.array_split(rows, -(-len(rows) // BATCH)) if len(rows) else ():
+            x = _design(run.masks_at(part))
+            square += x.T @ x  # whole numbers below 2**24: exact in float32
+        return cls.cut(square, len(rows))
+
+    @classmethod
+    def cut(cls, square: Tensor, count: int) -> "Gram":
+        """Return the sums in the product of a design with itself, its last column ones."""
+        return cls(square[:-1, :-1].clone(), square[-1, :-1].clone(), count)
+
+    def __add__(self, other: "Gram") -> "Gram":
+        """Return the sums over both designs: whole numbers below 2**53, so the order of adding does not matter."""
+        return Gram(self.product + other.product, self.total + other.total, self.count + other.count)
 
     def scaled(self, factors: Tensor) -> "Gram":
         """Return the sums of a design whose columns are multiplied by (components,) factors."""
@@ -54,6 +74,16 @@ class Moments:
     shift: Tensor
     count: int
 
+    def __getitem__(self, part: slice) -> "Moments":
+        """Return those of some of the examples."""
+        return Moments(self.product[:, part], self.total[part], self.square[part], self.shift[part], self.count)
+
+    @staticmethod
+    def joined(parts: "Sequence[Moments]") -> "Moments":
+        """Return those of several blocks of examples, one after another."""
+        product, total, square, shift = zip(*((p.product, p.total, p.square, p.shift) for p in parts), strict=True)
+        return Moments(torch.cat(product, 1), torch.cat(total), torch.cat(square), torch.cat(shift), parts[0].count)
+
     def mean(self) -> Tensor:
         """Return the (examples,) mean outputs."""
         return self.shift + self.total / self.count
@@ -81,10 +111,8 @@ def batches(run: Run, rows: np.ndarray, examples: slice) -> Iterator[tuple[Tenso
 
     def load(start: int) -> tuple[Tensor, Tensor]:
         wanted = rows[(rows >= start) & (rows < start + step)]
-        masks, outputs = torch.from_numpy(run.masks_at(wanted)), torch.from_numpy(run.outputs_at(wanted, examples))
-        design = torch.ones(len(masks), masks.shape[1] + 1)
-        design[:, :-1] = masks
-        return design, outputs
+        masks, outputs = run.masks_at(wanted), torch.from_numpy(run.outputs_at(wanted, examples))
+        return _design(masks), outputs
 
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(load, starts[0])
@@ -95,25 +123,64 @@ def batches(run: Run, rows: np.ndarray, examples: slice) -> Iterator[tuple[Tenso
             yield batch
 
 
-def accumulate(run: Run, rows: np.ndarray, examples: slice, *, gram: Gram | None = None) -> tuple[Gram, Moments]:
+def panels(examples: slice, step: int) -> list[slice]:
+    """Cut a slice of examples into blocks of `step`, and each of these into panels.
+
+    Sums are made by panels whoever makes them, so that they are the same bits however work is shared.
+    """
+    edges = range(examples.start, examples.stop, step)
+    blocks = [range(edge, min(edge + step, examples.stop)) for edge in edges]
+    return [slice(at, min(at + PANEL, block.stop)) for block in blocks for at in block[::PANEL]]
+
+
+def accumulate(
+    run: Run, rows: np.ndarray, examples: slice, *, gram: Gram | None = None, step: int | None = None
+) -> tuple[Gram, Moments]:
     """Read rows once and return the masks' Gram matrix (unless it is given) and the examples' moments.
 
     A column of ones stands beside the masks, so that the same products give the column sums.
+
+    Args:
+        run: The run to read.
+        rows: Row numbers, ascending.
+        examples: Which examples.
+        gram: The masks' sums, where they are known.
+        step: Examples that are solved together, where that is fewer: panels end there, whatever `examples` is.
     """
     d, n = run.n_components, len(range(run.n_examples)[examples])
     square = torch.zeros(d + 1, d + 1, dtype=torch.float64)
     product = torch.zeros(d + 1, n, dtype=torch.float64)
-    squares = torch.zeros(1, n, dtype=torch.float64)
-    part, shift = torch.empty(d + 1, n), torch.zeros(n)
-    for number, (x, y) in enumerate(batches(run, rows, examples)):
-        if number == 0:
-            shift = y.mean(0)
-        y.sub_(shift)
-        ones = x[:, -1:].T  # (1, rows)
+    squares, shift = torch.zeros(n, dtype=torch.float64), torch.zeros(n)
+    for number, (x, outputs) in enumerate(batches(run, rows, examples)):
         if gram is None:
             square += x.T @ x  # whole numbers below 2**24: exact in float32
-        product += torch.mm(x.T, y, out=part)
-        squares += ones @ y.square_()
+        for panel in panels(slice(0, n), step or n):
+            y = outputs[:, panel].contiguous()
+            if number == 0:
+                shift[panel] = y.mean(0)
+            y -= shift[panel]
+            product[:, panel] += x.T @ y
+            squares[panel] += x[:, -1] @ y.square_()
     if gram is None:
-        gram = Gram(square[:d, :d].clone(), square[d, :d].clone(), len(rows))
-    return gram, Moments(product[:d], product[d], squares[0], shift.double(), len(rows))
+        gram = Gram.cut(square, len(rows))
+    return gram, Moments(product[:d], product[d], squares, shift.double(), len(rows))
+
+
+def moments_of(run: Run, rows: np.ndarray, panel: slice) -> Moments:
+    """Read rows once and return the moments of one panel, and nothing of the masks alone."""
+    known = Gram(torch.empty(0), torch.empty(0), len(rows))
+    return accumulate(run, rows, panel, gram=known)[1]
+
+
+def dealt_rows(run: Run, rows: np.ndarray, share: tuple[int, int]) -> np.ndarray:
+    """Return the rows whose masks worker k of n adds up, counted from 0: every n-th block of masks."""
+    at, count = share
+    mine: np.ndarray = rows[rows // run.blocks[0] % count == at]
+    return mine
+
+
+def _design(masks: np.ndarray) -> Tensor:
+    """Return (rows, components) masks as float32, and a column of ones beside them."""
+    design = torch.ones(len(masks), masks.shape[1] + 1)
+    design[:, :-1] = torch.from_numpy(masks)
+    return design
