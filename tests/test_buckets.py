@@ -1,5 +1,7 @@
 """Runs in an object store: the same as on a disk, whatever the network does."""
 
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from coar.store.places import Address, locate
 from tests import buckets
 from tests.faults import helpers
 
+ROOT = Path(__file__).parents[1]
 ASKED = {"masks": 100, "test_masks": 20, "probes": 8}
 
 
@@ -220,6 +223,28 @@ def test_store_that_goes_away_in_mid_run(run, bucket, proxy, monkeypatch):
     assert sum(key.startswith("outputs/c/") for key in stored) == 4
     helpers.collect(helpers.study(), f"{bucket}/r.zarr", **ASKED)
     assert helpers.differing(objects(f"{bucket}/r.zarr"), helpers.files(run.path)) == []
+
+
+@pytest.mark.slow  # each of two processes imports torch
+@pytest.mark.parametrize("lengths", [(100, 100), (60, 100), (100, 60)])
+@pytest.mark.parametrize("trial", range(2))
+def test_two_drivers_at_once(run, bucket, lengths, trial):
+    """Nothing keeps them apart; what one of them may have cut short, the next collect makes good."""
+    address = f"{bucket}/r.zarr".replace("[", "-").replace("]", "")
+    command = [sys.executable, "-m", "tests.faults.shares", "1", "1", address]
+    started = [
+        subprocess.Popen([*command, str(masks)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for masks in lengths
+    ]
+    for process in started:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, said
+    made = helpers.collect(helpers.study(), address, **ASKED)
+    assert helpers.differing(chunks_of(objects(address)), helpers.chunks(run.path)) == []
+    assert verify(made) == []
+
+
+def chunks_of(found):
+    return {key: content for key, content in found.items() if "/c/" in key}
 
 
 ADDRESSES = {

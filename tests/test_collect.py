@@ -1,6 +1,7 @@
 """Collecting: every number is the model's, going on changes nothing that is there, and mistakes are named."""
 
 import json
+import math
 import shutil
 from copy import deepcopy
 from dataclasses import replace
@@ -380,3 +381,14 @@ def test_progress_is_shown_when_asked(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     collect(study(), tmp_path / "loud.zarr", masks=20, progress=True)
     assert "100%" in capsys.readouterr().err
+
+
+def test_blocks_grow_with_a_run_that_would_have_too_many_units():
+    from coar.engines.collecting import _blocks
+
+    assert _blocks(5_000, 500, None, None) == (64, 500)
+    assert _blocks(5_000, 700, None, None) == (64, 350)  # of a size
+    assert _blocks(10**6, 10**6, None, 100) == (4096, 100)
+    for masks, examples in ((10**6, 10**6), (10**6, 300), (64, 10**6), (10**7, 10**4)):
+        height, width = _blocks(masks, examples, None, None)
+        assert math.ceil(masks / height) * math.ceil(examples / width) <= 131_072

@@ -47,7 +47,6 @@ def collect(
     gpus_per_worker: Annotated[float, typer.Option(help="GPUs, or a share of one, for each.")] = 0.0,
 ) -> None:
     """Record the model's outputs under random masks. Run it again to go on, or with more masks to extend the run."""
-    from coar.engines import MASK_BLOCK
     from coar.engines import collect as collect_run
     from coar.pipeline import load_pipeline
 
@@ -66,7 +65,7 @@ def collect(
         "batch_size": batch_size,
         "memory_limit": memory_limit,
         "compile": compiled,
-        "mask_block": MASK_BLOCK if mask_block is None else mask_block,
+        "mask_block": mask_block,
         "example_block": example_block,
     }
     if until is not None or until_flat:

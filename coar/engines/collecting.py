@@ -22,6 +22,8 @@ from coar.worker import CHOICES, choose_device, device_copy
 
 MASK_BLOCK = 64  # masks per unit: seconds of work, so that an interruption costs little
 EXAMPLE_BLOCK = 512  # examples per unit at most
+MOST_UNITS = 2**17  # beyond which blocks grow: each unit is an object to list and a task to hand out
+LARGEST = 4096  # masks per unit, and examples, however many there are
 
 
 def collect(
@@ -37,7 +39,7 @@ def collect(
     precision: str = "float32",
     precision_tolerance: float = 0.05,
     batch_size: int | None = None,
-    mask_block: int = MASK_BLOCK,
+    mask_block: int | None = None,
     example_block: int | None = None,
     memory_limit: int | str | None = None,
     compile: bool = False,  # noqa: A002
@@ -64,8 +66,10 @@ def collect(
             standard deviation over masks.
         batch_size: Most examples per forward pass; by default at most 128 on a CPU, 512 on CUDA, 256 on MPS, and what
             is measured to be fastest, which may be several masks per forward pass.
-        mask_block: Masks per unit of work; fixed when the run is created.
-        example_block: Examples per unit of work; fixed when the run is created; by default at most 512.
+        mask_block: Masks per unit of work; fixed when the run is created; by default 64, and more in a run that would
+            have more than 131,072 units.
+        example_block: Examples per unit of work; fixed when the run is created; by default at most 512, or more as
+            above.
         memory_limit: Bytes, or text such as `4GiB`, that activations may take, measured on some examples; by default
             80 % of what is free on a CUDA device, and no limit elsewhere. Give this or a batch size.
         compile: Compile the model, if that is faster on the first unit; a warning says why where it fails.
@@ -97,10 +101,12 @@ def collect(
     if cluster is not None and cluster.study is None:
         raise SettingsError("the cluster has no study for its workers; give RayCluster(study=...) what builds it")
     place, among = locate(path), check_worker(worker)
+    wanted = _wanted(study.sampler.ablated_fraction, masks, test_masks, validation_masks, test_fractions)
+    total = sum(count for count in wanted.values() if isinstance(count, int))  # `Plan` refuses what is no number
     order = Order(
-        wanted=_wanted(study.sampler.ablated_fraction, masks, test_masks, validation_masks, test_fractions),
+        wanted=wanted,
         probes=check_probes(probes),
-        blocks=(mask_block, example_block or _balanced(len(study.examples))),
+        blocks=_blocks(total, len(study.examples), mask_block, example_block),
         precision=precision,
         tolerance=precision_tolerance,
     )
@@ -152,8 +158,15 @@ def _work_off(runner: UnitRunner, stage: Stage, run: Run, *, progress: bool, mor
                 raise tally.interrupted(run)
 
 
-def _balanced(examples: int) -> int:
-    return math.ceil(examples / math.ceil(examples / EXAMPLE_BLOCK))
+def _blocks(masks: int, examples: int, mask_block: int | None, example_block: int | None) -> tuple[int, int]:
+    """Return masks and examples per unit: as given, else as usual, else so many that units do not get too many."""
+    width, height = EXAMPLE_BLOCK, MASK_BLOCK
+    while math.ceil(masks / height) * math.ceil(examples / width) > MOST_UNITS and (height, width) != (LARGEST,) * 2:
+        if height <= width and height < LARGEST:
+            height *= 2
+        else:
+            width *= 2
+    return mask_block or height, example_block or math.ceil(examples / math.ceil(examples / width))
 
 
 def _wanted(

@@ -123,7 +123,8 @@ class Crew:
         self._job = job
         self._kind = ray.remote(RayWorker).options(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
         self._actors: set[Any] = set()
-        self._ready: set[Any] = set()
+        self._load: dict[Any, int] = {}  # units in hand, by worker that is ready
+        self._by_load: list[dict[Any, None]] = [{} for _ in range(AHEAD + 1)]  # these workers, longest so first
         self._doing: dict[Any, tuple[Any, AnyUnit | None]] = {}  # by task: who does which unit, None while building
         self._lost: Counter[AnyUnit | None] = Counter()  # workers, by what they were doing
         self._began = time.monotonic()
@@ -133,21 +134,26 @@ class Crew:
     def work_off(self, stage: Stage, stopped: Callable[[], bool]) -> Iterator[AnyUnit]:
         """Yield each missing unit once it is stored; after a stop, those in hand."""
         queue = deque(stage.missing)
-        while (queue and not stopped()) or any(unit is not None for _, unit in self._doing.values()):
+        in_hand = 0
+        while (queue and not stopped()) or in_hand:
             while queue and not stopped() and (free := self._freest()) is not None:
                 unit = queue.popleft()
                 self._doing[free.do.remote(unit, len(queue) + 1)] = (free, unit)
-            done, _ = self._ray.wait(list(self._doing), num_returns=1, timeout=1.0)
-            for task in done:
+                self._has(free, self._load[free] + 1)
+                in_hand += 1
+            for task in self._finished():
                 actor, finished = self._doing.pop(task)
+                in_hand -= finished is not None
                 if self._succeeded(task, actor, finished):
                     if finished is None:
-                        self._ready.add(actor)
+                        self._has(actor, 0)
                     else:
+                        if actor in self._load:  # not lost since
+                            self._has(actor, self._load[actor] - 1)
                         yield finished
                 elif finished is not None:
                     queue.appendleft(finished)
-            if not self._ready and time.monotonic() - self._began > STARTING:
+            if not self._load and time.monotonic() - self._began > STARTING:
                 raise self._nobody()
 
     def dismiss(self) -> None:
@@ -161,10 +167,24 @@ class Crew:
         self._doing[actor.build.remote()] = (actor, None)
 
     def _freest(self) -> Any:
-        """Return the worker with the fewest units in hand; None when all have enough."""
-        load = Counter(actor for actor, unit in self._doing.values() if unit is not None)
-        free = [actor for actor in self._ready if load[actor] < AHEAD]
-        return min(free, key=lambda actor: load[actor], default=None)
+        """Return a worker with the fewest units in hand; None when all have enough."""
+        return next((next(iter(workers)) for workers in self._by_load[:AHEAD] if workers), None)
+
+    def _has(self, actor: Any, units: int | None) -> None:
+        """Note how many units a worker has in hand; None when it is lost."""
+        before = self._load.pop(actor, None)
+        if before is not None:
+            del self._by_load[before][actor]
+        if units is not None:
+            self._load[actor] = units
+            self._by_load[units][actor] = None
+
+    def _finished(self) -> list[Any]:
+        """Wait for a task, and return all that are done: a look at many costs little more than one at a few."""
+        tasks = list(self._doing)
+        self._ray.wait(tasks, num_returns=1, timeout=1.0)
+        done: list[Any] = self._ray.wait(tasks, num_returns=len(tasks), timeout=0)[0]
+        return done
 
     def _succeeded(self, task: Any, actor: Any, unit: AnyUnit | None) -> bool:
         """Say whether a task is done; what a worker raises is raised here, and a lost worker is built anew."""
@@ -184,7 +204,7 @@ class Crew:
                 ) from error
             if actor in self._actors:  # lost with one unit or several, it is replaced once
                 self._actors.discard(actor)
-                self._ready.discard(actor)
+                self._has(actor, None)
                 self._engage()
             return False
         self._lost[unit] = 0

@@ -1,4 +1,7 @@
-"""One worker of a job array, or one of several that create a run at once: `python -m tests.faults.shares K N PATH`."""
+"""One worker of a job array, or one of several that create a run at once.
+
+`python -m tests.faults.shares K N PATH [MASKS]` does the K-th of N shares of a run, by default of 100 training masks.
+"""
 
 import sys
 
@@ -8,8 +11,9 @@ ASKED = {"masks": 100, "test_masks": 20, "probes": 8}
 
 
 def main() -> None:
-    number, count, path = sys.argv[1:]
-    collect(study(), path, **ASKED, worker=(int(number), int(count)))
+    number, count, path, *masks = sys.argv[1:]
+    asked = ASKED | {"masks": int(masks[0])} if masks else ASKED
+    collect(study(), path, **asked, worker=(int(number), int(count)))
 
 
 if __name__ == "__main__":
