@@ -1,5 +1,6 @@
 """Many processes on one run, each with its share of the units, and how far they are."""
 
+import json
 import re
 import subprocess
 import sys
@@ -157,6 +158,32 @@ def test_what_watching_says(tmp_path):
     write_metrics(Glance(4, 10, 0.5), tmp_path / "m" / "coar.prom")
     lines = [line for line in (tmp_path / "m" / "coar.prom").read_text().splitlines() if not line.startswith("#")]
     assert lines == ["coar_units_stored 4", "coar_units_planned 10", "coar_units_per_second 0.5"]
+
+
+def test_what_is_known_of_held_out_masks_is_said(tmp_path):
+    made = helpers.collect(helpers.study(), tmp_path / "r.zarr", **ASKED, validation_masks=40)
+    assert [glance.correlation for glance in watched(made.path, every=None)] == [None]
+    kept = coar.fit(made, method="ridge", progress=False).facts["fit"]["validation"]
+    (glance,) = watched(made.path, every=None)
+    assert glance.correlation == kept
+    assert f"held-out correlation {kept:.3f}" in str(glance)
+    write_metrics(glance, tmp_path / "coar.prom")
+    assert f"coar_held_out_correlation {kept:.6g}" in (tmp_path / "coar.prom").read_text()
+
+
+def test_log_has_a_line_of_json_per_unit(digits, tmp_path):
+    log = tmp_path / "logs" / "collect.jsonl"
+    words = ["collect", ROOT / "pipelines/digits.py", "--run", tmp_path / "r.zarr", "--masks", 130, "--test-masks", 0]
+    done = CliRunner().invoke(
+        app, [*map(str, words), "--ablation", "zero", "--batch-size", "512", "--log-file", str(log)]
+    )
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    stored = [line for line in lines if "unit" in line]
+    assert [line["unit"] for line in stored] == [[0, 0], [1, 0], [2, 0]]
+    assert [(line["done"], line["units"]) for line in stored] == [(1, 3), (2, 3), (3, 3)]
+    assert {"time", "level", "from", "message"} <= lines[0].keys()
+    assert "stored unit" not in done.output
 
 
 def test_commands(run, tmp_path):

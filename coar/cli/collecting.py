@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coar.cli.common import AddressOption, DeviceOption, EngineOption, WorkersOption, app, cluster, share, told
+from coar.cli.common import (
+    AddressOption,
+    DeviceOption,
+    EngineOption,
+    WorkersOption,
+    app,
+    cluster,
+    log_into,
+    share,
+    told,
+)
 from coar.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -44,12 +54,15 @@ def collect(
     engine: EngineOption = "local",
     address: AddressOption = None,
     workers: WorkersOption = 2,
+    log_file: Annotated[Path | None, typer.Option(help="Append what happens to a file, as lines of JSON.")] = None,
     gpus_per_worker: Annotated[float, typer.Option(help="GPUs, or a share of one, for each.")] = 0.0,
 ) -> None:
     """Record the model's outputs under random masks. Run it again to go on, or with more masks to extend the run."""
     from coar.engines import collect as collect_run
     from coar.pipeline import load_pipeline
 
+    if log_file is not None:
+        log_into(log_file)
     loaded = load_pipeline(pipeline)
     chosen = {"ablation": ablation, "ablated_fraction": ablated_fraction, "seed": seed}
     study, build = loaded.study(**chosen), partial(_study, pipeline.absolute(), chosen)

@@ -1,14 +1,17 @@
 """What all commands share: the application, their common options, and how they print."""
 
 import functools
+import json
 import logging
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
 from coar.errors import CoarError, SettingsError
+from coar.store.refusals import storage_errors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,6 +80,29 @@ def cluster(engine: str, address: str | None, **settings: Any) -> "RayCluster | 
     if address is not None:
         raise SettingsError("--address names a Ray cluster; add --engine ray, or leave it out")
     return None
+
+
+class JsonLines(logging.Formatter):
+    """A line of JSON per event: time, level, where from, message, and the unit, where one was stored or lost."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {"time": when, "level": record.levelname, "from": record.name, "message": record.getMessage()}
+        return json.dumps(line | {key: vars(record)[key] for key in ("unit", "done", "units") if key in vars(record)})
+
+
+def log_into(path: Path) -> None:
+    """Append what happens to a file, as lines of JSON; raise `StorageError` when the disk refuses."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path)
+    handler.setFormatter(JsonLines())
+    logger = logging.getLogger("coar")
+    logger.addHandler(handler)
+    for shown in logging.getLogger().handlers:
+        shown.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
 
 
 def show(table: "pd.DataFrame") -> None:

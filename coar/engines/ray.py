@@ -194,7 +194,8 @@ class Crew:
         except exceptions.RayTaskError as error:
             raise told(error, unit) from None
         except exceptions.RayError as error:
-            log.warning("a worker was lost (%s); what it was doing is handed out again", type(error).__name__)
+            about = {"unit": list(unit) if unit else None}
+            log.warning("a worker was lost (%s); its work is handed out again", type(error).__name__, extra=about)
             self._lost[unit] += 1
             if self._lost[unit] >= TRIES:
                 raise EngineError(

@@ -160,6 +160,8 @@ class Tally:
     def add(self, unit: AnyUnit) -> None:
         """Count a unit that has been stored."""
         self.done += 1
+        about = {"unit": list(unit), "done": self.done, "units": len(self._share)}
+        log.debug("stored unit of %ss", self._noun, extra=about)
         self.bar.update(min(self._share[unit], self._total - self.bar.n))  # shares are fractions: the sum may round up
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coar.errors import SettingsError
+from coar.store.fits import fit_facts, fit_names
 from coar.store.places import Address
 from coar.store.probes import Probes
 from coar.store.refusals import storage_errors
@@ -21,11 +22,14 @@ class Glance:
         done: Units that are stored, of masks and of probes.
         units: Units it shall have.
         rate: Units per second since the first glance; None at that, and while nothing has been stored since.
+        correlation: Mean correlation of the best of the run's fits with outputs under masks that none was fitted on,
+            as fitting measured it on validation masks; None where there are none.
     """
 
     done: int
     units: int
     rate: float | None
+    correlation: float | None = None
 
     @property
     def seconds_left(self) -> float | None:
@@ -34,6 +38,8 @@ class Glance:
 
     def __str__(self) -> str:
         share = f"{self.done} of {self.units} units"
+        if self.correlation is not None:
+            share += f", held-out correlation {self.correlation:.3f}"
         if self.seconds_left is None or self.rate is None or self.done == self.units:
             return share
         ending = time.strftime("%d %b %H:%M:%S", time.localtime(time.time() + self.seconds_left))
@@ -76,6 +82,12 @@ def write_metrics(glance: Glance, path: Path) -> None:
             "# TYPE coar_units_per_second gauge",
             f"coar_units_per_second {glance.rate:.6g}",
         ]
+    if glance.correlation is not None:
+        lines += [
+            "# HELP coar_held_out_correlation Mean correlation of the best fit on validation masks.",
+            "# TYPE coar_held_out_correlation gauge",
+            f"coar_held_out_correlation {glance.correlation:.6g}",
+        ]
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,4 +101,6 @@ def _glance(place: Path | Address, since: tuple[int, float] | None) -> Glance:
     units = len(run.units()) + len(probes.units())
     done = units - len(run.missing_units()) - len(probes.missing_units())
     grown = done - since[0] if since else 0
-    return Glance(done, units, grown / (time.monotonic() - since[1]) if since and grown > 0 else None)
+    rate = grown / (time.monotonic() - since[1]) if since and grown > 0 else None
+    known = (fit_facts(run, name).get("validation") for name in fit_names(run))
+    return Glance(done, units, rate, max((value for value in known if value is not None), default=None))
