@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -176,6 +178,60 @@ def test_unreachable_cluster_is_told_at_once(tmp_path):
         on_cluster(tmp_path / "r.zarr", address=f"127.0.0.1:{free_port()}")
     with pytest.raises(EngineError, match="no address of a Ray cluster"):
         on_cluster(tmp_path / "r.zarr", address="somewhere")
+
+
+SOCKETS = """
+import os
+from pathlib import Path
+
+import ray
+
+from coar.engines import RayCluster
+from coar.engines.ray import connected
+
+
+def parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def mine(pid):
+    while pid > 1 and pid != os.getpid():
+        pid = parent(pid)
+    return pid == os.getpid()
+
+
+def links(pid):
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            yield os.readlink(link)
+        except OSError:
+            continue
+
+
+with connected(RayCluster(workers=1)):
+    ray.get(ray.remote(lambda: None).remote())
+    owned = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            owned |= set(links(folder.name)) if mine(int(folder.name)) else set()
+        except OSError:
+            continue
+    for kind in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]:
+            parts = line.split()
+            if parts[3] == "0A" and f"socket:[{parts[9]}]" in owned:
+                print("listens", parts[1].partition(":")[0])
+"""
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux to see who listens")
+def test_a_cluster_of_ones_own_is_reached_from_this_machine_alone():
+    said = subprocess.run([sys.executable, "-c", SOCKETS], capture_output=True, text=True, check=True, timeout=120)
+    listening = {line.split()[1] for line in said.stdout.splitlines() if line.startswith("listens")}
+    assert listening
+    assert listening <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
 def test_without_ray(tmp_path, monkeypatch):

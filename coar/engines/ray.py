@@ -6,7 +6,7 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 REACHING = 10.0  # seconds for a cluster's address to answer
 STARTING = 300.0  # seconds for the first worker to be placed, and to build its study
 AHEAD = 2  # units that a worker has in hand: one to do, and one to go on with
+LOOPBACK = "127.0.0.1"
 TRIES = 5  # workers that may be lost on one unit, or in a row before they are ready
 
 
@@ -237,11 +238,12 @@ def connected(cluster: RayCluster) -> Iterator[ModuleType]:
     if cluster.address is None:
         processors = max(os.cpu_count() or 1, int(cluster.workers * cluster.cpus_per_worker + 0.999))
         settings |= {"address": "local", "num_cpus": processors, "include_dashboard": False}
-        settings |= {"_node_ip_address": "127.0.0.1"}
+        settings |= {"_node_ip_address": LOOPBACK}
     else:
         settings |= {"address": cluster.address}
     try:
-        ray.init(**settings)
+        with _loopback(ray) if cluster.address is None else nullcontext():
+            ray.init(**settings)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise EngineError(
             f"the Ray cluster at {cluster.address or 'this machine'} cannot be joined ({_first(error)}); check that it "
@@ -251,6 +253,17 @@ def connected(cluster: RayCluster) -> Iterator[ModuleType]:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _loopback(ray: ModuleType) -> Iterator[None]:
+    """Have Ray listen on the loopback address, as on macOS: on Linux it takes this machine's own address instead."""
+    constants = ray._private.ray_constants
+    before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 def _reach(address: str) -> None:
