@@ -15,6 +15,7 @@ import torch
 
 import coar
 from coar.engines import RayCluster
+from coar.engines.ray import AHEAD, Crew
 from coar.errors import CoarError, EngineError, MismatchError, OutputError, PipelineError, SettingsError
 from coar.pipeline import load_pipeline
 from coar.store import verify
@@ -69,6 +70,11 @@ def not_finite():
     return made
 
 
+def of_another_version():
+    torch.__version__ = "0.0.1"  # in the worker, which ends with what it is told
+    return helpers.study()
+
+
 def raises():
     raise RuntimeError("no such data here")
 
@@ -86,6 +92,23 @@ def on_cluster(path, study=helpers.study, **settings):
 def test_the_same_run_byte_for_byte(session, run, tmp_path):
     made = on_cluster(tmp_path / "r.zarr")
     assert helpers.differing(helpers.files(made.path), helpers.files(run.path)) == []
+
+
+@needs_ray
+@pytest.mark.slow
+def test_one_bar_for_all_workers_and_two_units_in_hand_of_each(session, tmp_path, monkeypatch, capsys):
+    in_hand, finished = [], Crew._finished
+
+    def counted(crew):
+        in_hand.append(sum(unit is not None for _, unit in crew._doing.values()))
+        return finished(crew)
+
+    monkeypatch.setattr(Crew, "_finished", counted)
+    cluster = RayCluster(study=study_slowly, workers=2)
+    helpers.collect(helpers.study(), tmp_path / "r.zarr", **ASKED, cluster=cluster, progress=True)
+    assert max(in_hand) == 2 * AHEAD == 4
+    said = capsys.readouterr().err
+    assert said.count("collect masks: 100%") == said.count("collect probes: 100%") == 1
 
 
 @needs_ray
@@ -148,6 +171,7 @@ def test_more_workers_than_there_is_room_for(session, run, tmp_path):
 
 MISTAKES = {
     "another study": (partial(study_with_inputs, 2), MismatchError, "examples: the run has"),
+    "another version": (of_another_version, MismatchError, "versions: the run has .*now .*0.0.1"),
     "not finite": (not_finite, OutputError, "gives (inf|-inf|nan)"),
     "an error of their own": (raises, EngineError, "building the study: RuntimeError.*no such data here"),
     "no such pipeline": (partial(load_pipeline, "nowhere/pipeline.py"), PipelineError, "nowhere/pipeline.py"),
@@ -187,6 +211,7 @@ from pathlib import Path
 import ray
 
 from coar.engines import RayCluster
+from coar.engines.ray import AHEAD, Crew
 from coar.engines.ray import connected
 
 

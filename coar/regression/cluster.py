@@ -47,6 +47,7 @@ class ClusterFit:
             "max_retries": TRIES,
         }
         self._rows = ray.put(rows)
+        self._remote: dict[Any, Any] = {}
 
     def decompose(self) -> None:
         """Make what all examples share; raise `RegressionError` when the masks cannot support a fit."""
@@ -81,8 +82,9 @@ class ClusterFit:
         return self._do(_solve_primal, self._shared, name, block, *parts)
 
     def _do(self, function: Any, *arguments: Any, results: int = 1) -> Any:
-        task = self._ray.remote(function).options(**self._options, num_returns=results)
-        return task.remote(self._fit, *arguments)
+        if function not in self._remote:  # each is sent to the cluster once
+            self._remote[function] = self._ray.remote(function).options(**self._options, num_returns=results)
+        return self._remote[function].remote(self._fit, *arguments)
 
     def _finish(self, task: Any) -> None:
         try:

@@ -10,7 +10,7 @@ import torch
 import zarr
 from zarr.errors import ContainsArrayError, ContainsGroupError
 
-from coar.errors import IncompleteRunError, MismatchError
+from coar.errors import CorruptRunError, IncompleteRunError, MismatchError
 from coar.regression.sums import Gram, Moments, dealt_rows, moments_of, panels
 from coar.store import Run, arrays
 from coar.store.layout import PANEL, SUMS, Form, form_of, laid_out
@@ -129,7 +129,10 @@ class Shares:
         if not arrays.there_is(self._run.group, self.key):
             return 0
         found = cast(dict[str, Any], cast(zarr.Group, self._run.group[self.key]).attrs.get(ATTRIBUTE, {}))
-        return int(found.get("workers", 0))
+        count = found.get("workers")
+        if not isinstance(count, int) or count < 1:
+            raise CorruptRunError(f"{self.key} of {self._run.path} does not say of how many workers; delete it")
+        return count
 
     def _workers_missing(self) -> set[int]:
         array = self._array("gram")
