@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import zarr
-from zarr.errors import ContainsArrayError, ContainsGroupError
+from zarr.errors import ContainsGroupError
 
 from coar.errors import CorruptRunError, IncompleteRunError, MismatchError
 from coar.regression.sums import Gram, Moments, dealt_rows, moments_of, panels
@@ -51,10 +51,9 @@ class Shares:
         for name, growing in {"gram": count, "moments": len(self.panels)}.items():
             form = cast(Form, form_of(self._path(name), sizes))
             shape, chunks = laid_out(form, sizes, growing=growing, some=min(rows, sizes.components + 1))
-            with suppress(ContainsArrayError):
-                arrays.create_array(
-                    group, self._path(name), shape=shape, chunks=chunks, dtype=form.dtype, dimensions=form.dimensions
-                )
+            arrays.create_beside_others(
+                group, self._path(name), shape=shape, chunks=chunks, dtype=form.dtype, dimensions=form.dimensions
+            )
 
     def do(self, worker: tuple[int, int]) -> None:
         """Make the share of worker k of n, but for what of it is there.

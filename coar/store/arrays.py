@@ -2,12 +2,14 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.errors import ContainsArrayError
 
 from coar.errors import CorruptRunError
 from coar.store.layout import is_group
@@ -42,6 +44,12 @@ def create_array(
 
 
 UNREADABLE = (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
+
+
+def create_beside_others(group: zarr.Group, name: str, **layout: Any) -> None:
+    """Create an array as `create_array` does, unless another process has meanwhile, with the same description."""
+    with suppress(ContainsArrayError):
+        create_array(group, name, **layout)
 
 
 def there_is(group: zarr.Group, name: str) -> bool:

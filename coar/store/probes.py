@@ -84,7 +84,7 @@ class Probes:
             if arrays.there_is(self.run.group, name):
                 self.run.array(name).resize(shape)
             else:
-                arrays.create_array(
+                arrays.create_beside_others(
                     self.run.group, name, shape=shape, chunks=chunks, dtype=form.dtype, dimensions=form.dimensions
                 )
         self.run.set_entry(ENTRY, {"rounds": list(rounds), "slots": self.slots, "masks": MASKS})
