@@ -47,6 +47,8 @@ class Probes:
         try:
             self.rounds = tuple(int(count) for count in kept["rounds"])
             self.slots = int(kept["slots"])
+            if self.slots < 1 or any(not 1 <= count <= ROUND for count in self.rounds):
+                raise ValueError(f"rounds of {self.rounds} probes in {self.slots} slots")
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptRunError(
                 f"the probes of {run.path} are described wrongly ({error!r}); restore its zarr.json from a copy"

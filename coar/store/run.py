@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import zarr
@@ -356,6 +356,8 @@ def stretches(rows: np.ndarray) -> list[np.ndarray]:
 
 
 def _write_row_columns(group: zarr.Group, plan: Plan) -> None:
+    store = cast(RunStore, group.store).keeping()
+    group = zarr.Group(AsyncGroup(GroupMetadata(), StorePath(store)))
     for name in ROW_COLUMNS:
         parts = [np.repeat(getattr(segment, name), segment.count) for segment in plan.segments]
         column = np.concatenate([np.zeros(0, str if name == "split" else float), *parts])

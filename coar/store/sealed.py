@@ -48,11 +48,17 @@ class RunStore(WrapperStore[Store]):
         super().__init__(store)
         self._place = place
         self._study = digest(study)
-        self._creating = creating
+        self._creating, self._keeping = creating, False
         self._parts: dict[str, Any] = {"place": place, "study": study, "creating": creating}
 
     def __str__(self) -> str:
         return str(self._place)
+
+    def keeping(self) -> Self:
+        """Return a store that replaces objects one by one, so that others who look meanwhile find all of them."""
+        other = self._with_store(self._store)
+        other._keeping = True
+        return other
 
     def _with_store(self, store: Store) -> Self:
         return type(self)(store, **self._parts)
@@ -91,8 +97,8 @@ class RunStore(WrapperStore[Store]):
             await self._store.delete(key)
 
     async def delete_dir(self, prefix: str) -> None:
-        """Remove everything below a prefix, but nothing of a run that is being created."""
-        if self._creating:
+        """Remove everything below a prefix, but nothing of a run that is being created, or while it is to be kept."""
+        if self._creating or self._keeping:
             return
         with storage_errors(self._place):
             await self._store.delete_dir(prefix)
