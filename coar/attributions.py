@@ -98,7 +98,7 @@ class Attributions:
             with safe_open(file, framework="np") as data:
                 if tuple(data.get_slice("weight").get_shape()) != shape:
                     raise ValueError(f"the weights do not have shape {shape}")
-            facts = _check_facts(json.loads(header["facts"]), len(components))
+            facts = _check_facts(json.loads(header["facts"]), components)
             return cls(components, metadata, facts, _FileSource(file))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise WeightsError(f"{file} does not hold attributions ({error!r}); export them again") from None
@@ -272,16 +272,18 @@ class ExampleAttribution:
         return frame if self.standard_error is None else frame.assign(standard_error=self.standard_error)
 
 
-def _check_facts(facts: dict[str, Any], components: int) -> dict[str, Any]:
-    """Return the facts of an exported file; raise when something that is read later is missing or of another kind."""
+def _check_facts(facts: dict[str, Any], components: Components) -> dict[str, Any]:
+    """Return the facts of an exported file; raise when something that is read later is missing or of another kind.
+
+    Where one constant stands for all channels of a component, as older versions wrote them, every channel gets it.
+    """
     needed = facts["fit"]["method"], facts["fingerprint"]["weights"], facts["fingerprint"]["ablation"]["name"]
     if not all(isinstance(value, str) for value in needed):
         raise TypeError("method, weights and ablation are not in words")
-    if len([float(value) for value in facts["replacements"]]) != components:
-        raise ValueError(f"there are {len(facts['replacements'])} constants for {components} components")
+    constants = components.per_channel(np.array([float(value) for value in facts["replacements"]]))
     if not all(isinstance(name, str) for name in facts["batch_norms"].values()):
         raise TypeError("batch norms are not named")
-    return facts
+    return facts | {"replacements": constants.tolist()}
 
 
 def load(path: str | Path, fit: str | None = None) -> Attributions:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from coar.ablation import Calibrated
@@ -95,7 +96,8 @@ def compare_with_hooks(worker: Worker, parts: Parts, block: Block, masks: np.nda
     if not rows or block.donors:
         return None
     chosen = Components(components[i] for i in rows)
-    plain = Worker(model, chosen, constants[rows], output, through_outputs=True, batch_size=worker.batch_size)
+    own = constants[torch.from_numpy(components.channels_of(rows))]
+    plain = Worker(model, chosen, own, output, through_outputs=True, batch_size=worker.batch_size)
     shared = np.ones_like(masks)
     shared[:, rows] = masks[:, rows]
     ends = sorted({0, len(masks) - 1})

@@ -165,7 +165,7 @@ class Worker(ModelRunner):
     Args:
         model: A copy made by `device_copy`.
         components: The components a mask speaks of.
-        replacements: (components,) constants of the ablation.
+        replacements: (components.width,) constants of the ablation, one per channel.
         output: The scalar read per example.
         batch_norms: Path of the batch norm that alone follows a site; it is folded into the gated weights.
         through_outputs: Gate outputs by hooks, the plain way, instead of weights.

@@ -20,13 +20,7 @@ from tests import oracles, tiny
 ABLATIONS = ("zero", "zero_activation", "mean", "peak", "optimal", "resample")
 ROWS, HEADS = 4, 2
 NOT_MEANT = {  # what an ablation has no meaning for, and why
-    ("attention head", "mean"): "a head is many features, and a component has one constant",
-    ("attention head", "peak"): "a head is many features, and a component has one constant",
-    ("attention head", "optimal"): "a head is many features, and a component has one constant",
     ("module", "zero"): "a module's weights and biases are many layers'",
-    ("module", "mean"): "a module returns many features, and a component has one constant",
-    ("module", "peak"): "a module returns many features, and a component has one constant",
-    ("module", "optimal"): "a module returns many features, and a component has one constant",
     ("expert", "mean"): "an expert is a slice of a parameter and has no activations of its own",
     ("expert", "peak"): "an expert is a slice of a parameter and has no activations of its own",
     ("expert", "optimal"): "an expert is a slice of a parameter and has no activations of its own",
@@ -186,39 +180,54 @@ def ablation_of(label, inputs):
     return coar.choose_ablation(label, calibration=calibration)
 
 
-def truth(model, x, components, masks, label, constants, calibration):
-    """(rows, ...) what the oracle returns, row i under mask i; `constants` are read for trained ones only."""
-    places = {(row.site, row.side) for row in components if row.side in ("output", "input", "module")}
-    blind = {row.site for row in components if block_of(model, row)}
+def constants_of(model, components, label, given, calibration):
+    """The constants of every component, by its name, as an oracle has them; `given` is read for trained ones only."""
+    places = {(row.site, row.side) for row in components if row.side != "parameter"}
+    blind = {row.site: block_of(model, row) for row in components if block_of(model, row)}
     seen = oracles.held(model, calibration, [place for place in places if place[0] not in blind])
-
-    def constant(row, i):
-        if label == "optimal":
-            return float(constants[i])
-        if label in ("mean", "peak"):
-            values = [
-                v for t in seen[row.site, row.side] for v in t.movedim(row.axis, 0)[row.position].flatten().tolist()
+    seen |= {(site, "input"): oracles.heads_of(model, block, calibration) for site, block in blind.items()}
+    trained = iter(given.tolist())
+    found = {}
+    for row in components:
+        own = [next(trained) for _ in range(row.size)]
+        if label in ("mean", "peak") and row.side != "parameter":
+            channels = range(row.position, row.position + row.size)
+            parts = [
+                [v for t in seen[row.site, row.side] for v in t.movedim(row.axis, 0)[n].flatten()] for n in channels
             ]
-            return sum(values) / len(values) if label == "mean" else oracles.peak(values, 128)
-        bias = model.get_submodule(row.site).bias if label == "zero" and row.side == "output" else None
-        return 0.0 if bias is None else float(bias[row.position])
+            values = [[float(v) for v in part] for part in parts]
+            own = [sum(part) / len(part) if label == "mean" else oracles.peak(part, 128) for part in values]
+        elif label != "optimal":
+            bias = model.get_submodule(row.site).bias if label == "zero" and row.side == "output" else None
+            own = [0.0 if bias is None else float(bias[row.position])] * row.size
+        found[row.name] = own
+    return found
 
-    known = [constant(row, i) if (row.site, row.side) in seen else 0.0 for i, row in enumerate(components)]
+
+def truth(model, x, components, masks, label, given, calibration):
+    """(rows, ...) what the oracle returns, row i under mask i; `given` constants are read for trained ones only."""
+    known = constants_of(model, components, label, given, calibration) if label != "resample" else {}
     donors = coar.Resample().donors(len(x)) if label == "resample" else None
+    seen = {(row.site, row.side) for row in components if row.side != "parameter" and not block_of(model, row)}
     found = []
     for n, mask in enumerate(masks):
-        chosen = [i for i, kept in enumerate(mask) if not kept]
+        chosen = [row for row, kept in zip(components, mask, strict=True) if not kept]
         donor = None if donors is None else x[donors[n] : donors[n] + 1]
         held = {} if donor is None else oracles.held(model, donor, seen)
-        patches, net = [], model
-        for i in chosen:
-            row = components[i]
-            if (row.site, row.side) in seen:
-                axis = None if row.side == "module" else row.axis
-                value = held[row.site, row.side] if held else known[i]
-                patches.append((row.site, row.side, axis, row.position, row.position + row.size, value))
-        net = without_heads(model, [components[i] for i in chosen if components[i].site in blind], donor)
-        net = without_experts(net, [components[i] for i in chosen if components[i].side == "parameter"])
+        patches = [
+            (
+                row.site,
+                row.side,
+                None if row.side == "module" and held else row.axis,
+                row.position,
+                row.position + row.size,
+                held[row.site, row.side] if held else torch.tensor(known[row.name]),
+            )
+            for row in chosen
+            if (row.site, row.side) in seen
+        ]
+        net = without_heads(model, [row for row in chosen if block_of(model, row)], donor, known)
+        net = without_experts(net, [row for row in chosen if row.side == "parameter"])
         found.append(oracles.patched(net, x[n : n + 1], patches)[0])
     return torch.stack(found)
 
@@ -232,14 +241,16 @@ def block_of(model, row):
     return parent if names & {"MultiheadAttention", "ShiftedWindowAttention"} else None
 
 
-def without_heads(model, rows, donor):
-    """A copy without some heads, or with those that a donor has."""
+def without_heads(model, rows, donor, known):
+    """A copy in which some heads are constants, or those that a donor has."""
     by_block = {}
     for row in rows:
-        by_block.setdefault(block_of(model, row), []).extend(range(row.position, row.position + row.size))
+        by_block.setdefault(block_of(model, row), []).append(row)
     net = deepcopy(model)
-    for path, features in by_block.items():
-        oracles.swap_heads(net, path, features, donor)
+    for path, heads in by_block.items():
+        features = [n for row in heads for n in range(row.position, row.position + row.size)]
+        constants = [value for row in heads for value in known[row.name]] if known else None
+        oracles.swap_heads(net, path, features, donor, constants)
     return net
 
 

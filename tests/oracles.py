@@ -349,7 +349,7 @@ def held(model, x, places):
 
 
 def patched(model, x, patches, run=forward):
-    """What a copy returns that has (path, side, axis, start, stop) overwritten by a number, or by `held` tensors."""
+    """What a copy returns that has (path, side, axis, start, stop) overwritten by numbers, or by `held` tensors."""
     copy = deepcopy(model)
     for path, side, axis, start, stop, value in patches:
         calls = iter(value) if isinstance(value, list) else None
@@ -357,8 +357,13 @@ def patched(model, x, patches, run=forward):
         def write(t, axis=axis, start=start, stop=stop, value=value, calls=calls):
             t = t.clone()
             part = t if axis is None else t.narrow(axis, start, stop - start)
-            donor = next(calls) if calls else value
-            part[...] = donor if calls is None or axis is None else donor.narrow(axis, start, stop - start)
+            if calls:
+                donor = next(calls)
+                part[...] = donor if axis is None else donor.narrow(axis, start, stop - start)
+            elif axis is None:
+                part[...] = value
+            else:
+                part.movedim(axis, -1)[...] = torch.as_tensor(value)
             return t
 
         def after(_module, _args, y, write=write):
@@ -397,13 +402,33 @@ def silenced(block, rows):
     return silent
 
 
-def swap_heads(model, path, rows, donor=None):
-    """Take features of heads away from an attention block, in the model itself, or put those of a donor there.
+def projection_of(block):
+    return block.out_proj if hasattr(block, "out_proj") else block.proj
 
-    What a block returns is a sum over heads, so a head's part is what is lost with its values.
+
+def heads_of(model, path, x):
+    """What an attention block's projection reads, though it reads it without a call: what it makes of an identity."""
+    copy, found = deepcopy(model), []
+    block = copy.get_submodule(path)
+    bare = deepcopy(block)
+    with torch.no_grad():
+        projection_of(bare).weight.copy_(torch.eye(len(projection_of(bare).weight)))
+        projection_of(bare).bias.zero_()
+    block.register_forward_hook(lambda _m, a, k, _y: found.append(first_of(bare(*a, **k))), with_kwargs=True)
+    forward(copy, x)
+    return found
+
+
+def swap_heads(model, path, rows, donor=None, constants=None):
+    """Take features of heads away from an attention block, in the model itself, or put others there.
+
+    What a block returns is a sum over heads, so a head's part is what is lost with its values. Others are those of a
+    donor, or constants.
     """
     block = model.get_submodule(path)
     silent, added = silenced(block, rows), 0.0
+    if constants is not None:
+        added = projection_of(block).weight[:, rows].detach() @ torch.tensor(constants)
     if donor is not None:
         parts, plain = [], deepcopy(model)
         whole = deepcopy(block)

@@ -432,14 +432,15 @@ def test_labels_are_those_of_the_contract():
 
 
 @pytest.mark.parametrize("label", ["mean", "peak", "optimal"])
-def test_constants_of_slices_heads_and_modules_never_called_are_errors(label):
+def test_constants_of_slices_unknown_features_and_modules_never_called_are_errors(label):
     model = net()
     ablation = coar.choose_ablation(label, calibration=pictures(8, 0))
     with pytest.raises(AblationError, match=r"'bare.weight\[0\]' is a slice"):
         ablation.replacements(model, coar.parameter_slices(model, "bare.weight"), batch_size=4)
-    wide = coar.components.Components([coar.input_features(model)[0]._replace(size=2)])
-    with pytest.raises(AblationError, match="is 2 features"):
-        ablation.replacements(model, wide, batch_size=4)
+    with pytest.raises(AblationError, match=r"'relu' is a whole module, and nothing is known of where its features"):
+        ablation.replacements(model, coar.modules(model, "relu"), batch_size=4)
+    with pytest.raises(AblationError, match=r"'twice' returned .* \(\d, 3, 7, 7\), where 3 features .* on axis 2"):
+        ablation.replacements(model, coar.modules(model, "twice", axis=2), batch_size=4)
     model.spare = nn.Linear(2, 2)
     with pytest.raises(AblationError, match="'spare' was never called"):
         ablation.replacements(model, coar.neurons(model, include="spare"), batch_size=4)

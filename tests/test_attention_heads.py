@@ -203,7 +203,7 @@ def test_heads_of_torchs_own_attention_are_left_out_one_by_one(form, needed, thr
     plain = oracles.forward(model, x)
     for left_out in ([], [0], [1], list(range(len(heads)))):
         keep = torch.tensor([head not in left_out for head in range(len(heads))])
-        with Gates(model, heads, torch.zeros(len(heads)), through_outputs=through_outputs) as gates, torch.no_grad():
+        with Gates(model, heads, torch.zeros(heads.width), through_outputs=through_outputs) as gates, torch.no_grad():
             gates.set(keep)
             y = model(x)
             gates.confirm()
@@ -225,7 +225,7 @@ def test_each_row_has_heads_and_gradients_of_its_own_in_a_fused_encoder_also_wit
     def run(net, rows=slice(None)):
         return net(x[rows], src_key_padding_mask=None if padding is None else padding[rows])
 
-    with Gates(model, heads, torch.zeros(4), through_outputs=True) as gates:
+    with Gates(model, heads, torch.zeros(heads.width), through_outputs=True) as gates:
         live = keep.float().requires_grad_()
         gates.set(live)
         y = run(model)

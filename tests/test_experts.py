@@ -96,11 +96,11 @@ def test_experts_in_a_list_are_what_their_last_layers_read():
     model, x = Mixture().requires_grad_(False), torch.randn(9, 6)
     components = coar.experts(model)
     assert components[1] == Component("experts.expert[1]", "expert", "experts.1.down_proj", "input", -1, 0, 8)
-    with Gates(model, components, torch.zeros(3)) as gates:
+    with Gates(model, components, torch.zeros(24)) as gates:
         for left_out in ([], [0], [1, 2], [0, 1, 2]):
             gates.set(torch.tensor([i not in left_out for i in range(3)]))
             torch.testing.assert_close(model(x), model.forward(x, left_out))
-    with Gates(model, components, torch.zeros(3), through_outputs=True) as gates:
+    with Gates(model, components, torch.zeros(24), through_outputs=True) as gates:
         gates.set(torch.ones(9, 3))
         with pytest.raises(AblationError, match="first axis must hold all entries of a row"):
             model(x)  # an expert sees some tokens of all examples

@@ -20,7 +20,7 @@ from tests import oracles, tiny
 
 
 def random_constants(components, seed=5):
-    return torch.randn(len(components), generator=torch.Generator().manual_seed(seed)) * 0.5
+    return torch.randn(components.width, generator=torch.Generator().manual_seed(seed)) * 0.5
 
 
 def some_rows(components):
@@ -42,7 +42,8 @@ def norms_of(model, x, components):
 
 def folded(model, components, rows, values, batch_norms):
     copy = deepcopy(model)
-    fold(copy, [components[i] for i in rows], values[rows].tolist(), batch_norms=batch_norms)
+    constants = [tuple(values[components.channels_of([i])].tolist()) for i in rows]
+    fold(copy, [components[i] for i in rows], constants, batch_norms=batch_norms)
     return copy
 
 
@@ -121,7 +122,7 @@ def test_only_what_was_chosen_changes(digits):
 def test_a_slice_is_zeroed_along_its_axis():
     model = oracles.rough(oracles.PlanarNet())
     components = coar.parameter_slices(model, "up.weight", axis=1, size=2)
-    edited = folded(model, components, [1], torch.zeros(3), {})
+    edited = folded(model, components, [1], torch.zeros(6), {})
     expected = model.up.weight.detach().clone()
     expected[:, 2:4] = 0
     assert torch.equal(edited.up.weight, expected)

@@ -211,7 +211,7 @@ def test_padded_texts_given_by_name_are_as_each_without_its_padding(bert, tmp_pa
 
 def test_resampling_texts_of_several_lengths_needs_one_shape(bert):
     components = coar.attention_heads(bert)
-    with Gates(bert, components, torch.zeros(len(components)), donors=True) as gates, torch.no_grad():
+    with Gates(bert, components, torch.zeros(components.width), donors=True) as gates, torch.no_grad():
         gates.record(lambda: bert(sentences([4, 4]).inputs["input_ids"]))
         gates.set(torch.ones(len(components)))
         with pytest.raises(AblationError, match="pad all examples alike"):
@@ -222,7 +222,7 @@ def test_whole_modules_that_return_no_tensor_are_errors():
     model = net(package=lambda logits: {"logits": logits})
     outer = nn.Sequential(model)
     components = coar.modules(outer, "0")
-    with Gates(outer, components, torch.zeros(1)) as gates:
+    with Gates(outer, components, torch.zeros(components.width)) as gates:
         gates.set(torch.zeros(1))
         with pytest.raises(AblationError, match="Net returned a dict; a tensor, or a tuple that starts with one"):
             outer(pictures().inputs)

@@ -24,17 +24,13 @@ def random_masks(rows, components, *, seed=0, kept=0.7):
 
 
 def constants_for(components, seed=1):
-    return torch.randn(len(components), generator=torch.Generator().manual_seed(seed)) * 0.5
+    return torch.randn(components.width, generator=torch.Generator().manual_seed(seed)) * 0.5
 
 
 def features(components, keep):
-    """(site, feature) that a mask ablates, and the component of each."""
-    return {
-        (row.site, row.position + i): index
-        for index, row in enumerate(components)
-        if not keep[index]
-        for i in range(row.size)
-    }
+    """(site, feature) that a mask ablates, and the number of its constant."""
+    every = [(index, row.site, row.position + i) for index, row in enumerate(components) for i in range(row.size)]
+    return {(site, feature): n for n, (index, site, feature) in enumerate(every) if not keep[index]}
 
 
 def rewritten(model, x, components, keep, values):
@@ -162,17 +158,17 @@ def test_one_module_may_hold_both_inputs_and_outputs(settings, bias):
     values = constants_for(components)
     zero = coar.ZeroWeight().replacements(model, components, batch_size=2)
     bias = [0.0] * 6 if model[0].bias is None else model[0].bias.tolist()
-    assert zero.tolist() == pytest.approx([0, 0, bias[0], bias[4]])
+    assert zero.tolist() == pytest.approx([0, 0, 0, bias[0], bias[4]])
     inputs, outputs = components[:2], components[2:]
     for constants in (values, zero):
         for keep in torch.cartesian_prod(*[torch.tensor([True, False])] * 4):
             rows = {
                 ("0", row.position): float(v)
-                for row, v, k in zip(outputs, constants[2:], keep[2:], strict=True)
+                for row, v, k in zip(outputs, constants[3:], keep[2:], strict=True)
                 if not k
             }
             net = oracles.replaced(model, rows)
-            expected = rewritten(net, x, inputs, keep[:2], constants[:2])
+            expected = rewritten(net, x, inputs, keep[:2], constants[:3])
             y = gated(model, x, components, keep, constants, **settings)
             torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
 
@@ -277,13 +273,13 @@ def test_heads_and_features_of_the_same_layer_overlap():
     model = tiny.model("gpt2")
     components = coar.attention_heads(model) + coar.input_features(model, include="*.attn.c_proj")
     with pytest.raises(AblationError, match=r"attn\.c_proj\.input\[0\]' overlaps"):
-        Gates(model, components, torch.zeros(len(components)))
+        Gates(model, components, torch.zeros(components.width))
 
 
 def test_masks_that_a_gate_cannot_take_are_errors():
     model = tiny.model("gpt2")
     heads = coar.attention_heads(model)
-    with Gates(model, heads, torch.zeros(len(heads))) as gates, pytest.raises(AblationError, match="one mask"):
+    with Gates(model, heads, torch.zeros(heads.width)) as gates, pytest.raises(AblationError, match="one mask"):
         gates.set(torch.ones(5, len(heads)))  # weights are gated, also those of a Conv1D
     model = nn.Sequential(nn.Linear(4, 3))
     components = coar.input_features(model)
@@ -295,17 +291,15 @@ def test_masks_that_a_gate_cannot_take_are_errors():
 
 def test_mean_constants_are_the_means_over_examples_and_positions():
     model, x = tiny.model("gpt2"), tiny.inputs("gpt2", rows=7)
-    components = coar.input_features(model, include="*.c_proj") + coar.input_features(model, include="*.c_fc")
+    components = coar.input_features(model, include=["*.mlp.c_proj", "*.c_fc"]) + coar.attention_heads(model)
     ablation = coar.Mean(calibration=coar.Examples(inputs=x, targets=torch.zeros(len(x))))
     means = {site: oracles.feature_means(model, x, site) for site, _, _ in components.sites()}
-    expected = torch.tensor([means[row.site][row.position] for row in components])
+    expected = torch.tensor([means[row.site][row.position + i] for row in components for i in range(row.size)])
     before = oracles.snapshot(model)
     for batch_size in (3, 100):
         values = ablation.replacements(model, components, batch_size=batch_size)
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
     oracles.assert_same(before, oracles.snapshot(model))
-    with pytest.raises(AblationError, match=r"attn\.head\[0\]' is 6 features"):
-        ablation.replacements(model, coar.attention_heads(model), batch_size=8)
     model.spare = nn.Linear(2, 2)
     with pytest.raises(AblationError, match=r"'spare' was never called .* nothing is known of its inputs"):
         ablation.replacements(model, coar.input_features(model, include="spare"), batch_size=8)

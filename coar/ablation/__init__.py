@@ -1,7 +1,7 @@
 """How components are switched off: what replaces them, the gates that apply masks, and permanent folding."""
 
 from coar.ablation.choice import ABLATIONS, choose_ablation
-from coar.ablation.folding import fold, following_batch_norms
+from coar.ablation.folding import Constant, fold, following_batch_norms
 from coar.ablation.gates import Gates, called_sites
 from coar.ablation.optimal import Optimal
 from coar.ablation.replacements import Ablation, Calibrated, Resample, ZeroActivation, ZeroWeight
@@ -11,6 +11,7 @@ __all__ = [
     "ABLATIONS",
     "Ablation",
     "Calibrated",
+    "Constant",
     "Gates",
     "Mean",
     "Optimal",

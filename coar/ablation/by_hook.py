@@ -160,7 +160,28 @@ class HookGate(Hooked):
 
 
 class ModuleGate(Hooked):
-    """Multiplies all that a module returns by keep, so that an ablated module returns zeros."""
+    """Turns all that a module returns, y, into keep * y + (1 - keep) * constants, one for each of its features."""
+
+    def __init__(self, module: nn.Module, site: str, side: ModuleSide, axis: int, channels: Channels) -> None:
+        super().__init__(module, site, side, axis, channels)
+        self._constants = channels.replacement if channels.replacement.any() else None  # zeros suit any shape
+
+    def replace(self, constants: Tensor) -> None:
+        """Take other (channels,) constants for the forwards that follow; gradients reach them."""
+        self._constants = constants
 
     def _change(self, y: Tensor, keep: Tensor) -> Tensor:
-        return y * self._laid(y, keep)
+        mask = self._laid(y, keep)
+        if self._constants is None:
+            return y * mask
+        check_features(y, self.site, self._axis, len(self._constants))
+        return torch.lerp(self._constants.to(y.dtype).view(along(self._axis, y)), y, mask)
+
+
+def check_features(y: Tensor, site: str, axis: int, features: int) -> None:
+    """Raise `AblationError` unless a module returns as many features along an axis as its component has."""
+    if not -y.ndim <= axis < y.ndim or y.shape[axis] != features:
+        raise AblationError(
+            f"{site!r} returned a tensor of shape {tuple(y.shape)}, where {features} features were expected on axis "
+            f"{axis}; say where they are with modules(..., axis=, size=)"
+        )

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from coar.ablation.channels import Channels, along
-from coar.components import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, input_axis, is_conv1d, is_linear, output_axis
+from coar.components import TRANSPOSED_CONVOLUTIONS, input_axis, is_conv1d, is_layer, output_axis
 from coar.errors import AblationError
 
 
 def reads_own_weight(layer: nn.Module) -> bool:
     """Say whether swapping the layer's weight and bias gates it: plain convolutions and linear layers."""
-    if not (isinstance(layer, CONVOLUTIONS) or is_linear(layer)) or "bias" not in layer._parameters:
+    if not is_layer(layer) or "bias" not in layer._parameters:
         return False
     return layer._parameters.get("weight") is not None and not (
         isinstance(layer, TRANSPOSED_CONVOLUTIONS) and layer.groups > 1

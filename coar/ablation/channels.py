@@ -16,13 +16,16 @@ class Channels:
     """The positions along one axis of a module's output or input, or of a parameter.
 
     Attributes:
-        lookup: (channels,) entries of the extended mask, which ends with a 1 for channels without a component.
+        lookup: (channels,) entries of the extended mask, which ends with a 1 for channels without a component; a whole
+            module has one.
         taken: (channels,) truth values, whether a component takes the channel.
+        constants: (channels,) entries of the extended constants, which end with a 0 for channels without a component.
         replacement: (channels,) constants, 0 for channels without a component.
     """
 
     lookup: Tensor
     taken: Tensor
+    constants: Tensor
     replacement: Tensor
 
     @classmethod
@@ -33,15 +36,13 @@ class Channels:
             length: How many positions there are along the axis.
             components: The table that a mask speaks of.
             indices: Rows of the components that lie along this axis.
-            values: (components,) constants; their device is used.
+            values: (components.width,) constants; their device is used.
 
         Raises:
             AblationError: When two components overlap.
         """
-        sizes = np.array([components[i].size for i in indices])
-        starts = np.array([components[i].position for i in indices])
-        owners = np.repeat(indices, sizes)  # (channels that a component takes,)
-        taken = np.arange(len(owners)) + np.repeat(starts - (sizes.cumsum() - sizes), sizes)
+        owners = np.repeat(indices, [components[i].size for i in indices])  # (channels that a component takes,)
+        taken = components.positions_of(indices)
         _, first = np.unique(taken, return_index=True)
         if len(first) < len(taken):
             again = owners[np.setdiff1d(np.arange(len(taken)), first)[0]]
@@ -50,8 +51,21 @@ class Channels:
             )
         lookup = torch.full((length,), len(components))
         lookup[torch.from_numpy(taken)] = torch.from_numpy(owners)
-        lookup = lookup.to(values.device)
-        return cls(lookup, lookup < len(components), torch.cat([values, values.new_zeros(1)])[lookup])
+        constants = torch.full((length,), components.width)
+        constants[torch.from_numpy(taken)] = torch.from_numpy(components.channels_of(indices))
+        return cls._at(lookup, lookup < len(components), constants, values)
+
+    @classmethod
+    def of_module(cls, components: Components, index: int, values: Tensor) -> Self:
+        """Map a whole module, which has one mask for all its channels, to its row."""
+        constants = torch.from_numpy(components.channels_of([index]))
+        return cls._at(torch.tensor([index]), torch.tensor([True]), constants, values)
+
+    @classmethod
+    def _at(cls, lookup: Tensor, taken: Tensor, constants: Tensor, values: Tensor) -> Self:
+        constants = constants.to(values.device)
+        extended = torch.cat([values, values.new_zeros(1)])
+        return cls(lookup.to(values.device), taken.to(values.device), constants, extended[constants])
 
 
 def along(axis: int, tensor: Tensor) -> tuple[int, ...]:

@@ -1,11 +1,11 @@
 """Ablations made permanent in the weights, so that the edited model needs nothing of this package."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,37 +17,42 @@ from coar.components import (
     Components,
     check_components,
     input_axis,
+    is_layer,
     output_axis,
     output_channels,
 )
 from coar.errors import EditError
 
+Constant = float | tuple[float, ...]  # of all channels of a component, or one for each
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+UNCHANGING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in evaluation mode
 AGREEMENT = 1e-3  # of the largest output: how near folded and gated outputs must be for a batch norm to take constants
 
 
 def fold(
-    model: nn.Module, components: Iterable[Component], values: Iterable[float], *, batch_norms: Mapping[str, str]
+    model: nn.Module, components: Iterable[Component], values: Iterable[Constant], *, batch_norms: Mapping[str, str]
 ) -> None:
     """Replace components by constants for good, in place.
 
-    A component's weights are zeroed: rows for an output, columns for an input. Its constant then goes into the layer's
-    own bias; where there is none, an output's goes into the running mean of the batch norm that follows, which keeps
-    the state dict's keys; where there is neither, and for inputs, it goes into a new bias of zeros.
+    A component's weights are zeroed: rows for an output, columns for an input, all for a module. Its constants then go
+    into the layer's own bias; where there is none, an output's go into the running mean of the batch norm that follows,
+    which keeps the state dict's keys; where there is neither, and for inputs, they go into a new bias of zeros.
 
     Args:
         model: The model to change.
         components: What to replace.
-        values: One constant per component; for zero weight, its bias.
+        values: Constants of each component; for zero weight, its biases.
         batch_norms: Path of the batch norm that follows a site without bias, see `following_batch_norms`.
 
     Raises:
         ComponentError: When a component is not part of the model.
-        EditError: When a component has no constant or is a whole module, or a weight is shared with another module or
-            computed, so that zeroing it would do something else.
+        EditError: When a component has no constant, a module's output is not that of one layer inside, or a weight is
+            shared with another module or computed, so that zeroing it would do something else.
     """
     chosen = list(zip(components, values, strict=True))
-    check_permanent(chosen)
+    for component, value in chosen:
+        check_permanent(component, value)
     if chosen:
         check_components(model, Components(component for component, _ in chosen))
     with torch.no_grad():
@@ -57,49 +62,71 @@ def fold(
                 parameter.narrow(component.axis, component.position, component.size).zero_()
             elif component.side == "input":
                 _fold_input(model, component, value)
+            elif component.side == "module":
+                _fold_output(model, _last_layer(model, component), value, None)
             else:
                 _fold_output(model, component, value, batch_norms.get(component.site))
 
 
-def check_permanent(chosen: Iterable[tuple[Component, float]]) -> None:
-    """Raise `EditError` for the first component whose ablation no weights can hold."""
-    for component, value in chosen:
-        if math.isnan(value):
-            raise EditError(
-                f"{component.name!r} is replaced by what another example has there, which no weights can hold; collect "
-                f"with an ablation by constants, such as coar.Mean, to make edits"
-            )
-        if component.side == "module":
-            raise EditError(
-                f"{component.name!r} is a whole module, whose output no single weight makes; for edits choose "
-                f"components inside it, such as the neurons or filters of its last layer"
-            )
+def check_permanent(component: Component, value: Constant) -> None:
+    """Raise `EditError` for a component without constants, or with a number of them that is not its channels'."""
+    if np.size(value) not in (1, component.size):
+        raise EditError(
+            f"{component.name!r} has {component.size} channels, and {np.size(value)} constants were given; give one "
+            f"for each, or one for all"
+        )
+    if np.isnan(value).any():
+        raise EditError(
+            f"{component.name!r} is replaced by what another example has there, which no weights can hold; collect "
+            f"with an ablation by constants, such as coar.Mean, to make edits"
+        )
 
 
-def _fold_output(model: nn.Module, component: Component, value: float, batch_norm: str | None) -> None:
+def _last_layer(model: nn.Module, component: Component) -> Component:
+    """Return the outputs of the layer whose output is all that a whole module returns; raise `EditError` for others.
+
+    Only a layer itself, and a sequence that ends in one, tell by their type what they return.
+    """
+    path, module = component.site, model.get_submodule(component.site)
+    while type(module) is nn.Sequential:
+        children = [name for name, child in module.named_children() if not isinstance(child, UNCHANGING)]
+        if not children:
+            break
+        path, module = f"{path}.{children[-1]}", module.get_submodule(children[-1])
+    if not is_layer(module):
+        raise EditError(
+            f"{component.name!r} is a whole module that ends in a {type(module).__name__}, and what it returns is "
+            f"made permanent only where it is a linear layer or a convolution, or a sequence that ends in one; for "
+            f"edits choose what its last layer reads, such as coar.input_features or coar.attention_heads"
+        )
+    return component._replace(site=path, side="output", position=0, size=output_channels(module))
+
+
+def _fold_output(model: nn.Module, component: Component, value: Constant, batch_norm: str | None) -> None:
     layer, position = model.get_submodule(component.site), component.position
     weight, bias = _own(model, component.site, "weight"), _own(model, component.site, "bias")
-    if weight is not None:
-        weight[_filter_index(layer, position)] = 0
+    rows = range(position, position + component.size)
+    for row in rows:
+        weight[_filter_index(layer, row)] = 0  # type: ignore[index]
+    constants = layer.weight.new_tensor(value).expand(component.size)  # type: ignore[operator]
+    if bias is None and constants.any() and batch_norm is None:
+        layer.bias = bias = nn.Parameter(constants.new_zeros(output_channels(layer)))
     if bias is not None:
-        bias[position] = value
-    elif value != 0 and weight is not None:
-        if batch_norm is not None:
-            model.get_submodule(batch_norm).running_mean[position] -= value  # type: ignore[operator, index]
-        else:
-            layer.bias = nn.Parameter(weight.new_zeros(output_channels(layer)))
-            layer.bias[position] = value
+        bias[rows.start : rows.stop] = constants
+    elif batch_norm is not None:
+        model.get_submodule(batch_norm).running_mean[rows.start : rows.stop] -= constants  # type: ignore[operator, index]
 
 
-def _fold_input(model: nn.Module, component: Component, value: float) -> None:
+def _fold_input(model: nn.Module, component: Component, value: Constant) -> None:
     layer = model.get_submodule(component.site)
     weight, bias = _own(model, component.site, "weight"), _own(model, component.site, "bias")
     axis = input_axis(layer)
     columns = weight.narrow(axis, component.position, component.size)  # type: ignore[union-attr]
-    if value != 0:
+    constants = columns.new_tensor(value).expand(component.size)
+    if constants.any():
         if bias is None:
             layer.bias = bias = nn.Parameter(columns.new_zeros(output_channels(layer)))
-        bias.add_(columns.sum(axis), alpha=value)
+        bias.add_(constants @ columns if axis == 0 else columns @ constants)
     columns.zero_()
 
 
@@ -160,7 +187,8 @@ def following_batch_norms(
                 gates.set(keep)
                 results.append(run(model))
         folded = deepcopy(model)
-        fold(folded, [components[i] for i in rows], constants[rows].tolist(), batch_norms=pairs)
+        values = [tuple(constants[components.channels_of([i])].tolist()) for i in rows]
+        fold(folded, [components[i] for i in rows], values, batch_norms=pairs)
         results.append(run(folded))
         limit = AGREEMENT * results[0].abs().max()
         return all(bool((other - results[0]).abs().max() <= limit) for other in results[1:])
@@ -175,11 +203,12 @@ def following_batch_norms(
 
 def _spread(model: nn.Module, components: Components, candidates: Mapping[str, str]) -> Tensor:
     """Return constants that a batch norm shows clearly: a channel's mean in size plus one standard deviation."""
-    constants = torch.zeros(len(components))
-    for i, row in enumerate(components):
-        if row.side == "output" and row.site in candidates:
-            norm = model.get_submodule(candidates[row.site])
-            constants[i] = norm.running_mean[row.position].abs() + norm.running_var[row.position].sqrt()  # type: ignore[index]
+    constants = torch.zeros(components.width)
+    for (site, side, _), rows in components.sites().items():
+        if side == "output" and site in candidates:
+            norm, positions = model.get_submodule(candidates[site]), components.positions_of(rows)
+            clear = norm.running_mean.abs() + norm.running_var.sqrt()  # type: ignore[operator]
+            constants[components.channels_of(rows)] = clear.cpu()[positions]
     return constants
 
 

@@ -32,7 +32,7 @@ class Gates:
     Args:
         model: The model; its parameters and hooks are as before when the context ends, also after an exception.
         components: The components a mask speaks of.
-        replacements: (components,) constants that replace ablated outputs and inputs.
+        replacements: (components.width,) constants that replace what is ablated, one per channel, in table order.
         batch_norms: Path of the batch norm that alone follows a site, see `following_batch_norms`; it is folded into
             the gated weights, which saves its pass over the activations.
         through_outputs: Gate every component by forward hooks, so that masks may differ between the rows of a batch
@@ -59,10 +59,10 @@ class Gates:
         dtype: torch.dtype | None = None,
     ) -> None:
         check_components(model, components)
-        if replacements.shape != (len(components),):
+        if replacements.shape != (components.width,):
             raise AblationError(
-                f"replacements have shape {tuple(replacements.shape)}; one constant for each of the {len(components)} "
-                f"components was expected"
+                f"replacements have shape {tuple(replacements.shape)}; one constant for each of the {components.width} "
+                f"channels of the {len(components)} components was expected"
             )
         if not donors and replacements.isnan().any():
             raise AblationError(
@@ -90,8 +90,8 @@ class Gates:
                 self._gates += _module_gates(layer, components, sides, values, norm, through_outputs, dtype)
         self._blocks = uncalled_projections(model, [gate.site for gate in self._gates if isinstance(gate, Hooked)])
         parts = [part for gate in self._gates for part in gate.channels]
-        self._order = torch.cat([part.lookup for part in parts])  # entries of the extended mask, all gates in a row
-        self._sizes = [len(part.lookup) for part in parts]
+        self._masks = _Order([part.lookup for part in parts])
+        self._constants = _Order([part.constants for part in parts])
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -123,21 +123,21 @@ class Gates:
                 f"the mask has shape {tuple(keep.shape)}; ({self._length},), or one such row per example, was expected"
             )
         start = 0
-        gathered = self._gathered(keep, 1)
+        gathered = self._masks.spread(keep, 1)
         for gate in self._gates:
             stop = start + len(gate.channels)
             gate.set(gathered[start:stop])
             start = stop
 
     def replace(self, replacements: Tensor) -> None:
-        """Choose other (components,) constants for the forwards that follow; gradients reach them.
+        """Choose other (components.width,) constants for the forwards that follow; gradients reach them.
 
         Raises:
             AblationError: Unless all gates are hooks, without a batch norm folded.
         """
-        parts = iter(self._gathered(replacements, 0))
+        parts = iter(self._constants.spread(replacements, 0))
         for gate in self._gates:
-            if not isinstance(gate, HookGate):
+            if not isinstance(gate, HookGate | ModuleGate):
                 raise AblationError("constants are replaced in hooks only; give Gates(..., through_outputs=True)")
             gate.replace(next(parts))
 
@@ -155,12 +155,6 @@ class Gates:
         finally:
             for gate in gates:
                 gate.record(False)
-
-    def _gathered(self, values: Tensor, rest: int) -> tuple[Tensor, ...]:
-        """Spread (..., components) values over the channels of all gates; channels without a component get `rest`."""
-        extended = torch.cat([values, values.new_full((*values.shape[:-1], 1), rest)], dim=-1)
-        order = self._order.expand(*values.shape[:-1], -1)
-        return torch.split(extended.gather(-1, order), self._sizes, dim=-1)  # backward, one scatter for all gates
 
     def confirm(self) -> None:
         """Raise `AblationError` when a gate saw no forward pass, which would make its component silently immune."""
@@ -184,6 +178,24 @@ def called_sites(model: nn.Module, components: Components, *, run: Callable[[nn.
             stack.callback(handle.remove)
         run(model)
     return called
+
+
+class _Order:
+    """Which entry of a mask, or of constants, each channel of all gates in a row takes.
+
+    Args:
+        entries: (channels,) positions for each part; the last counts for channels without a component.
+    """
+
+    def __init__(self, entries: Sequence[Tensor]) -> None:
+        self._order = torch.cat(list(entries))
+        self._sizes = [len(part) for part in entries]
+
+    def spread(self, values: Tensor, rest: int) -> tuple[Tensor, ...]:
+        """Spread (..., entries) values over the channels of all gates; channels without a component get `rest`."""
+        extended = torch.cat([values, values.new_full((*values.shape[:-1], 1), rest)], dim=-1)
+        order = self._order.expand(*values.shape[:-1], -1)
+        return torch.split(extended.gather(-1, order), self._sizes, dim=-1)  # backward, one scatter for all gates
 
 
 class _Gate(Protocol):
@@ -237,12 +249,15 @@ _Place = tuple[nn.Module, str, ModuleSide, int, Channels]  # what a gate in a ho
 def _places(
     layer: nn.Module, components: Components, sides: Mapping[ModuleSide, list[int]], values: Tensor
 ) -> list[_Place]:
-    lengths = {"output": output_channels(layer), "input": input_channels(layer), "module": 1}
-    first = {side: components[rows[0]] for side, rows in sides.items()}
-    return [
-        (layer, first[side].site, side, first[side].axis, Channels.of(lengths[side], components, rows, values))
-        for side, rows in sides.items()
-    ]
+    lengths = {"output": output_channels(layer), "input": input_channels(layer)}
+    places: list[_Place] = []
+    for side, rows in sides.items():
+        if side == "module":
+            channels = Channels.of_module(components, rows[0], values)
+        else:
+            channels = Channels.of(lengths[side], components, rows, values)
+        places.append((layer, components[rows[0]].site, side, components[rows[0]].axis, channels))
+    return places
 
 
 def _check_claims(model: nn.Module, components: Components) -> None:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Optimal(Calibrated):
-    """Replace a component by a constant trained to keep the expected loss under random masks low.
+    """Replace a component by constants, one per channel, trained to keep the expected loss under random masks low.
 
     This is optimal ablation (Li and Janson 2024, "Optimal ablation for interpretability") of all components at once:
     every example of a step is under a random mask of its own, and ablated components become the constants. Adam starts
@@ -51,17 +51,19 @@ class Optimal(Calibrated):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:  # noqa: ARG002
-        """Return each component's constant, from passes of `examples_per_step` examples whatever the batch size.
+        """Return each channel's constant, from passes of `examples_per_step` examples whatever the batch size.
 
         A batch size may change the last bits of a gradient, and training would make more of them.
 
         Raises:
-            AblationError: When a component is more than one channel, or the loss has no gradient.
+            AblationError: When a component has no activations, or the loss has no gradient.
             ExamplesError: When there are too few calibration examples to hold some out.
         """
         size = self.examples_per_step
         means, spread = moments(model, components, self.calibration, batch_size=size)
-        starts = [means, torch.zeros_like(means), ZeroWeight().replacements(model, components, batch_size=size)]
+        starts = [means, torch.zeros_like(means)]
+        if all(row.side != "module" for row in components):  # a module has no bias of its own
+            starts.append(ZeroWeight().replacements(model, components, batch_size=size))
         trial = _Trial(self, model, components)
         with trial.gates:
             losses = [trial.held_out_loss(constants) for constants in starts]
@@ -73,7 +75,7 @@ class Optimal(Calibrated):
                     least, constants, best = loss, trained, step
                 if step - best >= self.patience:
                     break
-        log.info("held-out loss %.4g after %d steps; of means %.4g, zeros %.4g, biases %.4g", least, step, *losses)
+        log.info("held-out loss %.4g after %d steps; of means, zeros and biases %s", least, step, losses)
         return constants
 
     def settings(self) -> dict[str, Any]:
@@ -102,7 +104,7 @@ class _Trial:
         self._draw = torch.Generator().manual_seed(ablation.seed)
         order = torch.randperm(n, generator=self._draw)
         self._held, self._trained_on = order[:held], order[held:]
-        self.gates = Gates(model, components, torch.zeros(self._count), through_outputs=True)
+        self.gates = Gates(model, components, torch.zeros(components.width), through_outputs=True)
 
     def held_out_loss(self, constants: Tensor) -> float:
         """Return the mean loss of the held-out examples, each under the same few masks every time."""

@@ -27,7 +27,9 @@ class Ablation(Settings):
 
     @abstractmethod
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:
-        """Return (components,) float32 constants on the CPU; NaN where no constant replaces the component.
+        """Return (components.width,) float32 constants on the CPU, one per channel of every component in table order.
+
+        They are NaN where no constant replaces the component.
 
         Args:
             model: The model in evaluation mode; its device is used.
@@ -53,8 +55,8 @@ class ZeroWeight(Ablation):
     label: ClassVar[str] = "zero"
 
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:  # noqa: ARG002
-        """Return each component's bias, 0 where it has none; raise `AblationError` for a whole module."""
-        values = torch.zeros(len(components))
+        """Return each channel's bias, 0 where it has none; raise `AblationError` for a whole module."""
+        values = torch.zeros(components.width)
         for (site, side, _), indices in components.sites().items():
             if side == "module":
                 raise AblationError(
@@ -63,8 +65,7 @@ class ZeroWeight(Ablation):
                 )
             bias = model.get_submodule(site).bias if side == "output" else None
             if isinstance(bias, Tensor):
-                positions = [components[i].position for i in indices]
-                values[indices] = bias.detach().float().cpu()[positions]
+                values[components.channels_of(indices)] = bias.detach().float().cpu()[components.positions_of(indices)]
         return values
 
 
@@ -75,7 +76,7 @@ class ZeroActivation(Ablation):
 
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:  # noqa: ARG002
         """Return zeros."""
-        return torch.zeros(len(components))
+        return torch.zeros(components.width)
 
 
 class Resample(Ablation):
@@ -100,7 +101,7 @@ class Resample(Ablation):
                     f"{row.name!r} is a slice of a parameter, which is the same for all examples, so there is nothing "
                     f"to resample; use ZeroWeight()"
                 )
-        return torch.full((len(components),), torch.nan)
+        return torch.full((components.width,), torch.nan)
 
     def donors(self, examples: int) -> np.ndarray:
         """Return (examples,) positions, each another one than the example's own.

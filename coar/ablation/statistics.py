@@ -8,7 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from coar.ablation.by_hook import hook
+from coar.ablation.by_hook import check_features, hook
+from coar.ablation.padding import tokens_of, without_padding
 from coar.ablation.projections import called_projections
 from coar.ablation.replacements import Calibrated, call
 from coar.components import Components, Side
@@ -20,21 +21,24 @@ Visit = Callable[[Place, Tensor], None]  # takes (values, channels), as often as
 
 
 class Mean(Calibrated):
-    """Replace a component by its mean over calibration examples and positions, such as pixels or tokens."""
+    """Replace each channel of a component by its mean over calibration examples and positions.
+
+    Positions are pixels or tokens; those where an `attention_mask` among the inputs is 0 are padding, and do not count.
+    """
 
     label: ClassVar[str] = "mean"
 
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:
-        """Return each component's mean; raise `AblationError` where no one constant is its mean."""
+        """Return each channel's mean; raise `AblationError` where there are no activations to take it from."""
         means, _ = moments(model, components, self.calibration, batch_size=batch_size)
         return means
 
 
 class Peak(Calibrated):
-    """Replace a component by the peak of its activations' distribution over calibration examples and positions.
+    """Replace each channel of a component by the peak of its distribution over calibration examples and positions.
 
     That is what it computes most often (Pochinkov et al. 2024, "Investigating neuron ablation in attention heads: the
-    case for peak activation centering"). Two passes over the examples fill a histogram of each component between its
+    case for peak activation centering"). Two passes over the examples fill a histogram of each channel between its
     smallest and its largest activation; the constant is the mean of those in the fullest bin, the lowest of several.
 
     Attributes:
@@ -46,7 +50,7 @@ class Peak(Calibrated):
     bins: int = Field(default=128, ge=2)
 
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:
-        """Return each component's peak; raise `AblationError` where no one constant is its peak."""
+        """Return each channel's peak; raise `AblationError` where there are no activations to take it from."""
         ends: dict[Place, tuple[Tensor, Tensor]] = {}
 
         def widen(place: Place, values: Tensor) -> None:
@@ -84,10 +88,10 @@ def _peaks(both: Tensor, channels: int) -> Tensor:
 def moments(
     model: nn.Module, components: Components, calibration: Examples, *, batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Return (components,) means and standard deviations over examples and positions.
+    """Return (components.width,) means and standard deviations over examples and positions.
 
     Raises:
-        AblationError: When a component is more than one channel, or its module is never called.
+        AblationError: When a component has no activations, or its module is never called.
     """
     sums: dict[Place, Tensor] = {}  # (3, channels): how many values, their sum, and that of their squares
 
@@ -108,33 +112,40 @@ def walk(model: nn.Module, components: Components, examples: Examples, *, batch_
 
     Args:
         model: The model in evaluation mode.
-        components: The components, each one channel.
+        components: The components, none of them a slice of a parameter.
         examples: The examples.
         batch_size: Most examples per forward pass.
         visit: Called with the place and (values, channels) at every call of a module.
 
     Raises:
-        AblationError: When a component is more than one channel, or its module is never called.
+        AblationError: When a component has no activations, its module is never called, or padding cannot be told.
     """
-    _check_single(components)
+    _check_featured(components)
     called: set[Place] = set()
+    sites, tokens = components.sites(), None
 
-    def shown(place: Place, axis: int) -> Callable[[Tensor], Tensor]:
+    def shown(place: Place, axis: int, features: int) -> Callable[[Tensor], Tensor]:
         def show(y: Tensor) -> Tensor:
-            called.add(place)
-            visit(place, y.detach().movedim(axis, -1).reshape(-1, y.shape[axis]))
+            if place[1] == "module":
+                check_features(y, place[0], axis, features)
+            values = without_padding(y.detach().movedim(axis, -1), tokens)
+            if len(values):  # an expert may be called with nothing
+                called.add(place)
+                visit(place, values)
             return y
 
         return show
 
-    sites = components.sites()
     with ExitStack() as stack, torch.inference_mode():
         stack.enter_context(called_projections(model, [site for site, _, _ in sites]))
-        for site, side, axis in sites:
-            if side in ("input", "output"):
-                stack.callback(hook(model.get_submodule(site), side, shown((site, side), axis)).remove)
+        for (site, side, axis), rows in sites.items():
+            if side != "parameter":
+                show = shown((site, side), axis, components[rows[0]].size)
+                stack.callback(hook(model.get_submodule(site), side, show).remove)
         for start in range(0, len(examples), batch_size):
-            call(model, examples.block(start, start + batch_size)[0])
+            inputs = examples.block(start, start + batch_size)[0]
+            tokens = tokens_of(model, inputs)
+            call(model, inputs)
     for site, side, _ in sites:
         if (site, side) not in called:
             raise AblationError(
@@ -144,25 +155,23 @@ def walk(model: nn.Module, components: Components, examples: Examples, *, batch_
 
 
 def _spread(components: Components, by_place: dict[Place, Tensor]) -> Tensor:
-    """Return (components,) float32 values on the CPU from (channels,) values by place."""
-    values = torch.zeros(len(components))
+    """Return (components.width,) float32 values on the CPU from (channels,) values by place."""
+    values = torch.zeros(components.width)
     for (site, side, _), indices in components.sites().items():
-        positions = [components[i].position for i in indices]
-        values[indices] = by_place[site, side].float().cpu()[positions]
+        values[components.channels_of(indices)] = by_place[site, side].float().cpu()[components.positions_of(indices)]
     return values
 
 
-def _check_single(components: Components) -> None:
-    """Raise `AblationError` for the first component that is not one channel, and so has no one constant."""
+def _check_featured(components: Components) -> None:
+    """Raise `AblationError` for the first component whose channels have no constants of their own."""
     for row in components:
         if row.side == "parameter":
             raise AblationError(
                 f"{row.name!r} is a slice of a parameter and has no activations to take a constant from; use "
                 f"ZeroWeight(), or components found by conv_filters, neurons or input_features"
             )
-        if row.size > 1 or row.side == "module":
-            what = "a whole module" if row.side == "module" else f"{row.size} features"
+        if row.side == "module" and row.axis == 0:
             raise AblationError(
-                f"{row.name!r} is {what}, of which every feature has a constant of its own, and an ablation replaces a "
-                f"component by one; use ZeroActivation() or Resample()"
+                f"{row.name!r} is a whole module, and nothing is known of where its features lie; find it with "
+                f"modules(..., axis=, size=), or use ZeroActivation() or Resample()"
             )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
-from coar.components.layers import CONVOLUTIONS, input_channels, is_linear, output_channels, unwrapped
+from coar.components.layers import CONVOLUTIONS, input_channels, is_layer, is_linear, output_channels, unwrapped
 from coar.components.table import Component, Components
 from coar.errors import ComponentError
 
@@ -76,22 +76,43 @@ def input_features(model: nn.Module, *, include: Patterns = None, exclude: Patte
     return _find(model, is_linear, columns, "linear layer", include, exclude)
 
 
-def modules(model: nn.Module, patterns: str | Sequence[str]) -> Components:
+def modules(
+    model: nn.Module, patterns: str | Sequence[str], *, axis: int | None = None, size: int | None = None
+) -> Components:
     """Take whole modules, such as attention blocks or branches of a residual net, each as one component.
 
-    What is ablated is the tensor that the module returns, or the first of a tuple.
+    What is ablated is the tensor that the module returns, or the first of a tuple. Zeros and other examples'
+    activations replace it as it is. Constants, one for each of its features, need to know where these lie.
 
     Args:
         model: The model to look through.
         patterns: Shell-style patterns of module names, such as `*.mlp`.
+        axis: Axis of the returned tensor along which the features lie; by default 1 where the last layer inside is a
+            convolution and the last axis where it is linear. Constants are refused where the tensor does not fit.
+        size: How many features there are; by default as many as the last layer inside has outputs.
 
     Raises:
-        ComponentError: When a pattern matches no module.
+        ComponentError: When a pattern matches no module, or `axis` is that of the batch.
     """
-    names = [name for name, _ in unwrapped(model).named_modules() if name]
+    model = unwrapped(model)
+    if axis == 0 or (size is not None and size < 1):
+        raise ComponentError(
+            f"axis={axis} and size={size} were given; axis 0 is the batch's, and a module has at least one feature: "
+            f"give the axis along which features lie, such as -1, and how many there are"
+        )
+    names = matching([name for name, _ in model.named_modules() if name], patterns, None, "module")
     return Components(
-        Component(name, "module", name, "module", 0, 0, 1) for name in matching(names, patterns, None, "module")
+        Component(name, "module", name, "module", *_features(model.get_submodule(name), axis, size)) for name in names
     )
+
+
+def _features(module: nn.Module, axis: int | None, size: int | None) -> tuple[int, int, int]:
+    """Return axis, first index and number of a module's features; axis 0 and one when they cannot be told."""
+    layers = [layer for layer in module.modules() if is_layer(layer)]
+    if layers:
+        axis = axis or (1 if isinstance(layers[-1], CONVOLUTIONS) else -1)
+        size = size or output_channels(layers[-1])
+    return (axis, 0, size) if axis and size else (0, 0, 1)
 
 
 def parameter_slices(model: nn.Module, patterns: str | Sequence[str], *, axis: int = 0, size: int = 1) -> Components:

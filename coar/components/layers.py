@@ -30,6 +30,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Say whether a module is a convolution or a linear layer."""
+    return isinstance(module, CONVOLUTIONS) or is_linear(module)
+
+
 def output_channels(module: nn.Module) -> int:
     """Return how many output rows a convolution or linear layer has, 0 for any other module."""
     if is_conv1d(module):

@@ -3,8 +3,10 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
 
+import numpy as np
 from torch import nn
 
 from coar.components.layers import input_channels, output_channels, unwrapped
@@ -25,9 +27,10 @@ class Component(NamedTuple):
         site: Path of the module, or of the parameter for a slice of one.
         side: What of the site is ablated: channels of the module's `output` or `input`, all that the `module` returns,
             or the `parameter` itself.
-        axis: Axis of the module's output or input, or of the parameter, along which the component lies.
+        axis: Axis of the module's output or input, or of the parameter, along which the component lies; 0 for a whole
+            module whose features lie along an axis that is not known.
         position: First index of the component along that axis.
-        size: How many indices it takes along that axis.
+        size: How many indices, or channels, it takes along that axis.
     """
 
     name: str
@@ -37,6 +40,13 @@ class Component(NamedTuple):
     axis: int
     position: int
     size: int
+
+
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return the numbers from each start on, as many as its size says, one range after another."""
+    before = sizes.cumsum() - sizes
+    numbers: np.ndarray = np.repeat(starts - before, sizes) + np.arange(sizes.sum())
+    return numbers
 
 
 def read_component(values: Sequence[object]) -> Component:
@@ -99,6 +109,44 @@ class Components(Sequence[Component]):
         """Kinds in table order."""
         return tuple(row.kind for row in self._rows)
 
+    @property
+    def width(self) -> int:
+        """How many channels all components have together."""
+        return int(self._ends[-1])
+
+    def channels_of(self, rows: Sequence[int]) -> np.ndarray:
+        """Return the numbers of some components' channels, where those of all components are counted in table order."""
+        index = np.asarray(rows, dtype=np.int64)
+        return _ranges(self._ends[index] - self._sizes[index], self._sizes[index])
+
+    def positions_of(self, rows: Sequence[int]) -> np.ndarray:
+        """Return where the channels of some components lie along their axis, in the order of `channels_of`."""
+        starts = np.array([self._rows[i].position for i in rows], dtype=np.int64)
+        return _ranges(starts, self._sizes[np.asarray(rows, dtype=np.int64)])
+
+    def per_channel(self, constants: np.ndarray) -> np.ndarray:
+        """Return (width,) constants, of as many or of (components,), where one stands for all channels of a component.
+
+        Raises:
+            ValueError: When there is any other number of them.
+        """
+        if constants.shape == (self.width,):
+            return constants
+        if constants.shape != (len(self),):
+            raise ValueError(
+                f"constants of shape {constants.shape} for {len(self)} components with {self.width} channels"
+            )
+        spread: np.ndarray = np.repeat(constants, self._sizes)
+        return spread
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        return np.array([row.size for row in self._rows])
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return self._sizes.cumsum()
+
     def index(self, name: str, *_: int) -> int:
         """Return the row number of a component by its name; raise `ComponentError` for an unknown name."""
         if name not in self._index:
@@ -136,6 +184,8 @@ def check_components(model: nn.Module, components: Components) -> None:
                 f"component {components[indices[0]].name!r} lies in {site!r}, which this {type(model).__name__} does "
                 f"not have; the components belong to another model: find them again on this one"
             )
+        if side == "module":
+            continue
         length = _length(found, side, axis)
         last = max(components[i].position + components[i].size for i in indices)
         if last > length:
@@ -147,8 +197,6 @@ def check_components(model: nn.Module, components: Components) -> None:
 
 
 def _length(found: nn.Module | nn.Parameter, side: Side, axis: int) -> int:
-    if side == "module":
-        return 1
     if isinstance(found, nn.Module):
         return input_channels(found) if side == "input" else output_channels(found)
     return found.shape[axis] if axis < found.ndim else 0

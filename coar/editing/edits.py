@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from torch import nn
 
-from coar.ablation import fold
+from coar.ablation import Constant, fold
 from coar.attributions import Attributions
 from coar.components import Component, read_component, unwrapped
 from coar.editing.goals import EditGoal
@@ -32,7 +32,7 @@ class Edit:
 
     Attributes:
         components: The chosen components, most important first.
-        replacements: One constant per component.
+        replacements: The constants of each component: one number, or as many as it has channels.
         scores: The score each was chosen by.
         goal: What the edit is for; None for edits joined that had different goals.
         ablation: Name of the ablation that the attributions were made with.
@@ -42,7 +42,7 @@ class Edit:
     """
 
     components: tuple[Component, ...]
-    replacements: tuple[float, ...]
+    replacements: tuple[Constant, ...]
     scores: tuple[float, ...]
     goal: EditGoal | None
     ablation: str
@@ -122,7 +122,7 @@ class Edit:
                 more.append((component, value, score))
             elif mine[component] != value:
                 raise EditError(
-                    f"{component.name!r} is replaced by {mine[component]:g} in one edit and by {value:g} in the other; "
+                    f"{component.name!r} is replaced by {mine[component]} in one edit and by {value} in the other; "
                     f"take it out of one, or make both with the same ablation"
                 )
         parts = zip(*more, strict=True) if more else ((), (), ())
@@ -185,7 +185,7 @@ class Edit:
                 raise TypeError("components is not a list")
             return cls(
                 tuple(read_component([row[field] for field in Component._fields]) for row in rows),
-                tuple(float(row["replacement"]) for row in rows),
+                tuple(_constant(row["replacement"]) for row in rows),
                 tuple(float(row["score"]) for row in rows),
                 None if content["goal"] is None else EditGoal(**content["goal"]),
                 str(content["ablation"]),
@@ -227,18 +227,25 @@ def edit_of(
     attributions: Attributions, goal: EditGoal, indices: Sequence[int] | np.ndarray, scores: np.ndarray
 ) -> Edit:
     """Return the edit that ablates these components, in this order."""
-    facts = attributions.facts
-    components = tuple(attributions.components[int(i)] for i in indices)
+    facts, table = attributions.facts, attributions.components
+    components = tuple(table[int(i)] for i in indices)
     sites = {component.site for component in components}
     return Edit(
         components,
-        tuple(float(facts["replacements"][int(i)]) for i in indices),
+        tuple(_constant([facts["replacements"][n] for n in table.channels_of([int(i)])]) for i in indices),
         tuple(float(scores[int(i)]) for i in indices),
         goal,
         str(facts["fingerprint"]["ablation"]["name"]),
         {site: name for site, name in facts["batch_norms"].items() if site in sites},
         str(facts["fingerprint"]["weights"]),
     )
+
+
+def _constant(values: float | Sequence[float]) -> Constant:
+    """Return the constants of a component, a number where it has one; raise `ValueError` or `TypeError` for others."""
+    if not isinstance(values, list):
+        return float(values)  # type: ignore[arg-type]
+    return float(values[0]) if len(values) == 1 else tuple(float(value) for value in values)
 
 
 def check_budget(budget: int, components: int) -> int:

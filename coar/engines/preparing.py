@@ -137,7 +137,7 @@ def worker_of(study: Study, run: Run, model: nn.Module, *, batch_size: int | Non
 
 def try_probe(study: Study, model: nn.Module, *, batch_size: int | None = None) -> None:
     """Probe a few examples on a copy of the model; raise `AblationError` when there is no gradient to be had."""
-    nothing = torch.zeros(len(study.components))
+    nothing = torch.zeros(study.components.width)
     worker = Worker(model, study.components, nothing, study.output, through_outputs=True, batch_size=batch_size)
     block = worker.load(study.examples, 0, CHECK_ROWS)
     compare_rows(worker, block, study.sampler.masks("probe", range(block.size), len(study.components)))

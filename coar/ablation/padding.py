@@ -1,0 +1,43 @@
+"""Which positions of texts are padding, so that no constant is taken from them."""
+
+from torch import Tensor, nn
+
+from coar.errors import AblationError
+from coar.examples import Inputs
+
+
+def tokens_of(model: nn.Module, inputs: Inputs) -> Tensor | None:
+    """Return (texts, positions) truth values, False at padding; None where nothing is padded.
+
+    Args:
+        model: The model; a `config` in it may say which token pads.
+        inputs: A batch; `attention_mask`, of the shape of `input_ids`, says what is padding.
+
+    Raises:
+        AblationError: When padding tokens are among the texts and no mask says which of them are padding.
+    """
+    named = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
+    ids, mask = named.get("input_ids"), named.get("attention_mask")
+    if mask is not None and mask.ndim >= 2 and (ids is None or mask.shape == ids.shape):
+        return mask.bool().flatten(0, -2)
+    if ids is None or ids.is_floating_point():
+        return None
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    padding = {getattr(config, "pad_token_id", None) for config in configs} - {None}
+    found = [token for token in padding if isinstance(token, int) and (ids == token).any()]
+    if found:
+        raise AblationError(
+            f"the calibration texts hold token {found[0]}, with which this model pads, and no attention_mask says "
+            f"where that is padding, which no constant may be taken from; give inputs as a dict of input_ids and "
+            f"attention_mask, all ones where nothing is padded"
+        )
+    return None
+
+
+def without_padding(values: Tensor, tokens: Tensor | None) -> Tensor:
+    """Return (values, channels) of (..., channels), without padding where there is one entry per token."""
+    if tokens is not None:
+        kept = tokens if values.shape[:2] == tokens.shape else tokens.flatten()
+        if values.ndim > kept.ndim and values.shape[: kept.ndim] == kept.shape:
+            values = values[kept.to(values.device)]
+    return values.reshape(-1, values.shape[-1])
