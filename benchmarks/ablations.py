@@ -1,66 +1,173 @@
-"""What each ablation costs and how far it takes a net from where it was trained, on digits.
+"""What each ablation does to a model, how well attributions fitted under it predict, and what edits with it give.
 
-    python benchmarks/ablations.py                       # a minute on one core
+    COAR_DATA=/path/to/folder python benchmarks/ablations.py > ablations.md    # about 20 minutes on one core
+    python benchmarks/ablations.py --pipelines digits
 
-Times are of the processor, the fastest of several: a mask on a block of examples through a worker, over a plain forward
-pass. The net is so small that what a gate does once per mask shows; on larger nets it does not. Loss is the
-cross-entropy of examples that no constant has seen, under random masks at three ablated fractions.
+Loss is the one that optimal constants are trained on, of judging examples, which no constant has seen, under random
+masks; the trained constants are those for an ablated fraction of 0.10 throughout. Attributions are fitted on probes and
+masks at that fraction and predict test masks at all fractions. Edits make the model forget one class.
+
+Every piece of work is kept in reports/ablations, so that a benchmark that was stopped goes on.
 """
 
 import argparse
+import importlib
+import json
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-import numpy as np
 import torch
 
 import coar
 from coar.ablation import ABLATIONS
 from coar.worker import Worker, device_copy
-from pipelines import digits
 
-MASKS, REPEATS = 40, 20
-FRACTIONS = (0.05, 0.10, 0.20)
+FOLDER = Path("reports/ablations")
+FRACTIONS = (0.05, 0.10, 0.20, 0.40)
+EDITED, LABEL, BUDGET = ("zero", "mean", "optimal"), 3, 20
 
 
-def fastest(run: Callable[[], object]) -> float:
-    """Return the seconds of the fastest of several calls."""
-    took = []
-    for _ in range(REPEATS):
-        start = time.process_time()
-        run()
-        took.append(time.process_time() - start)
-    return min(took)
+@dataclass(frozen=True)
+class Size:
+    """How much is done with one pipeline: studied and judged examples, masks of a loss, and what a run has."""
+
+    studied: int
+    judged: int
+    loss_masks: int
+    masks: int
+    probes: int
+    test_masks: int
+    edits: bool = False
+
+
+SIZES = {
+    "digits": Size(400, 397, 40, 200, 96, 50, edits=True),
+    "cifar10": Size(128, 128, 20, 100, 64, 30, edits=True),
+    "gpt2": Size(48, 64, 20, 100, 64, 30),
+    "sentence_embeddings": Size(16, 24, 10, 60, 32, 20),
+}
+
+
+def losses(module: ModuleType, study: coar.Study, size: Size) -> dict[str, float]:
+    """Return the mean loss of judging examples under masks at each fraction, and of the unablated model (0)."""
+    loss = module.study(ablation="optimal").ablation.loss
+    model = device_copy(study.model, torch.device("cpu"))
+    judge = module.judge()
+    judge = judge.subset(range(min(size.judged, len(judge))))
+    if loss.settings()["name"] == "Drift":  # its targets are the embeddings of the unablated model
+        with torch.inference_mode():
+            wanted = model(**judge.block(0, len(judge))[0]).clone()
+        judge = coar.Examples(inputs=judge.inputs, targets=wanted, metadata=judge.metadata)
+    constants = study.ablation.replacements(model, study.components, batch_size=64)
+    worker = Worker(model, study.components, constants, loss, donors=study.ablation.donors, batch_size=64)
+    block = worker.load(judge, 0, len(judge))
+    found = {"0": float(worker.base_output(block).mean())}
+    for at in FRACTIONS:
+        masks = study.sampler.masks("test", range(size.loss_masks), len(study.components), ablated_fraction=at)
+        found[str(at)] = float(worker.outputs(block, masks).mean())
+    return found
+
+
+def correlations(study: coar.Study, size: Size, path: Path) -> tuple[coar.Attributions, dict[str, float]]:
+    """Return attributions of a run under the ablation, and their mean correlation at each fraction of test masks."""
+    run = coar.collect(
+        study,
+        path,
+        masks=size.masks,
+        probes=size.probes,
+        test_masks=size.test_masks,
+        test_fractions=[at for at in FRACTIONS if at != study.sampler.ablated_fraction],
+        device="cpu",
+        progress=False,
+    )
+    fitted = coar.fit(run, progress=False)
+    table = coar.evaluate(run).table
+    return fitted, {str(float(row.ablated_fraction)): float(row.pearson) for row in table.itertuples()}
+
+
+def forgotten(module: ModuleType, study: coar.Study, attributions: coar.Attributions) -> dict[str, float]:
+    """Return what forgetting a class does to judging examples, in points of accuracy."""
+    result = coar.forget_class(
+        attributions, study.model, study.examples, module.judge(), label=LABEL, budget=BUDGET, progress=False
+    )
+    rows = {str(row.group): row for row in result.table.itertuples()}
+    return {
+        "components": float(rows["targets"].components),
+        "targets": float(rows["targets"].points),
+        "references": float(rows["references"].points),
+    }
+
+
+def measured(name: str, label: str) -> dict[str, Any]:
+    """Return all that is measured of one ablation on one pipeline, from the disk where it was before."""
+    done = FOLDER / f"{name}-{label}.json"
+    if done.exists():
+        kept: dict[str, Any] = json.loads(done.read_text())
+        return kept
+    module, size, start = importlib.import_module(f"pipelines.{name}"), SIZES[name], time.process_time()
+    whole = module.study(ablation=label)
+    few = whole.examples.subset(range(min(size.studied, len(whole.examples))))
+    study = coar.Study(
+        model=whole.model,
+        examples=few,
+        components=whole.components,
+        output=whole.output,
+        ablation=whole.ablation,
+        sampler=whole.sampler,
+    )
+    found: dict[str, Any] = {"loss": losses(module, study, size)}
+    attributions, found["pearson"] = correlations(study, size, FOLDER / f"{name}-{label}.zarr")
+    if size.edits and label in EDITED:
+        found["edit"] = forgotten(module, study, attributions)
+    found["seconds"] = time.process_time() - start
+    done.parent.mkdir(parents=True, exist_ok=True)
+    done.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def tables(name: str, found: dict[str, dict[str, Any]]) -> str:
+    """Return the tables of one pipeline in Markdown."""
+    at = [str(fraction) for fraction in FRACTIONS]
+    plain = next(iter(found.values()))["loss"]["0"]
+    heads = [f"loss {one}" for one in at] + [f"pearson {one}" for one in at] + ["processor s"]
+    lines = [f"## {name}", "", f"Loss of the unablated model: {plain:.4f}.", ""]
+    lines += [f"| ablation | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    for label, one in found.items():
+        numbers = [f"{one['loss'][f]:.4f}" for f in at] + [f"{one['pearson'][f]:.3f}" for f in at]
+        lines.append(f"| `{label}` | {' | '.join(numbers)} | {one['seconds']:.0f} |")
+    if {"optimal", "mean", "zero", "zero_activation"} <= found.keys():
+        worse = [
+            f"{f} ({found['optimal']['loss'][f]:.4f} against {found[label]['loss'][f]:.4f} of `{label}`)"
+            for f in at
+            for label in ("mean", "zero", "zero_activation")
+            if found["optimal"]["loss"][f] > found[label]["loss"][f]
+        ]
+        lines += ["", f"Fractions at which `optimal` loses more than means or zeros: {', '.join(worse) or 'none'}."]
+    edits = {label: one["edit"] for label, one in found.items() if "edit" in one}
+    if edits:
+        lines += ["", f"Forgetting class {LABEL}, {BUDGET} components at most, change of accuracy in points:", ""]
+        lines += ["| ablation | components | class | other classes |", "|---|---:|---:|---:|"]
+        for label, one in edits.items():
+            lines.append(f"| `{label}` | {one['components']:.0f} | {one['targets']:+.1f} | {one['references']:+.2f} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Print one table."""
+    """Print the tables of every pipeline that is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--pipelines", choices=list(SIZES), nargs="+", default=list(SIZES))
+    parser.add_argument("--ablations", choices=list(ABLATIONS), nargs="+", default=list(ABLATIONS))
     arguments = parser.parse_args()
-    study = digits.study()
-    model, components = device_copy(study.model, torch.device("cpu")), study.components
-    examples = study.examples.subset(range(arguments.examples))
-    print(
-        f"{'ablation':>16} {'constants s':>12} {'gated / plain':>14}" + "".join(f"{f'loss {f}':>11}" for f in FRACTIONS)
-    )
-    for label in ABLATIONS:
-        ablation = coar.choose_ablation(label, calibration=digits.split()["train"])
-        start = time.process_time()
-        constants = ablation.replacements(model, components, batch_size=128)
-        seconds = time.process_time() - start
-        worker = Worker(
-            model, components, constants, coar.CrossEntropy(), donors=ablation.donors, batch_size=arguments.examples
-        )
-        block = worker.load(examples, 0, len(examples))
-        masks = {
-            at: study.sampler.masks("test", range(MASKS), len(components), ablated_fraction=at) for at in FRACTIONS
-        }
-        losses = [worker.outputs(block, masks[at]).mean() for at in FRACTIONS]
-        plain = fastest(lambda worker=worker, block=block: worker.base_output(block))
-        one = np.stack([masks[0.10][0]] * 16)
-        gated = fastest(lambda worker=worker, block=block, one=one: worker.outputs(block, one)) / len(one)
-        print(f"{label:>16} {seconds:>12.2f} {gated / plain:>14.2f}" + "".join(f"{loss:>11.3f}" for loss in losses))
+    for name in arguments.pipelines:
+        try:
+            found = {label: measured(name, label) for label in arguments.ablations}
+        except (ModuleNotFoundError, coar.errors.PipelineError) as error:
+            print(f"## {name}\n\nLeft out: {error}\n", flush=True)
+            continue
+        print(tables(name, found), flush=True)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,12 @@ def mask_bytes(study: Study, model: nn.Module) -> float:
     held = study.ablation.donors(len(study.examples)) is not None
     runner = ModelRunner(model, study.output, batch_size=MEASURED)
     worker = Worker(
-        model, components, torch.zeros(len(components)), study.output, donors=study.ablation.donors, batch_size=MEASURED
+        model,
+        components,
+        torch.zeros(components.width),
+        study.output,
+        donors=study.ablation.donors,
+        batch_size=MEASURED,
     )
     everything = np.ones((1, len(components)), dtype=bool)
 
@@ -136,7 +141,7 @@ def probe_bytes(study: Study, model: nn.Module) -> float:
         AblationError: When components or output have no gradient.
     """
     components = study.components
-    worker = Worker(model, components, torch.zeros(len(components)), study.output, batch_size=MEASURED)
+    worker = Worker(model, components, torch.zeros(components.width), study.output, batch_size=MEASURED)
 
     def used(rows: int) -> float:
         block = worker.load(study.examples, 0, rows)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import coar
 
@@ -32,7 +33,7 @@ MASKS = 2_000
 TEST_MASKS = 200
 TEST_FRACTIONS = (0.05, 0.20)
 
-STUDIED = 48  # pairs; the others are for judging
+STUDIED, CALIBRATION = 48, 64  # pairs; the others are for judging
 LENGTH = 32  # tokens, to which sentences are padded and a few are cut
 SENTENCE = re.compile(r"[A-Z][\w ,;:'\"()/\u2019-]*[.]")  # prose, without code but for quoted words
 WORDS = range(5, 21)
@@ -102,23 +103,38 @@ def components(net: nn.Module) -> coar.Components:
     return coar.attention_heads(net) + neurons
 
 
+class Drift(coar.outputs.Output):
+    """1 less the cosine similarity of embeddings to what they shall be, the targets, on average over a pair."""
+
+    def __call__(self, result: Any, targets: Tensor) -> Tensor:
+        """Return (pairs,) numbers from (pairs, 2, width) embeddings and targets."""
+        return 1 - functional.cosine_similarity(result.float(), targets, dim=-1).mean(1)
+
+
+def ablation_of(label: str, net: nn.Module) -> coar.ablation.Ablation:
+    """Return an ablation by its label; optimal constants keep embeddings near those of the unablated model."""
+    texts = examples(slice(STUDIED, STUDIED + CALIBRATION))
+    if label != "optimal":
+        return coar.choose_ablation(label, calibration=texts)
+    with torch.inference_mode():
+        embeddings = net(**texts.block(0, CALIBRATION)[0])
+    wanted = coar.Examples(inputs=texts.inputs, targets=embeddings.clone(), metadata=texts.metadata)
+    return coar.Optimal(calibration=wanted, loss=Drift())
+
+
 def study(*, ablation: str = "zero", ablated_fraction: float = 0.10, seed: int = 0) -> coar.Study:
-    """Define the study of 48 pairs; `ablation` is `zero`."""
-    if ablation != "zero":
-        raise coar.errors.SettingsError(
-            f"ablation {ablation!r} has no meaning for attention heads, of which each is many features; choose zero"
-        )
+    """Define the study of 48 pairs; `ablation` is any label that `coar.choose_ablation` knows."""
     net = model()
     return coar.Study(
         model=net,
         examples=examples(slice(0, STUDIED)),
         components=components(net),
         output=coar.CosineSimilarity(),
-        ablation=coar.ZeroWeight(),
+        ablation=ablation_of(ablation, net),
         sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
     )
 
 
 def judge() -> coar.Examples:
-    """Return other pairs, no sentence of which has been studied."""
-    return examples(slice(STUDIED, None))
+    """Return other pairs, no sentence of which has been studied or is a calibration example."""
+    return examples(slice(STUDIED + CALIBRATION, None))

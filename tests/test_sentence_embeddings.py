@@ -115,7 +115,7 @@ def test_stored_outputs_are_those_of_plain_forwards(study, tmp_path):
 def test_every_pair_may_have_a_mask_of_its_own(study):
     examples, count = some(study, 3), len(study.components)
     masks = torch.rand(3, count, generator=torch.Generator().manual_seed(0)) < 0.9
-    with Gates(study.model, study.components, torch.zeros(count), through_outputs=True) as gates:
+    with Gates(study.model, study.components, torch.zeros(study.components.width), through_outputs=True) as gates:
         gates.set(masks)
         found = embeddings(study.model, examples)
         gates.confirm()
@@ -127,7 +127,8 @@ def test_every_pair_may_have_a_mask_of_its_own(study):
 def test_gradients_by_the_gates_of_each_pair_agree_with_finite_differences(study):
     model, examples, count = deepcopy(study.model).double(), some(study, 2), len(study.components)
     keep = torch.rand(2, count, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.5 + 0.5
-    with Gates(model, study.components, torch.zeros(count, dtype=torch.float64), through_outputs=True) as gates:
+    zeros = torch.zeros(study.components.width, dtype=torch.float64)
+    with Gates(model, study.components, zeros, through_outputs=True) as gates:
 
         def scalar(mask):
             gates.set(mask)
@@ -152,7 +153,7 @@ def test_an_edit_keeps_the_keys(study):
     keep[rows] = 0
     edited, examples = deepcopy(study.model), some(study, 4)
     fold(edited, [study.components[i] for i in rows], [0.0] * 5, batch_norms={})
-    with Gates(study.model, study.components, torch.zeros(len(keep))) as gates:
+    with Gates(study.model, study.components, torch.zeros(study.components.width)) as gates:
         gates.set(keep)
         expected = embeddings(study.model, examples)
     torch.testing.assert_close(embeddings(edited, examples), expected, rtol=0, atol=1e-4)
@@ -165,8 +166,10 @@ def test_options_reach_the_study():
     made = loaded.study(ablation="zero", ablated_fraction=0.05, seed=9)
     assert made.sampler == coar.BernoulliSampler(ablated_fraction=0.05, seed=9)
     assert made.ablation == coar.ZeroWeight()
-    with pytest.raises(SettingsError, match="'mean' has no meaning for attention heads"):
-        loaded.study(ablation="mean")
+    for label in ("mean", "optimal"):
+        assert loaded.study(ablation=label).ablation.label == label
+    with pytest.raises(SettingsError, match="unknown ablation 'median'"):
+        loaded.study(ablation="median")
 
 
 def test_without_the_extra_a_message_says_what_to_install(monkeypatch):
