@@ -14,7 +14,7 @@ from coar.components import Component, check_components
 from coar.errors import ComponentError
 from pipelines.cifar10 import CifarResNet
 from pipelines.digits import DigitsNet
-from tests import oracles, tiny
+from tests import nets, tiny
 
 # a stem of 64, then per stage four convolutions of its width and, from the second on, a shortcut of that width
 RESNET18_FILTERS = 64 + 4 * 64 + (4 + 1) * 128 + (4 + 1) * 256 + (4 + 1) * 512
@@ -22,7 +22,7 @@ RESNET18_FILTERS = 64 + 4 * 64 + (4 + 1) * 128 + (4 + 1) * 256 + (4 + 1) * 512
 
 @pytest.fixture
 def planar():
-    return oracles.PlanarNet()
+    return nets.PlanarNet()
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,8 @@ def planar():
         (CifarResNet, 688),
         (lambda: CifarResNet(blocks=7), 1584),
         (DigitsNet, 336),
-        (oracles.PlanarNet, 8 + 8 + 6 + 6 + 8 + 6),
-        (oracles.LineAndVolumeNet, 6 + 4 + 6 + 4),
+        (nets.PlanarNet, 8 + 8 + 6 + 6 + 8 + 6),
+        (nets.LineAndVolumeNet, 6 + 4 + 6 + 4),
     ],
 )
 def test_counts_are_those_of_the_architecture(make, count):
@@ -233,7 +233,7 @@ def test_the_table_is_immutable_and_a_sequence(planar):
 
 
 def test_equality_hash_and_fingerprint_follow_the_rows(planar):
-    one, same = coar.conv_filters(planar), coar.conv_filters(oracles.PlanarNet())
+    one, same = coar.conv_filters(planar), coar.conv_filters(nets.PlanarNet())
     assert one == same
     assert hash(one) == hash(same)
     assert one.fingerprint() == same.fingerprint()
@@ -292,7 +292,7 @@ def test_the_repr_counts_kinds(planar):
 def test_components_fit_any_model_of_the_architecture(planar):
     slices = functools.partial(coar.parameter_slices, patterns="*")
     for find in (coar.conv_filters, coar.neurons, coar.input_features, slices):
-        check_components(planar, find(oracles.PlanarNet()))
+        check_components(planar, find(nets.PlanarNet()))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import coar
 from coar.ablation import Gates, fold, following_batch_norms
 from coar.components import Component
 from coar.errors import ComponentError, EditError
-from tests import oracles, tiny
+from tests import nets, oracles, tiny
 
 
 def random_constants(components, seed=5):
@@ -78,8 +78,8 @@ CASES = {  # a model with inputs, and the batch norm of every convolution withou
     ),
     "cifar10": (pipeline_case("cifar10"), {"conv1": "bn1"} | BLOCK_NORMS),
     "resnet18": (made_case(lambda: resnet18(num_classes=7), (12, 3, 64, 64)), RESNET18_NORMS),
-    "planar": (made_case(oracles.PlanarNet, (24, 4, 8, 8)), {"depthwise": "norm"}),
-    "line and volume": (made_case(oracles.LineAndVolumeNet, (24, 3, 16)), {"volume": "volume_norm"}),
+    "planar": (made_case(nets.PlanarNet, (24, 4, 8, 8)), {"depthwise": "norm"}),
+    "line and volume": (made_case(nets.LineAndVolumeNet, (24, 3, 16)), {"volume": "volume_norm"}),
 }
 
 
@@ -120,7 +120,7 @@ def test_only_what_was_chosen_changes(digits):
 
 
 def test_a_slice_is_zeroed_along_its_axis():
-    model = oracles.rough(oracles.PlanarNet())
+    model = oracles.rough(nets.PlanarNet())
     components = coar.parameter_slices(model, "up.weight", axis=1, size=2)
     edited = folded(model, components, [1], torch.zeros(6), {})
     expected = model.up.weight.detach().clone()
@@ -129,11 +129,11 @@ def test_a_slice_is_zeroed_along_its_axis():
     assert not torch.equal(expected, model.up.weight)
 
 
-@pytest.mark.parametrize("wiring", oracles.WIRINGS)
+@pytest.mark.parametrize("wiring", nets.WIRINGS)
 @pytest.mark.parametrize("signs", [(1, -1, -1, 1), (1, -1, 1, -1), (-1, 1, -1, 1)])
 def test_a_batch_norm_takes_constants_only_where_it_alone_reads_the_output(wiring, signs):
-    wire, expected = oracles.WIRINGS[wiring]
-    model, x = oracles.Wired(wire), torch.randn(8, 3, 5, 5)
+    wire, expected = nets.WIRINGS[wiring]
+    model, x = nets.Wired(wire), torch.randn(8, 3, 5, 5)
     components = coar.conv_filters(model)
     before = oracles.snapshot(model)
     batch_norms = norms_of(model, x, components)

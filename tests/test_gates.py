@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import coar
 from coar.ablation import Gates
 from coar.errors import AblationError, ComponentError
-from tests import oracles
+from tests import nets, oracles
 
 
 def random_masks(rows, components, *, seed=0, kept=0.7):
@@ -43,7 +43,7 @@ def gated(model, x, components, keep, values, **settings):
 
 @pytest.fixture
 def planar():
-    return oracles.rough(oracles.PlanarNet()), torch.randn(6, 4, 8, 8)
+    return oracles.rough(nets.PlanarNet()), torch.randn(6, 4, 8, 8)
 
 
 NORMS = {"depthwise": "norm"}
@@ -79,7 +79,7 @@ def test_the_model_is_bit_identical_afterwards(planar, way, interrupted):
 @pytest.mark.parametrize("through_outputs", [False, True])
 @pytest.mark.parametrize(
     ("make", "shape"),
-    [(oracles.PlanarNet, (6, 4, 8, 8)), (oracles.LineAndVolumeNet, (6, 3, 16))],
+    [(nets.PlanarNet, (6, 4, 8, 8)), (nets.LineAndVolumeNet, (6, 3, 16))],
     ids=["planar", "line and volume"],
 )
 def test_gates_overwrite_outputs_with_any_constants(make, shape, through_outputs):
@@ -114,7 +114,7 @@ def test_layers_without_bias_get_the_right_constants(planar, through_outputs):
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_a_batch_norm_folded_into_the_gates_changes_nothing(affine):
-    model = oracles.PlanarNet()
+    model = nets.PlanarNet()
     model.norm = nn.BatchNorm2d(8, eps=0.1, affine=affine)
     oracles.rough(model)
     x, every = torch.randn(6, 4, 8, 8), coar.conv_filters(model)

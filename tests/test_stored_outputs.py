@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 import coar
-from tests import oracles
+from tests import nets, oracles
 
 MASKS, TEST_MASKS = 5, 2
 KINDS = {
@@ -43,11 +43,11 @@ def resnet18_case(_request):
 
 
 def planar_case(_request):
-    return oracles.rough(oracles.PlanarNet()), sample((24, 4, 8, 8), 5, seed=1), sample((30, 4, 8, 8), 5, seed=2)
+    return oracles.rough(nets.PlanarNet()), sample((24, 4, 8, 8), 5, seed=1), sample((30, 4, 8, 8), 5, seed=2)
 
 
 def line_and_volume_case(_request):
-    model = oracles.rough(oracles.LineAndVolumeNet())
+    model = oracles.rough(nets.LineAndVolumeNet())
     return model, sample((24, 3, 16), 5, seed=1), sample((30, 3, 16), 5, seed=2)
 
 
@@ -227,9 +227,9 @@ def test_neurons_of_layers_that_are_read_without_a_call(tmp_path):
 
 
 @pytest.mark.parametrize("mean", [False, True], ids=["zero weight", "mean"])
-@pytest.mark.parametrize("wiring", oracles.WIRINGS)
+@pytest.mark.parametrize("wiring", nets.WIRINGS)
 def test_batch_norms_wired_in_other_ways(wiring, mean, tmp_path):
-    model = oracles.Wired(oracles.WIRINGS[wiring][0])
+    model = nets.Wired(nets.WIRINGS[wiring][0])
     examples, calibration = sample((16, 3, 5, 5), 4, seed=1), sample((16, 3, 5, 5), 4, seed=2)
     components = coar.conv_filters(model)
     ablation = coar.Mean(calibration=calibration) if mean else coar.ZeroWeight()

@@ -16,7 +16,7 @@ import coar
 from coar.errors import StorageError, WeightsError
 from coar.weights import weights_fingerprint
 from pipelines.digits import DigitsNet
-from tests import oracles
+from tests import nets, oracles
 
 
 def small():
@@ -52,7 +52,7 @@ class Poisoned(nn.Linear):
         self.extra = Payload(target)
 
 
-@pytest.mark.parametrize("make", [small, DigitsNet, oracles.PlanarNet])
+@pytest.mark.parametrize("make", [small, DigitsNet, nets.PlanarNet])
 def test_what_is_saved_is_loaded_bit_for_bit(make, tmp_path):
     model, other = oracles.rough(make(), seed=1), oracles.rough(make(), seed=2)
     coar.save_weights(model, tmp_path / "deep" / "down" / "net.safetensors")
