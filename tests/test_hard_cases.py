@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import coar
 from coar.ablation import Gates
 from coar.errors import AblationError, OutputError
-from tests import oracles
+from tests import oracles, tiny
 
 EXAMPLES, CLASSES = 12, 4
 
@@ -168,28 +167,12 @@ def test_packages_without_logits_are_errors(package, tmp_path):
 
 @pytest.fixture(scope="module")
 def bert():
-    config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, vocab_size=30, num_labels=3
-    )
-    model = transformers.BertForSequenceClassification(config).eval().requires_grad_(False)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.3)
-    return model
-
-
-def sentences(lengths):
-    generator = torch.Generator().manual_seed(4)
-    words = torch.randint(1, 30, (len(lengths), max(lengths)), generator=generator)
-    there = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    inputs = {"input_ids": words * there, "attention_mask": there}
-    return coar.Examples(inputs=inputs, targets=torch.tensor([i % 3 for i in range(len(lengths))]))
+    return tiny.classifier()
 
 
 def test_padded_texts_given_by_name_are_as_each_without_its_padding(bert, tmp_path):
     lengths = [3, 9, 5, 7, 2, 6]
-    examples = sentences(lengths)
+    examples = tiny.sentences(lengths)
     components = coar.attention_heads(bert) + coar.input_features(bert, include="*.[01].output.dense")
     what = coar.Study(
         model=bert,
@@ -212,10 +195,10 @@ def test_padded_texts_given_by_name_are_as_each_without_its_padding(bert, tmp_pa
 def test_resampling_texts_of_several_lengths_needs_one_shape(bert):
     components = coar.attention_heads(bert)
     with Gates(bert, components, torch.zeros(components.width), donors=True) as gates, torch.no_grad():
-        gates.record(lambda: bert(sentences([4, 4]).inputs["input_ids"]))
+        gates.record(lambda: bert(tiny.sentences([4, 4]).inputs["input_ids"]))
         gates.set(torch.ones(len(components)))
         with pytest.raises(AblationError, match="pad all examples alike"):
-            bert(sentences([6, 6]).inputs["input_ids"])
+            bert(tiny.sentences([6, 6]).inputs["input_ids"])
 
 
 def test_whole_modules_that_return_no_tensor_are_errors():

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -17,6 +18,7 @@ from transformers import (
     ViTModel,
 )
 
+import coar
 from tests import oracles
 
 WIDTH, LAYERS, HEADS, FEED, WORDS, TOKENS = 24, 2, 4, 32, 50, 6
@@ -84,3 +86,24 @@ def inputs(kind, rows=5, seed=1):
     if kind in ("vit", "clip"):
         return torch.randn(rows, 3, 16, 16, generator=generator)
     return torch.randint(WORDS, (rows, TOKENS), generator=generator)
+
+
+def classifier():
+    """A BERT that tells three classes of texts apart, with weights that keep signals alive."""
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, vocab_size=30, num_labels=3
+    )
+    net = BertForSequenceClassification(config).eval().requires_grad_(False)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.3)
+    return net
+
+
+def sentences(lengths, seed=4):
+    """Texts of these lengths, padded to the longest, with an attention mask."""
+    words = torch.randint(1, 30, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(seed))
+    there = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    inputs = {"input_ids": words * there, "attention_mask": there}
+    return coar.Examples(inputs=inputs, targets=torch.tensor([i % 3 for i in range(len(lengths))]))
