@@ -283,7 +283,7 @@ class Worker(ModelRunner):
         if hooks not in self._gates:
             parts = (self._model, self._components, self._replacements)
             if block.donors:
-                gates = Gates(*parts, donors=True)
+                gates = Gates(*parts, batch_norms=self._batch_norms, donors=True)
             else:
                 gates = Gates(*parts, batch_norms=self._batch_norms, through_outputs=hooks)
             if self.precision == "bf16" and not hooks:

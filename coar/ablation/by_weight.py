@@ -27,7 +27,8 @@ class LayerGate:
     does, which itself steps aside.
 
     Attributes:
-        channels: Those of the outputs and of the inputs, where there are any, in this order.
+        channels: Those of the outputs and of the inputs, where there are any, in this order; with neither, the batch
+            norm is folded and nothing else.
 
     Args:
         layer: A layer of which `reads_own_weight` is true.
@@ -93,7 +94,7 @@ class LayerGate:
 
     def set(self, keeps: Sequence[Tensor]) -> None:
         """Write into the buffers what (channels,) masks of the outputs and inputs make of weight and bias."""
-        if keeps[0].ndim != 1:
+        if any(keep.ndim != 1 for keep in keeps):
             raise AblationError("one mask per row needs Gates(..., through_outputs=True); give one mask instead")
         source, weight = self._weight, self._buffers["weight"]
         for keep, shape in zip(keeps, self._shapes, strict=True):

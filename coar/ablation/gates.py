@@ -71,7 +71,7 @@ class Gates:
             )
         _check_claims(model, components)
         values = replacements.to(next(model.parameters()).device)
-        self._length = len(components)
+        self._length, self._type = len(components), values.dtype
         self._stack = ExitStack()
         self._gates: list[_Gate] = []
         hooked = through_outputs or donors
@@ -85,6 +85,7 @@ class Gates:
             norm = model.get_submodule(batch_norms[site]) if batch_norms and site in batch_norms else None
             layer = model.get_submodule(site)
             if donors:
+                self._gates += [LayerGate(layer, None, None, norm)] if norm is not None else []
                 self._gates += [DonorGate(*place) for place in _places(layer, components, sides, values)]
             else:
                 self._gates += _module_gates(layer, components, sides, values, norm, through_outputs, dtype)
@@ -123,7 +124,8 @@ class Gates:
                 f"the mask has shape {tuple(keep.shape)}; ({self._length},), or one such row per example, was expected"
             )
         start = 0
-        gathered = self._masks.spread(keep, 1)
+        numbers = keep if keep.is_floating_point() else keep.to(self._type)  # once, and not at every gate
+        gathered = self._masks.spread(numbers, 1)
         for gate in self._gates:
             stop = start + len(gate.channels)
             gate.set(gathered[start:stop])
