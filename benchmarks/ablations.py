@@ -45,9 +45,9 @@ class Size:
 
 SIZES = {
     "digits": Size(400, 397, 40, 200, 96, 50, edits=True),
-    "cifar10": Size(128, 128, 20, 100, 64, 30, edits=True),
+    "cifar10": Size(96, 128, 10, 60, 48, 20, edits=True),
     "gpt2": Size(48, 64, 20, 100, 64, 30),
-    "sentence_embeddings": Size(16, 24, 10, 60, 32, 20),
+    "sentence_embeddings": Size(12, 12, 6, 30, 24, 12),
 }
 
 

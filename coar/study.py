@@ -10,6 +10,7 @@ from torch import nn
 import coar._version
 from coar.ablation import Ablation, ZeroWeight
 from coar.components import Components, check_components, unwrapped
+from coar.errors import WeightsError
 from coar.examples import Examples
 from coar.outputs import CorrectClassMargin, Output
 from coar.sampling import BernoulliSampler, Sampler
@@ -31,6 +32,7 @@ class Study:
 
     Raises:
         ComponentError: When a component is not part of the model.
+        WeightsError: When some weights are not in memory.
     """
 
     model: nn.Module
@@ -43,6 +45,12 @@ class Study:
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", unwrapped(self.model))
         check_components(self.model, self.components)
+        elsewhere = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
+        if elsewhere:
+            raise WeightsError(
+                f"{len(elsewhere)} weights are not in memory but offloaded, or were never loaded, such as "
+                f"{elsewhere[0]!r}; a study needs all of them: load the model whole, onto one device"
+            )
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what tells this study from any other: settings as they are, data and weights as SHA-256."""

@@ -11,12 +11,15 @@ from coar.errors import AblationError
 
 
 def reads_own_weight(layer: nn.Module) -> bool:
-    """Say whether swapping the layer's weight and bias gates it: plain convolutions and linear layers."""
+    """Say whether swapping the layer's weight and bias gates it: plain convolutions and linear layers.
+
+    A weight that is offloaded, as accelerate does it, stands on the meta device but while its layer runs.
+    """
     if not is_layer(layer) or "bias" not in layer._parameters:
         return False
-    return layer._parameters.get("weight") is not None and not (
-        isinstance(layer, TRANSPOSED_CONVOLUTIONS) and layer.groups > 1
-    )
+    weight = layer._parameters.get("weight")
+    grouped = isinstance(layer, TRANSPOSED_CONVOLUTIONS) and layer.groups > 1
+    return weight is not None and not weight.is_meta and not grouped
 
 
 class LayerGate:

@@ -1,0 +1,42 @@
+"""Peak memory: bounded by the batch, whatever the number of masks and of components."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import json, resource, sys
+import torch
+from torch import nn
+import coar
+
+torch.set_num_threads(1)
+layers = [nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(3136, 500)]
+model = nn.Sequential(*layers, nn.ReLU(), nn.Linear(500, 10))
+examples = coar.Examples(inputs=torch.randn(64, 3, 32, 32), targets=torch.arange(64) % 10)
+few = coar.conv_filters(model, include="0")
+many = coar.conv_filters(model) + coar.neurons(model, include="5") + coar.input_features(model, include="7")
+
+mean = coar.Mean(calibration=examples)
+
+def peak(components, masks, ablation, batch_size=8):
+    study = coar.Study(model=model, examples=examples, components=components, ablation=ablation)
+    name = f"{sys.argv[1]}/{len(components)}-{masks}-{ablation.label}-{batch_size}.zarr"
+    coar.collect(study, name, masks=masks, mask_block=16, device="cpu", batch_size=batch_size, progress=False)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+print(json.dumps([peak(few, 16, mean), peak(few, 320, mean), peak(many, 320, mean), peak(few, 16, mean, 64)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is counted in kilobytes on Linux only")
+def test_peak_memory_depends_on_neither_masks_nor_components_but_on_the_batch(tmp_path):
+    """Twenty times the masks, then eighteen times the components, then eight times the batch: the peak so far."""
+    run = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=True)
+    least, masks, components, batch = json.loads(run.stdout)  # MiB
+    assert masks - least < 16  # the gated weights are 6, and would be 2,000 for all masks
+    assert components - masks < 16
+    assert batch - components > 20  # a batch of 64 instead of 8: the first activations alone are 14 instead of 2
