@@ -33,7 +33,7 @@ MASKS = 2_000
 TEST_MASKS = 200
 TEST_FRACTIONS = (0.05, 0.20)
 
-STUDIED, CALIBRATION = 48, 64  # pairs; the others are for judging
+STUDIED, CALIBRATION = 48, 48  # pairs; the others are for judging
 LENGTH = 32  # tokens, to which sentences are padded and a few are cut
 SENTENCE = re.compile(r"[A-Z][\w ,;:'\"()/\u2019-]*[.]")  # prose, without code but for quoted words
 WORDS = range(5, 21)

@@ -120,6 +120,8 @@ class TestResample(Contract):
             coar.edit(coar.fit(run, progress=False), goal, budget=2).apply(study.model)
         with pytest.raises(AblationError, match="components without a constant"):
             Gates(study.model, study.components, torch.from_numpy(run.replacements))
+        with pytest.raises(AblationError, match=r"for edits collect with an ablation by constants, such as Mean"):
+            coar.select(coar.fit(run, progress=False), study.model, study.examples, goal, device="cpu", progress=False)
 
     def test_slices_of_parameters_have_nothing_to_resample(self, study):
         slices = coar.parameter_slices(study.model, "bare.weight")

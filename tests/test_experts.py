@@ -106,6 +106,28 @@ def test_experts_in_a_list_are_what_their_last_layers_read():
             model(x)  # an expert sees some tokens of all examples
 
 
+@pytest.mark.parametrize("label", ["mean", "peak"])
+def test_experts_in_a_list_become_constants_of_the_tokens_they_were_given(label):
+    model, x = Mixture().requires_grad_(False), torch.randn(40, 6)
+    components, examples = coar.experts(model), coar.Examples(inputs=x, targets=torch.zeros(40))
+    found = coar.choose_ablation(label, calibration=examples).replacements(model, components, batch_size=16)
+    chosen = model.router(x).softmax(-1).topk(2).indices
+    constants = []
+    for i, expert in enumerate(model.experts):
+        states = torch.relu(expert.first(x[(chosen == i).any(1)])).double()  # of the tokens that the router sends it
+        constants.append(states.mean(0) if label == "mean" else [oracles.peak(v.tolist(), 128) for v in states.T])
+    constants = torch.stack([torch.as_tensor(values, dtype=torch.float32) for values in constants])
+    torch.testing.assert_close(found, constants.flatten(), rtol=0, atol=1e-5)
+    patches = [("experts.2.down_proj", "input", -1, 0, 8, constants[2])]
+    expected = oracles.patched(model, x, patches)
+    with Gates(model, components, found) as gates, torch.no_grad():
+        gates.set(torch.tensor([True, True, False]))
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+    edited = deepcopy(model)
+    fold(edited, [components[2]], [tuple(found[16:].tolist())], batch_norms={})
+    torch.testing.assert_close(oracles.forward(edited, x), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("model", "seen"),
     [

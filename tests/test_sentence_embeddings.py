@@ -67,7 +67,7 @@ def test_pairs_follow_each_other_and_no_sentence_stands_twice(study):
     sentences = [sentence for _, *both in pairs for sentence in both]
     assert len(set(sentences)) == len(sentences)
     judge = pipeline.judge()
-    assert (len(study.examples), len(judge)) == (48, len(pairs) - 48)
+    assert (len(study.examples), len(judge)) == (48, len(pairs) - 96)
     assert len(judge) >= 96
     assert set(study.examples.metadata["id"]).isdisjoint(judge.metadata["id"])
     assert study.examples.metadata["second"].tolist() == [second for _, _, second in pairs[:48]]

@@ -66,8 +66,8 @@ class Gates:
             )
         if not donors and replacements.isnan().any():
             raise AblationError(
-                "there are components without a constant, as resampling leaves them; give constants, such as those of "
-                "Mean(calibration=...), or Gates(..., donors=True)"
+                "there are components without a constant, as resampling leaves them, and no donors are at hand; for "
+                "edits collect with an ablation by constants, such as Mean(calibration=...), and of gates ask donors"
             )
         _check_claims(model, components)
         values = replacements.to(next(model.parameters()).device)
