@@ -138,14 +138,16 @@ def tables(name: str, found: dict[str, dict[str, Any]]) -> str:
     for label, one in found.items():
         numbers = [f"{one['loss'][f]:.4f}" for f in at] + [f"{one['pearson'][f]:.3f}" for f in at]
         lines.append(f"| `{label}` | {' | '.join(numbers)} | {one['seconds']:.0f} |")
-    if {"optimal", "mean", "zero", "zero_activation"} <= found.keys():
+    others = [label for label in ("mean", "zero", "zero_activation") if label in found]
+    if "optimal" in found and others:
         worse = [
             f"{f} ({found['optimal']['loss'][f]:.4f} against {found[label]['loss'][f]:.4f} of `{label}`)"
             for f in at
-            for label in ("mean", "zero", "zero_activation")
+            for label in others
             if found["optimal"]["loss"][f] > found[label]["loss"][f]
         ]
-        lines += ["", f"Fractions at which `optimal` loses more than means or zeros: {', '.join(worse) or 'none'}."]
+        named = ", ".join(f"`{label}`" for label in others)
+        lines += ["", f"Fractions at which `optimal` loses more than one of {named}: {', '.join(worse) or 'none'}."]
     edits = {label: one["edit"] for label, one in found.items() if "edit" in one}
     if edits:
         lines += ["", f"Forgetting class {LABEL}, {BUDGET} components at most, change of accuracy in points:", ""]
