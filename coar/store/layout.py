@@ -10,7 +10,7 @@ from coar.errors import CorruptRunError
 
 ROUND = 32  # probes per round at most
 PANEL = 256  # examples whose sums a fit makes at once
-GROWING = ("mask", "round", "worker", "panel")  # axes whose lengths are not those of the run
+GROWING = ("mask", "round", "worker", "panel", "channel")  # axes whose lengths are not those of the run
 SUMS = "sums"  # the group of what workers add up for a fit
 COLUMNS = {"split": "string", "ablated_fraction": "float64", "component/replacement": "float32"}
 COLUMNS |= {f"component/{name}": "string" for name in ("name", "kind", "site", "side")}
@@ -93,6 +93,7 @@ def form_of(name: str, sizes: Sizes) -> Form | None:
     }
     for column, dtype in COLUMNS.items():
         forms[column] = Form(("component" if "/" in column else "mask",), ("all",), dtype)
+    forms["component/replacement"] = Form(("channel",), ("all",), COLUMNS["component/replacement"])
     if len(parts) == 3 or parts[0] == "example":
         parts[1] = "*"
     return forms.get("/".join(parts))
