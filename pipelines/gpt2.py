@@ -167,6 +167,23 @@ def components(net: nn.Module, kind: str = "inputs") -> coar.Components:
     return coar.input_features(net, exclude=next(name for name, module in net.named_modules() if module is last))
 
 
+class Surprise(coar.outputs.Output):
+    """Minus the mean log-probability of the tokens that come next, in nats: what optimal constants keep low."""
+
+    def __call__(self, result: Any, targets: Tensor) -> Tensor:
+        """Return (examples,) numbers."""
+        return -coar.TokenLogProbability()(result, targets)
+
+
+def ablation_of(label: str) -> coar.ablation.Ablation:
+    """Return an ablation by its label, with constants of training passages."""
+    learnt = examples("train")
+    passages = learnt.subset(range(min(len(learnt), CALIBRATION)))
+    if label == "optimal":
+        return coar.Optimal(calibration=passages, loss=Surprise())
+    return coar.choose_ablation(label, calibration=passages)
+
+
 def study(
     *,
     ablation: str = "mean",
@@ -175,16 +192,15 @@ def study(
     reduction: Literal["mean", "last"] = "mean",
     training_seed: int = 0,
 ) -> coar.Study:
-    """Define the study of 64 passages; `ablation` is `mean` or `zero`, `reduction` is over a passage's tokens."""
+    """Define the study of 64 passages; `ablation` is any label, `reduction` is over a passage's tokens."""
     net = model(training_seed)
     kind = os.environ.get("COAR_GPT2_COMPONENTS", KINDS[0])
-    learnt = examples("train")
     return coar.Study(
         model=net,
         examples=examples("studied"),
         components=components(net, kind),
         output=coar.TokenMargin(reduction=reduction),
-        ablation=coar.choose_ablation(ablation, calibration=learnt.subset(range(min(len(learnt), CALIBRATION)))),
+        ablation=ablation_of(ablation),
         sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
     )
 

@@ -88,6 +88,17 @@ def test_heads_by_option(own, monkeypatch):
         gpt2.study()
 
 
+def test_optimal_constants_keep_down_the_loss_that_the_model_was_trained_on(own):
+    study = gpt2.study(ablation="optimal")
+    model = study.model.eval()
+    inputs, targets = study.examples.block(0, 6)
+    with torch.inference_mode():
+        found = study.ablation.loss(model(**inputs), targets)
+        logits = model(**inputs).logits.double()[:, :-1].log_softmax(2)
+        next_tokens = inputs["input_ids"][:, 1:, None]
+    np.testing.assert_allclose(found, -logits.gather(2, next_tokens)[..., 0].mean(1), rtol=1e-5)
+
+
 def test_options_reach_the_study(own):
     loaded = load_pipeline(FILE)
     assert (loaded.masks, loaded.test_masks, loaded.test_fractions) == (3_000, 300, (0.05,))
