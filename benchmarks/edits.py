@@ -32,7 +32,7 @@ from coar.editing import effect_curve, welch_t
 from coar.editing.judging import margins
 from coar.editing.ranking import ranking
 from coar.editing.selection import Ground, choose
-from coar.editing.tasks import FIX, FIX_NEAR, FIX_STEPS, FIX_TRADEOFF, FORGET, REPAIR
+from coar.editing.tasks import BACKDOOR, FIX, FIX_NEAR, FIX_STEPS, FIX_TRADEOFF, FORGET, REPAIR
 
 FOLDER = Path("reports/edits")
 PROBES = 96
@@ -50,6 +50,7 @@ TASKS = {
 RULES = edits_report.RULES
 SEARCHES: dict[str, dict[str, Any]] = {
     "forget": {"bound": FORGET},
+    "backdoor": {"bound": BACKDOOR},
     "fix": {"bound": FIX, "tradeoff": FIX_TRADEOFF, "steps": FIX_STEPS, "near": FIX_NEAR},
 }
 
