@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from typer.testing import CliRunner
 import coar
 from coar.cli import app
 from coar.errors import MismatchError, RunError, SettingsError, StorageError
-from coar.store import Probes, copy, places, repair, verify
+from coar.store import Probes, copy, lock, places, repair, verify
 from coar.store.places import Address, locate
 from tests import buckets
 from tests.faults import helpers
@@ -229,7 +231,7 @@ def test_store_that_goes_away_in_mid_run(run, bucket, proxy, monkeypatch):
 @pytest.mark.parametrize("lengths", [(100, 100), (60, 100), (100, 60)])
 @pytest.mark.parametrize("trial", range(2))
 def test_two_drivers_at_once(run, bucket, lengths, trial):
-    """Nothing keeps them apart; what one of them may have cut short, the next collect makes good."""
+    """Both do units; what one of them may have cut short, the next collect makes good."""
     address = f"{bucket}/r.zarr".replace("[", "-").replace("]", "")
     command = [sys.executable, "-m", "tests.faults.shares", "1", "1", address]
     started = [
@@ -240,6 +242,48 @@ def test_two_drivers_at_once(run, bucket, lengths, trial):
         assert process.returncode == 0, said
     made = helpers.collect(helpers.study(), address, **ASKED)
     assert helpers.differing(chunks_of(objects(address)), helpers.chunks(run.path)) == []
+    assert verify(made) == []
+
+
+def test_one_extension_at_a_time(bucket, tmp_path):
+    """While one process adds test masks, another that wants training masks waits, and then keeps both."""
+    address = f"{bucket}/r.zarr"
+    helpers.collect(helpers.study(), address, masks=60, test_masks=20)
+    entered, done = threading.Event(), []
+
+    def add_test_masks():
+        with lock.extension_lock(locate(address)):
+            run = coar.Run.open(address)
+            entered.set()
+            time.sleep(1)
+            run.extend(run.plan.extended({("test", run.sampler.ablated_fraction): 40}))
+            done.append(time.monotonic())
+
+    other = threading.Thread(target=add_test_masks)
+    other.start()
+    assert entered.wait(10)
+    helpers.collect(helpers.study(), address, masks=100, test_masks=20)
+    other.join()
+    assert len(done) == 1
+    made = helpers.collect(helpers.study(), address, masks=100, test_masks=40)
+    expected = tmp_path / "r.zarr"
+    for masks, test_masks in ((60, 20), (60, 40), (100, 40)):
+        helpers.collect(helpers.study(), expected, masks=masks, test_masks=test_masks)
+    assert helpers.differing(chunks_of(objects(address)), helpers.chunks(expected)) == []
+    assert verify(made) == []
+
+
+def test_extension_that_was_killed_holds_others_up_for_a_while(bucket, monkeypatch, caplog):
+    address = f"{bucket}/r.zarr"
+    helpers.collect(helpers.study(), address, masks=60)
+    store = from_url(address, client_options={"allow_http": True})
+    obstore.put(store, lock.EXTENDING, b"of a process that is gone")
+    monkeypatch.setattr(lock, "STALE", 1.0)
+    helpers.collect(helpers.study(), address, masks=60)  # extends nothing, and does not look
+    assert "going on without" not in caplog.text
+    made = helpers.collect(helpers.study(), address, masks=100)
+    assert "going on without" in caplog.text
+    assert lock.EXTENDING not in objects(address)
     assert verify(made) == []
 
 

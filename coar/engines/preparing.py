@@ -18,6 +18,7 @@ from coar.errors import MismatchError
 from coar.sampling import Split
 from coar.store import Plan, Probes, Run, Unit
 from coar.store.disk import sweep
+from coar.store.lock import extension_lock
 from coar.store.places import Address
 from coar.store.refusals import storage_errors
 from coar.store.state import state_of
@@ -51,9 +52,10 @@ class Order:
 
     def is_met(self, place: Path | Address) -> bool:
         """Say whether there is a run that has all rows and rounds, so that nothing but units is missing."""
-        if state_of(place) != "ready":
-            return False
-        run = Run.open(place)
+        return state_of(place) == "ready" and self.is_met_by(Run.open(place))
+
+    def is_met_by(self, run: Run) -> bool:
+        """Say whether a run has all rows and rounds."""
         return run.plan.extended(self.wanted) == run.plan and run.rows_intact() and Probes(run).count >= self.probes
 
 
@@ -104,11 +106,18 @@ def prepare(study: Study, place: Path | Address, model: nn.Module, order: Order,
         with storage_errors(place):
             for stray in sweep(place):
                 log.info("removed %s, left by a writer that was killed", stray)
-    plan = run.plan.extended(order.wanted)
-    if plan != run.plan or not run.rows_intact():
-        run.extend(plan)
-    Probes(run).extend(order.probes)
-    return run
+    return run if order.is_met_by(run) else _extended(place, order)
+
+
+def _extended(place: Path | Address, order: Order) -> Run:
+    """Open a run and give it what is asked for, beyond what others may just have given it."""
+    with extension_lock(place):
+        run = Run.open(place)
+        plan = run.plan.extended(order.wanted)
+        if plan != run.plan or not run.rows_intact():
+            run.extend(plan)
+        Probes(run).extend(order.probes)
+        return run
 
 
 def runner_of(study: Study, run: Run, model: nn.Module, batches: Batches) -> UnitRunner:

@@ -2,7 +2,7 @@
 
 The locks are `flock`'s, on the run's folder. They keep apart the processes of one machine, and those of several where
 the file system they share says so. Object stores have none: there, whole objects with the same content are put, and
-whichever comes last changes nothing.
+whichever comes last changes nothing. Only what a run has in all, which is no such object, is changed by one at a time.
 """
 
 import errno
@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,11 +18,14 @@ from pathlib import Path
 from coar.errors import RunError
 from coar.store.places import Address
 from coar.store.refusals import storage_errors
+from coar.store.sealed import create_object, read_object, remove_object
 
 log = logging.getLogger(__name__)
 UNSUPPORTED = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 PATIENCE = 1800.0  # seconds that a worker waits for the one that creates the run
 PAUSE = 0.2
+EXTENDING = "extending.json"  # there while somebody extends a run in an object store
+STALE = 60.0  # seconds for which the same mark is seen before it is taken for that of a dead process
 
 
 class Lock:
@@ -83,6 +87,45 @@ def worker_lock(place: Path | Address, *, prepared: Callable[[], bool]) -> Itera
                 return
         time.sleep(PAUSE)
     raise _taken(place)
+
+
+@contextmanager
+def extension_lock(place: Path | Address) -> Iterator[None]:
+    """Extend a run in an object store while nobody else does; on a disk, whoever may write is alone already.
+
+    An object that only one process can create is the lock. Processes die without removing it, so one that does not
+    change for `STALE` seconds by this machine's clock is removed; several that do so at once find out after a pause.
+    """
+    if isinstance(place, Path):
+        yield
+        return
+    mine = uuid.uuid4().hex.encode()
+    _mark(place, mine)
+    try:
+        yield
+    finally:
+        if read_object(place, EXTENDING) == mine:
+            remove_object(place, EXTENDING)
+
+
+def _mark(place: Address, mine: bytes) -> None:
+    seen: bytes | None = b""
+    since = time.monotonic()
+    while True:
+        create_object(place, EXTENDING, mine)
+        found = read_object(place, EXTENDING)
+        if found == mine:
+            return
+        if found != seen:
+            seen, since = found, time.monotonic()
+        elif found is not None and time.monotonic() - since > STALE:
+            log.warning("whoever began to extend %s has not ended in %.0f s; going on without", place, STALE)
+            if read_object(place, EXTENDING) == seen:
+                remove_object(place, EXTENDING)
+                create_object(place, EXTENDING, mine)
+                time.sleep(5 * PAUSE)  # until others that saw the same mark have removed it too
+        else:
+            time.sleep(PAUSE)
 
 
 @contextmanager

@@ -163,6 +163,12 @@ def create_object(place: Path | Address, key: str, content: bytes) -> None:
         wait(insist(lambda: store.set_if_not_exists(key, value)))
 
 
+def remove_object(place: Path | Address, key: str) -> None:
+    """Remove one small object, if it is there."""
+    with storage_errors(place):
+        wait(open_store(place).delete(key))
+
+
 def names(place: Path | Address) -> list[str]:
     """Return the names of what is directly in a place; temporary files of killed writers do not count."""
     with storage_errors(place, "read"):

@@ -9,9 +9,9 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.group import GroupMetadata
 
 from coar.errors import MismatchError
-from coar.store.places import Address, open_store
+from coar.store.places import Address
 from coar.store.refusals import storage_errors
-from coar.store.sealed import ROOT, create_object, digest, names, read_object, wait
+from coar.store.sealed import ROOT, create_object, digest, names, read_object, remove_object
 
 ATTRIBUTE = "coar"
 MARKER = "creating.json"  # there from before the first array until the run is described, and only then
@@ -68,8 +68,7 @@ def begin(place: Path | Address, study: dict[str, Any]) -> None:
 
 def end(place: Path | Address) -> None:
     """Take the mark away, once the run is described."""
-    with storage_errors(place):
-        wait(open_store(place).delete(MARKER))
+    remove_object(place, MARKER)
 
 
 def _manifest_in(description: bytes) -> dict[str, Any]:
