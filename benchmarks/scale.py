@@ -35,6 +35,7 @@ import numpy as np
 
 import coar
 from coar.engines import RayCluster
+from coar.engines.collecting import blocks_of
 from coar.engines.preparing import Batches, runner_of
 from coar.engines.ray import Crew
 from coar.engines.units import Stage
@@ -202,8 +203,6 @@ def listing(folder: Path) -> None:
 
 def growth() -> None:
     """Print how a run's objects and the driver's lists grow, by the sizes that `collect` chooses."""
-    from coar.engines.collecting import _blocks
-
     tracemalloc.start()
     names = [Unit(i, 0) for i in range(10_000)]
     lists = list(names), deque(names), dict.fromkeys(names, 1.0)  # those that a driver keeps
@@ -212,7 +211,7 @@ def growth() -> None:
     print(f"growth, by the sizes of units that are chosen, and {each:.0f} bytes a unit measured in the driver")
     print("      masks   examples  masks/unit  examples/unit      units  MB/unit  driver MB")
     for masks, examples in ((5_000, 1_000), (10**5, 10**4), (10**5, 10**5), (10**6, 10**5), (10**6, 10**6)):
-        height, width = _blocks(masks, examples, None, None)
+        height, width = blocks_of(masks, examples, None, None)
         units = -(-masks // height) * -(-examples // width)
         held = units * each / 1e6
         print(f"  {masks:9,} {examples:10,} {height:11} {width:14} {units:10,}", end="")

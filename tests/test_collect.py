@@ -384,11 +384,11 @@ def test_progress_is_shown_when_asked(tmp_path, capsys):
 
 
 def test_blocks_grow_with_a_run_that_would_have_too_many_units():
-    from coar.engines.collecting import _blocks
+    from coar.engines.collecting import blocks_of
 
-    assert _blocks(5_000, 500, None, None) == (64, 500)
-    assert _blocks(5_000, 700, None, None) == (64, 350)  # of a size
-    assert _blocks(10**6, 10**6, None, 100) == (4096, 100)
+    assert blocks_of(5_000, 500, None, None) == (64, 500)
+    assert blocks_of(5_000, 700, None, None) == (64, 350)  # of a size
+    assert blocks_of(10**6, 10**6, None, 100) == (4096, 100)
     for masks, examples in ((10**6, 10**6), (10**6, 300), (64, 10**6), (10**7, 10**4)):
-        height, width = _blocks(masks, examples, None, None)
+        height, width = blocks_of(masks, examples, None, None)
         assert math.ceil(masks / height) * math.ceil(examples / width) <= 131_072

@@ -106,7 +106,7 @@ def collect(
     order = Order(
         wanted=wanted,
         probes=check_probes(probes),
-        blocks=_blocks(total, len(study.examples), mask_block, example_block),
+        blocks=blocks_of(total, len(study.examples), mask_block, example_block),
         precision=precision,
         tolerance=precision_tolerance,
     )
@@ -158,7 +158,7 @@ def _work_off(runner: UnitRunner, stage: Stage, run: Run, *, progress: bool, mor
                 raise tally.interrupted(run)
 
 
-def _blocks(masks: int, examples: int, mask_block: int | None, example_block: int | None) -> tuple[int, int]:
+def blocks_of(masks: int, examples: int, mask_block: int | None, example_block: int | None) -> tuple[int, int]:
     """Return masks and examples per unit: as given, else as usual, else so many that units do not get too many."""
     width, height = EXAMPLE_BLOCK, MASK_BLOCK
     while math.ceil(masks / height) * math.ceil(examples / width) > MOST_UNITS and (height, width) != (LARGEST,) * 2:
