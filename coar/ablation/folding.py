@@ -208,7 +208,7 @@ def _spread(model: nn.Module, components: Components, candidates: Mapping[str, s
         if side == "output" and site in candidates:
             norm, positions = model.get_submodule(candidates[site]), components.positions_of(rows)
             clear = norm.running_mean.abs() + norm.running_var.sqrt()  # type: ignore[operator]
-            constants[components.channels_of(rows)] = clear.cpu()[positions]
+            constants[components.channels_of(rows)] = clear.float().cpu()[positions]
     return constants
 
 
