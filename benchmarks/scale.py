@@ -7,14 +7,17 @@ Run it on a machine that does nothing else, from the root of a clone:
     OMP_NUM_THREADS=1 python benchmarks/scale.py --soak 60      # collect for an hour while workers are killed
 
 **Throughput** is that of two Ray workers against one, of one thread each, from the first unit that is stored to the
-last, on the pipeline's study; and of one Ray worker against this process, which is what handing out costs. Rounds
-alternate, and the medians count. **Storing** is the time that `write_unit` takes of the time that a unit takes, with
-files synced to the disk. **The driver** is its own work per unit when 1 to 1,000 workers take units at once, with a Ray
-that does nothing. **Listing** is how long it takes to find the missing units of a run of 100,000 chunks. **The soak**
-collects one run under kills at random moments, samples the memory of driver and workers, and verifies the run.
+last, on the pipeline's study; and of one Ray worker against this process. Rounds alternate, and the medians count.
+**Waiting** is what workers spent without a unit, as they tell it, of their time since they were ready; it is what
+handing out costs, however fast the machine is. **Storing** is the time that `write_unit` takes of the time that a unit
+takes, with files synced to the disk. **The driver** is its own work per unit when 1 to 1,000 workers take units at
+once, with a Ray that does nothing. **Listing** is how long it takes to find the missing units of a run of 100,000
+chunks. **The soak** collects one run under kills at random moments, samples the memory of driver and workers, and
+verifies the run.
 """
 
 import argparse
+import logging
 import os
 import random
 import shutil
@@ -66,12 +69,28 @@ def seconds_per_unit(path: Path) -> float:
     return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
 
 
+class Waits(logging.Handler):
+    """Adds up what Ray workers tell of their time."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.busy = self.idle = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take what a record says of a unit."""
+        self.busy += getattr(record, "seconds", 0.0)
+        self.idle += getattr(record, "idle", 0.0)
+
+
 def throughput(folder: Path, units: int, rounds: int) -> None:
     """Compare two workers with one, and one with this process."""
     ways: dict[str, RayCluster | None] = {"this process": None}
     ways |= {f"{workers} on Ray": RayCluster(study=study, workers=workers) for workers in (1, 2)}
     found: dict[str, list[float]] = {way: [] for way in ways}
-    made, path = study(), folder / "r.zarr"
+    made, path, waits = study(), folder / "r.zarr", Waits()
+    logger = logging.getLogger("coar.engines.ray")
+    logger.addHandler(waits)
+    logger.setLevel(logging.DEBUG)
     for _ in range(rounds):
         for way, cluster in ways.items():
             coar.collect(made, path, masks=64 * units, cluster=cluster, **SETTINGS)
@@ -82,7 +101,8 @@ def throughput(folder: Path, units: int, rounds: int) -> None:
     for way, seconds in zip(ways, (here, one, two), strict=True):
         print(f"  {way:13} {1000 * seconds:8.1f} ms a unit  all: {[round(1000 * s, 1) for s in found[way]]}")
     print(f"  two workers do {one / two:.2f} times the work of one (bar: 1.8)")
-    print(f"  Ray with one worker takes {100 * (one / here - 1):+.1f} % of this process' time (bar: 3 %)")
+    print(f"  one worker takes {one / here:.2f} times what this process takes")
+    print(f"  waiting: {100 * waits.idle / (waits.busy + waits.idle):.2f} % of the workers' time (bar: 3 %)")
 
 
 def storing(folder: Path, units: int) -> None:
@@ -145,8 +165,9 @@ class Idle:
         done = tasks[: max(1, min(num_returns, len(tasks) // 10))]
         return done, tasks[len(done) :]
 
-    def get(self, _: int) -> None:
-        """Return nothing, as tasks of workers do."""
+    def get(self, _: int) -> tuple[float, float]:
+        """Return what a task took."""
+        return 0.0, 0.0
 
     def kill(self, _: Any) -> None:
         """End nothing."""

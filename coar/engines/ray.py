@@ -70,13 +70,21 @@ class RayWorker:
         batches = Batches.choose(study, model, probes=job["probes"], **job["limits"])
         self._study, self._run, self._model, self._batches = study, run, model, batches
         self._runner = runner_of(study, run, model, batches)
+        self._free_since = time.monotonic()
 
-    def do(self, unit: AnyUnit, missing: int) -> None:
-        """Do one unit; the pace is measured on the first of masks, as for so many more."""
+    def do(self, unit: AnyUnit, missing: int) -> tuple[float, float]:
+        """Do one unit; the pace is measured on the first of masks, as for so many more.
+
+        Return the seconds that it took, and those for which the worker had nothing to do before.
+        """
+        began = time.monotonic()
+        idle = began - self._free_since
         if isinstance(unit, Unit) and not self._paced:
             set_pace(self._study, self._run, self._runner.masks, self._model, [unit] * missing, self._batches)
             self._paced = True
         self._runner.do(unit)
+        self._free_since = time.monotonic()
+        return self._free_since - began, idle
 
 
 def collect_on_cluster(cluster: RayCluster, run: Run, *, device: str, limits: dict[str, Any], progress: bool) -> None:
@@ -191,7 +199,7 @@ class Crew:
         """Say whether a task is done; what a worker raises is raised here, and a lost worker is built anew."""
         exceptions = self._ray.exceptions
         try:
-            self._ray.get(task)
+            spent = self._ray.get(task)
         except exceptions.RayTaskError as error:
             raise told(error, unit) from None
         except exceptions.RayError as error:
@@ -210,6 +218,9 @@ class Crew:
                 self._engage()
             return False
         self._lost[unit] = 0
+        if unit is not None:
+            seconds, idle = spent
+            log.debug("a worker did a unit", extra={"unit": list(unit), "seconds": seconds, "idle": idle})
         return True
 
     def _nobody(self) -> EngineError:
