@@ -15,7 +15,7 @@ from coar.cli import app
 from coar.engines.units import dealt
 from coar.errors import MismatchError, RunError, SettingsError
 from coar.store import Probes, verify
-from coar.store.watching import Glance, watched, write_metrics
+from coar.store.watching import WORKER_LOST, Glance, watched, write_metrics
 from tests import buckets
 from tests.faults import helpers
 from tests.faults.shares import ASKED
@@ -200,6 +200,23 @@ def test_commands(run, tmp_path):
     said = call("info", tmp_path / "m.zarr", "--watch", 1, "--metrics-file", tmp_path / "coar.prom")
     assert "36 of 36 units" in said
     assert "coar_units_stored 36" in (tmp_path / "coar.prom").read_text()
+    assert "lost" not in said + (tmp_path / "coar.prom").read_text()
+
+
+def test_lost_workers_are_counted_in_the_log(run, tmp_path):
+    log, metrics = tmp_path / "collect.jsonl", tmp_path / "coar.prom"
+    lines = [{"event": WORKER_LOST, "unit": [0, 1]}, {"unit": [0, 1], "done": 1}, {"event": WORKER_LOST, "unit": None}]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "worker lo')  # still being written
+    words = ["info", run.path, "--watch", 1, "--metrics-file", metrics, "--log-file", log]
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == 0, done.output
+    assert "2 workers lost" in done.output
+    assert "coar_workers_lost 2\n" in metrics.read_text()
+    for content in ("no log\n", "[]\n"):
+        log.write_text(content)
+        refused = CliRunner().invoke(app, list(map(str, words)))
+        assert refused.exit_code == 1
+        assert "cannot be read as a log of events" in refused.output
 
 
 SCRIPTS = sorted((ROOT / "deploy").glob("*.sh")) + sorted((ROOT / "deploy").glob("*.sbatch"))

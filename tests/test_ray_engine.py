@@ -19,6 +19,7 @@ from coar.engines.ray import AHEAD, Crew
 from coar.errors import CoarError, EngineError, MismatchError, OutputError, PipelineError, SettingsError
 from coar.pipeline import load_pipeline
 from coar.store import verify
+from coar.store.watching import WORKER_LOST
 from tests.buckets import free_port
 from tests.faults import helpers
 
@@ -137,7 +138,7 @@ def workers_alive():
 
 @needs_ray
 @pytest.mark.slow
-def test_workers_killed_at_work(session, run, tmp_path):
+def test_workers_killed_at_work(session, run, tmp_path, caplog):
     """Each of three kills hits a worker in the middle of something; its unit is done by another."""
     path, killed = tmp_path / "r.zarr", []
 
@@ -158,6 +159,7 @@ def test_workers_killed_at_work(session, run, tmp_path):
         over.set()
         killer.join()
     assert len(killed) == 3
+    assert sum(getattr(record, "event", None) == WORKER_LOST for record in caplog.records) >= 3
     assert helpers.differing(helpers.files(path), helpers.files(run.path)) == []
     assert verify(made) == []
 

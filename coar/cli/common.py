@@ -82,14 +82,17 @@ def cluster(engine: str, address: str | None, **settings: Any) -> "RayCluster | 
     return None
 
 
+EVENT_FIELDS = ("event", "unit", "done", "units", "seconds", "idle")
+
+
 class JsonLines(logging.Formatter):
-    """A line of JSON per event: time, level, where from, message, and the unit, where one was stored or lost."""
+    """A line of JSON per event: time, level, where from, message, and what it says of units."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = {"time": when, "level": record.levelname, "from": record.name, "message": record.getMessage()}
-        return json.dumps(line | {key: vars(record)[key] for key in ("unit", "done", "units") if key in vars(record)})
+        return json.dumps(line | {key: vars(record)[key] for key in EVENT_FIELDS if key in vars(record)})
 
 
 def log_into(path: Path) -> None:

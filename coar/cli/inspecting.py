@@ -24,6 +24,7 @@ def info(
     run: RunArgument,
     watch: Annotated[float | None, typer.Option(help="Look again every so many seconds until complete.")] = None,
     metrics_file: Annotated[Path | None, typer.Option(help="Write how far it is for Prometheus, too.")] = None,
+    log_file: Annotated[Path | None, typer.Option(help="Count lost workers in collect's log of events.")] = None,
 ) -> None:
     """Say what a run holds and how far it is."""
     from coar.report import describe
@@ -34,7 +35,7 @@ def info(
     opened = Run.open(run)
     for heading, words in {**describe(opened), "fits": ", ".join(fit_names(opened)) or "none"}.items():
         typer.echo(f"{heading:11} {words}")
-    for glance in watched(opened.path, every=watch):
+    for glance in watched(opened.path, every=watch, log_file=log_file):
         if metrics_file is not None:
             write_metrics(glance, metrics_file)
         if watch is not None:

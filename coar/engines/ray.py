@@ -19,6 +19,7 @@ from coar.engines.units import AnyUnit, Stage, Tally, interrupts, mask_stage, pr
 from coar.errors import CoarError, EngineError
 from coar.settings import Settings
 from coar.store import Run, Unit
+from coar.store.watching import WORKER_LOST
 from coar.study import Study
 from coar.worker import choose_device, device_copy
 
@@ -203,7 +204,7 @@ class Crew:
         except exceptions.RayTaskError as error:
             raise told(error, unit) from None
         except exceptions.RayError as error:
-            about = {"unit": list(unit) if unit else None}
+            about = {"event": WORKER_LOST, "unit": list(unit) if unit else None}
             log.warning("a worker was lost (%s); its work is handed out again", type(error).__name__, extra=about)
             self._lost[unit] += 1
             if self._lost[unit] >= TRIES:

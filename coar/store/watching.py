@@ -1,5 +1,6 @@
-"""How far a run is, how fast it grows, and when it will be done."""
+"""How far a run is, how fast it grows, when it will be done, and how many workers were lost on the way."""
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from coar.store.probes import Probes
 from coar.store.refusals import storage_errors
 from coar.store.run import Run
 
+WORKER_LOST = "worker lost"  # how such an event is called in a log of events
+
 
 @dataclass(frozen=True)
 class Glance:
@@ -24,12 +27,14 @@ class Glance:
         rate: Units per second since the first glance; None at that, and while nothing has been stored since.
         correlation: Mean correlation of the best of the run's fits with outputs under masks that none was fitted on,
             as fitting measured it on validation masks; None where there are none.
+        lost: Workers lost so far by the log of the collecting command; None without a log.
     """
 
     done: int
     units: int
     rate: float | None
     correlation: float | None = None
+    lost: int | None = None
 
     @property
     def seconds_left(self) -> float | None:
@@ -40,25 +45,32 @@ class Glance:
         share = f"{self.done} of {self.units} units"
         if self.correlation is not None:
             share += f", held-out correlation {self.correlation:.3f}"
+        if self.lost is not None:
+            share += f", {self.lost} workers lost"
         if self.seconds_left is None or self.rate is None or self.done == self.units:
             return share
         ending = time.strftime("%d %b %H:%M:%S", time.localtime(time.time() + self.seconds_left))
         return f"{share}, {60 * self.rate:.1f} a minute, done about {ending}"
 
 
-def watched(place: Path | Address, *, every: float | None) -> Iterator[Glance]:
+def watched(place: Path | Address, *, every: float | None, log_file: Path | None = None) -> Iterator[Glance]:
     """Yield how far a run is: once, or every so many seconds until it is complete.
 
+    Args:
+        place: Where the run is.
+        every: Seconds between glances; None for a single one.
+        log_file: What `coar collect --log-file` writes, if lost workers shall be counted.
+
     Raises:
-        SettingsError: When the pause is not above 0.
+        SettingsError: When the pause is not above 0, or the log is not there or holds something else.
     """
     if every is not None and not every > 0:
         raise SettingsError(f"a pause of {every:g} s was given; give seconds above 0")
-    began, first, glance = time.monotonic(), _glance(place, None), None
+    began, first, glance = time.monotonic(), _glance(place, log_file, None), None
     while glance is None or (every is not None and glance.done < glance.units):
         if glance is not None and every is not None:
             time.sleep(every)
-        glance = _glance(place, (first.done, began)) if glance else first
+        glance = _glance(place, log_file, (first.done, began)) if glance else first
         yield glance
 
 
@@ -88,6 +100,12 @@ def write_metrics(glance: Glance, path: Path) -> None:
             "# TYPE coar_held_out_correlation gauge",
             f"coar_held_out_correlation {glance.correlation:.6g}",
         ]
+    if glance.lost is not None:
+        lines += [
+            "# HELP coar_workers_lost Workers lost so far, by the log of the collecting command.",
+            "# TYPE coar_workers_lost gauge",
+            f"coar_workers_lost {glance.lost}",
+        ]
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +113,22 @@ def write_metrics(glance: Glance, path: Path) -> None:
         partial.replace(path)
 
 
-def _glance(place: Path | Address, since: tuple[int, float] | None) -> Glance:
+def workers_lost(log_file: Path) -> int:
+    """Count the workers that a log of events names as lost; its last line may be half written.
+
+    Raises:
+        SettingsError: When the log is not there or holds something else.
+    """
+    try:
+        lines = log_file.read_text(encoding="utf-8").split("\n")[:-1]
+        return sum(json.loads(line).get("event") == WORKER_LOST for line in lines)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise SettingsError(
+            f"{log_file} cannot be read as a log of events ({error}); give the file of 'coar collect --log-file'"
+        ) from None
+
+
+def _glance(place: Path | Address, log_file: Path | None, since: tuple[int, float] | None) -> Glance:
     run = Run.open(place)
     probes = Probes(run)
     units = len(run.units()) + len(probes.units())
@@ -103,4 +136,5 @@ def _glance(place: Path | Address, since: tuple[int, float] | None) -> Glance:
     grown = done - since[0] if since else 0
     rate = grown / (time.monotonic() - since[1]) if since and grown > 0 else None
     known = (fit_facts(run, name).get("validation") for name in fit_names(run))
-    return Glance(done, units, rate, max((value for value in known if value is not None), default=None))
+    best = max((value for value in known if value is not None), default=None)
+    return Glance(done, units, rate, best, None if log_file is None else workers_lost(log_file))
