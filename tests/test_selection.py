@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -245,6 +246,28 @@ def test_references_far_from_the_edge_count_as_unchanged(case):
     np.testing.assert_array_equal(found.margins[far], base[far])
     tried = np.setdiff1d(np.arange(60), far)
     np.testing.assert_allclose(found.margins[tried], margins(study.model, more, (0, 3))[tried], atol=1e-4)
+
+
+def test_a_choice_that_breaks_the_bound_on_all_examples_is_mended_there(case):
+    """The search took a set to be within the bound, as trials in low precision may; on all examples it is not."""
+    study, attributions, more = case
+    ground = selection.Ground.of(attributions, study.model, study.examples, choosing=more, device="cpu")
+    columns = {"label": np.concatenate([study.examples.targets, more.targets])}
+    bound = coar.Bound(mean=0.1, group=0.2)
+    objective = Objective.of(goal(), columns, ground.base, tradeoff=coar.TradeOff(), bound=bound)
+    search = Search(ground.trials, objective, NEURONS)
+    everything = tuple(range(NEURONS))
+    (broken,) = search.try_out([everything])
+    assert broken.outcome.excess > 0
+    search.tried[-1] = replace(broken, outcome=replace(broken.outcome, excess=0.0))
+    search.near = N  # so that the choice is confirmed by a search of its own
+    free = np.arange(NEURONS)
+    mended = selection._confirmed(search, ground.plain, free).best
+    assert 0 < len(mended.ablated) < NEURONS
+    _, _, lost, error = judged(study.model, (study.examples, more), mended.ablated)
+    assert np.mean(lost) + error <= bound.mean
+    assert max(lost) <= bound.group
+    assert selection._confirmed(search, ground.plain, free[:0]).best.ablated == ()
 
 
 def test_goals_share_examples(case):

@@ -178,13 +178,13 @@ def choose(ground: Ground, goal: EditGoal, **options: Unpack[Options]) -> Select
     )
     _check_open(objective, goal)
     search = Search(ground.trials, objective, budget, near=options.get("near"))
-    steps = options.get("steps", STEPS)
+    steps, free = options.get("steps", STEPS), np.zeros(0, dtype=np.int64)
     if options.get("rule", "verified") == "welch":
         search.follow(ranking(scores, goal))
     else:
         with _telling(search, steps, shown=options.get("progress", True)):
-            _explore(search, goal, attributions, steps=steps, seed=options.get("seed", 0))
-    exact = _confirmed(search, ground.plain)
+            free = _explore(search, goal, attributions, steps=steps, seed=options.get("seed", 0))
+    exact = _confirmed(search, ground.plain, free)
     best = exact.best
     _check_neared(exact if len(exact.tried) > 1 else search, best, goal)
     edit = edit_of(attributions, goal, best.ablated, scores).keep(ground.model)
@@ -192,9 +192,12 @@ def choose(ground: Ground, goal: EditGoal, **options: Unpack[Options]) -> Select
     return Selection(edit, search.tried[0].outcome, best.outcome, _steps(search), passes, len(ground.examples))
 
 
-def _explore(search: Search, goal: EditGoal, attributions: Attributions, *, steps: int, seed: int) -> None:
-    """Search among few candidates, and among more where these do not bring the targets where they shall be."""
-    budget = search.budget
+def _explore(search: Search, goal: EditGoal, attributions: Attributions, *, steps: int, seed: int) -> np.ndarray:
+    """Search among few candidates, and among more where these do not bring the targets where they shall be.
+
+    Return the candidates, the more where there were two searches.
+    """
+    budget, free = search.budget, np.zeros(0, dtype=np.int64)
     for count, most, share in STAGES:
         search.budget, search.since, search.penalty = min(most, budget), len(search.tried), PENALTY
         free = np.sort(candidates(attributions, goal, count))
@@ -212,7 +215,8 @@ def _explore(search: Search, goal: EditGoal, attributions: Attributions, *, step
         search.follow(closed, least=int((gates < 0.3).sum()))
         search.refine(free)
         if search.objective.open(search.best.outcome) <= OPEN or budget <= most:
-            return
+            break
+    return free
 
 
 def _check_options(options: Options, components: int) -> int:
@@ -249,8 +253,11 @@ def _check_open(objective: Objective, goal: EditGoal) -> None:
         )
 
 
-def _confirmed(search: Search, plain: Trials) -> Search:
-    """Try the best sets by float32 and on all examples, until one holds there too: within the bound, and of use."""
+def _confirmed(search: Search, plain: Trials, free: np.ndarray) -> Search:
+    """Try the best sets by float32 and on all examples, until one holds there too: within the bound, and of use.
+
+    Where none does, the search goes on there from the one that is nearest to it.
+    """
     if search.trials is plain and search.near is None:
         return search
     exact = Search(plain, search.objective, search.budget)
@@ -258,7 +265,10 @@ def _confirmed(search: Search, plain: Trials) -> Search:
     for one in sorted(within, key=lambda one: one.outcome.value):
         exact.try_out([one.ablated])
         if exact.best.ablated:
-            break
+            return exact
+    if within and len(free):
+        exact.since, exact.penalty = 1, search.penalty
+        exact.refine(free)
     return exact
 
 
