@@ -21,7 +21,7 @@ from coar.store.disk import sweep
 from coar.store.lock import extension_lock
 from coar.store.places import Address
 from coar.store.refusals import storage_errors
-from coar.store.state import state_of
+from coar.store.state import end, state_of
 from coar.study import Study
 from coar.tuning import batch_sizes, choose_pace
 from coar.worker import ModelRunner, Worker
@@ -101,6 +101,7 @@ def prepare(study: Study, place: Path | Address, model: nn.Module, order: Order,
         run = _create(study, place, model, fingerprint, order, batches.masks)
     else:
         run = Run.open(place)
+        end(place)  # of a creation that was cut short at its very end
     check_same(run, fingerprint, order.precision)
     if isinstance(place, Path):
         with storage_errors(place):

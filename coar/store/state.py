@@ -67,8 +67,9 @@ def begin(place: Path | Address, study: dict[str, Any]) -> None:
 
 
 def end(place: Path | Address) -> None:
-    """Take the mark away, once the run is described."""
-    remove_object(place, MARKER)
+    """Take the mark away, if it is there, once the run is described."""
+    if MARKER in names(place):
+        remove_object(place, MARKER)
 
 
 def _manifest_in(description: bytes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -45,6 +46,15 @@ def let_run(path, more, seconds):
     """Wait until some more units are stored, or the time is up."""
     goal, end = min(stored_units(path) + more, TOTAL), time.monotonic() + seconds
     until(lambda: stored_units(path) >= goal or time.monotonic() > end, "progress")
+
+
+def test_killed_once_the_run_was_described(server, short, tmp_path):
+    """The mark of a creation is the last thing to go; a kill before that leaves it beside a whole run."""
+    path = tmp_path / "r.zarr"
+    shutil.copytree(short, path)
+    (path / "creating.json").write_text("{}")
+    server.finish(path, SHORT[-1])
+    assert differing(files(path), files(short)) == []
 
 
 @pytest.mark.parametrize(("kills", "most"), [(20, 6), pytest.param(50, 4, marks=pytest.mark.slow)])
