@@ -166,13 +166,15 @@ def fit(run, **settings):
 
 
 def arrays(attributions):
-    """Everything a regression gives, by name."""
-    return {
-        "weight": attributions.weights(),
-        "standard_error": attributions.standard_errors(),
-        "intercept": attributions.intercept,
-        "penalty": attributions.penalty,
+    """Everything a fit gives, by name."""
+    read = {
+        "weight": attributions.weights,
+        "standard_error": attributions.standard_errors,
+        "intercept": lambda: attributions.intercept,
+        "penalty": lambda: attributions.penalty,
     }
+    lacking = {"lasso": "standard_error", "informed": "penalty"}.get(attributions.facts["fit"]["method"])
+    return {name: values() for name, values in read.items() if name != lacking}
 
 
 def files(folder: Path):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import coar
 from coar.cli import app
 from coar.errors import RegressionError, RunError
-from coar.regression import fitting, lasso, sums
+from coar.regression import lasso, sums
 from coar.regression.sums import Gram, Moments
 from coar.store import fits
 from tests.synthetic import design, fit, linear, make, weights
@@ -185,7 +185,7 @@ def test_blocks_and_groups_of_any_size_give_the_same(run, tmp_path, monkeypatch,
     whole = fitted(run, masks=masks, name="whole", refit=True)
     shutil.copytree(run.path, tmp_path / "copy.zarr")
     monkeypatch.setattr(fits, "CHUNK_BYTES", 3 * 4 * D)  # chunks of three examples
-    monkeypatch.setattr(fitting, "MOMENT_BYTES", 7 * 8 * D)  # sums of six examples at a time
+    monkeypatch.setattr(sums, "MOMENT_BYTES", 7 * 8 * D)  # sums of six examples at a time
     monkeypatch.setattr(sums, "BATCH", 1)  # one block of masks at a time
     cut = fitted(coar.Run.open(tmp_path / "copy.zarr"), masks=masks, name="cut")
     assert len(list((tmp_path / "copy.zarr/attributions/cut/weight/c").iterdir())) == 7

@@ -10,7 +10,7 @@ from sklearn.linear_model import LinearRegression, Ridge
 
 import coar
 from coar.errors import IncompleteRunError, RegressionError, RunError, SettingsError
-from coar.regression import fitting, sums
+from coar.regression import sums
 from coar.regression.ridge import Spectrum, solve
 from coar.regression.sums import Gram, Moments
 from coar.store import fits
@@ -122,7 +122,7 @@ def test_primal_and_dual_forms_agree(masks):
     moments = Moments(wide.T @ y, y.sum(0), (y**2).sum(0), torch.zeros(6), masks)
     primal = Spectrum.primal(gram)
     dual, left = Spectrum.dual(x)
-    one = solve(primal, primal.scores_primal(gram, moments), mean, variation, method="ridge")
+    one = solve(primal, primal.scores_primal(gram.total, moments), mean, variation, method="ridge")
     other = solve(dual, left.T @ (y - mean), mean, variation, method="ridge")
     for field in ("weight", "intercept", "standard_error", "penalty"):
         np.testing.assert_allclose(getattr(one, field), getattr(other, field), rtol=1e-6, atol=1e-9, err_msg=field)
@@ -135,7 +135,7 @@ def test_blocks_and_groups_of_any_size_give_the_same(run, tmp_path, monkeypatch,
     whole = fit(run, **settings, name="whole")
     shutil.copytree(run.path, tmp_path / "copy.zarr")
     monkeypatch.setattr(fits, "CHUNK_BYTES", 3 * 4 * D)  # chunks of three examples
-    monkeypatch.setattr(fitting, "MOMENT_BYTES", 7 * 8 * D)  # sums of six examples at a time
+    monkeypatch.setattr(sums, "MOMENT_BYTES", 7 * 8 * D)  # sums of six examples at a time
     monkeypatch.setattr(sums, "BATCH", 1)  # one block of masks at a time
     cut = fit(coar.Run.open(tmp_path / "copy.zarr"), **settings, name="cut")
     assert len(list((tmp_path / "copy.zarr/attributions/cut/weight/c").iterdir())) == 7
@@ -314,7 +314,7 @@ def test_fit_cut_short_counts_for_nothing_until_it_is_made_again(run, tmp_path):
     shutil.copytree(run.path, tmp_path / "copy.zarr")
     copy = coar.Run.open(tmp_path / "copy.zarr")
     shutil.rmtree(copy.path / "attributions/whole-again")
-    writer = fits.FitWriter(copy, "whole-again", fitting.FIELDS, {"method": "ridge"})
+    writer = fits.FitWriter(copy, "whole-again", fits.FIELDS, {"method": "ridge"})
     writer.write(slice(0, 20), weight=np.ones((20, D)))
     with pytest.raises(RunError, match="whole-again"):
         coar.load(copy.path, "whole-again")

@@ -14,7 +14,7 @@ import coar
 from coar.cli import app
 from coar.engines import RayCluster
 from coar.errors import IncompleteRunError, MismatchError, RegressionError, SettingsError
-from coar.regression import fit_share, sums
+from coar.regression import METHODS, fit_share, sums
 from coar.store import fits, repair, verify
 from tests import buckets, synthetic
 from tests.synthetic import arrays, files, linear
@@ -30,6 +30,14 @@ def run(tmp_path_factory):
     """A complete run of noisy linear outputs, read only."""
     path = tmp_path_factory.mktemp("run") / "r.zarr"
     return synthetic.make(path, linear(synthetic.weights(N, D), noise=0.3), masks=MASKS, test_masks=30)
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """A complete run with probes too, read only."""
+    truth = synthetic.pairwise(N, D)
+    path = tmp_path_factory.mktemp("probed") / "r.zarr"
+    return synthetic.add_probes(synthetic.make(path, truth.outputs, masks=MASKS), truth, 32)
 
 
 @pytest.fixture
@@ -49,13 +57,21 @@ def alike(one, other):
         np.testing.assert_array_equal(values, arrays(other)[field], err_msg=field)
 
 
-@pytest.mark.parametrize("method", ["ridge", "ols"])
+@pytest.fixture
+def fresh_probed(probed, tmp_path):
+    return coar.Run.open(shutil.copytree(probed.path, tmp_path / "probed.zarr"))
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_shares_give_the_fit_of_one_process(small, fresh, method, count):
+def test_shares_give_the_fit_of_one_process(small, fresh, fresh_probed, method, count):
+    fresh = fresh_probed if method == "informed" else fresh
     whole = coar.fit(fresh, method=method, name="whole", progress=False)
     for number in range(count, 0, -1):
         fit_share(fresh, (number, count), method=method)
-    alike(coar.fit(fresh, method=method, merge=True, progress=False), whole)
+    merged = coar.fit(fresh, method=method, merge=True, progress=False)
+    alike(merged, whole)
+    assert merged.facts["fit"] == whole.facts["fit"]
     assert verify(coar.Run.open(fresh.path)) == []
     assert [name for name in files(fresh.path) if name.startswith("sums/")] == ["sums/zarr.json"]
 
@@ -120,7 +136,8 @@ def test_another_number_of_workers_is_refused(small, fresh):
 
 
 MISTAKES = {
-    "lasso": (lambda run: fit_share(run, (1, 2), method="lasso"), SettingsError, "lasso fits are not shared"),
+    "no such method": (lambda run: fit_share(run, (1, 2), method="lars"), SettingsError, "unknown method 'lars'"),
+    "no probes": (lambda run: fit_share(run, (1, 2), method="informed"), RegressionError, "needs probes"),
     "few masks": (lambda run: fit_share(run, (1, 2), masks=D), RegressionError, "nothing to add up"),
     "counted from 0": (lambda run: fit_share(run, (0, 2)), SettingsError, "counted from 1/2"),
     "a path for a name": (lambda run: fit_share(run, (1, 2), name="../x"), SettingsError, "cannot name a fit"),
@@ -181,8 +198,8 @@ def test_shares_in_an_object_store(run, tmp_path, monkeypatch):
 @needs_ray
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_fits_on_a_cluster(fresh):
-    """Both forms, more blocks than workers, and what cannot be fitted."""
+def test_fits_on_a_cluster(fresh, fresh_probed):
+    """Every method, with many masks, few and none, more blocks than workers, and what cannot be fitted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fits, "CHUNK_BYTES", 2 * 4 * D)
         whole = coar.fit(fresh, name="whole", progress=False)
@@ -190,6 +207,14 @@ def test_fits_on_a_cluster(fresh):
         alike(coar.fit(fresh, cluster=cluster, progress=False), whole)
         few = coar.fit(fresh, masks=D - 2, name="few", progress=False)
         alike(coar.fit(fresh, masks=D - 2, name="few-shared", cluster=cluster, progress=False), few)
+        sparse = coar.fit(fresh, method="lasso", name="sparse", progress=False)
+        alike(coar.fit(fresh, method="lasso", name="sparse-shared", cluster=cluster, progress=False), sparse)
+        for masks in (MASKS, D - 2, 0):
+            alone = coar.fit(fresh_probed, masks=masks, name="alone", progress=False)
+            shared = coar.fit(fresh_probed, masks=masks, cluster=cluster, progress=False)
+            alike(shared, alone)
+            assert shared.facts["fit"] == alone.facts["fit"]
+            assert alone.facts["fit"]["method"] == "informed"
         before = files(fresh.path)
         with pytest.raises(RegressionError, match="least squares needs at least 14 masks"):
             coar.fit(fresh, masks=D, method="ols", cluster=cluster, progress=False)

@@ -48,7 +48,7 @@ def fit(
         raise SettingsError("--worker, --merge and --engine ray each say who does the work; give one of them")
     if one is not None:
         if probes is not None or refit:
-            raise SettingsError("--worker makes sums over masks; give --refit with --merge, and no --probes")
+            raise SettingsError("--worker makes sums over masks; give --refit and --probes with --merge")
         fit_share(Run.open(run), one, method=method, masks=masks, name=name)
         typer.echo(f"{run}: sums of worker {worker} made; once all are, run the same with --merge")
         return

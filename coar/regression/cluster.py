@@ -8,20 +8,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from coar.engines.ray import TRIES, RayCluster, told
 from coar.errors import EngineError
-from coar.regression.ridge import LinearFit, Spectrum, check_solvable, solve_from_moments, solve_from_outputs
-from coar.regression.sums import Gram, Moments, dealt_rows, moments_of, panels
+from coar.regression.solvers import METHODS, Solver, solver_of, takes_moments
+from coar.regression.sums import Block, Gram, Moments, dealt_rows, moments_of, panels
 from coar.store import Run
-from coar.store.fits import FIELDS, write_block
+from coar.store.fits import write_block
 
 AHEAD = 2  # blocks of examples in hand per worker, so that sums do not pile up before they are solved
 
 
 class ClusterFit:
-    """One fit of ridge or least squares by the tasks of a cluster; each number is the one that one process gets.
+    """One fit by the tasks of a cluster; each number is the one that one process gets.
 
     Ray does a task again when the process or the machine that did it is lost, and makes lost results anew.
 
@@ -30,15 +29,19 @@ class ClusterFit:
         cluster: Its settings.
         run: A complete run, at a path that all machines reach.
         rows: Row numbers of the training masks to use.
-        method: `ridge` or `ols`.
+        rounds: How many rounds of probes to use.
+        method: `ridge`, `ols`, `lasso` or `informed`.
     """
 
-    def __init__(self, ray: ModuleType, cluster: RayCluster, run: Run, rows: np.ndarray, method: str) -> None:
+    def __init__(
+        self, ray: ModuleType, cluster: RayCluster, run: Run, rows: np.ndarray, rounds: int, method: str
+    ) -> None:
         self._ray, self._workers, self._run = ray, cluster.workers, run
-        self._many = len(rows) > run.n_components
+        self._summed = takes_moments(method, len(rows), run.n_components)
         self._fit = Fit(
             str(run.path.resolve() if isinstance(run.path, Path) else run.path),
             method,
+            rounds,
             max(1, int(cluster.cpus_per_worker)),
         )
         self._options = {
@@ -49,46 +52,52 @@ class ClusterFit:
         self._rows = ray.put(rows)
         self._remote: dict[Any, Any] = {}
 
-    def decompose(self) -> None:
-        """Make what all examples share; raise `RegressionError` when the masks cannot support a fit."""
-        if self._many:
-            parts = [self._do(_gram, self._rows, (at, self._workers)) for at in range(self._workers)]
-            while len(parts) > 1:  # pair by pair, so that no machine holds more than a few
-                pairs = [parts[at : at + 2] for at in range(0, len(parts), 2)]
-                parts = [self._do(_add, *pair) if len(pair) == 2 else pair[0] for pair in pairs]
-            done, self._shared = self._do(_primal, parts[0], results=2)
-        else:
-            done, self._shared = self._do(_dual, self._rows, results=2)
-        self._finish(done)
+    def prepare(self) -> dict[str, Any]:
+        """Make what all examples share; return what was learned, in plain numbers.
 
-    def solve(self, name: str, step: int) -> Iterator[slice]:
-        """Have every block of `step` examples solved and written into the fit of a name; yield each once it is."""
-        n = self._run.n_examples
-        waiting = deque(slice(at, min(at + step, n)) for at in range(0, n, step))
+        Raises:
+            RegressionError: When the masks or the probes cannot support a fit.
+        """
+        gram = self._gram() if self._summed else None
+        learned, self._shared = self._do(_prepare, self._rows, gram, results=2)
+        facts: dict[str, Any] = self._finish(learned)
+        return facts
+
+    def solve(self, name: str, blocks: list[slice]) -> Iterator[slice]:
+        """Have every block of examples solved and written into the fit of a name; yield each once it is."""
+        waiting = deque(blocks)
         doing: dict[Any, slice] = {}
         while waiting or doing:
             while waiting and len(doing) < AHEAD * self._workers:
                 block = waiting.popleft()
-                doing[self._block(name, block, step)] = block
+                doing[self._block(name, block)] = block
             done, _ = self._ray.wait(list(doing), num_returns=1)
             for task in done:
                 self._finish(task)
                 yield doing.pop(task)
 
-    def _block(self, name: str, block: slice, step: int) -> Any:
-        if not self._many:
-            return self._do(_solve_dual, self._rows, self._shared, name, block)
-        parts = [self._do(_moments, self._rows, panel) for panel in panels(block, step)]
-        return self._do(_solve_primal, self._shared, name, block, *parts)
+    def _gram(self) -> Any:
+        """Add up the workers' sums over masks pair by pair, so that no machine holds more than a few."""
+        parts = [self._do(_gram, self._rows, (at, self._workers)) for at in range(self._workers)]
+        while len(parts) > 1:
+            pairs = [parts[at : at + 2] for at in range(0, len(parts), 2)]
+            parts = [self._do(_add, *pair) if len(pair) == 2 else pair[0] for pair in pairs]
+        return parts[0]
+
+    def _block(self, name: str, block: slice) -> Any:
+        """Have a block solved; where that takes moments, these are made beside each other, panel by panel."""
+        each = panels(block, block.stop - block.start) if self._summed else []
+        parts = [self._do(_moments, self._rows, panel) for panel in each]
+        return self._do(_solve, self._rows, self._shared, name, block, *parts)
 
     def _do(self, function: Any, *arguments: Any, results: int = 1) -> Any:
         if function not in self._remote:  # each is sent to the cluster once
             self._remote[function] = self._ray.remote(function).options(**self._options, num_returns=results)
         return self._remote[function].remote(self._fit, *arguments)
 
-    def _finish(self, task: Any) -> None:
+    def _finish(self, task: Any) -> Any:
         try:
-            self._ray.get(task)
+            return self._ray.get(task)
         except self._ray.exceptions.RayTaskError as error:
             raise told(error, None) from None
         except self._ray.exceptions.RayError as error:
@@ -103,12 +112,14 @@ class Fit(NamedTuple):
 
     Attributes:
         place: The run.
-        method: `ridge` or `ols`.
+        method: `ridge`, `ols`, `lasso` or `informed`.
+        rounds: How many rounds of probes to use.
         threads: How many threads a task has.
     """
 
     place: str
     method: str
+    rounds: int
     threads: int
 
     def open(self) -> Run:
@@ -126,34 +137,18 @@ def _add(_fit: Fit, one: Gram, other: Gram) -> Gram:
     return one + other
 
 
-def _primal(fit: Fit, gram: Gram) -> tuple[None, tuple[Spectrum, Gram]]:
-    torch.set_num_threads(fit.threads)
-    spectrum = Spectrum.primal(gram)
-    check_solvable(spectrum, fit.method)
-    return None, (spectrum, Gram(torch.empty(0), gram.total, gram.count))
-
-
-def _dual(fit: Fit, rows: np.ndarray) -> tuple[None, tuple[Spectrum, Tensor]]:
-    run = fit.open()
-    shared = Spectrum.dual(torch.from_numpy(run.masks_at(rows)).float())
-    check_solvable(shared[0], fit.method)
-    return None, shared
-
-
 def _moments(fit: Fit, rows: np.ndarray, panel: slice) -> Moments:
     return moments_of(fit.open(), rows, panel)
 
 
-def _solve_primal(fit: Fit, shared: tuple[Spectrum, Gram], name: str, block: slice, *parts: Moments) -> None:
+def _prepare(fit: Fit, rows: np.ndarray, gram: Gram | None) -> tuple[dict[str, Any], Solver]:
+    """Return what was learned, and what solves blocks."""
     run = fit.open()
-    _write(run, name, block, solve_from_moments(*shared, Moments.joined(parts), method=fit.method))
+    solver = solver_of(run, rows, fit.rounds, method=fit.method, gram=gram)
+    return solver.learned(), solver
 
 
-def _solve_dual(fit: Fit, rows: np.ndarray, shared: tuple[Spectrum, Tensor], name: str, block: slice) -> None:
+def _solve(fit: Fit, rows: np.ndarray, solver: Solver, name: str, block: slice, *parts: Moments) -> None:
     run = fit.open()
-    outputs = torch.from_numpy(run.outputs_at(rows, block))
-    _write(run, name, block, solve_from_outputs(*shared, outputs, method=fit.method))
-
-
-def _write(run: Run, name: str, block: slice, result: LinearFit) -> None:
-    write_block(run, name, block, **{field: getattr(result, field).numpy() for field in FIELDS})
+    result = solver.solve(Block(run, rows, block, Moments.joined(parts) if parts else None))
+    write_block(run, name, block, **{field: getattr(result, field).numpy() for field in METHODS[fit.method]})

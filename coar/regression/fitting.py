@@ -5,7 +5,6 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
 
 from coar.attributions import Attributions
 from coar.engines.ray import RayCluster, connected
@@ -14,19 +13,14 @@ from coar.errors import IncompleteRunError, RegressionError, SettingsError
 from coar.evaluation import score
 from coar.progress import progress_bar
 from coar.regression.cluster import ClusterFit
-from coar.regression.informed import informed
-from coar.regression.lasso import SparseFit, sparse
-from coar.regression.ridge import LinearFit, Spectrum, solve_from_moments, solve_from_outputs
+from coar.regression.lasso import SparseFit
+from coar.regression.ridge import LinearFit
 from coar.regression.shares import Shares
-from coar.regression.sums import Gram, accumulate, batches
+from coar.regression.solvers import METHODS, solver_of, takes_moments
+from coar.regression.sums import Block, Streamed, Sums
 from coar.store import Probes, Run
-from coar.store.fits import FIELDS, FitWriter, add_fit_facts, check_name, chunk_rows, fit_facts
+from coar.store.fits import FitWriter, add_fit_facts, blocks_of, check_name, chunk_rows, fit_facts
 from coar.store.lock import worker_lock
-
-METHODS = ("ridge", "ols", "lasso", "informed")
-SHARED = ("ridge", "ols")  # whose sums many workers can make
-MOMENT_BYTES = 256 * 2**20  # of X'Y held at a time; more examples than fit take another reading of the masks
-LACKING = {"informed": "penalty", "lasso": "standard_error"}  # what a method does not give
 
 
 def fit(
@@ -54,7 +48,7 @@ def fit(
         name: Name of the fit in the run; by default the method.
         refit: Fit again even when the run already holds this fit.
         merge: Solve from the sums that all workers of a job array have made by `fit_share`.
-        cluster: Make sums and solve on a Ray cluster, for ridge and least squares.
+        cluster: Make sums and solve on a Ray cluster.
         progress: Show a progress bar.
 
     Returns:
@@ -72,10 +66,9 @@ def fit(
         run.require_complete()
     rounds = _rounds(run, probes, method)
     rows = _rows(run, masks, none_will_do=rounds > 0)
-    common: dict[str, Any] = {"refit": refit, "progress": progress}
-    if merge or cluster is not None:
-        method = _shared_method(method, rounds, rows, run, storing=merge)
-        return _fit(run, method, rows, 0, name or method, **common, merge=merge, cluster=cluster)
+    common: dict[str, Any] = {"refit": refit, "progress": progress, "merge": merge, "cluster": cluster}
+    if merge:
+        method = _summed_method(method, rounds, rows, run)
     if method != "auto":
         return _fit(run, method, rows, rounds, name or method, **common)
     if not rounds:
@@ -90,7 +83,7 @@ def fit(
 def fit_share(
     run: Run, worker: tuple[int, int], *, method: str = "auto", masks: int | None = None, name: str | None = None
 ) -> None:
-    """Make the sums of worker k of n for a fit of ridge or least squares, and store them in the run.
+    """Make the sums over masks of worker k of n for a fit, and store them in the run.
 
     All workers are given the same settings, in any order or at once; then `fit` with `merge` adds up and solves.
 
@@ -103,14 +96,15 @@ def fit_share(
 
     Raises:
         IncompleteRunError: When units are missing.
-        SettingsError: When the method is another.
         MismatchError: When the sums are being made by another number of workers.
         RegressionError: When there are no more masks than components: sums do not help there.
     """
     among = check_worker(worker)
     run.require_complete()
+    if method not in (*METHODS, "auto"):
+        raise SettingsError(f"unknown method {method!r}; choose auto or one of {', '.join(METHODS)}")
     rows = _rows(run, masks, none_will_do=False)
-    method = _shared_method(method, _rounds(run, None, method), rows, run, storing=True)
+    method = _summed_method(method, _rounds(run, None, method), rows, run)
     shares = Shares(run, check_name(name or method), rows, chunk_rows(run))
     with worker_lock(run.path, prepared=shares.prepared) as lock:
         if lock.alone:
@@ -119,17 +113,14 @@ def fit_share(
         shares.do(among)
 
 
-def _shared_method(method: str, rounds: int, rows: np.ndarray, run: Run, *, storing: bool) -> str:
-    """Return the method of a fit whose work is shared; raise when there is none such."""
-    chosen = "informed" if method == "auto" and rounds else "ridge" if method == "auto" else method
-    if chosen not in SHARED:
-        raise SettingsError(f"{chosen} fits are not shared among workers; choose --method {' or '.join(SHARED)}")
-    if storing and len(rows) <= run.n_components:
+def _summed_method(method: str, rounds: int, rows: np.ndarray, run: Run) -> str:
+    """Return the method of a fit whose sums workers store; raise when it takes none."""
+    if len(rows) <= run.n_components:
         raise RegressionError(
             f"{len(rows)} masks and {run.n_components} components were given, and with no more masks than components "
             f"there is nothing to add up; fit in one process, or on a Ray cluster"
         )
-    return chosen
+    return method if method != "auto" else "informed" if rounds else "ridge"
 
 
 def _rows(run: Run, masks: int | None, *, none_will_do: bool) -> np.ndarray:
@@ -179,7 +170,7 @@ def _fit(
     if refit or {key: known.get(key) for key in facts} != facts or known.get("state") != "ready":
         with run.lock():
             if cluster is not None:
-                _fit_on_cluster(cluster, run, rows, label, facts, progress=progress)
+                _fit_on_cluster(cluster, run, rows, rounds, label, facts, progress=progress)
             else:
                 _fit_here(run, rows, rounds, label, facts, merge=merge, progress=progress)
     _validate(run, label)
@@ -191,18 +182,12 @@ def _fit_here(
 ) -> None:
     """Solve in this process, block by block, and write the fit."""
     method, step = facts["method"], chunk_rows(run)
-    fields = tuple(field for field in FIELDS if field != LACKING.get(method))
     shares = Shares(run, label, rows, step) if merge else None
-    learned: dict[str, Any] = {}
-    solutions: Iterator[tuple[slice, LinearFit | SparseFit]]
     if shares is not None:
         shares.require()
-        solutions = _merged(shares, method, step, run.n_examples)
-    elif method == "informed":
-        learned, solutions = informed(run, rows, rounds, step)
-    else:
-        solutions = _solutions(run, rows, method, step)
+    learned, solutions = _solutions(run, rows, rounds, method, sums=shares or Streamed(run, rows, step))
     first = next(solutions)  # what cannot be fitted raises here, before the stored fit is replaced
+    fields = METHODS[method]
     writer = FitWriter(run, label, fields, facts | learned)
     for examples, result in progress_bar(chain([first], solutions), desc=f"fit {label}", unit="block", shown=progress):
         writer.write(examples, **{field: getattr(result, field).numpy() for field in fields})
@@ -212,27 +197,17 @@ def _fit_here(
 
 
 def _fit_on_cluster(
-    cluster: RayCluster, run: Run, rows: np.ndarray, label: str, facts: dict[str, Any], *, progress: bool
+    cluster: RayCluster, run: Run, rows: np.ndarray, rounds: int, label: str, facts: dict[str, Any], *, progress: bool
 ) -> None:
     """Have the cluster solve and write blocks of examples."""
-    step = chunk_rows(run)
     with connected(cluster) as ray:
-        work = ClusterFit(ray, cluster, run, rows, facts["method"])
-        work.decompose()  # what cannot be fitted raises here, before the stored fit is replaced
-        writer = FitWriter(run, label, FIELDS, facts)
+        work = ClusterFit(ray, cluster, run, rows, rounds, facts["method"])
+        learned = work.prepare()  # what cannot be fitted raises here, before the stored fit is replaced
+        writer = FitWriter(run, label, METHODS[facts["method"]], facts | learned)
         with progress_bar(total=run.n_examples, desc=f"fit {label}", unit="example", shown=progress) as bar:
-            for examples in work.solve(label, step):
+            for examples in work.solve(label, blocks_of(run)):
                 bar.update(examples.stop - examples.start)
         writer.finish()
-
-
-def _merged(shares: Shares, method: str, step: int, examples: int) -> Iterator[tuple[slice, LinearFit]]:
-    """Yield solved blocks of `step` examples from workers' sums."""
-    gram = shares.gram()
-    spectrum = Spectrum.primal(gram)
-    for start in range(0, examples, step):
-        block = slice(start, min(start + step, examples))
-        yield block, solve_from_moments(spectrum, gram, shares.moments(block), method=method)
 
 
 def _validate(run: Run, label: str) -> None:
@@ -245,46 +220,13 @@ def _validate(run: Run, label: str) -> None:
             add_fit_facts(run, label, validation=float(scores["pearson"].mean()), validation_masks=count)
 
 
-def _solutions(run: Run, rows: np.ndarray, method: str, step: int) -> Iterator[tuple[slice, LinearFit | SparseFit]]:
-    """Yield solved blocks of `step` examples, holding the sums of as many blocks as memory allows."""
-    d, n = len(run.components), run.n_examples
-    wide = max(MOMENT_BYTES // (8 * max(d, len(rows) if len(rows) <= d else d)), 1)
-    group = max(wide // step, 1) * step
-    blocks = [slice(start, min(start + group, n)) for start in range(0, n, group)]
-    if method == "lasso":
-        yield from sparse(run, rows, step, blocks)
-    elif len(rows) <= d:
-        yield from _dual(run, rows, method, step, blocks)
-    else:
-        yield from _primal(run, rows, method, step, blocks)
-
-
-def _primal(
-    run: Run, rows: np.ndarray, method: str, step: int, blocks: list[slice]
-) -> Iterator[tuple[slice, LinearFit]]:
-    gram: Gram | None = None
-    spectrum: Spectrum | None = None
-    for block in blocks:
-        gram, moments = accumulate(run, rows, block, gram=gram, step=step)
-        spectrum = spectrum or Spectrum.primal(gram)
-        for examples, part in _steps(block, step):
-            yield examples, solve_from_moments(spectrum, gram, moments[part], method=method)
-
-
-def _dual(run: Run, rows: np.ndarray, method: str, step: int, blocks: list[slice]) -> Iterator[tuple[slice, LinearFit]]:
-    spectrum: Spectrum | None = None
-    left = torch.empty(0)
-    for block in blocks:
-        parts = list(batches(run, rows, block))
-        if spectrum is None:
-            spectrum, left = Spectrum.dual(torch.cat([x[:, :-1] for x, _ in parts]))
-        outputs = torch.cat([y for _, y in parts])  # (masks, examples)
-        for examples, part in _steps(block, step):
-            yield examples, solve_from_outputs(spectrum, left, outputs[:, part].contiguous(), method=method)
-
-
-def _steps(block: slice, step: int) -> Iterator[tuple[slice, slice]]:
-    """Yield slices of `step` examples of a block, and where in the block they are."""
-    for start in range(block.start, block.stop, step):
-        stop = min(start + step, block.stop)
-        yield slice(start, stop), slice(start - block.start, stop - block.start)
+def _solutions(
+    run: Run, rows: np.ndarray, rounds: int, method: str, *, sums: Sums
+) -> tuple[dict[str, Any], Iterator[tuple[slice, LinearFit | SparseFit]]]:
+    """Return what was learned for all examples, in plain numbers, and the solved blocks of examples."""
+    summed = takes_moments(method, len(rows), run.n_components)
+    solver = solver_of(run, rows, rounds, method=method, gram=sums.gram() if summed else None)
+    return solver.learned(), (
+        (examples, solver.solve(Block(run, rows, examples, sums.moments(examples) if summed else None)))
+        for examples in blocks_of(run)
+    )

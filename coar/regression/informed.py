@@ -2,9 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from coar.errors import RegressionError
 from coar.regression.ridge import PENALTIES, LinearFit, Spectrum
 from coar.regression.rows import Rows, Slot
 from coar.regression.shared import SharedModel, apart, learn
-from coar.regression.sums import Gram, accumulate, batches
+from coar.regression.sums import Block, Gram, batches
 from coar.store import Probes, Run
 
 LEAST_PROBES = 8
@@ -28,51 +27,85 @@ class Prior:
     """What probes say before any mask is looked at.
 
     Attributes:
-        probes: The probes.
         rounds: How many of their rounds are used.
         shared: Turns gradients into weights.
+        kept: (slots, components) share of the probes that keep each component.
         column: (components,) root mean square of the weights over examples, relative to the mean component's.
         quality: How good the weights are.
     """
 
-    probes: Probes
     rounds: int
     shared: SharedModel
+    kept: Tensor
     column: Tensor
     quality: "Quality"
 
-    def weights(self, examples: slice) -> tuple[Tensor, Tensor]:
+    def weights(self, probes: Probes, examples: slice) -> tuple[Tensor, Tensor]:
         """Return (examples, components) weights and the (examples,) spread of the outputs."""
-        means, counts = self.probes.gradients(range(self.rounds), examples)
-        spread = _spread(self.probes, self.rounds, examples)
+        means, counts = probes.gradients(range(self.rounds), examples)
+        spread = _spread(probes, self.rounds, examples)
         return self.shared.weights(_ends(means * counts, counts) / spread[:, None]) * spread[:, None], spread
 
 
-def informed(
-    run: Run, rows: np.ndarray, rounds: int, step: int
-) -> tuple[dict[str, Any], Iterator[tuple[slice, LinearFit]]]:
-    """Fit a run from its probes and, where there are any, its masks.
+@dataclass(frozen=True)
+class Informed:
+    """What an informed fit learns of a run before any example is solved.
 
-    Args:
-        run: A complete run.
-        rows: Row numbers of the training masks to use; may be empty.
-        rounds: How many rounds of probes to use.
-        step: Examples per block.
-
-    Returns:
-        What was learned, in plain numbers, and the solved blocks of examples.
-
-    Raises:
-        RegressionError: When there are too few probes, or their gradients are all zero.
+    Attributes:
+        prior: What probes say.
+        masks: What masks correct; None without masks.
     """
-    prior = learn_prior(run, rounds)
-    masks = _Masks.of(run, rows, prior) if len(rows) >= 2 else None
-    facts = {
-        "stages": dict(prior.shared.stages),
-        "mask_penalty": masks.penalty if masks else None,
-        "prior_quality": {**dataclasses.asdict(prior.quality), "reachable": prior.quality.reachable},
-    }
-    return facts, _blocks(run, prior, masks, step)
+
+    prior: Prior
+    masks: "_Masks | None"
+
+    @classmethod
+    def of(cls, run: Run, rows: np.ndarray, rounds: int, *, gram: Gram | None = None) -> Self:
+        """Learn from probes and, where there are any, masks.
+
+        Args:
+            run: A complete run.
+            rows: Row numbers of the training masks to use; may be empty.
+            rounds: How many rounds of probes to use.
+            gram: The sums over these masks; only where there are more of them than components.
+
+        Raises:
+            RegressionError: When there are too few probes, or their gradients are all zero.
+        """
+        prior = learn_prior(run, rounds)
+        return cls(prior, _Masks.of(run, rows, prior, gram) if len(rows) >= 2 else None)
+
+    def learned(self) -> dict[str, Any]:
+        """Return what was learned for all examples, in plain numbers."""
+        quality = self.prior.quality
+        return {
+            "stages": dict(self.prior.shared.stages),
+            "mask_penalty": self.masks.penalty if self.masks else None,
+            "prior_quality": {**dataclasses.asdict(quality), "reachable": quality.reachable},
+        }
+
+    def solve(self, block: Block) -> LinearFit:
+        """Fit a block of examples."""
+        examples, masks = block.examples, len(block.rows)
+        prior, probes = self.prior, Probes(block.run)
+        count = sum(probes.rounds[: prior.rounds])
+        weights, spread = prior.weights(probes, examples)
+        outputs = torch.from_numpy(probes.outputs(prior.rounds, examples)).double().mean(0)
+        seen = prior.kept[torch.from_numpy(probes.slot_of(examples))].double()  # (examples, components)
+        if self.masks:
+            weights, mean = self.masks.correct(block, weights)
+            outputs = (outputs * count + mean * masks) / (count + masks)
+            seen = (seen * count + self.masks.mean_mask() * masks) / (count + masks)
+        intercept = outputs - (weights.double() * seen).sum(1)
+        standard_error = self._error(block.run).sqrt() * spread[:, None]
+        return LinearFit(weights, intercept, standard_error, torch.zeros(len(weights)))
+
+    def _error(self, run: Run) -> Tensor:
+        """Return the (components,) expected squared errors of weights, for outputs of a spread of 1."""
+        prior, fraction = self.prior, run.sampler.ablated_fraction
+        share = max(prior.quality.error, prior.quality.deviation)  # an estimate below its own error says little
+        error = prior.column**2 * share / (fraction * (1 - fraction)) / float((prior.column**2).sum())
+        return error * self.masks.left_unknown() if self.masks else error
 
 
 def learn_prior(run: Run, rounds: int) -> Prior:
@@ -101,7 +134,7 @@ def learn_prior(run: Run, rounds: int) -> Prior:
     folds = _dealt(rounds, HALVES)
     gradients = _fold_gradients(probes, folds, examples)[0]
     halves = apart(shared, _rows(probes, folds, examples, spread), gradients)
-    return Prior(probes, rounds, shared, column, _judged(explained, halves))
+    return Prior(rounds, shared, _mean_masks(probes, rounds), column, _judged(explained, halves))
 
 
 def _dealt(rounds: int, folds: int) -> list[list[int]]:
@@ -209,8 +242,6 @@ class _Masks:
     some examples' noise for signal. One penalty is chosen by the sum of its scores over the examples learned from.
     """
 
-    run: Run
-    rows: np.ndarray
     column: Tensor
     spectrum: Spectrum
     left: Tensor  # (masks, rank) in the dual form, else empty
@@ -218,7 +249,7 @@ class _Masks:
     penalty: float
 
     @classmethod
-    def of(cls, run: Run, rows: np.ndarray, prior: Prior) -> "_Masks":
+    def of(cls, run: Run, rows: np.ndarray, prior: Prior, gram: Gram | None) -> Self:
         column = prior.column.double()
         examples = _spread_out(run)
         if len(rows) <= run.n_components:
@@ -226,11 +257,11 @@ class _Masks:
             spectrum, left = Spectrum.dual(x.double() * column)  # scaled masks are no whole numbers, exact in float32
             gram = None
         else:
-            gram, _ = accumulate(run, rows, slice(0, 1))
+            gram = gram or Gram.of(run, rows)
             spectrum, left = Spectrum.primal(gram.scaled(column)), torch.empty(0)
-        start = cls(run, rows, column, spectrum, left, gram, 0.0)
-        weights, spread = prior.weights(examples)
-        scores, variation, _ = start.scores(examples, weights)
+        start = cls(column, spectrum, left, gram, 0.0)
+        weights, spread = prior.weights(Probes(run), examples)
+        scores, variation, _ = start.scores(Block(run, rows, examples), weights)
         grid = PENALTIES * spectrum.eigenvalues.mean()
         left_over = grid / (spectrum.eigenvalues[:, None] + grid)
         freedom = spectrum.count - 1 - (1 - left_over).sum(0)
@@ -238,18 +269,18 @@ class _Masks:
         grid, left_over, freedom = grid[loose], left_over[:, loose], freedom[loose]
         residual = (variation[:, None] - scores.T**2 @ (1 - left_over**2)).clamp_min(0)
         best = (residual / freedom**2 / spread.double()[:, None] ** 2).sum(0).argmin()
-        return cls(run, rows, column, spectrum, left, gram, float(grid[best]))
+        return cls(column, spectrum, left, gram, float(grid[best]))
 
-    def scores(self, examples: slice, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scores(self, block: Block, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return U'R (rank, examples), sums of squares and (examples,) mean outputs; R is what the weights leave."""
         w = weights.double().T  # (components, examples)
         if self.gram is None:
-            parts = list(batches(self.run, self.rows, examples))
+            parts = list(batches(block.run, block.rows, block.examples))
             y = torch.cat([part for _, part in parts]).double()
             residual = y - torch.cat([x[:, :-1] for x, _ in parts]).double() @ w
             residual -= residual.mean(0)
             return self.left.T @ residual, (residual**2).sum(0), y.mean(0)
-        _, moments = accumulate(self.run, self.rows, examples, gram=self.gram)
+        moments = block.moments()
         product, centred = moments.centred(self.gram.total), self.gram.centred()
         image = centred @ w
         variation = moments.variation() - 2 * (w * product).sum(0) + (w * image).sum(0)
@@ -258,9 +289,9 @@ class _Masks:
         ]
         return scores, variation.clamp_min(0), moments.mean()
 
-    def correct(self, examples: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def correct(self, block: Block, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return corrected (examples, components) weights, and the masks' (examples,) mean outputs."""
-        scores, _, mean = self.scores(examples, weights)
+        scores, _, mean = self.scores(block, weights)
         shrink = 1 / (self.spectrum.eigenvalues + self.penalty)
         more = (self.spectrum.basis @ (scores * shrink[:, None])).T * self.column
         return weights + more.float(), mean
@@ -273,29 +304,6 @@ class _Masks:
     def mean_mask(self) -> Tensor:
         """Return the (components,) share of masks that keep each component."""
         return self.spectrum.mean / self.column
-
-
-def _blocks(run: Run, prior: Prior, masks: _Masks | None, step: int) -> Iterator[tuple[slice, LinearFit]]:
-    probes, count = prior.probes, sum(prior.probes.rounds[: prior.rounds])
-    kept = _mean_masks(probes, prior.rounds)
-    fraction = run.sampler.ablated_fraction
-    share = max(prior.quality.error, prior.quality.deviation)  # an estimate below its own error says little
-    error = prior.column**2 * share / (fraction * (1 - fraction)) / float((prior.column**2).sum())
-    error = error * masks.left_unknown() if masks else error
-    for start in range(0, run.n_examples, step):
-        examples = slice(start, min(start + step, run.n_examples))
-        weights, spread = prior.weights(examples)
-        outputs = torch.from_numpy(probes.outputs(prior.rounds, examples)).double().mean(0)
-        seen = kept[torch.from_numpy(probes.slot_of(examples))].double()  # (examples, components)
-        total, rows = count, 0
-        if masks:
-            weights, mean = masks.correct(examples, weights)
-            rows = len(masks.rows)
-            outputs = (outputs * total + mean * rows) / (total + rows)
-            seen = (seen * total + masks.mean_mask() * rows) / (total + rows)
-        intercept = outputs - (weights.double() * seen).sum(1)
-        standard_error = error.sqrt() * spread[:, None]
-        yield examples, LinearFit(weights, intercept, standard_error, torch.zeros(len(weights)))
 
 
 def _mean_masks(probes: Probes, rounds: int) -> Tensor:

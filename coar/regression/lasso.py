@@ -1,16 +1,13 @@
 """Sparse attributions: the lasso for many examples at once, from the same sums that ridge needs."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from coar.errors import RegressionError
-from coar.regression.sums import Gram, accumulate
-from coar.store import Run
+from coar.regression.sums import Gram, Moments
 
 PATH = torch.logspace(0, -3, 30, dtype=torch.float64)  # penalties, as shares of the least that leaves no weight
 PATIENCE = 5  # penalties without a better score after which an example's path ends
@@ -31,14 +28,14 @@ class Design:
         covariance: (components, components) float64, the centred Gram matrix by the number of masks.
         single: The same in float32.
         largest: Its largest eigenvalue, or up to 2 % more.
-        mean: (components,) share of masks that keep each component.
+        total: (components,) number of masks that keep each component.
         count: Number of masks.
     """
 
     covariance: Tensor
     single: Tensor
     largest: float
-    mean: Tensor
+    total: Tensor
     count: int
 
     @classmethod
@@ -56,7 +53,7 @@ class Design:
                 f"the {gram.count} masks are all alike, so they say nothing; collect more, or ablate more"
             )
         single = covariance.float()
-        return cls(covariance, single, largest_eigenvalue(single), gram.total / gram.count, gram.count)
+        return cls(covariance, single, largest_eigenvalue(single), gram.total, gram.count)
 
 
 @dataclass(frozen=True)
@@ -103,33 +100,10 @@ def physical_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def sparse(run: Run, rows: np.ndarray, step: int, blocks: list[slice]) -> Iterator[tuple[slice, SparseFit]]:
-    """Yield solved blocks of `step` examples.
-
-    The (components, components) Gram matrix is used for few masks too: it serves all examples, and a product with it
-    costs no more than two with the masks unless these are fewer than half as many as components.
-
-    Args:
-        run: A complete run.
-        rows: Row numbers of the training masks to use.
-        step: Examples solved at once.
-        blocks: Examples whose sums are held at once.
-
-    Raises:
-        RegressionError: When the Gram matrix does not fit in memory, when all masks are alike, or when an example does
-            not converge.
-    """
-    check_memory(run.n_components)
-    gram: Gram | None = None
-    design: Design | None = None
-    for block in blocks:
-        gram, moments = accumulate(run, rows, block, gram=gram)
-        design = design or Design.of(gram)
-        product, mean, variation = moments.centred(gram.total), moments.mean(), moments.variation()
-        for start in range(block.start, block.stop, step):
-            examples = slice(start, min(start + step, block.stop))
-            part = slice(start - block.start, examples.stop - block.start)
-            yield examples, solve(design, product[:, part], mean=mean[part], variation=variation[part], first=start)
+def solve_sparse(design: Design, moments: Moments, *, first: int) -> SparseFit:
+    """Solve for the examples of some moments, of which the first has this number; raises as `solve` does."""
+    product = moments.centred(design.total)
+    return solve(design, product, mean=moments.mean(), variation=moments.variation(), first=first)
 
 
 def solve(design: Design, product: Tensor, *, mean: Tensor, variation: Tensor, first: int = 0) -> SparseFit:
@@ -155,7 +129,7 @@ def solve(design: Design, product: Tensor, *, mean: Tensor, variation: Tensor, f
     penalty, weight = follow(design, target, labels=labels)
     weight, product = descend(design, target, penalty=penalty, start=weight, tolerance=TOLERANCE, labels=labels)
     weight = (refined(design, target, weight=weight, product=product, penalty=penalty) * spread).T
-    return SparseFit(weight, mean - weight @ design.mean, penalty * spread)
+    return SparseFit(weight, mean - weight @ (design.total / design.count), penalty * spread)
 
 
 def follow(design: Design, target: Tensor, *, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,9 +35,9 @@ class Spectrum:
         kept = values > max(RANK * float(values[-1]), RANK)
         return cls(values[kept], vectors[:, kept] * values[kept].sqrt(), gram.total / gram.count, gram.count)
 
-    def scores_primal(self, gram: Gram, moments: Moments) -> Tensor:
-        """Return U'Yc (rank, examples) from X'Y."""
-        return (self.basis.T @ moments.centred(gram.total)) / self.eigenvalues[:, None]
+    def scores_primal(self, total: Tensor, moments: Moments) -> Tensor:
+        """Return U'Yc (rank, examples) from X'Y and the (components,) column sums of X."""
+        return (self.basis.T @ moments.centred(total)) / self.eigenvalues[:, None]
 
     @classmethod
     def dual(cls, masks: Tensor) -> "tuple[Spectrum, Tensor]":
@@ -88,9 +88,12 @@ def check_solvable(spectrum: Spectrum, method: str) -> None:
         )
 
 
-def solve_from_moments(spectrum: Spectrum, gram: Gram, moments: Moments, *, method: str) -> LinearFit:
-    """Solve for the examples of some moments, in the primal form; raises as `solve` does."""
-    scores = spectrum.scores_primal(gram, moments)
+def solve_from_moments(spectrum: Spectrum, total: Tensor, moments: Moments, *, method: str) -> LinearFit:
+    """Solve for the examples of some moments and the column sums of their masks, in the primal form.
+
+    Raises as `solve` does.
+    """
+    scores = spectrum.scores_primal(total, moments)
     return solve(spectrum, scores, moments.mean(), moments.variation(), method=method)
 
 

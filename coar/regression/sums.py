@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from coar.store import Run
 from coar.store.layout import PANEL
 
 BATCH = 4096  # rows per matrix product: float32 products over so few rows, summed up in float64
+MOMENT_BYTES = 256 * 2**20  # of X'Y held at a time; more examples than fit take another reading of the masks
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,77 @@ def accumulate(
     return gram, Moments(product[:d], product[d], squares, shift.double(), len(rows))
 
 
-def moments_of(run: Run, rows: np.ndarray, panel: slice) -> Moments:
-    """Read rows once and return the moments of one panel, and nothing of the masks alone."""
+class Sums(Protocol):
+    """Where a fit gets its sums from."""
+
+    def gram(self) -> Gram:
+        """Return those over masks."""
+        ...
+
+    def moments(self, examples: slice) -> Moments:
+        """Return those of a block of examples that are solved together."""
+        ...
+
+
+class Streamed:
+    """Sums made here, by reading the masks once for as many blocks of examples as memory allows.
+
+    Args:
+        run: The run to read.
+        rows: Row numbers, ascending.
+        step: Examples that are solved together, a block.
+    """
+
+    def __init__(self, run: Run, rows: np.ndarray, step: int) -> None:
+        self._run, self._rows, self._step = run, rows, step
+        self._many = max(MOMENT_BYTES // (8 * run.n_components) // step, 1) * step  # examples per reading
+        self._gram: Gram | None = None
+        self._moments: Moments | None = None
+        self._held = slice(0, 0)
+
+    def gram(self) -> Gram:
+        """Return the sums over masks, made with the moments of the first examples."""
+        return self._gram or self._read(0)[0]
+
+    def moments(self, examples: slice) -> Moments:
+        """Return those of a block of examples."""
+        held = self._moments if self._held.start <= examples.start and examples.stop <= self._held.stop else None
+        held = held or self._read(examples.start)[1]
+        return held[slice(examples.start - self._held.start, examples.stop - self._held.start)]
+
+    def _read(self, start: int) -> tuple[Gram, Moments]:
+        self._moments = None  # its memory is for those that follow
+        self._held = slice(start, min(start + self._many, self._run.n_examples))
+        sums = accumulate(self._run, self._rows, self._held, gram=self._gram, step=self._step)
+        self._gram, self._moments = sums
+        return sums
+
+
+def moments_of(run: Run, rows: np.ndarray, examples: slice) -> Moments:
+    """Read rows once and return the moments of examples, and nothing of the masks alone."""
     known = Gram(torch.empty(0), torch.empty(0), len(rows))
-    return accumulate(run, rows, panel, gram=known)[1]
+    return accumulate(run, rows, examples, gram=known)[1]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of examples to fit.
+
+    Attributes:
+        run: A complete run.
+        rows: Row numbers of the training masks to use.
+        examples: The examples.
+        sums: Their moments, where these have been made.
+    """
+
+    run: Run
+    rows: np.ndarray
+    examples: slice
+    sums: Moments | None = None
+
+    def moments(self) -> Moments:
+        """Return the moments, read from the run where they were not given."""
+        return self.sums or moments_of(self.run, self.rows, self.examples)
 
 
 def dealt_rows(run: Run, rows: np.ndarray, share: tuple[int, int]) -> np.ndarray:

@@ -96,6 +96,12 @@ def chunk_rows(run: Run) -> int:
     return max(1, min(run.n_examples, CHUNK_BYTES // (4 * run.n_components)))
 
 
+def blocks_of(run: Run) -> list[slice]:
+    """Return the blocks of examples that fill a fit's chunks, which are solved together."""
+    n, step = run.n_examples, chunk_rows(run)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
 def write_block(run: Run, name: str, examples: slice, **fields: np.ndarray) -> None:
     """Write whole chunks of a fit that has been begun: (examples, components) or (examples,) values by field."""
     for field, values in fields.items():
