@@ -177,6 +177,20 @@ def test_server_that_takes_no_writes(run, bucket, proxy):
     assert objects(f"{bucket}/r.zarr") == before
 
 
+@pytest.mark.parametrize("attempt", [coar.Run.open, lambda path: helpers.collect(helpers.study(), path, masks=140)])
+def test_credentials_that_the_server_refuses(run, bucket, port, attempt):
+    copy(run, f"{bucket}/r.zarr")
+    before = objects(f"{bucket}/r.zarr")
+    buckets.check_keys(port, after=0)
+    try:
+        with pytest.raises(StorageError, match="the credentials are not right for it") as told:
+            attempt(f"{bucket}/r.zarr")
+    finally:
+        buckets.check_keys(port, after=float("inf"))
+    assert not any(secret in str(told.value) for secret in buckets.KEYS.values())
+    assert objects(f"{bucket}/r.zarr") == before
+
+
 def test_errors_and_runs_hold_no_credentials(run, bucket, proxy):
     copy(run, f"{bucket}/r.zarr")
     everything = b"".join(objects(f"{bucket}/r.zarr").values())
