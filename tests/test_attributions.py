@@ -231,6 +231,17 @@ def test_safetensors_holds_everything(found, exported):
         assert arrays(exported)[field].dtype == np.float32
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{"masks": None}, {"method": 3}, {"validation": "high"}, {"probes": 4, "prior_quality": {"error": 0.1}}],
+    ids=["no masks", "a number for a method", "a word for a number", "half a quality"],
+)
+def test_fit_that_is_described_wrongly(copy, changed):
+    fits.add_fit_facts(copy, "ridge", **changed)
+    with pytest.raises(CorruptRunError, match="attributions/ridge .* described wrongly .* fit again"):
+        coar.load(copy.path)
+
+
 def test_safetensors_of_a_baseline_has_no_standard_errors(copy, tmp_path):
     writer = fits.FitWriter(copy, "leave_one_out", ("weight", "intercept"), {"method": "leave_one_out", "masks": 0})
     writer.write(slice(0, N), weight=np.full((N, D), 2.0), intercept=np.zeros(N))

@@ -16,6 +16,17 @@ ATTRIBUTE = "coar"
 CHUNK_BYTES = 8 * 2**20
 FIELDS = ("weight", "intercept", "standard_error", "penalty")
 PER_COMPONENT = ("weight", "standard_error")
+Kind = type | tuple[type, ...]
+NUMBER = (int, float)
+NEEDED: dict[str, Kind] = {"method": str, "masks": int}  # facts of a finished fit, and their types
+ALLOWED: dict[str, Kind] = {
+    "ablated_fraction": NUMBER,
+    "probes": int,
+    "validation": NUMBER,
+    "validation_masks": int,
+    "prior_quality": dict,
+}
+QUALITY = ("explained", "error", "deviation", "reachable")  # numbers of `prior_quality`
 
 
 def fit_names(run: Run) -> list[str]:
@@ -37,7 +48,18 @@ def fit_facts(run: Run, name: str) -> dict[str, Any]:
     with _readable(run, key):
         if not arrays.there_is(run.group, key):
             return {}
-        return dict(cast(dict[str, Any], run.group[key].attrs.get(ATTRIBUTE, {})))
+        return _checked(dict(cast(dict[str, Any], run.group[key].attrs.get(ATTRIBUTE, {}))))
+
+
+def _checked(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return facts; raise `TypeError` when those of a finished fit lack something, or are of other types."""
+    if facts.get("state") == "ready":
+        wrong = [name for name, kind in NEEDED.items() if not isinstance(facts.get(name), kind)]
+        wrong += [name for name, kind in ALLOWED.items() if name in facts and not isinstance(facts[name], kind)]
+        quality = facts.get("prior_quality", {})
+        if wrong or (quality and not all(isinstance(quality.get(name), NUMBER) for name in QUALITY)):
+            raise TypeError(f"wrong {', '.join(wrong) or 'prior_quality'}")
+    return facts
 
 
 @contextmanager

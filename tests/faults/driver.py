@@ -3,6 +3,7 @@
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import coar
 from coar.engines import RayCluster
@@ -17,14 +18,15 @@ def main() -> None:
     if not what:
         collect(study(), Path(path), **ASKED, cluster=crew)
         return
-    decompose = fitting.ClusterFit.decompose
+    prepare = fitting.ClusterFit.prepare
 
-    def slowly(self: fitting.ClusterFit) -> None:
-        decompose(self)
+    def slowly(self: fitting.ClusterFit) -> dict[str, Any]:
+        learned = prepare(self)
         Path(path).with_name("begun").touch()
         time.sleep(5)  # long enough to lose the node that has made the sums
+        return learned
 
-    fitting.ClusterFit.decompose = slowly  # type: ignore[method-assign]
+    fitting.ClusterFit.prepare = slowly  # type: ignore[method-assign]
     coar.fit(coar.Run.open(path), method="ridge", cluster=crew, progress=False)
 
 
