@@ -21,10 +21,7 @@ ABLATIONS = ("zero", "zero_activation", "mean", "peak", "optimal", "resample")
 ROWS, HEADS = 4, 2
 NOT_MEANT = {  # what an ablation has no meaning for, and why
     ("module", "zero"): "a module's weights and biases are many layers'",
-    ("expert", "mean"): "an expert is a slice of a parameter and has no activations of its own",
-    ("expert", "peak"): "an expert is a slice of a parameter and has no activations of its own",
-    ("expert", "optimal"): "an expert is a slice of a parameter and has no activations of its own",
-    ("expert", "resample"): "an expert is a slice of a parameter, the same for all examples",
+    ("expert", "resample"): "other examples' tokens are sent to other experts",
 }
 
 
@@ -158,6 +155,9 @@ ARCHITECTURES = {
     "ViT": of_tiny("vit", "*.fc1"),
     "CLIP": of_tiny("clip", "*.fc1"),
     "Mixtral": of_mixture(lambda: mixture(transformers.MixtralConfig, num_local_experts=4)),
+    "GPT-OSS": of_mixture(
+        lambda: mixture(transformers.GptOssConfig, num_local_experts=4, head_dim=6, sliding_window=4, swiglu_limit=7.0)
+    ),
     "Qwen MoE": of_mixture(
         lambda: mixture(
             transformers.Qwen2MoeConfig, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16
@@ -182,24 +182,31 @@ def ablation_of(label, inputs):
 
 def constants_of(model, components, label, given, calibration):
     """The constants of every component, by its name, as an oracle has them; `given` is read for trained ones only."""
-    places = {(row.site, row.side) for row in components if row.side != "parameter"}
+    places = {(row.site, row.side) for row in components if row.side != "expert"}
     blind = {row.site: block_of(model, row) for row in components if block_of(model, row)}
     seen = oracles.held(model, calibration, [place for place in places if place[0] not in blind])
     seen |= {(site, "input"): oracles.heads_of(model, block, calibration) for site, block in blind.items()}
+    mixtures = {row.site for row in components if row.side == "expert"}
+    sent = {site: oracles.experts_returned(model, site, calibration) for site in mixtures}
     trained = iter(given.tolist())
     found = {}
     for row in components:
         own = [next(trained) for _ in range(row.size)]
-        if label in ("mean", "peak") and row.side != "parameter":
-            channels = range(row.position, row.position + row.size)
-            parts = [
-                [v for t in seen[row.site, row.side] for v in t.movedim(row.axis, 0)[n].flatten()] for n in channels
-            ]
-            values = [[float(v) for v in part] for part in parts]
+        if label in ("mean", "peak"):
+            if row.side == "expert":
+                values = sent[row.site][row.position // row.size].T.tolist()
+            else:
+                channels = slice(row.position, row.position + row.size)
+                passed = [t.movedim(row.axis, 0)[channels] for t in seen[row.site, row.side]]
+                values = torch.cat([t.flatten(1) for t in passed], dim=1).tolist()
             own = [sum(part) / len(part) if label == "mean" else oracles.peak(part, 128) for part in values]
         elif label != "optimal":
-            bias = model.get_submodule(row.site).bias if label == "zero" and row.side == "output" else None
-            own = [0.0 if bias is None else float(bias[row.position])] * row.size
+            site = model.get_submodule(row.site)
+            own = [0.0] * row.size
+            if label == "zero" and row.side == "output" and site.bias is not None:
+                own = [float(site.bias[row.position])]
+            if label == "zero" and row.side == "expert":
+                own = last_bias(model, row)
         found[row.name] = own
     return found
 
@@ -208,7 +215,7 @@ def truth(model, x, components, masks, label, given, calibration):
     """(rows, ...) what the oracle returns, row i under mask i; `given` constants are read for trained ones only."""
     known = constants_of(model, components, label, given, calibration) if label != "resample" else {}
     donors = coar.Resample().donors(len(x)) if label == "resample" else None
-    seen = {(row.site, row.side) for row in components if row.side != "parameter" and not block_of(model, row)}
+    seen = {(row.site, row.side) for row in components if row.side != "expert" and not block_of(model, row)}
     found = []
     for n, mask in enumerate(masks):
         chosen = [row for row, kept in zip(components, mask, strict=True) if not kept]
@@ -227,7 +234,7 @@ def truth(model, x, components, masks, label, given, calibration):
             if (row.site, row.side) in seen
         ]
         net = without_heads(model, [row for row in chosen if block_of(model, row)], donor, known)
-        net = without_experts(net, [row for row in chosen if row.side == "parameter"])
+        net = without_experts(net, [row for row in chosen if row.side == "expert"], known)
         found.append(oracles.patched(net, x[n : n + 1], patches)[0])
     return torch.stack(found)
 
@@ -254,13 +261,21 @@ def without_heads(model, rows, donor, known):
     return net
 
 
-def without_experts(model, rows):
+def last_bias(model, row):
+    """The bias of an expert's last projection, or zeros."""
+    bias = getattr(model.get_submodule(row.site), "down_proj_bias", None)
+    return [0.0] * row.size if bias is None else bias[row.position // row.size].tolist()
+
+
+def without_experts(model, rows, known=None):
+    """A copy in which some experts return constants, or nothing."""
     by_site = {}
     for row in rows:
-        by_site.setdefault(row.site.rpartition(".")[0], []).append(row.position)
+        constants = by_site.setdefault(row.site, {})
+        constants[row.position // row.size] = known[row.name] if known else [0.0] * row.size
     net = deepcopy(model) if rows else model
-    for path, left_out in by_site.items():
-        oracles.with_module(net, path, lambda inner, left_out=left_out: oracles.PlainExperts(inner, left_out))
+    for path, constants in by_site.items():
+        oracles.with_module(net, path, lambda inner, constants=constants: oracles.PlainExperts(inner, constants))
     return net
 
 
@@ -280,7 +295,7 @@ def cell(name, kind, label):
     donors = ablation.donors(ROWS)
     errors = []
     for hooks in (False, True):
-        if (donors is not None and not hooks) or (kind == "expert" and hooks):
+        if donors is not None and not hooks:
             continue
         gates = Gates(model, components, constants, through_outputs=hooks, donors=donors is not None)
         with gates, torch.no_grad():

@@ -340,17 +340,40 @@ def swap_heads(model, path, rows, donor=None, constants=None):
 
 
 class PlainExperts(nn.Module):
-    """The mixture of transformers' Mixtral and Qwen, one expert after another, some of them left out."""
+    """The mixture of Mixtral and Qwen, or of GPT-OSS, one expert after another, some of them constants instead."""
 
-    def __init__(self, inner, left_out):
+    def __init__(self, inner, constants):
         super().__init__()
-        self.inner, self.left_out = inner, left_out
+        self.inner, self.constants = inner, constants
+
+    def returned(self, states, expert):
+        """What an expert makes of every token."""
+        if "GptOss" in type(self.inner).__name__:
+            both = states @ self.inner.gate_up_proj[expert] + self.inner.gate_up_proj_bias[expert]
+            gate, up = both[:, ::2].clamp(max=7.0), both[:, 1::2].clamp(-7.0, 7.0)
+            hidden = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+            return hidden @ self.inner.down_proj[expert] + self.inner.down_proj_bias[expert]
+        gate, up = (states @ self.inner.gate_up_proj[expert].T).chunk(2, -1)
+        return (self.inner.act_fn(gate) * up) @ self.inner.down_proj[expert].T
 
     def forward(self, states, index, weights):
         total = torch.zeros_like(states)
         for expert in range(len(self.inner.down_proj)):
-            if expert not in self.left_out:
-                gate, up = (states @ self.inner.gate_up_proj[expert].T).chunk(2, -1)
-                share = (weights * (index == expert)).sum(-1, keepdim=True)
-                total = total + share * ((self.inner.act_fn(gate) * up) @ self.inner.down_proj[expert].T)
+            share = (weights * (index == expert)).sum(-1, keepdim=True)
+            constant = self.constants.get(expert)
+            total = total + share * (self.returned(states, expert) if constant is None else torch.as_tensor(constant))
         return total
+
+
+def experts_returned(model, path, x):
+    """(values, features) that each expert returns for the tokens it is sent, a list of as many as there are experts."""
+    copy, found = deepcopy(model), []
+    plain = PlainExperts(copy.get_submodule(path), {})
+
+    def seen(_module, args):
+        states, index, _ = args
+        found.extend(plain.returned(states[(index == n).any(1)], n) for n in range(len(plain.inner.down_proj)))
+
+    copy.get_submodule(path).register_forward_pre_hook(seen)
+    forward(copy, x)
+    return found

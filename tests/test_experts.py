@@ -11,24 +11,23 @@ from torch import nn
 import coar
 from coar.ablation import Gates, fold
 from coar.components import Component
-from coar.errors import AblationError, ComponentError
+from coar.errors import AblationError, ComponentError, EditError
 from coar.outputs import Output
 from tests import coverage, oracles, tiny
 
 MIXTURES = {
     "Mixtral": "body.model.layers.{}.mlp.experts",
+    "GPT-OSS": "body.model.layers.{}.mlp.experts",
     "Qwen MoE": "body.model.layers.{}.mlp.experts",
 }
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_experts_are_slices_of_the_parameter_that_holds_all_last_projections(name):
+def test_experts_of_a_stack_are_all_that_each_of_them_returns(name):
     model = coverage.ARCHITECTURES[name].make()
     paths = [MIXTURES[name].format(layer) for layer in (0, 1)]
     assert list(coar.experts(model)) == [
-        Component(f"{path}.expert[{i}]", "expert", f"{path}.down_proj", "parameter", 0, i, 1)
-        for path in paths
-        for i in range(4)
+        Component(f"{path}.expert[{i}]", "expert", path, "expert", -1, 12 * i, 12) for path in paths for i in range(4)
     ]
     assert coar.experts(model, include="*.1.*").names == coar.experts(model, exclude="*.0.*").names
 
@@ -55,11 +54,96 @@ def test_a_run_over_experts_is_the_oracles_and_an_edit_leaves_them_out(name, tmp
     masks = run.plan.masks(run.sampler, run.n_components, 0, 5)
     for mask, row in zip(masks, run.array("outputs")[:], strict=True):
         left_out = [components[i] for i in np.flatnonzero(~mask)]
-        expected = oracles.forward(coverage.without_experts(model, left_out), x)
+        biases = {row.name: coverage.last_bias(model, row) for row in left_out}
+        expected = oracles.forward(coverage.without_experts(model, left_out, biases), x)
         np.testing.assert_allclose(row, expected[:, 0], atol=1e-4)
         edited = deepcopy(model)
-        fold(edited, left_out, [0.0] * len(left_out), batch_norms={})
+        fold(edited, left_out, [tuple(biases[row.name]) for row in left_out], batch_norms={})
         torch.testing.assert_close(oracles.forward(edited, x), expected, rtol=0, atol=1e-4)
+
+
+def test_constants_of_experts_become_permanent_where_the_mixture_has_biases():
+    for name in MIXTURES:
+        architecture = coverage.ARCHITECTURES[name]
+        model, x = architecture.make(), architecture.inputs(1)
+        expert = coar.experts(model)[6]
+        constants = tuple(0.1 * i - 0.5 for i in range(12))
+        edited = deepcopy(model)
+        if name == "GPT-OSS":
+            fold(edited, [expert], [constants], batch_norms={})
+            expected = oracles.forward(coverage.without_experts(model, [expert], {expert.name: constants}), x)
+            torch.testing.assert_close(oracles.forward(edited, x), expected, rtol=0, atol=1e-5)
+        else:
+            with pytest.raises(EditError, match=r"expert\[2\]' is an expert of a mixture without biases"):
+                fold(edited, [expert], [constants], batch_norms={})
+
+
+def test_gates_on_experts_carry_gradients_and_leave_nothing_behind():
+    architecture = coverage.ARCHITECTURES["GPT-OSS"]
+    model, x = architecture.make().double(), architecture.inputs(1)
+    model.body.config._experts_implementation = "eager"  # the faster one knows no float64
+    model.body.config._experts_implementation = "eager"  # the faster one knows no float64
+    components, before = coar.experts(model), oracles.snapshot(model)
+    constants = torch.randn(components.width, generator=torch.Generator().manual_seed(0)).double()
+    keep = torch.rand(len(x), len(components), generator=torch.Generator().manual_seed(1)).double()
+    with Gates(model, components, constants, through_outputs=True) as gates:
+        live = keep.clone().requires_grad_()
+        gates.set(live)
+        (gradient,) = torch.autograd.grad(model(x).sum(), live)
+        for column in range(len(components)):
+            ends = []
+            for step in (3e-3, -3e-3):  # its norms are computed in float32
+                moved = keep.clone()
+                moved[:, column] += step
+                gates.set(moved)
+                with torch.no_grad():
+                    ends.append(model(x).sum(1))
+            torch.testing.assert_close(gradient[:, column], (ends[0] - ends[1]) / 6e-3, rtol=1e-2, atol=2e-3)
+    assert (gradient.abs() > 1e-3).any(0).all()
+    oracles.assert_same(before, oracles.snapshot(model))
+
+
+class Halved(nn.Module):
+    """Experts in one parameter, which a user weighs in some way of their own."""
+
+    def __init__(self, weigh):
+        super().__init__()
+        self.down_proj, self.weigh = nn.Parameter(torch.randn(3, 6, 6)), weigh
+
+    def forward(self, states, index, weights):
+        each = torch.einsum("nh,nkoh->nko", states, self.down_proj[index])
+        return (each * self.weigh(weights)[..., None]).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.randn(5, 6), torch.zeros(5, 2).long(), torch.rand(5, 2)), "not return the sum .* a difference of"),
+        ((torch.randn(5, 6), torch.rand(5, 2), torch.zeros(5, 2).long()), r"called with 3 arguments, .* \(5, 2\)"),
+        ((torch.randn(5, 6), torch.zeros(5).long(), torch.rand(5)), r"shapes \[\(5, 6\), \(5,\), \(5,\)\]"),
+    ],
+)
+def test_mixtures_that_do_not_weigh_their_experts_are_errors(arguments, message):
+    model = nn.ModuleDict({"experts": Halved(torch.square)})
+    components = coar.experts(model)
+    before = oracles.snapshot(model)
+    with Gates(model, components, torch.zeros(18)), pytest.raises(AblationError, match=message):
+        model["experts"](*arguments)
+    oracles.assert_same(before, oracles.snapshot(model))
+    plain = nn.ModuleDict({"experts": Halved(lambda weights: weights)})
+    states, index, weights = torch.randn(5, 6), torch.randint(3, (5, 2)), torch.rand(5, 2)
+    with Gates(plain, components, torch.zeros(18)) as gates, torch.no_grad():
+        gates.set(torch.tensor([True, False, True]))
+        found = plain["experts"](states, index, weights)
+    torch.testing.assert_close(found, plain["experts"](states, index, weights * (index != 1)))
+
+
+def test_experts_that_calibration_never_reaches_are_errors():
+    architecture = coverage.ARCHITECTURES["Mixtral"]
+    examples = coar.Examples(inputs=architecture.inputs(9)[:1, :1], targets=torch.zeros(1))
+    model = architecture.make()
+    with pytest.raises(AblationError, match=r"was sent none of the calibration examples' tokens, .* give more"):
+        coar.Mean(calibration=examples).replacements(model, coar.experts(model), batch_size=2)
 
 
 class Expert(nn.Module):

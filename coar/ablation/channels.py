@@ -1,6 +1,6 @@
 """Which component each channel of a layer belongs to, and what replaces it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -17,8 +17,8 @@ class Channels:
 
     Attributes:
         lookup: (channels,) entries of the extended mask, which ends with a 1 for channels without a component; a whole
-            module has one.
-        taken: (channels,) truth values, whether a component takes the channel.
+            module has one, and so has an expert.
+        taken: Truth values of the same shape, whether a component takes the channel.
         constants: (channels,) entries of the extended constants, which end with a 0 for channels without a component.
         replacement: (channels,) constants, 0 for channels without a component.
     """
@@ -60,6 +60,13 @@ class Channels:
         """Map a whole module, which has one mask for all its channels, to its row."""
         constants = torch.from_numpy(components.channels_of([index]))
         return cls._at(torch.tensor([index]), torch.tensor([True]), constants, values)
+
+    @classmethod
+    def of_experts(cls, experts: int, components: Components, indices: list[int], values: Tensor) -> Self:
+        """Map each expert of a mixture, which has one mask for all the features that it returns, to its row."""
+        size = components[indices[0]].size
+        every = cls.of(experts * size, components, indices, values)
+        return replace(every, lookup=every.lookup[::size], taken=every.taken[::size])
 
     @classmethod
     def _at(cls, lookup: Tensor, taken: Tensor, constants: Tensor, values: Tensor) -> Self:

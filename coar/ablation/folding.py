@@ -20,6 +20,7 @@ from coar.components import (
     is_layer,
     output_axis,
     output_channels,
+    stack_of,
 )
 from coar.errors import EditError
 
@@ -35,9 +36,10 @@ def fold(
 ) -> None:
     """Replace components by constants for good, in place.
 
-    A component's weights are zeroed: rows for an output, columns for an input, all for a module. Its constants then go
-    into the layer's own bias; where there is none, an output's go into the running mean of the batch norm that follows,
-    which keeps the state dict's keys; where there is neither, and for inputs, they go into a new bias of zeros.
+    A component's weights are zeroed: rows for an output, columns for an input, all for a module, the last projection
+    for an expert. Its constants then go into the layer's own bias; where there is none, an output's go into the running
+    mean of the batch norm that follows, which keeps the state dict's keys; where there is neither, and for inputs, they
+    go into a new bias of zeros.
 
     Args:
         model: The model to change.
@@ -47,8 +49,9 @@ def fold(
 
     Raises:
         ComponentError: When a component is not part of the model.
-        EditError: When a component has no constant, a module's output is not that of one layer inside, or a weight is
-            shared with another module or computed, so that zeroing it would do something else.
+        EditError: When a component has no constant, a module's output is not that of one layer inside, an expert's
+            mixture has no biases to take constants, or a weight is shared with another module or computed, so that
+            zeroing it would do something else.
     """
     chosen = list(zip(components, values, strict=True))
     for component, value in chosen:
@@ -62,6 +65,8 @@ def fold(
                 parameter.narrow(component.axis, component.position, component.size).zero_()
             elif component.side == "input":
                 _fold_input(model, component, value)
+            elif component.side == "expert":
+                _fold_expert(model, component, value)
             elif component.side == "module":
                 _fold_output(model, _last_layer(model, component), value, None)
             else:
@@ -128,6 +133,22 @@ def _fold_input(model: nn.Module, component: Component, value: Constant) -> None
             layer.bias = bias = nn.Parameter(columns.new_zeros(output_channels(layer)))
         bias.add_(constants @ columns if axis == 0 else columns @ constants)
     columns.zero_()
+
+
+def _fold_expert(model: nn.Module, component: Component, value: Constant) -> None:
+    mixture, expert = model.get_submodule(component.site), component.position // component.size
+    stack = stack_of(mixture)
+    weight = _own(model, component.site, stack.name if stack else "weight")
+    bias = _own(model, component.site, f"{stack.name}_bias") if stack and stack.bias is not None else None
+    constants = weight.new_tensor(value).expand(component.size)  # type: ignore[union-attr]
+    if bias is None and constants.any():
+        raise EditError(
+            f"{component.name!r} is an expert of a mixture without biases, so no weights can hold the constants that "
+            f"replace it where the router chooses it; to edit experts collect with coar.ZeroWeight"
+        )
+    weight[expert] = 0  # type: ignore[index]
+    if bias is not None:
+        bias[expert] = constants
 
 
 def _own(model: nn.Module, site: str, name: str) -> nn.Parameter | None:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from coar.ablation.by_donor import DonorGate
 from coar.ablation.by_hook import Hooked, HookGate, ModuleGate, ModuleSide
+from coar.ablation.by_route import RouteGate
 from coar.ablation.by_weight import FoldedNorm, LayerGate, SliceGate, reads_own_weight
 from coar.ablation.channels import Channels
 from coar.ablation.projections import called_projections, uncalled_projections
-from coar.components import Components, Side, check_components, input_channels, output_channels
+from coar.components import Components, Side, check_components, input_channels, output_channels, stack_of
 from coar.errors import AblationError
 
 
@@ -79,6 +80,8 @@ class Gates:
         for (site, side, _), indices in components.sites().items():
             if side == "parameter":
                 self._gates.append(_slice_gate(model, components, indices, values, hooked))
+            elif side == "expert":
+                self._gates.append(_route_gate(model, components, indices, values, donors))
             else:
                 modules.setdefault(site, {})[side] = indices
         for site, sides in modules.items():
@@ -139,7 +142,7 @@ class Gates:
         """
         parts = iter(self._constants.spread(replacements, 0))
         for gate in self._gates:
-            if not isinstance(gate, HookGate | ModuleGate):
+            if not isinstance(gate, HookGate | ModuleGate | RouteGate):
                 raise AblationError("constants are replaced in hooks only; give Gates(..., through_outputs=True)")
             gate.replace(next(parts))
 
@@ -220,6 +223,20 @@ def _slice_gate(
         )
     parameter = model.get_parameter(first.site)
     return SliceGate(parameter, first.axis, Channels.of(parameter.shape[first.axis], components, indices, values))
+
+
+def _route_gate(
+    model: nn.Module, components: Components, indices: list[int], values: Tensor, donors: bool
+) -> RouteGate:
+    first = components[indices[0]]
+    if donors:
+        raise AblationError(
+            f"{first.name!r} is an expert, and a donor's tokens are sent to other experts; use an ablation by constants"
+        )
+    mixture = model.get_submodule(first.site)
+    stack = stack_of(mixture)
+    experts = len(stack.weight) if stack else 0  # it is one, or `check_components` would have refused it
+    return RouteGate(mixture, first.site, experts, Channels.of_experts(experts, components, indices, values))
 
 
 def _module_gates(

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from coar.components import Components
+from coar.components import Components, Side, stack_of
 from coar.errors import AblationError, ExamplesError
 from coar.examples import Examples, Inputs
 from coar.settings import Settings
@@ -49,7 +49,7 @@ class Ablation(Settings):
 class ZeroWeight(Ablation):
     """Zero a component's weights and keep its bias, as published (Shah et al. 2024).
 
-    An output becomes the bias; an input counts as 0.
+    An output becomes the bias, and an expert that of its last projection; an input counts as 0.
     """
 
     label: ClassVar[str] = "zero"
@@ -63,10 +63,18 @@ class ZeroWeight(Ablation):
                     f"{components[indices[0]].name!r} is a whole module, whose weights and biases are many layers'; "
                     f"use ZeroActivation() or Resample()"
                 )
-            bias = model.get_submodule(site).bias if side == "output" else None
-            if isinstance(bias, Tensor):
-                values[components.channels_of(indices)] = bias.detach().float().cpu()[components.positions_of(indices)]
+            bias = _bias(model.get_submodule(site), side) if side in ("output", "expert") else None
+            if bias is not None:
+                flat = bias.detach().float().cpu().flatten()
+                values[components.channels_of(indices)] = flat[components.positions_of(indices)]
         return values
+
+
+def _bias(module: nn.Module, side: Side) -> Tensor | None:
+    """Return the bias of a layer's outputs, or (experts, features) those of experts; None where there is none."""
+    stack = stack_of(module) if side == "expert" else None
+    bias = stack.bias if stack else module.bias
+    return bias if isinstance(bias, Tensor) else None
 
 
 class ZeroActivation(Ablation):
@@ -94,12 +102,20 @@ class Resample(Ablation):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:  # noqa: ARG002
-        """Return NaN, since no constant stands for a donor; raise `AblationError` for slices of parameters."""
+        """Return NaN, since no constant stands for a donor; raise `AblationError` where there is nothing to resample.
+
+        That is so for slices of parameters, and for experts in a stack.
+        """
         for row in components:
             if row.side == "parameter":
                 raise AblationError(
                     f"{row.name!r} is a slice of a parameter, which is the same for all examples, so there is nothing "
                     f"to resample; use ZeroWeight()"
+                )
+            if row.side == "expert":
+                raise AblationError(
+                    f"{row.name!r} is an expert, and other examples' tokens are sent to other experts, so there is "
+                    f"nothing to resample; use ZeroActivation() or Mean(calibration=...)"
                 )
         return torch.full((components.width,), torch.nan)
 

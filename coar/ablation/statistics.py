@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from coar.ablation.by_hook import check_features, hook
+from coar.ablation.by_route import Routes, check_weighed
 from coar.ablation.padding import tokens_of, without_padding
 from coar.ablation.projections import called_projections
 from coar.ablation.replacements import Calibrated, call
@@ -16,7 +17,7 @@ from coar.components import Components, Side
 from coar.errors import AblationError
 from coar.examples import Examples
 
-Place = tuple[str, Side]  # a site, and which side of it
+Place = tuple[str, Side, int]  # a site, which side of it, and where the first channel is: 0 but for experts
 Visit = Callable[[Place, Tensor], None]  # takes (values, channels), as often as a module is called
 
 
@@ -121,44 +122,96 @@ def walk(model: nn.Module, components: Components, examples: Examples, *, batch_
         AblationError: When a component has no activations, its module is never called, or padding cannot be told.
     """
     _check_featured(components)
-    called: set[Place] = set()
-    sites, tokens = components.sites(), None
+    watch, sites = _Watch(components, visit), components.sites()
+    with ExitStack() as stack, torch.inference_mode():
+        stack.enter_context(called_projections(model, [site for site, _, _ in sites]))
+        for (site, side, axis), rows in sites.items():
+            module = model.get_submodule(site)
+            if side == "expert":
+                handle = module.register_forward_pre_hook(watch.routes(site, rows), with_kwargs=True)
+            elif side != "parameter":
+                handle = hook(module, side, watch.tensors((site, side, 0), axis, components[rows[0]].size))
+            stack.callback(handle.remove)
+        for start in range(0, len(examples), batch_size):
+            inputs = examples.block(start, start + batch_size)[0]
+            watch.tokens = tokens_of(model, inputs)
+            call(model, inputs)
+    watch.confirm()
 
-    def shown(place: Place, axis: int, features: int) -> Callable[[Tensor], Tensor]:
+
+class _Watch:
+    """Shows what passes the sites of components, without padding, and knows which of them were called.
+
+    Attributes:
+        tokens: (texts, positions) truth values of the batch that passes, False at padding; None where there is none.
+    """
+
+    def __init__(self, components: Components, visit: Visit) -> None:
+        self.tokens: Tensor | None = None
+        self._components, self._visit = components, visit
+        self._called: set[Place] = set()
+
+    def tensors(self, place: Place, axis: int, features: int) -> Callable[[Tensor], Tensor]:
+        """Return what shows a tensor, whose features lie along an axis, and hands it on."""
+
         def show(y: Tensor) -> Tensor:
             if place[1] == "module":
                 check_features(y, place[0], axis, features)
-            values = without_padding(y.detach().movedim(axis, -1), tokens)
-            if len(values):  # an expert may be called with nothing
-                called.add(place)
-                visit(place, values)
+            self._see(place, without_padding(y.detach().movedim(axis, -1), self.tokens))
             return y
 
         return show
 
-    with ExitStack() as stack, torch.inference_mode():
-        stack.enter_context(called_projections(model, [site for site, _, _ in sites]))
-        for (site, side, axis), rows in sites.items():
-            if side != "parameter":
-                show = shown((site, side), axis, components[rows[0]].size)
-                stack.callback(hook(model.get_submodule(site), side, show).remove)
-        for start in range(0, len(examples), batch_size):
-            inputs = examples.block(start, start + batch_size)[0]
-            tokens = tokens_of(model, inputs)
-            call(model, inputs)
-    for site, side, _ in sites:
-        if (site, side) not in called:
+    def routes(self, site: str, rows: list[int]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        """Return what shows, before a mixture is called, what each expert will return for the tokens sent to it."""
+
+        def show(mixture: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            routes = Routes.of(site, args, kwargs)
+            check_weighed(mixture.forward, site, routes)
+            returned = without_padding(routes.returned(mixture.forward), self.tokens)
+            experts = without_padding(routes.experts, self.tokens).flatten()
+            for component in (self._components[i] for i in rows):
+                own = returned[experts == component.position // component.size]
+                self._see((site, "expert", component.position), own)
+
+        return show
+
+    def _see(self, place: Place, values: Tensor) -> None:
+        if len(values):  # an expert may be sent no token of a batch
+            self._called.add(place)
+            self._visit(place, values)
+
+    def confirm(self) -> None:
+        """Raise `AblationError` for the first component of which nothing was seen."""
+        for place, rows in _places(self._components).items():
+            if place in self._called:
+                continue
+            site, side, _ = place
+            if side == "expert":
+                raise AblationError(
+                    f"{self._components[rows[0]].name!r} was sent none of the calibration examples' tokens, so nothing "
+                    f"is known of what it returns; give more calibration examples, or leave it out of the components"
+                )
             raise AblationError(
                 f"module {site!r} was never called while the calibration examples passed through the model, so nothing "
                 f"is known of its {side}s; exclude it from the components"
             )
 
 
+def _places(components: Components) -> dict[Place, list[int]]:
+    """Group row numbers by what is seen at one place: a side of a site, or an expert."""
+    groups: dict[Place, list[int]] = {}
+    for i, row in enumerate(components):
+        groups.setdefault((row.site, row.side, row.position if row.side == "expert" else 0), []).append(i)
+    return groups
+
+
 def _spread(components: Components, by_place: dict[Place, Tensor]) -> Tensor:
     """Return (components.width,) float32 values on the CPU from (channels,) values by place."""
     values = torch.zeros(components.width)
-    for (site, side, _), indices in components.sites().items():
-        values[components.channels_of(indices)] = by_place[site, side].float().cpu()[components.positions_of(indices)]
+    for place, rows in _places(components).items():
+        own = by_place[place].float().cpu()
+        values[components.channels_of(rows)] = own[components.positions_of(rows) - place[2]]
     return values
 
 

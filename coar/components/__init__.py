@@ -6,6 +6,7 @@ from coar.components.finders import conv_filters, input_features, modules, neuro
 from coar.components.layers import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
+    Stack,
     input_axis,
     input_channels,
     is_conv1d,
@@ -13,6 +14,7 @@ from coar.components.layers import (
     is_linear,
     output_axis,
     output_channels,
+    stack_of,
     unwrapped,
 )
 from coar.components.table import Component, Components, Side, check_components, read_component
@@ -23,6 +25,7 @@ __all__ = [
     "Component",
     "Components",
     "Side",
+    "Stack",
     "attention_heads",
     "check_components",
     "conv_filters",
@@ -39,5 +42,6 @@ __all__ = [
     "output_channels",
     "parameter_slices",
     "read_component",
+    "stack_of",
     "unwrapped",
 ]

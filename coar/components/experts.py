@@ -3,11 +3,9 @@
 from torch import nn
 
 from coar.components.finders import Patterns, inside, matching
-from coar.components.layers import input_channels, is_linear, unwrapped
+from coar.components.layers import LAST, input_channels, is_linear, stack_of, unwrapped
 from coar.components.table import Component, Components
 from coar.errors import ComponentError
-
-LAST = ("down_proj", "w2", "wo", "fc2", "output_linear", "c_proj")  # what an expert's last projection is called
 
 
 def experts(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> Components:
@@ -18,8 +16,9 @@ def experts(model: nn.Module, *, include: Patterns = None, exclude: Patterns = N
 
     Mixtures are found by role: a module that is called `experts`, or has `Experts` at the end of its type's name. It
     either keeps all experts' last projections in one parameter, experts first, as the models of transformers do, and an
-    expert is a slice of that; or it is a list of modules, one per expert, and an expert is all that its last linear
-    layer reads.
+    expert is all that it returns, before it is weighed; or it is a list of modules, one per expert, and an expert is
+    all that its last linear layer reads. Where such a parameter is there and the mixture is not told where tokens are
+    sent, an expert is a slice of the parameter, and can only be zeroed.
 
     Args:
         model: The model to look through.
@@ -46,6 +45,12 @@ def _is_mixture(name: str, module: nn.Module) -> bool:
 
 
 def _rows(name: str, mixture: nn.Module) -> list[Component]:
+    if stack := stack_of(mixture):
+        size = stack.features
+        return [
+            Component(f"{inside(name, 'expert')}[{i}]", "expert", name, "expert", -1, i * size, size)
+            for i in range(len(stack.weight))
+        ]
     stacked = [key for key in LAST if (p := mixture._parameters.get(key)) is not None and p.ndim == 3]
     if len(stacked) == 1:
         site, count = inside(name, stacked[0]), mixture.get_parameter(stacked[0]).shape[0]

@@ -1,10 +1,14 @@
-"""What counts as a layer, and how many inputs and outputs it has."""
+"""What counts as a layer, and how many inputs and outputs it has; layers that all experts of a mixture stack."""
+
+import inspect
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAST = ("down_proj", "w2", "wo", "fc2", "output_linear", "c_proj")  # what an expert's last projection is called
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -57,3 +61,34 @@ def input_channels(module: nn.Module) -> int:
 def input_axis(layer: nn.Module) -> int:
     """Return the axis of a linear layer's weight along which its input features lie."""
     return 0 if is_conv1d(layer) else 1
+
+
+class Stack(NamedTuple):
+    """The last projections of all experts of a mixture, kept in one parameter.
+
+    Attributes:
+        name: What the parameter is called.
+        weight: It itself, (experts, ..., ...).
+        bias: (experts, features) biases; None where there are none.
+        features: How many features an expert returns.
+    """
+
+    name: str
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    features: int
+
+
+def stack_of(mixture: nn.Module) -> Stack | None:
+    """Return the last projections that a mixture stacks; None where it does not, or does not weigh its experts.
+
+    A mixture that weighs them is called as those of transformers are: with the states of tokens, the experts that each
+    token is sent to, and their weights.
+    """
+    names = [name for name in LAST if (p := mixture._parameters.get(name)) is not None and p.ndim == 3]
+    if len(names) != 1 or len(inspect.signature(type(mixture).forward).parameters) != 4:
+        return None
+    (name,) = names
+    weight, bias = mixture.get_parameter(name), mixture._parameters.get(f"{name}_bias")
+    features = weight.shape[2 if getattr(mixture, "is_transposed", False) else 1] if bias is None else bias.shape[1]
+    return Stack(name, weight, bias, features)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
 import numpy as np
 from torch import nn
 
-from coar.components.layers import input_channels, output_channels, unwrapped
+from coar.components.layers import input_channels, output_channels, stack_of, unwrapped
 from coar.errors import ComponentError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Side = Literal["output", "input", "module", "parameter"]
+Side = Literal["output", "input", "module", "expert", "parameter"]
 
 
 class Component(NamedTuple):
@@ -26,9 +26,9 @@ class Component(NamedTuple):
         kind: `conv filter`, `neuron`, `input feature`, `attention head`, `expert`, `module` or `parameter slice`.
         site: Path of the module, or of the parameter for a slice of one.
         side: What of the site is ablated: channels of the module's `output` or `input`, all that the `module` returns,
-            or the `parameter` itself.
+            what one `expert` of the module returns, or the `parameter` itself.
         axis: Axis of the module's output or input, or of the parameter, along which the component lies; 0 for a whole
-            module whose features lie along an axis that is not known.
+            module whose features lie along an axis that is not known. Experts' features count as side by side.
         position: First index of the component along that axis.
         size: How many indices, or channels, it takes along that axis.
     """
@@ -197,6 +197,9 @@ def check_components(model: nn.Module, components: Components) -> None:
 
 
 def _length(found: nn.Module | nn.Parameter, side: Side, axis: int) -> int:
+    if isinstance(found, nn.Module) and side == "expert":
+        stack = stack_of(found)
+        return len(stack.weight) * stack.features if stack else 0
     if isinstance(found, nn.Module):
         return input_channels(found) if side == "input" else output_channels(found)
     return found.shape[axis] if axis < found.ndim else 0
