@@ -228,6 +228,34 @@ def test_own_hooks_stay_and_fire(planar):
     assert fired == ["before", "after"] * 3 + ["backward"]
 
 
+class Kept(nn.Linear):
+    """A layer of a user's own that keeps what it returned."""
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+@pytest.mark.parametrize("settings", [{"through_outputs": True}, {"donors": True}])
+def test_what_others_hold_of_a_pass_is_not_written_over(settings):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), Kept(6, 3))
+    x, held = torch.randn(5, 4), []
+    for layer in model[:2]:
+        layer.register_forward_hook(lambda _module, _args, y: held.append(y))
+    components = coar.neurons(model, include=["0", "4"]) + coar.input_features(model, include="2")
+    oracles.forward(model, x)
+    with Gates(model, components, torch.zeros(len(components)), **settings) as gates, torch.inference_mode():
+        if "donors" in settings:
+            gates.record(lambda: model(x.flip(0)))
+        for ablated in ("2", "0", "4"):
+            gates.set(torch.tensor([row.site != ablated for row in components]))
+            gated = model(x)
+    plain = held[:2]
+    assert torch.equal(held[-4], plain[0])  # what the first layer returned when it was ablated
+    assert torch.equal(held[-5], plain[1])  # what the second was given
+    assert not torch.equal(model[4].last, gated)
+
+
 def test_a_batch_norms_own_forward_is_put_back(planar):
     model, x = planar
     model.norm.forward = own = model.norm.forward  # on the module itself, where some libraries put a wrapper

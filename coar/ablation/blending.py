@@ -8,7 +8,9 @@ from torch import Tensor
 from coar.ablation.channels import along
 
 
-def blend(y: Tensor, keep: Tensor, ablated: Tensor, difference: Tensor | None, axis: int) -> Tensor:
+def blend(
+    y: Tensor, keep: Tensor, ablated: Tensor, difference: Tensor | None, axis: int, out: Tensor | None = None
+) -> Tensor:
     """Return y blended channel by channel.
 
     Args:
@@ -17,12 +19,16 @@ def blend(y: Tensor, keep: Tensor, ablated: Tensor, difference: Tensor | None, a
         ablated: (channels,) constants that replace what is ablated.
         difference: (channels,) constants added to what is kept, less `ablated`; None where all are 0.
         axis: Axis of y along which the channels lie.
+        out: Where one mask for all may write the result, which then has no gradients; y itself is possible.
     """
     if keep.ndim == 1:
         shape = along(axis, y)
         mask = keep.to(y.dtype).view(shape)
         constant = ablated if difference is None else ablated + keep.to(ablated) * difference
-        return y * mask + constant.to(y.dtype).view(shape)
+        constant = constant.to(y.dtype).view(shape)
+        if out is not None and y.stride(axis) == 1:  # else kernels are several times slower than in two passes
+            return torch.addcmul(constant, y, mask, out=out)
+        return y * mask + constant if out is None else torch.mul(y, mask, out=out).add_(constant)
     blended: Tensor = _Blend.apply(y, keep, ablated, difference, axis)
     return blended
 

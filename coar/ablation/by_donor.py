@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from coar.ablation.by_hook import Hooked
-from coar.components import is_layer
 from coar.errors import AblationError
 
 
@@ -56,5 +55,4 @@ class DonorGate(Hooked):
                 f"{tuple(donor.shape)} for their donors; resampling needs activations of one shape: pad all examples "
                 f"alike, or exclude that module from the components"
             )
-        out = y if self._side == "output" and is_layer(self._module) and not torch.is_grad_enabled() else None
-        return torch.lerp(donor, y, self._laid(y, keep), out=out)
+        return torch.lerp(donor, y, self._laid(y, keep), out=self._room(y))

@@ -10,8 +10,10 @@ from torch.utils.hooks import RemovableHandle
 
 from coar.ablation.blending import blend
 from coar.ablation.channels import Channels, along
+from coar.components import is_layer
 from coar.errors import AblationError
 
+OWNERS = ("torch.", "transformers.")  # of layers that return a tensor which they keep no hold of
 ModuleSide = Literal["output", "input", "module"]
 
 
@@ -107,6 +109,18 @@ class Hooked(ABC):
     def _change(self, y: Tensor, keep: Tensor) -> Tensor:
         """Return y with the (channels,) mask, or the (rows of y, channels) masks, applied."""
 
+    def _room(self, y: Tensor) -> Tensor | None:
+        """Return where a pass without gradients may write its result, None where it must leave all else as it is.
+
+        Fresh memory costs more than all of a gate's arithmetic. The output of a layer that is torch's own or
+        transformers' is read by nobody else yet, unless a hook of the model's owner has kept it.
+        """
+        if torch.is_grad_enabled() or len(self._module._forward_hooks) + len(self._module._forward_pre_hooks) > 1:
+            return None
+        if self._side == "output" and is_layer(self._module) and type(self._module).__module__.startswith(OWNERS):
+            return y
+        return torch.empty_like(y) if self._side == "input" else None
+
     def _laid(self, y: Tensor, keep: Tensor) -> Tensor:
         """Return the masks in a shape and type that spread over y."""
         shape = [1] * y.ndim if self._side == "module" else list(along(self._axis, y))
@@ -156,7 +170,7 @@ class HookGate(Hooked):
         self._ablated, self._difference = constants, -constants
 
     def _change(self, y: Tensor, keep: Tensor) -> Tensor:
-        return blend(y, keep, self._ablated, self._difference, self._axis)
+        return blend(y, keep, self._ablated, self._difference, self._axis, self._room(y) if keep.ndim == 1 else None)
 
 
 class ModuleGate(Hooked):
