@@ -9,7 +9,7 @@ tests/oracles.py, shares no code with the package.
 
 import argparse
 
-from tests.coverage import ABLATIONS, ARCHITECTURES, CELLS, NOT_MEANT, cell
+from tests.coverage import ABLATIONS, ARCHITECTURES, CELLS, cell, reason
 
 
 def main() -> None:
@@ -19,18 +19,18 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"| architecture | component | {' | '.join(f'`{label}`' for label in ABLATIONS)} |")
     print(f"|---|---|{'---|' * len(ABLATIONS)}")
-    refused = {}
+    refused: dict[str, list[str]] = {}
     for name, kind in dict.fromkeys((name, kind) for name, kind, _ in CELLS if name in arguments.architecture):
         shown = []
         for label in ABLATIONS:
             found = cell(name, kind, label)
             if isinstance(found, str):
-                refused[kind, label] = found
+                refused.setdefault(f"`{label}`: {reason(name, kind, label)}", []).append(f"{name}'s {kind}s")
             shown.append("-" if isinstance(found, str) else f"{found[0]:.0e}")
         print(f"| {name} | {kind} | {' | '.join(shown)} |", flush=True)
     print("\nNot meaningful, and refused with an error that says so:\n")
-    for kind, label in refused:
-        print(f"- {kind}, `{label}`: {NOT_MEANT[kind, label]}")
+    for why, cells in refused.items():
+        print(f"- {why} ({', '.join(cells)})")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Component attribution: which parts of a network made a prediction, and how to change that for good."""
 
 from coar._version import __version__
-from coar.ablation import Mean, Optimal, Peak, Resample, ZeroActivation, ZeroWeight, choose_ablation
+from coar.ablation import Mean, Optimal, Peak, PositionMean, Resample, ZeroActivation, ZeroWeight, choose_ablation
 from coar.attributions import Attributions, load
 from coar.baselines import gradient_x_gate, leave_one_out
 from coar.components import (
@@ -73,6 +73,7 @@ __all__ = [
     "Mean",
     "Optimal",
     "Peak",
+    "PositionMean",
     "Problem",
     "Resample",
     "Run",

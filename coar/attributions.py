@@ -77,11 +77,14 @@ class Attributions:
     def open(cls, run: Run, name: str) -> Self:
         """Open a finished fit of a run; raise `RunError` when there is none of that name."""
         fit_array(run, name, "weight")
+        constants = run.replacements
+        if constants.ndim == 2:  # at every position others: no one constant, as where donors replace
+            constants = np.full(run.components.width, np.nan)
         facts = {
             "fit": fit_facts(run, name),
             "fingerprint": run.fingerprint,
             "batch_norms": run.facts["batch_norms"],
-            "replacements": run.replacements.tolist(),
+            "replacements": constants.tolist(),
         }
         return cls(run.components, run.metadata, facts, _RunSource(run, name))
 

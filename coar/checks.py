@@ -96,7 +96,7 @@ def compare_with_hooks(worker: Worker, parts: Parts, block: Block, masks: np.nda
     if not rows or block.donors:
         return None
     chosen = Components(components[i] for i in rows)
-    own = constants[torch.from_numpy(components.channels_of(rows))]
+    own = constants[..., torch.from_numpy(components.channels_of(rows))]
     plain = Worker(model, chosen, own, output, through_outputs=True, batch_size=worker.batch_size)
     shared = np.ones_like(masks)
     shared[:, rows] = masks[:, rows]

@@ -17,11 +17,14 @@ from coar.components import Components
 from coar.errors import CoarError
 from tests import oracles, tiny
 
-ABLATIONS = ("zero", "zero_activation", "mean", "peak", "optimal", "resample")
+ABLATIONS = ("zero", "zero_activation", "mean", "position_mean", "peak", "optimal", "resample")
 ROWS, HEADS = 4, 2
 NOT_MEANT = {  # what an ablation has no meaning for, and why
     ("module", "zero"): "a module's weights and biases are many layers'",
     ("expert", "resample"): "other examples' tokens are sent to other experts",
+    ("expert", "position_mean"): "tokens are sent to experts without their positions",
+    ("torchvision ResNet", "position_mean"): "pictures are no sequences",
+    ("torchvision Swin", "position_mean"): "windows of pictures are no sequences",
 }
 
 
@@ -167,6 +170,11 @@ ARCHITECTURES = {
 CELLS = [(name, kind, label) for name, of in ARCHITECTURES.items() for kind in of.kinds for label in ABLATIONS]
 
 
+def reason(name, kind, label):
+    """Why an ablation of a kind of component has no meaning in an architecture; None where it has."""
+    return NOT_MEANT.get((kind, label)) or NOT_MEANT.get((name, label))
+
+
 def some(components, count=12):
     """Components of every part of the model."""
     step = max(1, len(components) // count)
@@ -188,7 +196,7 @@ def constants_of(model, components, label, given, calibration):
     seen |= {(site, "input"): oracles.heads_of(model, block, calibration) for site, block in blind.items()}
     mixtures = {row.site for row in components if row.side == "expert"}
     sent = {site: oracles.experts_returned(model, site, calibration) for site in mixtures}
-    trained = iter(given.tolist())
+    trained = iter(given.T.tolist())
     found = {}
     for row in components:
         own = [next(trained) for _ in range(row.size)]
@@ -200,6 +208,15 @@ def constants_of(model, components, label, given, calibration):
                 passed = [t.movedim(row.axis, 0)[channels] for t in seen[row.site, row.side]]
                 values = torch.cat([t.flatten(1) for t in passed], dim=1).tolist()
             own = [sum(part) / len(part) if label == "mean" else oracles.peak(part, 128) for part in values]
+        elif label == "position_mean":
+            (passed,) = seen[row.site, row.side]
+            own = [
+                [
+                    sum(text[at].tolist()[n] for text in passed) / len(passed)
+                    for n in range(row.position, row.position + row.size)
+                ]
+                for at in range(passed.shape[1])
+            ]
         elif label != "optimal":
             site = model.get_submodule(row.site)
             own = [0.0] * row.size

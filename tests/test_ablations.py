@@ -118,7 +118,7 @@ class TestResample(Contract):
         goal = coar.EditGoal(targets="label == 1", references="label != 1", direction="decrease")
         with pytest.raises(EditError, match=r"'.*' is replaced by what another example has"):
             coar.edit(coar.fit(run, progress=False), goal, budget=2).apply(study.model)
-        with pytest.raises(AblationError, match="components without a constant"):
+        with pytest.raises(AblationError, match="components without one constant"):
             Gates(study.model, study.components, torch.from_numpy(run.replacements))
         with pytest.raises(AblationError, match=r"for edits collect with an ablation by constants, such as Mean"):
             coar.select(coar.fit(run, progress=False), study.model, study.examples, goal, device="cpu", progress=False)
@@ -152,8 +152,8 @@ class TestResample(Contract):
 
 def test_labels_are_those_of_the_contract():
     here = (TestZeroWeight, TestZeroActivation, TestMean, TestPeak, TestResample)
-    assert set(ABLATIONS) == {cls.label for cls in (*here, test_optimal.TestOptimal)}
-    with pytest.raises(SettingsError, match="'median'; choose one of zero, zero_activation, mean, peak, optimal"):
+    assert set(ABLATIONS) == {cls.label for cls in (*here, test_optimal.TestOptimal, coar.PositionMean)}
+    with pytest.raises(SettingsError, match="'median'; choose one of zero, zero_activation, mean, position_mean, peak"):
         coar.choose_ablation("median", calibration=pictures(4, 0))
 
 

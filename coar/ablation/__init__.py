@@ -4,6 +4,7 @@ from coar.ablation.choice import ABLATIONS, choose_ablation
 from coar.ablation.folding import Constant, fold, following_batch_norms
 from coar.ablation.gates import Gates, called_sites
 from coar.ablation.optimal import Optimal
+from coar.ablation.positions import PositionMean
 from coar.ablation.replacements import Ablation, Calibrated, Resample, ZeroActivation, ZeroWeight
 from coar.ablation.statistics import Mean, Peak
 
@@ -16,6 +17,7 @@ __all__ = [
     "Mean",
     "Optimal",
     "Peak",
+    "PositionMean",
     "Resample",
     "ZeroActivation",
     "ZeroWeight",

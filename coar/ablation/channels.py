@@ -20,7 +20,7 @@ class Channels:
             module has one, and so has an expert.
         taken: Truth values of the same shape, whether a component takes the channel.
         constants: (channels,) entries of the extended constants, which end with a 0 for channels without a component.
-        replacement: (channels,) constants, 0 for channels without a component.
+        replacement: (channels,) constants, 0 for channels without a component; or (positions, channels) of them.
     """
 
     lookup: Tensor
@@ -36,7 +36,7 @@ class Channels:
             length: How many positions there are along the axis.
             components: The table that a mask speaks of.
             indices: Rows of the components that lie along this axis.
-            values: (components.width,) constants; their device is used.
+            values: (components.width,) constants, or (positions, components.width); their device is used.
 
         Raises:
             AblationError: When two components overlap.
@@ -71,8 +71,8 @@ class Channels:
     @classmethod
     def _at(cls, lookup: Tensor, taken: Tensor, constants: Tensor, values: Tensor) -> Self:
         constants = constants.to(values.device)
-        extended = torch.cat([values, values.new_zeros(1)])
-        return cls(lookup.to(values.device), taken.to(values.device), constants, extended[constants])
+        extended = torch.cat([values, values.new_zeros((*values.shape[:-1], 1))], dim=-1)
+        return cls(lookup.to(values.device), taken.to(values.device), constants, extended[..., constants])
 
 
 def along(axis: int, tensor: Tensor) -> tuple[int, ...]:

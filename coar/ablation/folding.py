@@ -82,8 +82,8 @@ def check_permanent(component: Component, value: Constant) -> None:
         )
     if np.isnan(value).any():
         raise EditError(
-            f"{component.name!r} is replaced by what another example has there, which no weights can hold; collect "
-            f"with an ablation by constants, such as coar.Mean, to make edits"
+            f"{component.name!r} is replaced by what another example has there, or by other means at every position, "
+            f"which no weights can hold; collect with an ablation by constants, such as coar.Mean, to make edits"
         )
 
 

@@ -20,6 +20,7 @@ from coar.ablation.by_hook import Hooked, HookGate, ModuleGate, ModuleSide
 from coar.ablation.by_route import RouteGate
 from coar.ablation.by_weight import FoldedNorm, LayerGate, SliceGate, reads_own_weight
 from coar.ablation.channels import Channels
+from coar.ablation.positions import PositionGate
 from coar.ablation.projections import called_projections, uncalled_projections
 from coar.components import Components, Side, check_components, input_channels, output_channels, stack_of
 from coar.errors import AblationError
@@ -33,7 +34,8 @@ class Gates:
     Args:
         model: The model; its parameters and hooks are as before when the context ends, also after an exception.
         components: The components a mask speaks of.
-        replacements: (components.width,) constants that replace what is ablated, one per channel, in table order.
+        replacements: (components.width,) constants that replace what is ablated, one per channel, in table order; or
+            (positions, components.width) for as many at each position of a sequence, which is done by forward hooks.
         batch_norms: Path of the batch norm that alone follows a site, see `following_batch_norms`; it is folded into
             the gated weights, which saves its pass over the activations.
         through_outputs: Gate every component by forward hooks, so that masks may differ between the rows of a batch
@@ -60,22 +62,24 @@ class Gates:
         dtype: torch.dtype | None = None,
     ) -> None:
         check_components(model, components)
-        if replacements.shape != (components.width,):
+        by_position = replacements.ndim == 2
+        if replacements.shape[by_position:] != (components.width,):
             raise AblationError(
                 f"replacements have shape {tuple(replacements.shape)}; one constant for each of the {components.width} "
                 f"channels of the {len(components)} components was expected"
             )
-        if not donors and replacements.isnan().any():
+        if not donors and not by_position and replacements.isnan().any():
             raise AblationError(
-                "there are components without a constant, as resampling leaves them, and no donors are at hand; for "
-                "edits collect with an ablation by constants, such as Mean(calibration=...), and of gates ask donors"
+                "there are components without one constant, as resampling and means by position leave them, and no "
+                "donors are at hand; for edits collect with an ablation by constants, such as Mean(calibration=...), "
+                "and of gates ask donors"
             )
         _check_claims(model, components)
         values = replacements.to(next(model.parameters()).device)
         self._length, self._type = len(components), values.dtype
         self._stack = ExitStack()
         self._gates: list[_Gate] = []
-        hooked = through_outputs or donors
+        hooked = through_outputs or donors or by_position
         modules: dict[str, dict[ModuleSide, list[int]]] = {}
         for (site, side, _), indices in components.sites().items():
             if side == "parameter":
@@ -90,6 +94,8 @@ class Gates:
             if donors:
                 self._gates += [LayerGate(layer, None, None, norm)] if norm is not None else []
                 self._gates += [DonorGate(*place) for place in _places(layer, components, sides, values)]
+            elif by_position:
+                self._gates += [PositionGate(*place) for place in _places(layer, components, sides, values)]
             else:
                 self._gates += _module_gates(layer, components, sides, values, norm, through_outputs, dtype)
         self._blocks = uncalled_projections(model, [gate.site for gate in self._gates if isinstance(gate, Hooked)])

@@ -19,6 +19,7 @@ from coar.examples import Examples
 
 Place = tuple[str, Side, int]  # a site, which side of it, and where the first channel is: 0 but for experts
 Visit = Callable[[Place, Tensor], None]  # takes (values, channels), as often as a module is called
+Take = Callable[[Place, Tensor, Tensor | None], Tensor]  # makes values of (..., channels) and of what is no padding
 
 
 class Mean(Calibrated):
@@ -108,7 +109,19 @@ def moments(
     return _spread(components, means), _spread(components, spread)
 
 
-def walk(model: nn.Module, components: Components, examples: Examples, *, batch_size: int, visit: Visit) -> None:
+def _without_padding(_place: Place, y: Tensor, tokens: Tensor | None) -> Tensor:
+    return without_padding(y, tokens)
+
+
+def walk(
+    model: nn.Module,
+    components: Components,
+    examples: Examples,
+    *,
+    batch_size: int,
+    visit: Visit,
+    take: Take = _without_padding,
+) -> None:
     """Run examples through the model and show what its gated sites return or are given.
 
     Args:
@@ -117,12 +130,13 @@ def walk(model: nn.Module, components: Components, examples: Examples, *, batch_
         examples: The examples.
         batch_size: Most examples per forward pass.
         visit: Called with the place and (values, channels) at every call of a module.
+        take: Makes these values; by default all but those of padding.
 
     Raises:
         AblationError: When a component has no activations, its module is never called, or padding cannot be told.
     """
     _check_featured(components)
-    watch, sites = _Watch(components, visit), components.sites()
+    watch, sites = _Watch(components, visit, take), components.sites()
     with ExitStack() as stack, torch.inference_mode():
         stack.enter_context(called_projections(model, [site for site, _, _ in sites]))
         for (site, side, axis), rows in sites.items():
@@ -146,9 +160,9 @@ class _Watch:
         tokens: (texts, positions) truth values of the batch that passes, False at padding; None where there is none.
     """
 
-    def __init__(self, components: Components, visit: Visit) -> None:
+    def __init__(self, components: Components, visit: Visit, take: Take) -> None:
         self.tokens: Tensor | None = None
-        self._components, self._visit = components, visit
+        self._components, self._visit, self._take = components, visit, take
         self._called: set[Place] = set()
 
     def tensors(self, place: Place, axis: int, features: int) -> Callable[[Tensor], Tensor]:
@@ -157,7 +171,7 @@ class _Watch:
         def show(y: Tensor) -> Tensor:
             if place[1] == "module":
                 check_features(y, place[0], axis, features)
-            self._see(place, without_padding(y.detach().movedim(axis, -1), self.tokens))
+            self._see(place, self._take(place, y.detach().movedim(axis, -1), self.tokens))
             return y
 
         return show
@@ -183,7 +197,7 @@ class _Watch:
 
     def confirm(self) -> None:
         """Raise `AblationError` for the first component of which nothing was seen."""
-        for place, rows in _places(self._components).items():
+        for place, rows in places(self._components).items():
             if place in self._called:
                 continue
             site, side, _ = place
@@ -198,7 +212,7 @@ class _Watch:
             )
 
 
-def _places(components: Components) -> dict[Place, list[int]]:
+def places(components: Components) -> dict[Place, list[int]]:
     """Group row numbers by what is seen at one place: a side of a site, or an expert."""
     groups: dict[Place, list[int]] = {}
     for i, row in enumerate(components):
@@ -209,7 +223,7 @@ def _places(components: Components) -> dict[Place, list[int]]:
 def _spread(components: Components, by_place: dict[Place, Tensor]) -> Tensor:
     """Return (components.width,) float32 values on the CPU from (channels,) values by place."""
     values = torch.zeros(components.width)
-    for place, rows in _places(components).items():
+    for place, rows in places(components).items():
         own = by_place[place].float().cpu()
         values[components.channels_of(rows)] = own[components.positions_of(rows) - place[2]]
     return values

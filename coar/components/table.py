@@ -127,11 +127,15 @@ class Components(Sequence[Component]):
     def per_channel(self, constants: np.ndarray) -> np.ndarray:
         """Return (width,) constants, of as many or of (components,), where one stands for all channels of a component.
 
+        As many for each of several positions, one position after another, become (positions, width).
+
         Raises:
             ValueError: When there is any other number of them.
         """
         if constants.shape == (self.width,):
             return constants
+        if constants.size and constants.size % self.width == 0:
+            return constants.reshape(-1, self.width)
         if constants.shape != (len(self),):
             raise ValueError(
                 f"constants of shape {constants.shape} for {len(self)} components with {self.width} channels"

@@ -65,7 +65,8 @@ class Run:
             path: A path that does not exist yet, an empty folder, or a run cut short in its creation.
             components: The component table.
             metadata: Columns over the examples.
-            replacements: (components.width,) float32 constants of the ablation, one per channel.
+            replacements: (components.width,) float32 constants of the ablation, one per channel; or (positions,
+                components.width) for as many at each position.
             fingerprint: What the run is made from; a study must agree with it to go on.
             facts: What else is known of the run: precision, batch norms that follow a site.
             blocks: Masks and examples per unit of work.
@@ -87,8 +88,9 @@ class Run:
             _create_arrays(group, Sizes(len(components), len(next(iter(metadata.values()))), blocks), len(rows))
             for field, values in zip(COMPONENT_FIELDS, zip(*components, strict=True), strict=True):
                 arrays.write_all(group, f"component/{field}", np.asarray(values), "component")
-            along = "component" if components.width == len(components) else "channel"
-            arrays.write_all(group, "component/replacement", replacements.astype(np.float32), along)
+            constants = replacements.astype(np.float32).reshape(-1)
+            along = "component" if len(constants) == len(components) else "channel"
+            arrays.write_all(group, "component/replacement", constants, along)
             for name, column in metadata.items():
                 arrays.write_all(group, f"example/{name}", np.asarray(column), "example")
             _write_row_columns(group, rows)
@@ -158,7 +160,10 @@ class Run:
 
     @cached_property
     def replacements(self) -> np.ndarray:
-        """(components.width,) float32 constants of the ablation; runs of older versions have one per component."""
+        """(components.width,) float32 constants of the ablation, or (positions, components.width).
+
+        Runs of older versions have one per component.
+        """
         try:
             return self.components.per_channel(self.column("component/replacement"))
         except ValueError as error:
