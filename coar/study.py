@@ -10,7 +10,7 @@ from torch import nn
 import coar._version
 from coar.ablation import Ablation, ZeroWeight
 from coar.components import Components, check_components, unwrapped
-from coar.errors import WeightsError
+from coar.errors import SettingsError, WeightsError
 from coar.examples import Examples
 from coar.outputs import CorrectClassMargin, Output
 from coar.sampling import BernoulliSampler, Sampler
@@ -31,6 +31,7 @@ class Study:
         sampler: How masks are drawn.
 
     Raises:
+        SettingsError: When one of these is of another kind.
         ComponentError: When a component is not part of the model.
         WeightsError: When some weights are not in memory.
     """
@@ -43,6 +44,15 @@ class Study:
     sampler: Sampler = field(default_factory=BernoulliSampler)
 
     def __post_init__(self) -> None:
+        kinds = {"model": nn.Module, "examples": Examples, "components": Components, "output": Output}
+        kinds |= {"ablation": Ablation, "sampler": Sampler}
+        for name, kind in kinds.items():
+            given = getattr(self, name)
+            if not isinstance(given, kind):
+                raise SettingsError(
+                    f"{name} is of type {type(given).__name__}, and {kind.__name__} was expected; give such an object "
+                    f"itself, not its name or its class"
+                )
         object.__setattr__(self, "model", unwrapped(self.model))
         check_components(self.model, self.components)
         elsewhere = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]

@@ -10,7 +10,7 @@ from torch import nn
 
 import coar
 from coar.ablation import Gates
-from coar.errors import AblationError, OutputError
+from coar.errors import AblationError, OutputError, SettingsError
 from tests import oracles, tiny
 
 EXAMPLES, CLASSES = 12, 4
@@ -99,17 +99,22 @@ def test_wrapped_models_give_what_the_model_inside_gives(wrapper, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("label", ["zero", "mean", "resample"])
+@pytest.mark.parametrize("label", ["zero", "zero_activation", "mean", "peak", "optimal", "resample"])
 def test_models_of_low_precision_are_near_their_own_kind(dtype, label, tmp_path):
     """Against the same weights in float64."""
     low, exact = net().to(dtype), net().to(dtype).double()
     ablation = coar.choose_ablation(label, calibration=pictures(dtype))
     what = study(low, examples=pictures(dtype), ablation=ablation)
+    run = collect(what, tmp_path / "r.zarr", probes=8)
+    constants = [0.0] * len(what.components)
     if label == "mean":
         constants = oracles.channel_means(exact, pictures(dtype).inputs.double(), "conv")
-    else:
-        constants = [0.0] * len(what.components)
-    run = collect(what, tmp_path / "r.zarr", probes=8)
+    if label == "peak":  # in the precision of the model, since a histogram's fullest bin may be another one
+        passed = oracles.held(low, pictures(dtype).inputs, [("conv", "output")])["conv", "output"][0].float()
+        constants = [oracles.peak(passed[:, n].flatten().tolist(), 128) for n in range(6)]
+    if label == "optimal":
+        constants = run.replacements.tolist()
+        assert np.isfinite(constants).all()
     x, donors = pictures(dtype).inputs.double(), ablation.donors(EXAMPLES)
     masks = run.plan.masks(run.sampler, run.n_components, 0, 6)
     held = None if donors is None else oracles.held(exact, x[donors], [("conv", "output")])["conv", "output"]
@@ -163,6 +168,25 @@ def test_logits_are_read_from_any_usual_package(package, tmp_path):
 def test_packages_without_logits_are_errors(package, tmp_path):
     with pytest.raises(OutputError, match="without logits"):
         collect(study(net(package=package)), tmp_path / "r.zarr")
+
+
+@pytest.mark.parametrize("name", ["model", "examples", "components", "output", "ablation", "sampler"])
+def test_a_study_of_things_of_another_kind_is_an_error(name):
+    parts = {"model": net(), "examples": pictures(), "components": coar.conv_filters(net())}
+    with pytest.raises(
+        SettingsError, match=rf"{name} is of type str, and \w+ was expected; give such an object itself"
+    ):
+        coar.Study(**parts | {name: "mean"})
+
+
+@pytest.mark.parametrize("label", ["mean", "peak", "optimal"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_calibration_that_is_not_finite_is_an_error(label, value):
+    examples = pictures()
+    examples.inputs[3, 0, 1, 1] = value
+    ablation = coar.choose_ablation(label, calibration=examples)
+    with pytest.raises(AblationError, match=r"'conv' has activations that are not finite while the calibration"):
+        ablation.replacements(net(), coar.conv_filters(net()), batch_size=5)
 
 
 @pytest.fixture(scope="module")

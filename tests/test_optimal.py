@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import coar
-from coar.errors import AblationError, ExamplesError, SettingsError
+from coar.errors import AblationError, ExamplesError, OutputError, SettingsError
 from coar.outputs import Output
 from coar.worker import Worker
 from tests.contract import Contract, parts, pictures
@@ -80,12 +80,24 @@ class TestOptimal(Contract):
 
     def test_a_loss_without_gradient_and_too_few_examples_are_errors(self, study):
         class Right(Output):
-            def __call__(self, result, targets):
-                return (result.argmax(1) != targets).float()
+            truth: bool
 
-        ablation = coar.Optimal(calibration=pictures(16, 7), loss=Right())
-        with pytest.raises(AblationError, match=r"no gradient .* give Optimal\(loss=...\)"):
-            ablation.replacements(study.model, study.components, batch_size=4)
+            def __call__(self, result, targets):
+                wrong = result.argmax(1) != targets
+                return wrong if self.truth else wrong.float()
+
+        class Whole(Output):
+            def __call__(self, result, targets):
+                return result.mean()
+
+        for truth in (False, True):
+            ablation = coar.Optimal(calibration=pictures(16, 7), loss=Right(truth=truth))
+            with pytest.raises(AblationError, match=r"no gradient .* give Optimal\(loss=...\)"):
+                ablation.replacements(study.model, study.components, batch_size=4)
+        with pytest.raises(OutputError, match=r"Whole returned a tensor of shape \(\) for \d+ examples"):
+            coar.Optimal(calibration=pictures(16, 7), loss=Whole()).replacements(
+                study.model, study.components, batch_size=4
+            )
         with pytest.raises(ExamplesError, match="1 calibration examples cannot be cut into 0 held out"):
             coar.Optimal(calibration=pictures(1, 0)).replacements(study.model, study.components, batch_size=4)
         with pytest.raises(SettingsError, match="held_out"):

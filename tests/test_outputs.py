@@ -110,7 +110,7 @@ def test_labels_of_any_whole_number_type_are_read(kind, dtype):
         (torch.zeros(3, 4), torch.tensor([0, 1]), r"\(3, 4\) and the targets \(2,\)"),
         (torch.zeros(3, 4), torch.zeros(3, 1, dtype=torch.long), r"\(3, 1\)"),
         (torch.zeros(3), torch.tensor([0, 1, 2]), r"\(3,\)"),
-        (torch.zeros(3, 4, 5), torch.tensor([0, 1, 2]), r"\(3, 4, 5\)"),
+        (torch.zeros(3, 4, 5), torch.tensor([0, 1, 2]), r"\(3, 4, 5\), as those of tokens, .* with coar.TokenMargin"),
         ((None, torch.zeros(3, 4)), torch.tensor([0, 1, 2]), "tuple without logits"),
         ({"scores": torch.zeros(3, 4)}, torch.tensor([0, 1, 2]), "dict without logits"),
         (Result(None), torch.tensor([0, 1, 2]), "Result without logits"),
@@ -259,6 +259,7 @@ OWN = {
     "the first": lambda logits: logits[:1, 0],
     "too few": lambda logits: logits[:-1, 0],
     "a plain number": lambda logits: 1.0,
+    "complex numbers": lambda logits: logits[:, 0].to(torch.complex64),
     "an array": lambda logits: logits[:, 0].detach().numpy(),
 }
 
@@ -278,6 +279,7 @@ def test_what_is_not_one_number_per_example_is_an_error_and_no_run(kind, passes,
     net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
     examples = coar.Examples(inputs=torch.randn(5, 4), targets=torch.tensor([0, 1, 2, 0, 1]))
     study = coar.Study(model=net, examples=examples, components=coar.neurons(net), output=Own(kind=kind))
-    with pytest.raises(OutputError, match=r"Own returned .* for \d examples; .* return one number per example"):
+    message = r"Own returned (.* for \d examples; .* return one number per example|.*complex64 numbers; real ones)"
+    with pytest.raises(OutputError, match=message):
         coar.collect(study, tmp_path / "run.zarr", device="cpu", progress=False, **{passes: 4})
     assert not (tmp_path / "run.zarr").exists()

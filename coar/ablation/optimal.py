@@ -139,9 +139,9 @@ class _Trial:
         masks = self._sampler.masks(split, range(first, first + len(rows)), self._count)
         self.gates.replace(constants)
         self.gates.set(torch.from_numpy(masks).to(self._device))
-        losses = self._ablation.loss(call(self._model, inputs), targets.to(self._device))
+        losses = self._ablation.loss.read(call(self._model, inputs), targets.to(self._device))
         self.gates.confirm()
-        return losses
+        return losses.float()
 
 
 def _gradient(loss: Tensor, moved: Tensor) -> Tensor:

@@ -40,12 +40,12 @@ class PositionMean(Calibrated):
         def add(place: Place, values: Tensor) -> None:
             total = values.double().sum(0)
             if place in sums and sums[place].shape != total.shape:
-                raise _without_positions(place[0], (len(sums[place]), len(total)))
+                raise _without_positions(place[0], f"{len(sums[place])} and then {len(total)} positions")
             sums[place] = sums[place] + total if place in sums else total
 
         def take(place: Place, y: Tensor, tokens: Tensor | None) -> Tensor:
             if y.ndim != 3 or (tokens is not None and tokens.shape != y.shape[:2]):
-                raise _without_positions(place[0], tuple(y.shape))
+                raise _without_positions(place[0], f"{tuple(y.shape)} entries, features last")
             there = y.new_ones(y.shape[:2]) if tokens is None else tokens.to(y)
             there = there[..., None]
             return torch.cat([y.masked_fill(there == 0, 0), there], dim=-1)
@@ -64,7 +64,7 @@ class PositionGate(Hooked):
     def _change(self, y: Tensor, keep: Tensor) -> Tensor:
         constants = self.channels[0].replacement  # (positions, channels)
         if y.ndim != 3:
-            raise _without_positions(self.site, tuple(y.shape))
+            raise _without_positions(self.site, f"{tuple(y.shape)} entries")
         if self._side == "module":
             check_features(y, self.site, self._axis, constants.shape[-1])
         here = 3 - self._axis % 3  # the axis of positions
@@ -79,8 +79,8 @@ class PositionGate(Hooked):
         return torch.lerp(wanted.to(y.dtype)[None], y, self._laid(y, keep), out=self._room(y))
 
 
-def _without_positions(site: str, shape: tuple[int, ...]) -> AblationError:
+def _without_positions(site: str, seen: str) -> AblationError:
     return AblationError(
-        f"{site!r} works on a tensor of shape {shape}, and a mean for each position needs (texts, positions, "
-        f"features), with as many positions whenever it is called; exclude it, or use Mean(calibration=...)"
+        f"{site!r} works on tensors of {seen}; a mean for each position needs (texts, positions, features), with as "
+        f"many positions in all batches: exclude it, pad all texts alike, or use Mean(calibration=...)"
     )

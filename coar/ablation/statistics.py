@@ -56,7 +56,7 @@ class Peak(Calibrated):
         ends: dict[Place, tuple[Tensor, Tensor]] = {}
 
         def widen(place: Place, values: Tensor) -> None:
-            low, high = values.amin(0), values.amax(0)
+            low, high = values.amin(0).double(), values.amax(0).double()
             if place in ends:
                 low, high = torch.minimum(low, ends[place][0]), torch.maximum(high, ends[place][1])
             ends[place] = low, high
@@ -65,11 +65,11 @@ class Peak(Calibrated):
 
         def count(place: Place, values: Tensor) -> None:
             low, high = ends[place]
-            share = (values - low) / torch.where(high > low, high - low, 1)  # of the range, (values, channels)
+            wide = values.double()  # half precision does not tell bins apart
+            share = (wide - low) / torch.where(high > low, high - low, 1)  # of the range, (values, channels)
             bins = (share * self.bins).long().clamp(0, self.bins - 1)
             flat = (bins * len(low) + torch.arange(len(low), device=low.device)).flatten()
-            wide = values.flatten().double()
-            both = torch.stack([torch.ones_like(wide), wide])
+            both = torch.stack([torch.ones_like(wide), wide]).flatten(1)
             if place not in sums:
                 sums[place] = both.new_zeros(2, self.bins * len(low))
             sums[place].index_add_(1, flat, both)
@@ -191,6 +191,11 @@ class _Watch:
         return show
 
     def _see(self, place: Place, values: Tensor) -> None:
+        if not values.isfinite().all():
+            raise AblationError(
+                f"{place[0]!r} has activations that are not finite while the calibration examples pass through the "
+                f"model, so no constant can be taken from them; leave such examples out, or use float32"
+            )
         if len(values):  # an expert may be sent no token of a batch
             self._called.add(place)
             self._visit(place, values)

@@ -18,13 +18,18 @@ class Output(Settings):
         """Return (examples,) outputs from the model's result and the (examples, ...) targets."""
 
     def read(self, result: Any, targets: Tensor) -> Tensor:
-        """Call the function, and raise `OutputError` when it does not return one number per example."""
+        """Call the function, and raise `OutputError` when it does not return one real number per example."""
         values = self(result, targets)
         if not isinstance(values, Tensor) or values.shape != targets.shape[:1]:
             given = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             raise OutputError(
                 f"{type(self).__name__} returned {given} for {len(targets)} examples; a tensor of shape "
                 f"({len(targets)},) was expected: return one number per example, such as a mean over all other axes"
+            )
+        if values.is_complex():
+            raise OutputError(
+                f"{type(self).__name__} returned {values.dtype} numbers; real ones were expected: return their real "
+                f"part or their size"
             )
         return values
 

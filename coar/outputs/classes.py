@@ -68,6 +68,12 @@ def class_logits(result: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         OutputError: When the result holds no such logits, or a target is not one of their classes.
     """
     logits = find_logits(result)
+    if logits.ndim == 3:
+        raise OutputError(
+            f"the model's logits have shape {tuple(logits.shape)}, as those of tokens, and (examples, classes) were "
+            f"expected: read tokens with coar.TokenMargin or coar.TokenLogProbability; edits are tried out and judged "
+            f"by classes, so for them let the model return the logits after the last token, and give that as target"
+        )
     if logits.ndim != 2 or len(logits) != len(targets) or targets.ndim != 1:
         raise OutputError(
             f"the model's logits have shape {tuple(logits.shape)} and the targets {tuple(targets.shape)}; "
