@@ -196,10 +196,9 @@ def constants_of(model, components, label, given, calibration):
     seen |= {(site, "input"): oracles.heads_of(model, block, calibration) for site, block in blind.items()}
     mixtures = {row.site for row in components if row.side == "expert"}
     sent = {site: oracles.experts_returned(model, site, calibration) for site in mixtures}
-    trained = iter(given.T.tolist())
+    trained = iter(given.tolist()) if label == "optimal" else None
     found = {}
     for row in components:
-        own = [next(trained) for _ in range(row.size)]
         if label in ("mean", "peak"):
             if row.side == "expert":
                 values = sent[row.site][row.position // row.size].T.tolist()
@@ -217,7 +216,9 @@ def constants_of(model, components, label, given, calibration):
                 ]
                 for at in range(passed.shape[1])
             ]
-        elif label != "optimal":
+        elif label == "optimal":
+            own = [next(trained) for _ in range(row.size)]
+        else:
             site = model.get_submodule(row.site)
             own = [0.0] * row.size
             if label == "zero" and row.side == "output" and site.bias is not None:
@@ -273,7 +274,7 @@ def without_heads(model, rows, donor, known):
     net = deepcopy(model)
     for path, heads in by_block.items():
         features = [n for row in heads for n in range(row.position, row.position + row.size)]
-        constants = [value for row in heads for value in known[row.name]] if known else None
+        constants = torch.cat([torch.tensor(known[row.name]) for row in heads], dim=-1) if known else None
         oracles.swap_heads(net, path, features, donor, constants)
     return net
 

@@ -317,12 +317,12 @@ def swap_heads(model, path, rows, donor=None, constants=None):
     """Take features of heads away from an attention block, in the model itself, or put others there.
 
     What a block returns is a sum over heads, so a head's part is what is lost with its values. Others are those of a
-    donor, or constants.
+    donor, or constants, (features,) or (positions, features).
     """
     block = model.get_submodule(path)
     silent, added = silenced(block, rows), 0.0
     if constants is not None:
-        added = projection_of(block).weight[:, rows].detach() @ torch.tensor(constants)
+        added = constants @ projection_of(block).weight[:, rows].detach().T
     if donor is not None:
         parts, plain = [], deepcopy(model)
         whole = deepcopy(block)
