@@ -103,7 +103,32 @@ def test_gates_on_experts_carry_gradients_and_leave_nothing_behind():
     oracles.assert_same(before, oracles.snapshot(model))
 
 
-class Halved(nn.Module):
+class Sorted(nn.Module):
+    """Experts in one parameter, whose tokens come sorted, and weighed before."""
+
+    def __init__(self):
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.randn(3, 4, 6))
+
+    def forward(self, states):
+        return torch.bmm(states.view(3, -1, 4), self.down_proj)
+
+
+def test_experts_that_are_not_told_where_tokens_go_are_slices_that_can_be_zeroed():
+    model, states = nn.ModuleDict({"experts": Sorted()}), torch.randn(9, 4)
+    components = coar.experts(model)
+    assert components[2] == Component("experts.expert[2]", "expert", "experts.down_proj", "parameter", 0, 2, 1)
+    plain = model["experts"](states)
+    with Gates(model, components, torch.zeros(3)) as gates, torch.no_grad():
+        gates.set(torch.tensor([True, False, True]))
+        found = model["experts"](states)
+    torch.testing.assert_close(found, plain * torch.tensor([1.0, 0.0, 1.0])[:, None, None])
+    examples = coar.Examples(inputs=states, targets=torch.zeros(9))
+    with pytest.raises(AblationError, match=r"'experts.expert\[0\]' is a slice of a parameter and has no activations"):
+        coar.Mean(calibration=examples).replacements(model, components, batch_size=4)
+
+
+class Weighing(nn.Module):
     """Experts in one parameter, which a user weighs in some way of their own."""
 
     def __init__(self, weigh):
@@ -124,17 +149,17 @@ class Halved(nn.Module):
     ],
 )
 def test_mixtures_that_do_not_weigh_their_experts_are_errors(arguments, message):
-    model = nn.ModuleDict({"experts": Halved(torch.square)})
+    model = nn.ModuleDict({"experts": Weighing(torch.square)})
     components = coar.experts(model)
     before = oracles.snapshot(model)
     with Gates(model, components, torch.zeros(18)), pytest.raises(AblationError, match=message):
         model["experts"](*arguments)
     oracles.assert_same(before, oracles.snapshot(model))
-    plain = nn.ModuleDict({"experts": Halved(lambda weights: weights)})
+    plain = nn.ModuleDict({"experts": Weighing(lambda weights: weights)})
     states, index, weights = torch.randn(5, 6), torch.randint(3, (5, 2)), torch.rand(5, 2)
     with Gates(plain, components, torch.zeros(18)) as gates, torch.no_grad():
         gates.set(torch.tensor([True, False, True]))
-        found = plain["experts"](states, index, weights)
+        found = plain["experts"](states, weights=weights, index=index)
     torch.testing.assert_close(found, plain["experts"](states, index, weights * (index != 1)))
 
 

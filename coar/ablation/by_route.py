@@ -4,6 +4,7 @@ An expert's weight multiplies all that it returns, so the mixture is called with
 (1 - keep) * weight * constants are added. Rows may then have masks of their own, and gradients reach the masks.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,9 +33,10 @@ class Routes(NamedTuple):
     weights: Tensor
 
     @classmethod
-    def of(cls, site: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Routes":
+    def of(cls, mixture: nn.Module, site: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Routes":
         """Take the arguments of a call; raise `AblationError` when they are others than these three."""
-        given = (*args, *kwargs.values())
+        named = list(inspect.signature(type(mixture).forward).parameters)[1 + len(args) :]
+        given = (*args, *(kwargs[name] for name in named if name in kwargs))
         shapes = [tuple(value.shape) for value in given if isinstance(value, Tensor)]
         if len(shapes) == len(given) == 3 and len(shapes[1]) == 2 and shapes[1] == shapes[2]:
             routes = cls(*given)
@@ -88,7 +90,7 @@ class RouteGate(Hooked):
         self._constants = constants.view(self._experts, -1)
 
     def _routed(self, *args: Any, **kwargs: Any) -> Tensor:
-        states, experts, weights = routes = Routes.of(self.site, args, kwargs)
+        states, experts, weights = routes = Routes.of(self._module, self.site, args, kwargs)
         if not self._weighs:
             check_weighed(self._plain, self.site, routes)
             self._weighs = True

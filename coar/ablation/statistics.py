@@ -180,7 +180,7 @@ class _Watch:
         """Return what shows, before a mixture is called, what each expert will return for the tokens sent to it."""
 
         def show(mixture: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            routes = Routes.of(site, args, kwargs)
+            routes = Routes.of(mixture, site, args, kwargs)
             check_weighed(mixture.forward, site, routes)
             returned = without_padding(routes.returned(mixture.forward), self.tokens)
             experts = without_padding(routes.experts, self.tokens).flatten()
