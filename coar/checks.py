@@ -19,7 +19,8 @@ from coar.worker import Block, Precision, Worker
 
 log = logging.getLogger(__name__)
 
-GATE_TOLERANCE = 1e-3
+GATE_TOLERANCE = 1e-3  # of the largest output, that two ways of gating may differ by,
+ROUNDINGS = 8  # or as many roundings of the model's own precision, if that is more
 
 Parts = tuple[nn.Module, Components, Tensor, Output]
 
@@ -60,17 +61,24 @@ def warn_of_overlap(study: Study) -> None:
         )
 
 
-def compare_gates(expected: np.ndarray, found: np.ndarray) -> float:
+def gate_tolerance(model: nn.Module) -> float:
+    """Return how far two ways of gating may be apart, relative to the largest output, in the model's precision."""
+    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return max(GATE_TOLERANCE, ROUNDINGS * max((torch.finfo(kind).eps for kind in kinds), default=0.0))
+
+
+def compare_gates(expected: np.ndarray, found: np.ndarray, *, tolerance: float = GATE_TOLERANCE) -> float:
     """Return the largest difference between gated outputs and gated weights, relative to the largest output.
 
     Raises:
         AblationError: When they disagree, so that no run is made of numbers that depend on how a mask is applied.
     """
-    error = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
-    if error > GATE_TOLERANCE:
+    with np.errstate(invalid="ignore"):  # of infinite outputs, which the first unit names
+        error = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
+    if error > tolerance:
         raise AblationError(
             f"ablating by weights and by outputs gives outputs that differ by {error:.1e} of the largest, and "
-            f"{GATE_TOLERANCE} is allowed: some layer does not compute what its type promises; exclude it"
+            f"{tolerance:.1g} is allowed: some layer does not compute what its type promises; exclude it"
         )
     return error
 
@@ -101,16 +109,18 @@ def compare_with_hooks(worker: Worker, parts: Parts, block: Block, masks: np.nda
     shared = np.ones_like(masks)
     shared[:, rows] = masks[:, rows]
     ends = sorted({0, len(masks) - 1})
-    return compare_gates(plain.outputs(block, masks[ends][:, rows]), worker.outputs(block, shared)[ends])
+    expected, found = plain.outputs(block, masks[ends][:, rows]), worker.outputs(block, shared)[ends]
+    return compare_gates(expected, found, tolerance=gate_tolerance(model))
 
 
-def compare_rows(worker: Worker, block: Block, masks: np.ndarray) -> float:
+def compare_rows(worker: Worker, block: Block, masks: np.ndarray, *, tolerance: float) -> float:
     """Return the largest difference that a mask per example makes to one mask for all, relative to the largest output.
 
     Args:
         worker: The worker.
         block: A few examples.
         masks: (examples, components) boolean masks, one per example.
+        tolerance: The largest difference that is allowed.
 
     Raises:
         AblationError: When they disagree, since an example was then given another one's mask, or when there is no
@@ -119,10 +129,10 @@ def compare_rows(worker: Worker, block: Block, masks: np.ndarray) -> float:
     found = worker.probe(block, masks[None], np.arange(block.size))[2][0]
     expected = worker.outputs(block, masks).diagonal()
     error = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
-    if error > GATE_TOLERANCE:
+    if error > tolerance:
         raise AblationError(
             f"a mask for every example gives outputs that differ by {error:.1e} of the largest from those of one mask "
-            f"for all, and {GATE_TOLERANCE} is allowed: some layer does not lay the entries of an example out side by "
+            f"for all, and {tolerance:.1g} is allowed: some layer does not lay the entries of an example out side by "
             f"side; exclude it, or collect masks instead of probes"
         )
     return error

@@ -11,7 +11,7 @@ from torch import nn
 import coar
 from coar.ablation import Gates
 from coar.errors import AblationError, OutputError, SettingsError
-from tests import oracles, tiny
+from tests import coverage, oracles, tiny
 
 EXAMPLES, CLASSES = 12, 4
 
@@ -124,6 +124,35 @@ def test_models_of_low_precision_are_near_their_own_kind(dtype, label, tmp_path)
         margins = oracles.read_outputs(logits, pictures().targets, "logsumexp")
         np.testing.assert_allclose(row, margins, atol=0.15 if dtype == torch.bfloat16 else 0.02)
     assert np.isfinite(run.array("probe_outputs")[:, :2]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("label", ["zero", "mean", "position_mean", "peak", "optimal", "resample"])
+@pytest.mark.parametrize("name", ["GPT-2", "torch TransformerEncoder"])
+def test_transformers_of_low_precision_are_near_those_of_full_precision(name, label, dtype, tmp_path):
+    """Though two ways of gating differ by as much as roundings do."""
+    architecture, found = coverage.ARCHITECTURES[name], []
+    for kind in (torch.float32, dtype):
+        model = architecture.make().to(kind)
+        x, given = (v if name == "GPT-2" else v.to(kind) for v in (architecture.inputs(1), architecture.inputs(9)))
+        calibration = coar.Examples(inputs=given, targets=torch.arange(4))
+        ablation = coar.choose_ablation(label, calibration=calibration)
+        if label == "optimal":
+            ablation = coar.Optimal(calibration=calibration, steps=10)
+        examples = coar.Examples(inputs=x, targets=torch.arange(4))
+        what = coar.Study(
+            model=model,
+            examples=examples,
+            components=coar.attention_heads(model),
+            ablation=ablation,
+            sampler=coar.BernoulliSampler(ablated_fraction=0.4),
+        )
+        found.append(outputs(collect(what, tmp_path / f"{kind}.zarr", probes=8)))
+    exact, low = found
+    if label == "peak":  # the fullest bin may be another one
+        assert np.isfinite(low).all()
+    else:
+        np.testing.assert_allclose(low, exact, atol=0.03 * np.abs(exact).max())
 
 
 def test_hooks_of_the_models_owner_go_on_working(tmp_path):

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from coar.ablation import called_sites, following_batch_norms
-from coar.checks import choose_precision, compare_precisions, compare_rows, compare_with_hooks, warn_of_overlap
+from coar.checks import (
+    choose_precision,
+    compare_precisions,
+    compare_rows,
+    compare_with_hooks,
+    gate_tolerance,
+    warn_of_overlap,
+)
 from coar.engines.units import UnitRunner
 from coar.errors import MismatchError
 from coar.sampling import Split
@@ -150,7 +157,8 @@ def try_probe(study: Study, model: nn.Module, *, batch_size: int | None = None) 
     nothing = torch.zeros(study.components.width)
     worker = Worker(model, study.components, nothing, study.output, through_outputs=True, batch_size=batch_size)
     block = worker.load(study.examples, 0, CHECK_ROWS)
-    compare_rows(worker, block, study.sampler.masks("probe", range(block.size), len(study.components)))
+    masks = study.sampler.masks("probe", range(block.size), len(study.components))
+    compare_rows(worker, block, masks, tolerance=gate_tolerance(model))
 
 
 def set_pace(
