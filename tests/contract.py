@@ -61,8 +61,10 @@ def parts(model):
 class Contract:
     """What every ablation owes; a subclass names one, and says what it must put in a component's place."""
 
+    net, examples, parts = staticmethod(net), staticmethod(pictures), staticmethod(parts)
+
     def ablation(self, calibration=None):
-        return coar.choose_ablation(self.label, calibration=calibration or pictures(16, 7))
+        return coar.choose_ablation(self.label, calibration=calibration or self.examples(16, 7))
 
     def constant(self, model, row):
         """The numbers that must replace a component's channels, by means of the oracle."""
@@ -83,11 +85,11 @@ class Contract:
 
     @pytest.fixture
     def study(self):
-        model = net()
+        model = self.net()
         return coar.Study(
             model=model,
-            examples=pictures(EXAMPLES, 1),
-            components=parts(model),
+            examples=self.examples(EXAMPLES, 1),
+            components=self.parts(model),
             ablation=self.ablation(),
             sampler=coar.BernoulliSampler(ablated_fraction=0.3, seed=2),
         )
@@ -172,7 +174,7 @@ class Contract:
         double = study.model.double()
         x = study.examples.inputs.double()
         donors = study.ablation.donors(EXAMPLES)
-        constants = study.ablation.replacements(net(), study.components, batch_size=5).double()
+        constants = study.ablation.replacements(self.net(), study.components, batch_size=5).double()
         gates = Gates(double, study.components, constants, through_outputs=True, donors=donors is not None)
         with gates, torch.no_grad():
             if donors is not None:
@@ -190,19 +192,19 @@ class Contract:
         assert np.abs(gradient).max() > 0.3
 
     def test_the_fingerprint_changes_with_what_numbers_depend_on(self):
-        same, other = self.ablation(pictures(16, 7)), self.other()
+        same, other = self.ablation(self.examples(16, 7)), self.other()
         assert same.settings() == self.ablation().settings()
         assert same.settings() != other.settings()
 
     def other(self):
-        return self.ablation(pictures(16, 8))
+        return self.ablation(self.examples(16, 8))
 
     def test_a_permanent_edit_gives_what_gates_give(self, study, tmp_path):
         run = self.collect(study, tmp_path / "r.zarr")
         rows = [0, 4, 7, 9, 15]
         constants = [tuple(run.replacements[study.components.channels_of([i])].tolist()) for i in rows]
         norms = run.facts["batch_norms"]
-        edited = net()
+        edited = self.net()
         fold(edited, [study.components[i] for i in rows], constants, batch_norms=norms)
         mask = np.ones((1, len(study.components)), dtype=bool)
         mask[0, rows] = False

@@ -11,7 +11,7 @@ from torch import nn
 import coar
 from coar.ablation import ABLATIONS, Gates
 from coar.errors import AblationError, EditError, ExamplesError, SettingsError
-from tests import oracles, test_optimal
+from tests import oracles, test_optimal, test_positions
 from tests.contract import EXAMPLES, Contract, net, parts, pictures
 
 
@@ -152,7 +152,7 @@ class TestResample(Contract):
 
 def test_labels_are_those_of_the_contract():
     here = (TestZeroWeight, TestZeroActivation, TestMean, TestPeak, TestResample)
-    assert set(ABLATIONS) == {cls.label for cls in (*here, test_optimal.TestOptimal, coar.PositionMean)}
+    assert set(ABLATIONS) == {cls.label for cls in (*here, test_optimal.TestOptimal, test_positions.TestPositionMean)}
     with pytest.raises(SettingsError, match="'median'; choose one of zero, zero_activation, mean, position_mean, peak"):
         coar.choose_ablation("median", calibration=pictures(4, 0))
 

@@ -9,6 +9,7 @@ import coar
 from coar.ablation import Gates, fold
 from coar.errors import AblationError, EditError
 from tests import oracles, tiny
+from tests.contract import Contract
 
 LENGTH, TEXTS = 6, 7
 
@@ -40,6 +41,55 @@ def parts(model):
         + coar.neurons(model, include="*.c_fc")
         + coar.modules(model, "*.mlp.act", axis=-1, size=tiny.FEED)
     )
+
+
+class Sequences(nn.Module):
+    """Two layers on every position of a sequence, before an in-place layer, and one on their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, 6), nn.Linear(6, 5), nn.Linear(5, 4)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.second(self.relu(self.first(x).add_(0.2)))).mean(1)) * 3
+
+
+def sequences():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = oracles.rough(Sequences())
+    with torch.no_grad():
+        model.first.weight.mul_(2)
+        model.second.weight.mul_(3)
+    return model
+
+
+def on_sequences(count, seed):
+    x = torch.randn(count, 5, 3, generator=torch.Generator().manual_seed(seed)) + torch.arange(5.0)[:, None] / 2
+    return coar.Examples(inputs=x, targets=torch.arange(count) % 4)
+
+
+class TestPositionMean(Contract):
+    """Means over examples, position by position."""
+
+    label = "position_mean"
+    net, examples = staticmethod(sequences), staticmethod(on_sequences)
+
+    @staticmethod
+    def parts(model):
+        return coar.neurons(model, include=["first", "second"]) + coar.input_features(model, include="second")
+
+    def constant(self, model, row):
+        (passed,) = oracles.held(model, self.examples(16, 7).inputs, [(row.site, row.side)])[row.site, row.side]
+        return [[sum(text[at, row.position].item() for text in passed) / len(passed)] for at in range(5)]
+
+    def test_a_permanent_edit_gives_what_gates_give(self, study, tmp_path):
+        run = self.collect(study, tmp_path / "r.zarr")
+        assert run.replacements.shape == (5, study.components.width)
+        goal = coar.EditGoal(targets="label == 1", references="label != 1", direction="decrease")
+        with pytest.raises(EditError, match=r"by other means at every position, which no weights can hold"):
+            coar.edit(coar.fit(run, progress=False), goal, budget=2).apply(study.model)
 
 
 @pytest.mark.parametrize("left", [False, True])
