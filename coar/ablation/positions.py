@@ -5,7 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from coar.ablation.by_hook import Hooked, check_features
+from coar.ablation.by_hook import Hooked, ModuleSide, check_features
+from coar.ablation.channels import Channels
 from coar.ablation.replacements import Calibrated
 from coar.ablation.statistics import Place, places, walk
 from coar.components import Components
@@ -16,9 +17,9 @@ class PositionMean(Calibrated):
     """Replace each channel of a component, at each position of a sequence, by its mean there over calibration examples.
 
     So an ablated component still tells where a token stands, but not what any text says there (Wang et al. 2023,
-    "Interpretability in the wild"). Positions are counted along the inputs, padding included; a text does
-    not count where it has padding. Such means are for sequences that are alike position by position, and no longer than
-    those of the calibration examples. They cannot become permanent in the weights.
+    "Interpretability in the wild"). Positions are counted along the inputs, padding included; a text does not count
+    where it has padding. Such means are for sequences that are alike position by position, and no longer than those of
+    the calibration examples. They cannot become permanent in the weights.
     """
 
     label: ClassVar[str] = "position_mean"
@@ -61,21 +62,25 @@ class PositionMean(Calibrated):
 class PositionGate(Hooked):
     """Turns what passes, y, into keep * y + (1 - keep) * constants, one for each channel at each position."""
 
+    def __init__(self, module: nn.Module, site: str, side: ModuleSide, axis: int, channels: Channels) -> None:
+        super().__init__(module, site, side, axis, channels)
+        self._constants = channels.replacement  # (positions, channels)
+        self._known = (~channels.replacement.isnan().any(-1)).tolist()  # asked at every call, so not on the device
+
     def _change(self, y: Tensor, keep: Tensor) -> Tensor:
-        constants = self.channels[0].replacement  # (positions, channels)
         if y.ndim != 3:
             raise _without_positions(self.site, f"{tuple(y.shape)} entries")
         if self._side == "module":
-            check_features(y, self.site, self._axis, constants.shape[-1])
+            check_features(y, self.site, self._axis, self._constants.shape[-1])
         here = 3 - self._axis % 3  # the axis of positions
-        known = constants[: y.shape[here]]
-        if len(known) < y.shape[here] or known.isnan().any():
+        length = y.shape[here]
+        if sum(self._known[:length]) < length:
             raise AblationError(
-                f"{self.site!r} works on sequences of {y.shape[here]} positions, and the calibration examples have "
-                f"tokens at {int((~constants.isnan().any(-1)).sum())} of these; give calibration examples that are as "
-                f"long, or cut positions that are padding everywhere"
+                f"{self.site!r} works on sequences of {length} positions, and the calibration examples have tokens at "
+                f"{sum(self._known[:length])} of these; give calibration examples that are as long, or cut positions "
+                f"that are padding everywhere"
             )
-        wanted = known if here == 1 else known.T
+        wanted = self._constants[:length] if here == 1 else self._constants[:length].T
         return torch.lerp(wanted.to(y.dtype)[None], y, self._laid(y, keep), out=self._room(y))
 
 
