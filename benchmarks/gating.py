@@ -1,6 +1,6 @@
 """What a gated forward pass costs over a plain one, and what it saves to let masks share a pass.
 
-    COAR_DATA=/path/to/folder OMP_NUM_THREADS=1 python benchmarks/gating.py    # 10 minutes on a quiet core
+    COAR_DATA=/path/to/folder OMP_NUM_THREADS=1 python benchmarks/gating.py    # 20 minutes on a quiet core
     python benchmarks/gating.py --models digits resnet20 --repeats 21
 
 Every number is a ratio of processor times, taken in turns, plain and gated by way of every ablation, and then the
