@@ -14,7 +14,7 @@ import argparse
 import importlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,12 +41,13 @@ class Size:
     probes: int
     test_masks: int
     edits: bool = False
+    again: tuple[float, ...] = ()  # fractions at which optimal constants are trained too, for the loss there
 
 
 SIZES = {
     "digits": Size(400, 397, 40, 200, 96, 50, edits=True),
     "cifar10": Size(96, 128, 10, 60, 48, 20, edits=True),
-    "gpt2": Size(48, 64, 20, 100, 64, 30),
+    "gpt2": Size(48, 64, 20, 100, 64, 30, again=(0.40,)),
     "sentence_embeddings": Size(12, 12, 6, 30, 24, 12),
 }
 
@@ -128,6 +129,18 @@ def measured(name: str, label: str) -> dict[str, Any]:
     return found
 
 
+def trained_there(name: str, at: float) -> float:
+    """Return the loss at a fraction by optimal constants that were trained at it, from the disk where it was before."""
+    done = FOLDER / f"{name}-optimal-{at}.json"
+    if not done.exists():
+        module = importlib.import_module(f"pipelines.{name}")
+        study = module.study(ablation="optimal")
+        optimal = study.ablation.model_copy(update={"ablated_fraction": at})
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.write_text(json.dumps(losses(module, replace(study, ablation=optimal), SIZES[name])) + "\n")
+    return float(json.loads(done.read_text())[str(at)])
+
+
 def tables(name: str, found: dict[str, dict[str, Any]]) -> str:
     """Return the tables of one pipeline in Markdown."""
     at = [str(fraction) for fraction in FRACTIONS]
@@ -148,6 +161,8 @@ def tables(name: str, found: dict[str, dict[str, Any]]) -> str:
         ]
         named = ", ".join(f"`{label}`" for label in others)
         lines += ["", f"Fractions at which `optimal` loses more than one of {named}: {', '.join(worse) or 'none'}."]
+        for fraction in SIZES[name].again:
+            lines += ["", f"Trained at {fraction}, `optimal` loses {trained_there(name, fraction):.4f} there."]
     edits = {label: one["edit"] for label, one in found.items() if "edit" in one}
     if edits:
         lines += ["", f"Forgetting class {LABEL}, {BUDGET} components at most, change of accuracy in points:", ""]
