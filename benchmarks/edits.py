@@ -4,8 +4,9 @@
     python benchmarks/edits.py --pipelines digits --tasks forget --seeds 0
 
 Attributions come from probes, with a mask seed each, or with a training seed each where the pipeline trains its model.
-Components are chosen on choosing examples and judged on others. CIFAR-10's classes are forgotten by attributions of
-training pictures, so that all test pictures are left to judge on. The rules that only rank are given the numbers of
+Components are chosen on choosing examples and judged on others. On CIFAR-10 the studied examples beside the errors to
+fix, and all others that a choice is made on, are training pictures, so that all test pictures are left to judge on, but
+the one that is fixed. The rules that only rank are given the numbers of
 components that suit them best on the very examples they are judged on, the fewest with the verified choice's effect and
 the best with no more than its harm, so that the comparison errs in their favour.
 
@@ -26,6 +27,7 @@ from typing import Any
 
 import edits_report
 import numpy as np
+import torch
 
 import coar
 from coar.editing import effect_curve, welch_t
@@ -89,12 +91,24 @@ def case(name: str, module: ModuleType, task: str, seed: int) -> Case:
     study = module.study(**{"training_seed" if "training_seed" in known else "seed": seed})
     more, judge = module.choosing() if hasattr(module, "choosing") else None, module.judge()
     label = name
-    if (name, task) == ("cifar10", "forget"):
-        label = "cifar10-training-pictures"
-        study = replace(study, examples=module.examples("train", slice(3_000, 3_000 + module.STUDIED)))
-        judge = module.examples("test", slice(None))
+    if name == "cifar10":
+        label, judge = "cifar10-training-pictures", module.examples("test", slice(None))
+        examples = module.examples("train", slice(3_000, 3_000 + module.STUDIED))
+        if task == "fix":
+            label, examples = "cifar10-errors", with_errors(study, examples)
+        study = replace(study, examples=examples)
     run = coar.collect(study, f"runs/edits/{label}-{seed}.zarr", masks=0, probes=PROBES, progress=False)
     return Case(seed, study, run, more, judge, getattr(module, "GOAL", None))
+
+
+def with_errors(study: coar.Study, examples: coar.Examples) -> coar.Examples:
+    """Return a study's misclassified examples, and after them those of others that are classified correctly."""
+    errors = study.examples.subset(margins(study.model, study.examples) <= 0)
+    others = examples.subset(margins(study.model, examples) > 0)
+    both = [part.block(0, len(part)) for part in (errors, others)]
+    ids = np.concatenate([np.asarray(part.metadata["id"]) for part in (errors, others)])
+    inputs, targets = (torch.cat(values) for values in zip(*both, strict=True))
+    return coar.Examples(inputs=inputs, targets=targets, metadata={"id": ids})
 
 
 def goals(case: Case, task: str) -> Iterator[tuple[str, coar.EditGoal]]:
@@ -116,8 +130,18 @@ def goals(case: Case, task: str) -> Iterator[tuple[str, coar.EditGoal]]:
         yield "all", case.goal
 
 
-def chosen(case: Case, task: str, goal: coar.EditGoal, rule: str) -> tuple[np.ndarray, list[int], int]:
-    """Return a rule's order of components, the numbers of them to judge, and the passes that the choice took."""
+@dataclass(frozen=True)
+class Chosen:
+    """What a rule chose: an order of components, the numbers of them to judge, constants, and passes it took."""
+
+    order: np.ndarray
+    counts: list[int]
+    constants: np.ndarray | None = None
+    passes: int = 0
+
+
+def chosen(case: Case, task: str, goal: coar.EditGoal, rule: str) -> Chosen:
+    """Choose components by a rule."""
     d = len(case.study.components)
     if rule == "verified":
         settings = {"bound": REPAIR, "seed": case.seed, "progress": False, **SEARCHES.get(task, {})}
@@ -125,40 +149,46 @@ def chosen(case: Case, task: str, goal: coar.EditGoal, rule: str) -> tuple[np.nd
         try:
             found = choose(case.ground, goal, **settings)
         except coar.errors.BoundError:
-            return np.zeros(0, dtype=np.int64), [0, 0], case.ground.passes - spent
+            return Chosen(np.zeros(0, dtype=np.int64), [0, 0], passes=case.ground.passes - spent)
         order = np.array([case.study.components.index(one.name) for one in found.edit.components])
-        return order, [0, len(order)], found.passes
+        return Chosen(order, [0, len(order)], found.edit.constants(case.fitted), found.passes)
     counts = [count for count in COUNTS if count <= (d if task != "fix" else 20)]
     if rule == "random":
-        return np.random.default_rng(case.seed).permutation(d), counts, 0
-    return ranking(welch_t(case.attributions(rule), goal), goal), counts, 0
+        return Chosen(np.random.default_rng(case.seed).permutation(d), counts)
+    return Chosen(ranking(welch_t(case.attributions(rule), goal), goal), counts)
 
 
 def judged(case: Case, task: str, goal: coar.EditGoal, rule: str) -> dict[str, Any]:
     """Choose and judge: accuracy on targets and references against the number of components."""
     start, cpu = time.perf_counter(), time.process_time()
-    order, counts, passes = chosen(case, task, goal, rule)
+    choice = chosen(case, task, goal, rule)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     attributions, model = case.attributions(rule), case.study.model
     metadata = {key: np.asarray(column) for key, column in case.judge.metadata.items()}
-    seen = effect_curve(model, attributions, order, case.judge, counts=counts) > 0
+
+    def right(examples: coar.Examples) -> np.ndarray:
+        order, counts, constants = choice.order, choice.counts, choice.constants
+        return effect_curve(model, attributions, order, examples, counts=counts, constants=constants) > 0
+
+    seen = right(case.judge)
     if task == "fix":
         (target,) = goal.targets
-        own = effect_curve(model, attributions, order, case.study.examples.subset([target]), counts=counts) > 0
-        targets, references = own.mean(1), np.arange(len(case.judge))
+        targets = right(case.study.examples.subset([target])).mean(1)
+        references = np.flatnonzero(metadata["id"] != case.study.examples.metadata["id"][target])
     else:
         rows, references = goal.resolve(metadata)
         targets = seen[:, rows].mean(1)
     of = goal.groups_of(metadata, references)
     lost = np.stack([seen[:, references[of == group]].mean(1) for group in np.unique(of)])  # (groups, counts)
     points = 100 * (lost - lost[:, :1])
-    others = 100 * (seen.mean(1) - seen[0].mean()) if task == "fix" else points.mean(0)
+    overall = 100 * seen[:, references].mean(1)
+    others = overall - overall[0] if task == "fix" else points.mean(0)
     found = {
-        "components": counts,
+        "components": choice.counts,
         "targets": (100 * targets).tolist(),
         "others_points": others.tolist(),
         "worst_points": points.min(0).tolist(),
-        "passes": passes,
+        "passes": choice.passes,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
     }

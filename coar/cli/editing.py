@@ -34,6 +34,7 @@ def edit(
     task: Annotated[str | None, typer.Option(help="forget, fix, group, backdoor or typographic.")] = None,
     label: Annotated[int | None, typer.Option(help="The class to forget.")] = None,
     rule: Annotated[str | None, typer.Option(help="verified (default with --pipeline), welch or predicted.")] = None,
+    constants: Annotated[str, typer.Option(help="goal to train what components become, run for the run's.")] = "goal",
     harm: Annotated[float | None, typer.Option(help="Points that references may lose on average.")] = None,
     group_harm: Annotated[float | None, typer.Option(help="Points that any group of them may lose.")] = None,
     name: Annotated[str, typer.Option(help="Name of an edit by --targets, and of its folder.")] = "edit",
@@ -59,8 +60,9 @@ def edit(
         _without_trying(attributions, goal, rule or "welch", budget, None if dry_run else folder / name / "edit.json")
         return
     asked = _Asked(task, goal, name, label)
-    options = {"budget": budget, "rule": rule or "verified", "device": device, "precision": precision}
-    result, model = _run_task(run, pipeline, attributions, asked, options | _bound(harm, group_harm))
+    options = {"budget": budget, "rule": rule or "verified", "constants": constants, "device": device}
+    options |= {"precision": precision, **_bound(harm, group_harm)}
+    result, model = _run_task(run, pipeline, attributions, asked, options)
     _tell(result, model, None if dry_run else folder)
 
 
@@ -173,7 +175,9 @@ def _tell(result: "TaskResult", model: "nn.Module", folder: Path | None) -> None
     show(result.table)
     passes = sum(chosen.passes for chosen in result.selections)
     count = "1 edit" if len(result.edits) == 1 else f"{len(result.edits)} edits"
-    typer.echo(f"{count}, chosen by {passes:,} forward passes of one example")
+    made = sum(chosen.constants == "goal" for chosen in result.selections)
+    told = f", {made} of them with constants made for the goal" if made else ""
+    typer.echo(f"{count}{told}, chosen by {passes:,} forward passes of one example")
     if folder is None:
         for made in result.edits:
             show(made.to_pandas())

@@ -17,7 +17,7 @@ DECAY = (0.8, 0.99)  # of the running means of slopes and of their squares (Adam
 
 
 @dataclass
-class _Adam:
+class Adam:
     """Running means of slopes, and steps of even size from them."""
 
     slope: np.ndarray
@@ -62,8 +62,8 @@ def descend(
         told: Called after each step.
     """
     rng = np.random.default_rng(seed)
-    drawn = [_Draw(rows, objective.weights, rng) for rows in (objective.targets, objective.references)]
-    gates, adam = np.ones(trials.components), _Adam(np.zeros(len(free)), np.zeros(len(free)))
+    drawn = [Draw(rows, objective.weights, rng) for rows in (objective.targets, objective.references)]
+    gates, adam = np.ones(trials.components), Adam(np.zeros(len(free)), np.zeros(len(free)))
     least = cost
     for step in range(steps):
         (some, their_shares), (others, other_shares) = (draw(n) for draw, n in zip(drawn, BATCH, strict=True))
@@ -81,7 +81,7 @@ def descend(
     return gates
 
 
-class _Draw:
+class Draw:
     """Draws examples evenly over groups, with the share of the trade-off that each stands for."""
 
     def __init__(self, rows: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> None:
@@ -89,6 +89,7 @@ class _Draw:
         self._chances = weights[rows] / self._total
 
     def __call__(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return so many examples, or all there are, and their shares."""
         if count >= len(self._rows):
             return self._rows, self._total * self._chances
         chosen = self._rng.choice(self._rows, count, replace=False, p=self._chances)

@@ -71,6 +71,18 @@ class Edit:
         fold(edited, self.components, self.replacements, batch_norms=self.batch_norms)
         return edited
 
+    def constants(self, attributions: Attributions) -> np.ndarray:
+        """Return the (components.width,) constants of attributions, with this edit's for its own components.
+
+        Raises:
+            ComponentError: When the edit has a component that the attributions do not know.
+        """
+        table = attributions.components
+        flat = np.array(attributions.facts["replacements"], dtype=np.float32)
+        for component, value in zip(self.components, self.replacements, strict=True):
+            flat[table.channels_of([table.index(component.name)])] = value
+        return flat
+
     def keep(self, model: nn.Module) -> "Edit":
         """Return this edit with the numbers that it takes out of the model's weights, so that it can be undone.
 
@@ -123,7 +135,7 @@ class Edit:
             elif mine[component] != value:
                 raise EditError(
                     f"{component.name!r} is replaced by {mine[component]} in one edit and by {value} in the other; "
-                    f"take it out of one, or make both with the same ablation"
+                    f"take it out of one, or make both with the same ablation and constants='run'"
                 )
         parts = zip(*more, strict=True) if more else ((), (), ())
         components, values, scores = (tuple(part) for part in parts)
@@ -224,15 +236,21 @@ def edit(attributions: Attributions, goal: EditGoal, *, budget: int) -> Edit:
 
 
 def edit_of(
-    attributions: Attributions, goal: EditGoal, indices: Sequence[int] | np.ndarray, scores: np.ndarray
+    attributions: Attributions,
+    goal: EditGoal,
+    indices: Sequence[int] | np.ndarray,
+    scores: np.ndarray,
+    *,
+    constants: np.ndarray | None = None,
 ) -> Edit:
-    """Return the edit that ablates these components, in this order."""
+    """Return the edit that ablates these components, in this order, by default with the run's constants."""
     facts, table = attributions.facts, attributions.components
+    flat = facts["replacements"] if constants is None else constants.tolist()
     components = tuple(table[int(i)] for i in indices)
     sites = {component.site for component in components}
     return Edit(
         components,
-        tuple(_constant([facts["replacements"][n] for n in table.channels_of([int(i)])]) for i in indices),
+        tuple(_constant([flat[n] for n in table.channels_of([int(i)])]) for i in indices),
         tuple(float(scores[int(i)]) for i in indices),
         goal,
         str(facts["fingerprint"]["ablation"]["name"]),

@@ -27,6 +27,7 @@ def effect_curve(
     examples: Examples,
     *,
     counts: Sequence[int],
+    constants: np.ndarray | None = None,
     device: str = "auto",
 ) -> np.ndarray:
     """Return (counts, examples) margins against the largest other logit as components are ablated in an order.
@@ -39,12 +40,16 @@ def effect_curve(
         order: Component indices, the first to ablate in front.
         examples: The examples to run.
         counts: How many of them to ablate, 0 for none.
+        constants: (components.width,) constants that replace them, such as `edit.constants(attributions)`; by default
+            those of the attributions.
         device: Where to compute.
     """
     masks = np.ones((len(counts), len(attributions.components)), dtype=bool)
     for row, count in enumerate(counts):
         masks[row, np.asarray(order)[:count]] = False
-    replacements = torch.tensor(attributions.facts["replacements"], dtype=torch.float32)
+    replacements = torch.tensor(
+        attributions.facts["replacements"] if constants is None else constants, dtype=torch.float32
+    )
     copy, output = device_copy(model, choose_device(device)), CorrectClassMargin(against="largest")
     worker = Worker(copy, attributions.components, replacements, output, batch_norms=attributions.facts["batch_norms"])
     return worker.outputs(worker.load(examples, 0, len(examples)), masks)

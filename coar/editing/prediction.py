@@ -10,7 +10,7 @@ from coar.attributions import Attributions
 from coar.editing.edits import Edit, check_budget, edit_of
 from coar.editing.goals import EditGoal
 from coar.editing.ranking import group_means, moments, noise, ranking, welch_t
-from coar.errors import GoalError, SettingsError
+from coar.errors import EditError, GoalError, SettingsError
 
 CANDIDATES = 2_000  # components that the programme chooses from; it has one unknown for each
 WITHIN = 1.96  # standard errors on either side of a 95 % interval
@@ -58,7 +58,8 @@ def predict_edit(attributions: Attributions, edit: Edit, *, goal: EditGoal | Non
     The prediction adds up weights, so it takes no notice of components that stand in for each other. Its interval
     covers the errors of the fitted weights, as if these went together in all examples and were independent between
     components; and, where the fit tells it, the scatter of outputs under random masks about the linear prediction,
-    scaled to as many components as are ablated.
+    scaled to as many components as are ablated. Attributions know what happens when components become the constants of
+    their run, so an edit with constants made for its goal is not predicted.
 
     Args:
         attributions: The attributions that the edit was chosen by.
@@ -68,7 +69,13 @@ def predict_edit(attributions: Attributions, edit: Edit, *, goal: EditGoal | Non
     Raises:
         GoalError: When the edit has no goal and none is given.
         ComponentError: When the edit has a component that the attributions do not know.
+        EditError: When the edit's constants are not those of the attributions' run.
     """
+    if not np.array_equal(edit.constants(attributions), np.float32(attributions.facts["replacements"])):
+        raise EditError(
+            "this edit has constants made for its goal, or of another run, and attributions only predict what the "
+            "constants of their own run do; judge the edit on examples, or choose with constants='run'"
+        )
     goal = goal or edit.goal
     if goal is None:
         raise GoalError("the edit has no goal of its own, since it joins edits with different ones; give goal=")

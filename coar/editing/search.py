@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from coar.editing.constants import train
 from coar.editing.tradeoff import Objective, Outcome
 from coar.editing.trials import Trials
 
@@ -13,6 +14,8 @@ FULL, JOINED = 3, 4  # sets that are then tried on all examples, and single step
 FLIPS, PATH = 12, 12  # additions and drops per round, sets along a path
 ROUNDS, RESCUES = 2, 4  # rounds of additions and drops, and further ones as long as the bound is broken
 PENALTY = 20.0  # of a broken bound in the first rounds, in units of the trade-off per unit of accuracy
+SHARES = (1.0, 0.6, 0.3)  # of the way to trained constants, tried in turn until the bound holds
+CARE = 2.0  # by how much harm weighs more in the next training when trained constants break the bound
 DEARER = 4.0  # by how much the penalty grows with every further round
 
 
@@ -24,11 +27,13 @@ class Tried:
         ablated: The components, the most important first.
         margins: (examples,) margins with them ablated.
         outcome: What that amounts to.
+        constants: (components.width,) constants that replaced them.
     """
 
     ablated: tuple[int, ...]
     margins: np.ndarray
     outcome: Outcome
+    constants: np.ndarray
 
 
 @dataclass
@@ -43,6 +48,7 @@ class Search:
         told: Called after each set of trials.
         penalty: What breaking the bound costs.
         since: From which of the sets tried the search goes on; a new stage does not go back to those before it.
+        care: How much more harm weighs when constants are trained.
         near: How many references, those nearest to the edge, sets are tried on; the others count as unchanged. By
             default all.
     """
@@ -54,11 +60,13 @@ class Search:
     told: Callable[[], object] = lambda: None
     penalty: float = PENALTY
     since: int = 0
+    care: float = 1.0
     near: int | None = None
 
     def __post_init__(self) -> None:
         self._rows = self._nearest(self.objective.base, len(self.objective.targets), self.near)
-        self.tried.append(Tried((), self.objective.base, self.objective.outcome(self.objective.base)))
+        outcome = self.objective.outcome(self.objective.base)
+        self.tried.append(Tried((), self.objective.base, outcome, self.trials.constants))
 
     @property
     def best(self) -> Tried:
@@ -74,12 +82,14 @@ class Search:
         """Return the trade-off, with the penalty for a broken bound."""
         return outcome.value + self.penalty * outcome.excess
 
-    def try_out(self, sets: Sequence[tuple[int, ...]]) -> list[Tried]:
-        """Try sets on all examples."""
+    def try_out(self, sets: Sequence[tuple[int, ...]], constants: np.ndarray) -> list[Tried]:
+        """Try sets on all examples, with constants in their place."""
         if not sets:
             return []
-        margins = self._margins(sets, self._rows, self.objective.base)
-        found = [Tried(one, row, self.objective.outcome(row)) for one, row in zip(sets, margins, strict=True)]
+        margins = self._margins(sets, self._rows, self.objective.base, constants)
+        found = [
+            Tried(one, row, self.objective.outcome(row), constants) for one, row in zip(sets, margins, strict=True)
+        ]
         self.tried += found
         self.told()
         return found
@@ -106,6 +116,25 @@ class Search:
             if not broken and not any(self._pays(one, now) for one in found):
                 return
 
+    def tailor(self, *, seed: int) -> bool:
+        """Train the constants of the leading set, and say whether that pays.
+
+        Where the trained constants break the bound, some part of the way to them is tried.
+        """
+        now = self.leading
+        if not now.ablated:
+            return False
+        objective = self.objective.careful(self.care)
+        trained = train(self.trials, objective, now.ablated, start=now.constants, seed=seed)
+        for share in SHARES:
+            constants = now.constants + np.float32(share) * (trained - now.constants)
+            (found,) = self.try_out([now.ablated], constants)
+            if found.outcome.excess == 0:
+                break
+            if share == SHARES[0]:
+                self.care *= CARE
+        return self._pays(self.leading, now)
+
     def _step(self, now: Tried, free: np.ndarray) -> list[Tried]:
         """Try each promising flip of a component on few examples, and the best, alone and together, on all."""
         rows = self._screen()
@@ -119,17 +148,20 @@ class Search:
         """Try sets on few examples, and those that did best there on all."""
         allowed = [one for one in sets if 0 < len(one) <= self.budget]
         costs = self._costs(allowed, now, rows)
-        return self.try_out([allowed[i] for i in np.sort(np.argsort(costs, kind="stable")[:FULL])])
+        return self.try_out([allowed[i] for i in np.sort(np.argsort(costs, kind="stable")[:FULL])], now.constants)
 
     def _costs(self, sets: Sequence[tuple[int, ...]], now: Tried, rows: np.ndarray) -> list[float]:
         """Return the cost of each set, tried on few examples; the others stay as they are now."""
-        return [self.cost(self.objective.outcome(row)) for row in self._margins(sets, rows, now.margins)]
+        return [self.cost(self.objective.outcome(row)) for row in self._margins(sets, rows, now.margins, now.constants)]
 
-    def _margins(self, sets: Sequence[tuple[int, ...]], rows: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    def _margins(
+        self, sets: Sequence[tuple[int, ...]], rows: np.ndarray, rest: np.ndarray, constants: np.ndarray
+    ) -> np.ndarray:
         """Return (sets, examples) margins, by trials on these rows and as given on the rest."""
         margins = np.repeat(rest[None], len(sets), axis=0)
         if len(sets):
-            margins[:, rows] = self.trials.margins(np.stack([self.trials.mask(one) for one in sets]), rows)
+            keeps = np.stack([self.trials.mask(one) for one in sets])
+            margins[:, rows] = self.trials.margins(keeps, rows, constants=constants)
         return margins
 
     def _pays(self, new: Tried, old: Tried) -> bool:
@@ -145,7 +177,7 @@ class Search:
         """Return the components that, by a probe at the present set, it would pay most to ablate or to take back."""
         few = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).round().astype(int)]
         keep = self.trials.mask(now.ablated)
-        _, slopes = self.trials.slopes(keep.astype(float), few)
+        _, slopes = self.trials.slopes(keep.astype(float), few, constants=now.constants)
         scales, weights = self.objective.scales[few], self.objective.weights[few]
         moved = now.margins[few, None] + slopes * np.where(keep, -1, 1)  # (examples, components), by first order
         values = weights @ np.tanh(moved / scales[:, None] / 2)

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 STAGES = ((160, 40, 1.0), (1_000, 320, 0.1))  # candidates, components, and the cost of each next to the usual one
 OPEN = 0.1  # share of targets that may be left unchanged before the search is widened
+TAILORED = 3  # times that constants are trained, as long as that pays
 Rule = Literal["verified", "welch"]
+Constants = Literal["goal", "run"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Selection:
         steps: Every set that was tried on all choosing examples, in that order: number of components, trade-off,
             accuracy of targets, accuracy lost by references on average and in the worst group, and whether the set
             keeps within the bound.
+        constants: `goal` where the edit has constants that were made for the goal, `run` where it has those of the run.
         passes: Forward passes of one example that the choice took; a forward and backward pass counts as three.
         examples: How many examples it was made on.
     """
@@ -49,6 +52,7 @@ class Selection:
     before: Outcome
     after: Outcome
     steps: "pd.DataFrame"
+    constants: Constants
     passes: int
     examples: int
 
@@ -60,6 +64,8 @@ class Options(TypedDict, total=False):
         budget: The most components to ablate; by default as many as the trade-off asks for, 320 at most, and 40 by the
             rule `welch`.
         rule: `verified` or `welch`.
+        constants: `goal` to train what the components become for the goal, by the rule `verified`, and keep that where
+            it is better; `run` for the constants of the attributions' run.
         tradeoff: How gain and harm are weighed.
         bound: The most accuracy that references may lose on the choosing examples.
         seed: Which examples the probes draw.
@@ -70,6 +76,7 @@ class Options(TypedDict, total=False):
 
     budget: int | None
     rule: Rule
+    constants: Constants
     tradeoff: TradeOff | None
     bound: Bound | None
     seed: int
@@ -138,7 +145,7 @@ def select(
 
     `verified` takes the components that attributions find promising, moves gates on all of them at once down the slope
     of the trade-off by probes around the partly edited model, tries the sets that this leads to, and goes on from the
-    best by adding and dropping components, each tried out. Where that leaves more than a tenth of the targets
+    best by adding and dropping components, each tried out. Then it trains what the components become. Where that leaves more than a tenth of the targets
     unchanged, it starts again with more candidates, each of which costs less. `welch` tries the first components of
     the published ranking (Shah et al. 2024, section 5) in different numbers. Of all sets tried on all choosing
     examples, the one with the best trade-off within the bound is taken.
@@ -151,12 +158,12 @@ def select(
         choosing: Further examples to choose on; they need no attributions.
         device: Where to compute.
         precision: Precision of the search; the choice itself is checked in float32.
-        options: Any of `Options`: budget, rule, tradeoff, bound, seed, steps, near, progress.
+        options: Any of `Options`: budget, rule, constants, tradeoff, bound, seed, steps, near, progress.
 
     Raises:
         GoalError: When the goal does not fit the examples, or is reached already.
         BoundError: When nothing within the bound comes nearer to the goal.
-        SettingsError: When the budget is out of range or there is no such rule.
+        SettingsError: When the budget is out of range or there is no such rule, or no such constants.
     """
     _check_options(options, len(attributions.components))
     welch_t(attributions, goal)  # refuses a goal that does not fit before anything is run
@@ -183,16 +190,28 @@ def choose(ground: Ground, goal: EditGoal, **options: Unpack[Options]) -> Select
         search.follow(ranking(scores, goal))
     else:
         with _telling(search, steps, shown=options.get("progress", True)):
-            free = _explore(search, goal, attributions, steps=steps, seed=options.get("seed", 0))
+            seed, tailored = options.get("seed", 0), options.get("constants", "goal") == "goal"
+            free = _explore(search, goal, attributions, steps=steps, seed=seed, tailored=tailored)
     exact = _confirmed(search, ground.plain, free)
     best = exact.best
     _check_neared(exact if len(exact.tried) > 1 else search, best, goal)
-    edit = edit_of(attributions, goal, best.ablated, scores).keep(ground.model)
+    edit = edit_of(attributions, goal, best.ablated, scores, constants=best.constants).keep(ground.model)
     passes = ground.passes - spent
-    return Selection(edit, search.tried[0].outcome, best.outcome, _steps(search), passes, len(ground.examples))
+    usual = np.array_equal(best.constants, ground.plain.constants)
+    return Selection(
+        edit=edit,
+        before=search.tried[0].outcome,
+        after=best.outcome,
+        steps=_steps(search),
+        constants="run" if usual else "goal",
+        passes=passes,
+        examples=len(ground.examples),
+    )
 
 
-def _explore(search: Search, goal: EditGoal, attributions: Attributions, *, steps: int, seed: int) -> np.ndarray:
+def _explore(
+    search: Search, goal: EditGoal, attributions: Attributions, *, steps: int, seed: int, tailored: bool
+) -> np.ndarray:
     """Search among few candidates, and among more where these do not bring the targets where they shall be.
 
     Return the candidates, the more where there were two searches.
@@ -214,16 +233,21 @@ def _explore(search: Search, goal: EditGoal, attributions: Attributions, *, step
         closed = np.argsort(gates, kind="stable")[: int((gates < 0.9).sum())]
         search.follow(closed, least=int((gates < 0.3).sum()))
         search.refine(free)
+        for _ in range(TAILORED if tailored else 0):
+            if not search.tailor(seed=seed):
+                break
         if search.objective.open(search.best.outcome) <= OPEN or budget <= most:
             break
     return free
 
 
 def _check_options(options: Options, components: int) -> int:
-    """Return the most components to ablate; raise `SettingsError` for a budget out of range or an unknown rule."""
-    rule, budget = options.get("rule", "verified"), options.get("budget")
+    """Return the most components to ablate; raise `SettingsError` for options out of range or unknown."""
+    rule, budget, constants = options.get("rule", "verified"), options.get("budget"), options.get("constants", "goal")
     if rule not in ("verified", "welch"):
         raise SettingsError(f"unknown rule {rule!r}; choose verified or welch")
+    if constants not in ("goal", "run"):
+        raise SettingsError(f"unknown constants {constants!r}; choose goal or run")
     most = STAGES[0][1] if rule == "welch" else STAGES[-1][1]
     return min(most, components) if budget is None else check_budget(budget, components)
 
@@ -263,7 +287,7 @@ def _confirmed(search: Search, plain: Trials, free: np.ndarray) -> Search:
     exact = Search(plain, search.objective, search.budget)
     within = [one for one in search.tried if one.outcome.excess == 0 and one.ablated]
     for one in sorted(within, key=lambda one: one.outcome.value):
-        exact.try_out([one.ablated])
+        exact.try_out([one.ablated], one.constants)
         if exact.best.ablated:
             return exact
     if within and len(free):

@@ -298,7 +298,8 @@ def _repair(
 def _along(edit: Edit, attributions: Attributions, model: nn.Module, examples: Examples, device: str) -> np.ndarray:
     """Return (components + 1, examples) margins as an edit's components are ablated one after another."""
     order = [attributions.components.index(component.name) for component in edit.components]
-    return effect_curve(model, attributions, order, examples, counts=range(len(order) + 1), device=device)
+    counts, constants = range(len(order) + 1), edit.constants(attributions)
+    return effect_curve(model, attributions, order, examples, counts=counts, constants=constants, device=device)
 
 
 def _before_and_after(own: np.ndarray, others: np.ndarray) -> dict[str, Any]:

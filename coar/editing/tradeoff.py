@@ -1,6 +1,6 @@
 """What is gained on targets against what is lost on references: the trade-off, and the bound on harm."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -90,6 +90,10 @@ class Objective:
         weights[references] = tradeoff.harm / len(sizes) / sizes[group[references]]
         scales[references] = -tradeoff.reference_scale
         return cls(weights, scales, group, base, bound)
+
+    def careful(self, factor: float) -> Self:
+        """Return the objective with references that weigh more by a factor."""
+        return replace(self, weights=self.weights * np.where(self.group == -1, 1.0, factor))
 
     @property
     def targets(self) -> np.ndarray:

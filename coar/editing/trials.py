@@ -1,17 +1,21 @@
 """Trials: what sets of components do to choosing examples, told by passes through the gated model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import nn
 
+from coar.ablation.statistics import moments
 from coar.attributions import Attributions
 from coar.examples import Examples
-from coar.outputs import CorrectClassMargin
+from coar.outputs import CorrectClassMargin, Output
 from coar.worker import Block, Precision, Worker, choose_device, device_copy
 
 PROBE_COST = 3  # a probe's forward and backward pass, in forward passes
+MEASURED = 500  # examples that tell how much a component varies
+LARGEST, SMOOTH = CorrectClassMargin(against="largest"), CorrectClassMargin()
 
 
 class Trials:
@@ -26,6 +30,7 @@ class Trials:
         batch_size: Most examples per forward pass; by default what suits the device.
 
     Attributes:
+        constants: (components.width,) constants of the attributions, one per channel.
         passes: Passes of one example so far; a probe counts as three.
     """
 
@@ -39,47 +44,61 @@ class Trials:
         precision: Precision = "float32",
         batch_size: int | None = None,
     ) -> None:
-        constants = torch.tensor(attributions.facts["replacements"], dtype=torch.float32)
-        copy = device_copy(model, choose_device(device))
-        largest, smooth = CorrectClassMargin(against="largest"), CorrectClassMargin()
-        self._largest, self._smooth = (
-            Worker(
-                copy,
-                attributions.components,
-                constants,
-                output,
-                batch_norms=attributions.facts["batch_norms"],
-                precision=precision,
-                batch_size=batch_size,
-            )
-            for output in (largest, smooth)
-        )
+        self._facts, self.table = attributions.facts, attributions.components
+        self.constants = np.array(self._facts["replacements"], dtype=np.float32)
+        self._model = device_copy(model, choose_device(device))
+        self._precision, self._batch_size = precision, batch_size
+        self._workers: dict[tuple[Output, bytes], Worker] = {}
         inputs, targets = examples.block(0, len(examples))
         self._examples = Examples(inputs=inputs, targets=targets)
         self._blocks: dict[bytes, Block] = {}
-        self.components = len(attributions.components)
+        self.components = len(self.table)
         self.passes = 0
 
     def __len__(self) -> int:
         return len(self._examples)
 
-    def margins(self, keeps: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    def margins(
+        self, keeps: np.ndarray, rows: np.ndarray | None = None, *, constants: np.ndarray | None = None
+    ) -> np.ndarray:
         """Return (masks, examples) margins against the largest other logit under (masks, components) masks."""
         block = self._block(np.arange(len(self)) if rows is None else rows)
         self.passes += block.size * len(keeps)
-        return self._largest.outputs(block, keeps)
+        return self._worker(LARGEST, constants).outputs(block, keeps)
 
-    def slopes(self, gates: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def slopes(
+        self, gates: np.ndarray, rows: np.ndarray, *, constants: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return (examples,) smooth margins and their (examples, components) gradients by gates set between 0 and 1.
 
         The margin against the log-sum-exp of the other logits is taken, which has a gradient everywhere.
         """
-        part = self._examples.subset(rows)
-        block = self._smooth.load(part, 0, len(part))
-        self.passes += PROBE_COST * block.size
+        worker, block = self._probed(rows, constants)
         mask = gates.astype(np.float32)[None, None]
-        kept, ablated, outputs = self._smooth.probe(block, mask, np.zeros(block.size, dtype=np.int64))
+        kept, ablated, outputs = worker.probe(block, mask, np.zeros(block.size, dtype=np.int64))
         return outputs[0], np.where(gates > 0, kept, ablated)
+
+    def pulls(
+        self, ablated: Sequence[int], rows: np.ndarray, *, constants: np.ndarray, slopes: Callable[..., np.ndarray]
+    ) -> np.ndarray:
+        """Return the (components.width,) gradient by constants of a sum over examples with components ablated.
+
+        Args:
+            ablated: The components.
+            rows: The examples.
+            constants: (components.width,) constants that replace what is ablated.
+            slopes: Tells from (examples,) smooth margins by how much each counts.
+        """
+        worker, block = self._probed(rows, None)
+        return worker.pulls(block, self.mask(ablated), constants, slopes)[1]
+
+    @cached_property
+    def spread(self) -> np.ndarray:
+        """(components.width,) standard deviations of all channels over some of the examples, in float32."""
+        rows = np.unique(np.linspace(0, len(self) - 1, MEASURED).round().astype(int))
+        self.passes += len(rows)
+        size = self._worker(SMOOTH, None).batch_size
+        return moments(self._model, self.table, self._examples.subset(rows), batch_size=size)[1].cpu().numpy()
 
     def mask(self, ablated: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the (components,) mask that ablates these components."""
@@ -87,10 +106,34 @@ class Trials:
         keep[np.asarray(ablated, dtype=np.int64)] = False
         return keep
 
+    def _probed(self, rows: np.ndarray, constants: np.ndarray | None) -> tuple[Worker, Block]:
+        """Return a worker for smooth margins, and these examples on the device, which count as probed."""
+        worker, part = self._worker(SMOOTH, constants), self._examples.subset(rows)
+        self.passes += PROBE_COST * len(part)
+        return worker, worker.load(part, 0, len(part))
+
+    def _worker(self, output: Output, constants: np.ndarray | None) -> Worker:
+        """Return the worker that reads an output; of those with other constants than the run's, the last is kept."""
+        usual = constants is None or np.array_equal(constants, self.constants)
+        key = (output, b"" if usual else constants.tobytes())
+        if key not in self._workers:
+            for other in [one for one in self._workers if one[0] is output and one[1]]:
+                del self._workers[other]
+            self._workers[key] = Worker(
+                self._model,
+                self.table,
+                torch.from_numpy(self.constants if usual else constants),
+                output,
+                batch_norms=self._facts["batch_norms"],
+                precision=self._precision,
+                batch_size=self._batch_size,
+            )
+        return self._workers[key]
+
     def _block(self, rows: np.ndarray) -> Block:
         """Return these examples on the device, moved there once."""
         key = rows.tobytes()
         if key not in self._blocks:
             part = self._examples.subset(rows)
-            self._blocks[key] = self._largest.load(part, 0, len(part))
+            self._blocks[key] = self._worker(LARGEST, None).load(part, 0, len(part))
         return self._blocks[key]

@@ -1,0 +1,51 @@
+"""Constants made for a goal: what ablated components become is trained, so that the trade-off is best."""
+
+import numpy as np
+
+from coar.editing.descent import Adam, Draw
+from coar.editing.tradeoff import Objective
+from coar.editing.trials import Trials
+
+STEPS = 40
+BATCH = (48, 112)  # targets and references per step
+RATE = 0.2  # of the first steps, in standard deviations of a channel; the last are a tenth as long
+PULL = 0.01  # towards where the constants started: slope of the trade-off per standard deviation away from there
+
+
+def train(
+    trials: Trials, objective: Objective, ablated: tuple[int, ...], *, start: np.ndarray, seed: int = 0
+) -> np.ndarray:
+    """Return (components.width,) constants for which ablating these components has the best trade-off.
+
+    This is optimal ablation (Li and Janson 2024) with the goal's trade-off in the place of the expected loss, and one
+    set of ablated components in the place of random ones. Adam takes steps in units of each channel's standard
+    deviation; constants are drawn back to where they started, and those of the last half of the steps are averaged.
+
+    Args:
+        trials: Where gradients are taken.
+        objective: The trade-off.
+        ablated: The components.
+        start: (components.width,) constants to begin with; those of components that are kept stay.
+        seed: Which examples are drawn.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [Draw(rows, objective.weights, rng) for rows in (objective.targets, objective.references)]
+    channels = trials.table.channels_of(list(ablated))
+    spread = trials.spread[channels]
+    moved, total = np.zeros(len(channels)), np.zeros(len(channels))  # in standard deviations
+    adam = Adam(np.zeros(len(channels)), np.zeros(len(channels)))
+    constants = start.copy()
+    for step in range(STEPS):
+        parts = [draw(count) for draw, count in zip(drawn, BATCH, strict=True)]
+        rows, shares = (np.concatenate(part) for part in zip(*parts, strict=True))
+
+        def slopes(margins: np.ndarray, rows: np.ndarray = rows, shares: np.ndarray = shares) -> np.ndarray:
+            return shares * objective.slopes(margins, rows)
+
+        gradient = trials.pulls(ablated, rows, constants=constants, slopes=slopes)[channels]
+        moved += RATE * (1 - 0.9 * step / STEPS) * adam.step(spread * gradient + PULL * moved)
+        constants[channels] = start[channels] + spread * moved
+        if step >= STEPS // 2:
+            total += moved
+    constants[channels] = start[channels] + spread * total / (STEPS - STEPS // 2)
+    return constants
