@@ -12,7 +12,8 @@ from coar.editing.trials import Trials
 SCREEN = (150, 300)  # targets and references on which sets are tried first
 FULL, JOINED = 3, 4  # sets that are then tried on all examples, and single steps that are also taken together
 FLIPS, PATH = 12, 12  # additions and drops per round, sets along a path
-ROUNDS, RESCUES = 2, 4  # rounds of additions and drops, and further ones as long as the bound is broken
+ROUNDS, RESCUES = 2, 4  # rounds of additions and drops, and further ones while the bound is broken or targets are open
+OPEN = 0.1  # share of targets that may be left unchanged before a search goes on, and is widened
 PENALTY = 20.0  # of a broken bound in the first rounds, in units of the trade-off per unit of accuracy
 SHARES = (1.0, 0.6, 0.3)  # of the way to trained constants, tried in turn until the bound holds
 CARE = 2.0  # by how much harm weighs more in the next training when trained constants break the bound
@@ -104,22 +105,26 @@ class Search:
             self._try_best([path[:count] for count in counts], self.tried[0], self._screen())
 
     def refine(self, free: np.ndarray) -> None:
-        """Add and drop components around the leading set, as long as that pays beyond chance or mends the bound."""
+        """Add and drop components around the leading set, as long as that pays beyond chance or mends the bound.
+
+        Candidates are ranked anew in every round, by a probe of the model as it then is.
+        """
         for number in range(ROUNDS + RESCUES):
             now = self.leading
             broken = now.outcome.excess > 0
             if number >= ROUNDS:
-                if not broken:
+                if not broken and self.objective.open(now.outcome) <= OPEN:
                     return
-                self.penalty *= DEARER
+                self.penalty *= DEARER if broken else 1
             found = self._step(now, free)
             if not broken and not any(self._pays(one, now) for one in found):
                 return
 
     def tailor(self, *, seed: int) -> bool:
-        """Train the constants of the leading set, and say whether that pays.
+        """Train the constants of the leading set, and say whether training again may pay.
 
-        Where the trained constants break the bound, some part of the way to them is tried.
+        Where the trained constants break the bound, a part of the way to them is tried, and the next training weighs
+        harm more.
         """
         now = self.leading
         if not now.ablated:
@@ -131,9 +136,10 @@ class Search:
             (found,) = self.try_out([now.ablated], constants)
             if found.outcome.excess == 0:
                 break
-            if share == SHARES[0]:
-                self.care *= CARE
-        return self._pays(self.leading, now)
+        broken = found.outcome.excess > 0 or share < SHARES[0]
+        if broken:
+            self.care *= CARE
+        return broken or self._pays(self.leading, now)
 
     def _step(self, now: Tried, free: np.ndarray) -> list[Tried]:
         """Try each promising flip of a component on few examples, and the best, alone and together, on all."""

@@ -14,7 +14,7 @@ from coar.editing.descent import COST, STEPS, descend
 from coar.editing.edits import Edit, check_budget, edit_of
 from coar.editing.goals import EditGoal
 from coar.editing.ranking import candidates, ranking, welch_t
-from coar.editing.search import PENALTY, ROUNDS, Search, Tried
+from coar.editing.search import OPEN, PENALTY, ROUNDS, Search, Tried
 from coar.editing.tradeoff import Bound, Objective, Outcome, TradeOff
 from coar.editing.trials import Trials
 from coar.errors import BoundError, GoalError, SettingsError
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STAGES = ((160, 40, 1.0), (1_000, 320, 0.1))  # candidates, components, and the cost of each next to the usual one
-OPEN = 0.1  # share of targets that may be left unchanged before the search is widened
 TAILORED = 3  # times that constants are trained, as long as that pays
 Rule = Literal["verified", "welch"]
 Constants = Literal["goal", "run"]
@@ -145,10 +144,10 @@ def select(
 
     `verified` takes the components that attributions find promising, moves gates on all of them at once down the slope
     of the trade-off by probes around the partly edited model, tries the sets that this leads to, and goes on from the
-    best by adding and dropping components, each tried out. Then it trains what the components become. Where that leaves more than a tenth of the targets
-    unchanged, it starts again with more candidates, each of which costs less. `welch` tries the first components of
-    the published ranking (Shah et al. 2024, section 5) in different numbers. Of all sets tried on all choosing
-    examples, the one with the best trade-off within the bound is taken.
+    best by adding and dropping components, each tried out. Then it trains what the components become. Where that leaves
+    more than a tenth of the targets unchanged, it starts again with more candidates, each of which costs less. `welch`
+    tries the first components of the published ranking (Shah et al. 2024, section 5) in different numbers. Of all that
+    was tried on all choosing examples, what has the best trade-off within the bound is taken.
 
     Args:
         attributions: Attributions of the studied examples.
