@@ -156,6 +156,24 @@ def test_goal_by_hand_is_that_of_python(place, tmp_path, rule):
     assert coar.Edit.load(tmp_path / "mine/edit.json") == found.edit
 
 
+@pytest.mark.parametrize("constants", ["goal", "run"])
+def test_constants_are_told(tmp_path, constants):
+    ablation = "ablation=coar.Mean(calibration=examples(40, 5).subset(range(42)))"
+    (tmp_path / "planted.py").write_text(PIPELINE.replace('exclude="2"))', f'exclude="2"), {ablation})'))
+    pipeline = load_pipeline(tmp_path / "planted.py")
+    study = pipeline.study()
+    run = coar.collect(study, tmp_path / "r.zarr", masks=60, device="cpu", progress=False)
+    coar.fit(run, progress=False)
+    words = ("--pipeline", tmp_path / "planted.py", "--task", "backdoor", "--constants", constants)
+    said = works(tmp_path, tmp_path, *words, "--harm", 20, "--group-harm", 40)
+    common = (coar.load(tmp_path / "r.zarr"), study.model, study.examples, pipeline.judge())
+    options = {"choosing": pipeline.choosing(), "constants": constants, "bound": coar.Bound(mean=0.2, group=0.4)}
+    task = coar.remove_backdoor(*common, goal=pipeline.goal(), **options, device="cpu", progress=False)
+    assert coar.Edit.load(tmp_path / "backdoor/edit.json") == task.edits[0]
+    assert task.selections[0].constants == constants
+    assert ("1 edit, 1 of them with constants made for the goal" in said) == (constants == "goal")
+
+
 def test_bound_is_given_in_points(place, tmp_path):
     words = (
         *BY_HAND,

@@ -394,3 +394,34 @@ class TestFlaws:
         attacked = judge.subset(column(judge, "attacked") == 1)
         read = [typographic.WORDS[label] for label in predictions(model, attacked)]
         assert (np.array(read) == column(attacked, "word")).mean() >= 0.6
+
+
+def edited(task, pipeline, tmp_path):
+    """The model of a pipeline with the edit that a ready task makes, from its weights on disk."""
+    study = pipeline.study()
+    run = coar.collect(study, tmp_path / "run.zarr", masks=0, probes=96, device="cpu", progress=False)
+    common = (coar.fit(run, progress=False), study.model, study.examples, pipeline.judge())
+    options = {"choosing": pipeline.choosing(), "goal": pipeline.GOAL, "device": "cpu", "progress": False}
+    result = task(*common, precision="bf16", **options)
+    coar.save_weights(result.edits[0].apply(study.model), tmp_path / "edited.safetensors")
+    return coar.load_weights(pipeline.model(), tmp_path / "edited.safetensors")
+
+
+class TestEdits:
+    """What ready tasks do to the models as trained in full, on pictures that no choice has seen."""
+
+    @pytest.mark.slow
+    def test_rare_groups_are_strengthened(self, cifar10, tmp_path):
+        judge = subpopulations.judge()
+        after = accuracies(edited(coar.strengthen_group, subpopulations, tmp_path), judge, "group")
+        before = accuracies(subpopulations.model(), judge, "group")
+        assert min(after.values()) >= min(before.values()) + 0.15
+        assert np.mean([*after.values()]) >= np.mean([*before.values()]) - 0.02
+
+    @pytest.mark.slow
+    def test_half_of_what_words_took_is_back(self, tmp_path):
+        judge = typographic.judge()
+        after = accuracies(edited(coar.resist_typographic, typographic, tmp_path), judge, "attacked")
+        before = accuracies(typographic.model(), judge, "attacked")
+        assert after[1] - before[1] >= 0.5 * (before[0] - before[1])
+        assert after[0] >= before[0] - 0.02

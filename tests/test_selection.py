@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import coar
-from coar.editing import selection
+from coar.editing import search, selection
 from coar.editing.search import Search
 from coar.editing.tradeoff import Objective
 from coar.editing.trials import Trials
@@ -221,6 +221,24 @@ def test_search_widens_where_targets_are_left_unchanged(case, monkeypatch):
     assert judged(study.model, parts, chosen(widened, study))[0] < judged(study.model, parts, chosen(narrow, study))[0]
     monkeypatch.setattr(selection, "OPEN", 1.0)  # any share may be left
     assert select(case, goal(), bound=wide).edit == narrow.edit
+
+
+def test_search_goes_on_where_targets_are_left_unchanged(case, monkeypatch):
+    study, attributions, more = case
+    trials = Trials(attributions, study.model, more, device="cpu")
+    base = trials.margins(trials.mask([])[None])[0]
+    parts = {"tradeoff": coar.TradeOff(harm=0.1), "bound": coar.Bound(mean=1, group=1)}
+    objective = Objective.of(goal(), {"label": more.targets.numpy()}, base, **parts)
+    monkeypatch.setattr(search, "JOINED", 1)  # one component a round
+    monkeypatch.setattr(search, "ROUNDS", 1)
+    found = {}
+    for share in (1.0, 0.0):
+        monkeypatch.setattr(search, "OPEN", share)  # of targets that may be left
+        one = Search(trials, objective, NEURONS)
+        one.refine(np.arange(NEURONS))
+        found[share] = one.best
+    assert len(found[1.0].ablated) <= 1
+    assert found[0.0].outcome.value < found[1.0].outcome.value
 
 
 def test_sets_tried_near_the_edge_are_checked_on_all_examples(case):
