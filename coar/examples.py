@@ -214,4 +214,4 @@ def _tokens_there(tokens: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 def update_digest(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
     """Add a tensor's name, type, shape and bytes to a running hash."""
     digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -34,13 +34,13 @@ def train(
     spread = trials.spread[channels]
     moved, total = np.zeros(len(channels)), np.zeros(len(channels))  # in standard deviations
     adam = Adam(np.zeros(len(channels)), np.zeros(len(channels)))
-    constants = start.copy()
+    constants: np.ndarray = start.copy()
     for step in range(STEPS):
         parts = [draw(count) for draw, count in zip(drawn, BATCH, strict=True)]
         rows, shares = (np.concatenate(part) for part in zip(*parts, strict=True))
 
         def slopes(margins: np.ndarray, rows: np.ndarray = rows, shares: np.ndarray = shares) -> np.ndarray:
-            return shares * objective.slopes(margins, rows)
+            return np.asarray(shares * objective.slopes(margins, rows))
 
         gradient = trials.pulls(ablated, rows, constants=constants, slopes=slopes)[channels]
         moved += RATE * (1 - 0.9 * step / STEPS) * adam.step(spread * gradient + PULL * moved)

@@ -114,15 +114,16 @@ class Trials:
 
     def _worker(self, output: Output, constants: np.ndarray | None) -> Worker:
         """Return the worker that reads an output; of those with other constants than the run's, the last is kept."""
-        usual = constants is None or np.array_equal(constants, self.constants)
-        key = (output, b"" if usual else constants.tobytes())
+        constants = self.constants if constants is None else constants
+        key = (output, constants.tobytes())
         if key not in self._workers:
-            for other in [one for one in self._workers if one[0] is output and one[1]]:
+            usual = self.constants.tobytes()
+            for other in [one for one in self._workers if one[0] is output and one[1] != usual]:
                 del self._workers[other]
             self._workers[key] = Worker(
                 self._model,
                 self.table,
-                torch.from_numpy(self.constants if usual else constants),
+                torch.from_numpy(constants),
                 output,
                 batch_norms=self._facts["batch_norms"],
                 precision=self._precision,
