@@ -171,7 +171,7 @@ def test_constants_are_told(tmp_path, constants):
     task = coar.remove_backdoor(*common, goal=pipeline.goal(), **options, device="cpu", progress=False)
     assert coar.Edit.load(tmp_path / "backdoor/edit.json") == task.edits[0]
     assert task.selections[0].constants == constants
-    assert ("1 edit, 1 of them with constants made for the goal" in said) == (constants == "goal")
+    assert ("1 edit, with constants made for the goal" in said) == (constants == "goal")
 
 
 def test_bound_is_given_in_points(place, tmp_path):

@@ -176,8 +176,9 @@ def _tell(result: "TaskResult", model: "nn.Module", folder: Path | None) -> None
     passes = sum(chosen.passes for chosen in result.selections)
     count = "1 edit" if len(result.edits) == 1 else f"{len(result.edits)} edits"
     trained = sum(chosen.constants == "goal" for chosen in result.selections)
-    with_them = f", {trained} of them with constants made for the goal" if trained else ""
-    typer.echo(f"{count}{with_them}, chosen by {passes:,} forward passes of one example")
+    which = "" if len(result.edits) == 1 else f" {trained} of them"
+    how = f",{which} with constants made for the goal" if trained else ""
+    typer.echo(f"{count}{how}, chosen by {passes:,} forward passes of one example")
     if folder is None:
         for made in result.edits:
             show(made.to_pandas())
