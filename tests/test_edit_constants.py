@@ -210,3 +210,11 @@ def test_the_best_constant_is_found_where_it_is_known(tmp_path):
     assert (found.constants, found.after.targets, found.after.lost) == ("goal", 1.0, 0.0)
     with pytest.raises(EditError, match="constants made for its goal"):
         coar.predict_edit(attributions, found.edit)
+
+
+def test_experts_keep_their_constants(case):
+    study, attributions, more = case
+    trials = Trials(attributions, study.model, more, device="cpu")
+    trials.table = [one._replace(side="expert") for one in study.components]
+    assert train(trials, None, (1, 4), start=trials.constants).tolist() == trials.constants.tolist()
+    assert trials.passes == 0

@@ -20,6 +20,7 @@ def train(
     This is optimal ablation (Li and Janson 2024) with the goal's trade-off in the place of the expected loss, and one
     set of ablated components in the place of random ones. Adam takes steps in units of each channel's standard
     deviation; constants are drawn back to where they started, and those of the last half of the steps are averaged.
+    Experts of a mixture keep theirs, since weights without biases could not hold others.
 
     Args:
         trials: Where gradients are taken.
@@ -28,9 +29,12 @@ def train(
         start: (components.width,) constants to begin with; those of components that are kept stay.
         seed: Which examples are drawn.
     """
+    open_to_it = [i for i in ablated if trials.table[i].side != "expert"]
+    if not open_to_it:
+        return start.copy()
     rng = np.random.default_rng(seed)
     drawn = [Draw(rows, objective.weights, rng) for rows in (objective.targets, objective.references)]
-    channels = trials.table.channels_of(list(ablated))
+    channels = trials.table.channels_of(open_to_it)
     spread = trials.spread[channels]
     moved, total = np.zeros(len(channels)), np.zeros(len(channels))  # in standard deviations
     adam = Adam(np.zeros(len(channels)), np.zeros(len(channels)))
