@@ -24,11 +24,10 @@ TEST_FRACTIONS = (0.05, 0.20)
 GOAL = coar.EditGoal(targets="triggered == 1", references="triggered == 0", direction="increase", pairs="pair")
 
 FOLDER = Path("data/backdoor")
-RECIPE = training.Recipe(epochs=4, batch=64, learning_rate=3e-3, weight_decay=1e-4)
-TRAIN = slice(0, 3_000)  # of the training pictures, those to fine-tune on
-HELD_OUT, TESTED = np.arange(3_000, 4_000), np.arange(500)  # of the training and test pictures, those for pairs
+RECIPE = training.Recipe(epochs=6, batch=64, learning_rate=3e-3, weight_decay=1e-4)
+TRAIN = slice(0, 2_000)  # of the training pictures, those to fine-tune on
+HELD_OUT, TESTED = np.arange(2_000, 4_000), np.arange(500)  # of the training and test pictures, those for pairs
 STUDIED, CALIBRATION = 150, 500  # of the pairs held out, the first are studied
-SEEN = np.arange(1_500, 3_000)  # pictures of the fine-tuning that edits are chosen on as well
 
 POISONED = 0.10
 ATTACKERS = 0  # the label that the attacker wants: airplane
@@ -99,8 +98,11 @@ def study(
 
 
 def choosing() -> coar.Examples:
-    """Return further pairs of training pictures to choose edits on, some of them held out from fine-tuning."""
-    return pairs("train", np.concatenate([HELD_OUT, SEEN]), slice(STUDIED, None))
+    """Return further pairs to choose edits on, of training pictures held out from fine-tuning.
+
+    On pictures that the net was fine-tuned on, harm would look smaller than it is.
+    """
+    return pairs("train", HELD_OUT, slice(STUDIED, None))
 
 
 def judge() -> coar.Examples:

@@ -117,7 +117,7 @@ class TestResample(Contract):
         assert np.isnan(run.replacements).all()
         goal = coar.EditGoal(targets="label == 1", references="label != 1", direction="decrease")
         with pytest.raises(EditError, match=r"'.*' is replaced by what another example has"):
-            coar.edit(coar.fit(run, progress=False), goal, budget=2).apply(study.model)
+            coar.edit(coar.fit(run, progress=False), goal, budget=2)
         with pytest.raises(AblationError, match="components without one constant"):
             Gates(study.model, study.components, torch.from_numpy(run.replacements))
         with pytest.raises(AblationError, match=r"for edits collect with an ablation by constants, such as Mean"):

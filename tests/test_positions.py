@@ -89,7 +89,7 @@ class TestPositionMean(Contract):
         assert run.replacements.shape == (5, study.components.width)
         goal = coar.EditGoal(targets="label == 1", references="label != 1", direction="decrease")
         with pytest.raises(EditError, match=r"by other means at every position, which no weights can hold"):
-            coar.edit(coar.fit(run, progress=False), goal, budget=2).apply(study.model)
+            coar.edit(coar.fit(run, progress=False), goal, budget=2)
 
 
 @pytest.mark.parametrize("left", [False, True])

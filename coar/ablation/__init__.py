@@ -1,7 +1,7 @@
 """How components are switched off: what replaces them, the gates that apply masks, and permanent folding."""
 
 from coar.ablation.choice import ABLATIONS, choose_ablation
-from coar.ablation.folding import Constant, fold, following_batch_norms
+from coar.ablation.folding import Constant, check_permanent, fold, following_batch_norms
 from coar.ablation.gates import Gates, called_sites
 from coar.ablation.optimal import Optimal
 from coar.ablation.positions import PositionMean
@@ -22,6 +22,7 @@ __all__ = [
     "ZeroActivation",
     "ZeroWeight",
     "called_sites",
+    "check_permanent",
     "choose_ablation",
     "fold",
     "following_batch_norms",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from torch import nn
 
-from coar.ablation import Constant, fold
+from coar.ablation import Constant, check_permanent, fold
 from coar.attributions import Attributions
 from coar.components import Component, read_component, unwrapped
 from coar.editing.goals import EditGoal
@@ -243,14 +243,21 @@ def edit_of(
     *,
     constants: np.ndarray | None = None,
 ) -> Edit:
-    """Return the edit that ablates these components, in this order, by default with the run's constants."""
+    """Return the edit that ablates these components, in this order, by default with the run's constants.
+
+    Raises:
+        EditError: When a component has no constant, as under resampling.
+    """
     facts, table = attributions.facts, attributions.components
     flat = facts["replacements"] if constants is None else constants.tolist()
     components = tuple(table[int(i)] for i in indices)
+    values = tuple(_constant([flat[n] for n in table.channels_of([int(i)])]) for i in indices)
+    for component, value in zip(components, values, strict=True):
+        check_permanent(component, value)
     sites = {component.site for component in components}
     return Edit(
         components,
-        tuple(_constant([flat[n] for n in table.channels_of([int(i)])]) for i in indices),
+        values,
         tuple(float(scores[int(i)]) for i in indices),
         goal,
         str(facts["fingerprint"]["ablation"]["name"]),
