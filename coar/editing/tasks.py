@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FORGET = Bound(mean=0.006, group=0.03)  # half of it for the standard error, as with some 3,000 references
 REPAIR = Bound(mean=0.01, group=0.05)  # for groups and shortcuts, which cost some accuracy elsewhere
 BACKDOOR = Bound(mean=0.005, group=0.05)  # what was put in can be taken out for less
-FIX, FIX_TRADEOFF = Bound(mean=0.003, group=0.03), TradeOff(target_scale=0.5)
+FIX, FIX_TRADEOFF = Bound(mean=0.005, group=0.05), TradeOff(target_scale=0.5)
 FIX_STEPS, FIX_NEAR = 40, 600  # one target needs few probes, and moves few references that are far from the edge
 
 
