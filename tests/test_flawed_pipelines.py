@@ -1,16 +1,14 @@
 """Pipelines whose models are flawed on purpose: what is drawn, what is trained, and the flaws themselves."""
 
-import logging
 import sys
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
 from torch.nn import functional
 
 import coar
@@ -70,84 +68,6 @@ def test_pipeline_files_find_their_neighbours(tmp_path, monkeypatch):
     (package / "own.py").write_text("from setups.shared_parts import MASKS\ndef study(): pass")
     (tmp_path / "beside.py").write_text("from setups import shared_parts\nMASKS = 8\ndef study(): pass")
     assert [load_pipeline(file).masks for file in (package / "own.py", tmp_path / "beside.py")] == [7, 8]
-
-
-class TestTraining:
-    """Two classes of points that a linear layer tells apart."""
-
-    @pytest.fixture
-    def examples(self):
-        x = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
-        groups = np.where(x[:, 1] > 0, "up", "down")
-        return coar.Examples(inputs=x, targets=(x[:, 0] > 0).long(), metadata={"group": groups})
-
-    @pytest.fixture
-    def trained(self, examples, tmp_path):
-        def call(recipe=SHORT, seed=0, train=training.fit, make=lambda: nn.Linear(5, 2)):
-            return training.trained(
-                make,
-                lambda net: train(net, examples, recipe),
-                folder=tmp_path,
-                seed=seed,
-                settings=asdict(recipe),
-                about="no time",
-                report=lambda net: training.accuracy_by("group", net, examples),
-            )
-
-        return call
-
-    def test_fitting_learns(self, trained, examples):
-        recipe = replace(SHORT, epochs=30, learning_rate=0.05)
-        before = training.correct(nn.Linear(5, 2), examples).mean()
-        assert training.correct(trained(recipe), examples).mean() > max(0.95, before)
-
-    def test_weights_are_kept_and_used_again(self, trained, tmp_path):
-        first = trained()
-
-        def never(net, examples, recipe):
-            raise AssertionError
-
-        assert torch.equal(trained(train=never).weight, first.weight)
-        assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
-
-    def test_same_seed_gives_same_weights_and_leaves_the_generator_alone(self, trained, tmp_path):
-        state = torch.get_rng_state()
-        first = trained()
-        assert torch.equal(torch.get_rng_state(), state)
-        next(tmp_path.iterdir()).unlink()
-        assert torch.equal(trained().weight, first.weight)
-        assert not torch.equal(trained(seed=1).weight, first.weight)
-
-    @pytest.mark.parametrize("change", ["recipe", "seed", "architecture"])
-    def test_another_definition_is_trained_anew(self, trained, tmp_path, change):
-        trained()
-        changes = {
-            "recipe": {"recipe": replace(SHORT, weight_decay=0.1)},
-            "seed": {"seed": 1},
-            "architecture": {"make": lambda: nn.Linear(5, 2, bias=False)},
-        }
-        trained(**changes[change])
-        assert len(list(tmp_path.iterdir())) == 2
-
-    def test_training_that_fails_leaves_nothing(self, trained, tmp_path):
-        def fails(net, examples, recipe):
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            trained(train=fails)
-        assert list(tmp_path.iterdir()) == []
-
-    def test_a_line_before_and_a_line_after(self, trained, caplog):
-        caplog.set_level(logging.INFO, logger="coar")
-        trained()
-        assert len(caplog.messages) == 2
-        assert "about no time" in caplog.messages[0]
-        assert "accuracy: down " in caplog.messages[1]
-
-    def test_accuracy_by_group_is_counted(self, examples):
-        model = nn.Linear(5, 2)
-        expected = accuracies(model, examples, "group")
-        assert training.accuracy_by("group", model, examples) == pytest.approx(expected)
 
 
 class TestBackdoor:
