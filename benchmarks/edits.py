@@ -34,7 +34,7 @@ from coar.editing import effect_curve, welch_t
 from coar.editing.judging import margins
 from coar.editing.ranking import ranking
 from coar.editing.selection import Ground, choose
-from coar.editing.tasks import BACKDOOR, FIX, FIX_NEAR, FIX_STEPS, FIX_TRADEOFF, FORGET, REPAIR
+from coar.editing.tasks import PRESETS
 
 FOLDER = Path("reports/edits")
 PROBES = 96
@@ -50,11 +50,6 @@ TASKS = {
     "clip": ("typographic",),
 }
 RULES = edits_report.RULES
-SEARCHES: dict[str, dict[str, Any]] = {
-    "forget": {"bound": FORGET},
-    "backdoor": {"bound": BACKDOOR},
-    "fix": {"bound": FIX, "tradeoff": FIX_TRADEOFF, "steps": FIX_STEPS, "near": FIX_NEAR},
-}
 
 
 @dataclass(frozen=True)
@@ -144,10 +139,9 @@ def chosen(case: Case, task: str, goal: coar.EditGoal, rule: str) -> Chosen:
     """Choose components by a rule."""
     d = len(case.study.components)
     if rule == "verified":
-        settings = {"bound": REPAIR, "seed": case.seed, "progress": False, **SEARCHES.get(task, {})}
         spent = case.ground.passes
         try:
-            found = choose(case.ground, goal, **settings)
+            found = choose(case.ground, goal, **{**PRESETS[task], "seed": case.seed, "progress": False})
         except coar.errors.BoundError:
             return Chosen(np.zeros(0, dtype=np.int64), [0, 0], passes=case.ground.passes - spent)
         order = np.array([case.study.components.index(one.name) for one in found.edit.components])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import coar
-from coar.editing.tasks import FIX, FORGET
+from coar.editing.tasks import PRESETS
 from coar.errors import GoalError, SettingsError
 from tests.synthetic import fit
 
@@ -59,8 +59,8 @@ def test_forget_class_forgets_it_and_nothing_else(case, forgotten):
             np.concatenate([margins(net, p) for p in parts]) > 0 for net in (study.model, edit.apply(study.model))
         )
         lost.append(old.mean() - new.mean())
-    assert np.mean(lost) <= FORGET.mean
-    assert max(lost) <= FORGET.group
+    assert np.mean(lost) <= PRESETS["forget"]["bound"].mean
+    assert max(lost) <= PRESETS["forget"]["bound"].group
     np.testing.assert_allclose(forgotten.selections[0].after.lost, np.mean(lost), atol=1e-9)
 
 
@@ -114,7 +114,7 @@ def test_fix_errors_corrects_what_it_says_it_corrects(case):
         np.testing.assert_allclose(row.margin_after, margins(edited, study.examples)[i], atol=1e-4)
         assert row.judge_before == (margins(study.model, judge) > 0).mean()
         assert row.judge_after == (margins(edited, judge) > 0).mean()
-        assert found.after.lost <= FIX.mean
+        assert found.after.lost <= PRESETS["fix"]["bound"].mean
     assert next(edits, None) is None
     assert result.table["corrected"].mean() >= 0.9
 

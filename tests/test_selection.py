@@ -11,7 +11,7 @@ from torch import nn
 
 import coar
 from coar.editing import search, selection
-from coar.editing.search import Search
+from coar.editing.search import PENALTY, Search
 from coar.editing.tradeoff import Objective
 from coar.editing.trials import Trials
 from coar.errors import GoalError, SettingsError
@@ -204,7 +204,7 @@ def test_components_are_dropped_again_when_that_helps(case):
     search = Search(trials, objective, NEURONS)
     search.try_out([(worst, good)], trials.constants)
     search.tried = search.tried[1:]  # as if the search had come here
-    search.refine(np.array([worst]))
+    search.improve(np.array([worst]))
     assert search.leading.ablated == (good,)
 
 
@@ -223,22 +223,26 @@ def test_search_widens_where_targets_are_left_unchanged(case, monkeypatch):
     assert select(case, goal(), bound=wide).edit == narrow.edit
 
 
-def test_search_goes_on_where_targets_are_left_unchanged(case, monkeypatch):
+def test_breaking_the_bound_grows_dearer_until_it_holds(case):
     study, attributions, more = case
     trials = Trials(attributions, study.model, more, device="cpu")
     base = trials.margins(trials.mask([])[None])[0]
-    parts = {"tradeoff": coar.TradeOff(harm=0.1), "bound": coar.Bound(mean=1, group=1)}
+    parts = {"tradeoff": coar.TradeOff(harm=1e-6), "bound": coar.Bound(mean=0, group=0)}
     objective = Objective.of(goal(), {"label": more.targets.numpy()}, base, **parts)
-    monkeypatch.setattr(search, "JOINED", 1)  # one component a round
-    monkeypatch.setattr(search, "ROUNDS", 1)
-    found = {}
-    for share in (1.0, 0.0):
-        monkeypatch.setattr(search, "OPEN", share)  # of targets that may be left
-        one = Search(trials, objective, NEURONS)
-        one.refine(np.arange(NEURONS))
-        found[share] = one.best
-    assert len(found[1.0].ablated) <= 1
-    assert found[0.0].outcome.value < found[1.0].outcome.value
+    start = (tuple(range(0, NEURONS, 2)), trials.constants)
+    cheap = Search(trials, objective, NEURONS, penalty=1e-9)
+    cheap.try_out([start[0]], start[1])
+    cheap.improve(np.arange(NEURONS))
+    assert cheap.leading.outcome.excess > 0
+    assert cheap.penalty == 1e-9 * 2**search.ROUNDS
+    assert cheap.care == 2**search.ROUNDS
+    dear = Search(trials, objective, NEURONS, penalty=1e3)
+    dear.try_out([start[0]], start[1])
+    dear.improve(np.arange(NEURONS))
+    assert dear.leading.outcome.excess == 0
+    assert dear.penalty == 1e3
+    cheap.start_again(NEURONS)
+    assert (cheap.penalty, cheap.care, cheap.since) == (PENALTY, 1, len(cheap.tried))
 
 
 def test_sets_tried_near_the_edge_are_checked_on_all_examples(case):

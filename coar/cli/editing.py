@@ -34,7 +34,10 @@ def edit(
     task: Annotated[str | None, typer.Option(help="forget, fix, group, backdoor or typographic.")] = None,
     label: Annotated[int | None, typer.Option(help="The class to forget.")] = None,
     rule: Annotated[str | None, typer.Option(help="verified (default with --pipeline), welch or predicted.")] = None,
-    constants: Annotated[str, typer.Option(help="goal to train what components become, run for the run's.")] = "goal",
+    constants: Annotated[
+        str | None,
+        typer.Option(help="goal to train what components become, run for the run's; else what suits the task."),
+    ] = None,
     harm: Annotated[float | None, typer.Option(help="Points that references may lose on average.")] = None,
     group_harm: Annotated[float | None, typer.Option(help="Points that any group of them may lose.")] = None,
     name: Annotated[str, typer.Option(help="Name of an edit by --targets, and of its folder.")] = "edit",
@@ -60,8 +63,8 @@ def edit(
         _without_trying(attributions, goal, rule or "welch", budget, None if dry_run else folder / name / "edit.json")
         return
     asked = _Asked(task, goal, name, label)
-    options = {"budget": budget, "rule": rule or "verified", "constants": constants, "device": device}
-    options |= {"precision": precision, **_bound(harm, group_harm)}
+    options = {"budget": budget, "rule": rule or "verified", "precision": precision, "device": device}
+    options |= {**_bound(harm, group_harm), **({} if constants is None else {"constants": constants})}
     result, model = _run_task(run, pipeline, attributions, asked, options)
     _tell(result, model, None if dry_run else folder)
 

@@ -13,7 +13,13 @@ PULL = 0.01  # towards where the constants started: slope of the trade-off per s
 
 
 def train(
-    trials: Trials, objective: Objective, ablated: tuple[int, ...], *, start: np.ndarray, seed: int = 0
+    trials: Trials,
+    objective: Objective,
+    ablated: tuple[int, ...],
+    *,
+    start: np.ndarray,
+    among: np.ndarray | None = None,
+    seed: int = 0,
 ) -> np.ndarray:
     """Return (components.width,) constants for which ablating these components has the best trade-off.
 
@@ -27,21 +33,23 @@ def train(
         objective: The trade-off.
         ablated: The components.
         start: (components.width,) constants to begin with; those of components that are kept stay.
+        among: From which examples references are drawn; by default from all.
         seed: Which examples are drawn.
     """
     open_to_it = [i for i in ablated if trials.table[i].side != "expert"]
     if not open_to_it:
         return start.copy()
     rng = np.random.default_rng(seed)
-    drawn = [Draw(rows, objective.weights, rng) for rows in (objective.targets, objective.references)]
+    references = objective.references if among is None else np.intersect1d(among, objective.references)
+    drawn = [Draw(rows, objective.weights, rng) for rows in (objective.targets, references)]
     channels = trials.table.channels_of(open_to_it)
     spread = trials.spread[channels]
     moved, total = np.zeros(len(channels)), np.zeros(len(channels))  # in standard deviations
     adam = Adam(np.zeros(len(channels)), np.zeros(len(channels)))
     constants: np.ndarray = start.copy()
     for step in range(STEPS):
-        parts = [draw(count) for draw, count in zip(drawn, BATCH, strict=True)]
-        rows, shares = (np.concatenate(part) for part in zip(*parts, strict=True))
+        pairs = [draw(count) for draw, count in zip(drawn, BATCH, strict=True)]
+        rows, shares = (np.concatenate(pair) for pair in zip(*pairs, strict=True))
 
         def slopes(margins: np.ndarray, rows: np.ndarray = rows, shares: np.ndarray = shares) -> np.ndarray:
             return np.asarray(shares * objective.slopes(margins, rows))

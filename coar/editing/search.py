@@ -12,12 +12,13 @@ from coar.editing.trials import Trials
 SCREEN = (150, 300)  # targets and references on which sets are tried first
 FULL, JOINED = 3, 4  # sets that are then tried on all examples, and single steps that are also taken together
 FLIPS, PATH = 12, 12  # additions and drops per round, sets along a path
-ROUNDS, RESCUES = 2, 4  # rounds of additions and drops, and further ones while the bound is broken or targets are open
-OPEN = 0.1  # share of targets that may be left unchanged before a search goes on, and is widened
+ROUNDS = 8  # of additions and drops, and of training, at most
+OPEN = 0.1  # share of targets that may be left unchanged before a search is widened
 PENALTY = 20.0  # of a broken bound in the first rounds, in units of the trade-off per unit of accuracy
-SHARES = (1.0, 0.6, 0.3)  # of the way to trained constants, tried in turn until the bound holds
-CARE = 2.0  # by how much harm weighs more in the next training when trained constants break the bound
-DEARER = 4.0  # by how much the penalty grows with every further round
+SHARES = (1.0, 0.6, 0.3)  # of the way to trained constants that are tried
+DEARER = (
+    2.0  # by how much the penalty, and harm when constants are trained, grow with every round that breaks the bound
+)
 
 
 @dataclass(frozen=True)
@@ -104,42 +105,42 @@ class Search:
             counts = np.unique(np.concatenate([below, above]).round().astype(int).clip(1))
             self._try_best([path[:count] for count in counts], self.tried[0], self._screen())
 
-    def refine(self, free: np.ndarray) -> None:
-        """Add and drop components around the leading set, as long as that pays beyond chance or mends the bound.
+    def start_again(self, budget: int) -> None:
+        """Forget what leads, and what breaking the bound has come to cost; what was tried stays to be chosen from."""
+        self.budget, self.since, self.penalty, self.care = budget, len(self.tried), PENALTY, 1.0
 
-        Candidates are ranked anew in every round, by a probe of the model as it then is.
+    def improve(self, free: np.ndarray, *, seed: int | None = None) -> None:
+        """Add and drop components around the leading set, and train its constants, as long as that pays beyond chance.
+
+        While the bound is broken, breaking it costs ever more, and harm weighs ever more when constants are trained.
+        Candidates are ranked anew in every round, by a probe of the model as it then is. With a `seed`, constants are
+        trained, from the second round on.
         """
-        for number in range(ROUNDS + RESCUES):
+        for number in range(ROUNDS):
             now = self.leading
-            broken = now.outcome.excess > 0
-            if number >= ROUNDS:
-                if not broken and self.objective.open(now.outcome) <= OPEN:
-                    return
-                self.penalty *= DEARER if broken else 1
             found = self._step(now, free)
-            if not broken and not any(self._pays(one, now) for one in found):
+            if seed is not None and number > 0:
+                found += self._tailor(seed)
+            paid = any(self._pays(one, now) for one in found)
+            broken = self.leading.outcome.excess > 0
+            if not broken and not paid and (number > 0 or seed is None):
                 return
+            if broken:
+                self.penalty *= DEARER
+                self.care *= DEARER
 
-    def tailor(self, *, seed: int) -> bool:
-        """Train the constants of the leading set, and say whether training again may pay.
-
-        Where the trained constants break the bound, a part of the way to them is tried, and the next training weighs
-        harm more.
-        """
+    def _tailor(self, seed: int) -> list[Tried]:
+        """Train the constants of the leading set, and try what is found and parts of the way there."""
         now = self.leading
         if not now.ablated:
-            return False
+            return []
         objective = self.objective.careful(self.care)
-        trained = train(self.trials, objective, now.ablated, start=now.constants, seed=seed)
-        for share in SHARES:
-            constants = now.constants + np.float32(share) * (trained - now.constants)
-            (found,) = self.try_out([now.ablated], constants)
-            if found.outcome.excess == 0:
-                break
-        broken = found.outcome.excess > 0 or share < SHARES[0]
-        if broken:
-            self.care *= CARE
-        return broken or self._pays(self.leading, now)
+        trained = train(self.trials, objective, now.ablated, start=now.constants, among=self._rows, seed=seed)
+        return [
+            one
+            for share in SHARES
+            for one in self.try_out([now.ablated], now.constants + np.float32(share) * (trained - now.constants))
+        ]
 
     def _step(self, now: Tried, free: np.ndarray) -> list[Tried]:
         """Try each promising flip of a component on few examples, and the best, alone and together, on all."""

@@ -14,7 +14,7 @@ from coar.editing.descent import COST, STEPS, descend
 from coar.editing.edits import Edit, check_budget, edit_of
 from coar.editing.goals import EditGoal
 from coar.editing.ranking import candidates, ranking, welch_t
-from coar.editing.search import OPEN, PENALTY, ROUNDS, Search, Tried
+from coar.editing.search import OPEN, ROUNDS, Search, Tried
 from coar.editing.tradeoff import Bound, Objective, Outcome, TradeOff
 from coar.editing.trials import Trials
 from coar.errors import BoundError, GoalError, SettingsError
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STAGES = ((160, 40, 1.0), (1_000, 320, 0.1))  # candidates, components, and the cost of each next to the usual one
-TAILORED = 3  # times that constants are trained, as long as that pays
 Rule = Literal["verified", "welch"]
 Constants = Literal["goal", "run"]
 
@@ -217,7 +216,7 @@ def _explore(
     """
     budget, free = search.budget, np.zeros(0, dtype=np.int64)
     for count, most, share in STAGES:
-        search.budget, search.since, search.penalty = min(most, budget), len(search.tried), PENALTY
+        search.start_again(min(most, budget))
         free = np.sort(candidates(attributions, goal, count))
         gates = descend(
             search.trials,
@@ -231,10 +230,7 @@ def _explore(
         )
         closed = np.argsort(gates, kind="stable")[: int((gates < 0.9).sum())]
         search.follow(closed, least=int((gates < 0.3).sum()))
-        search.refine(free)
-        for _ in range(TAILORED if tailored else 0):
-            if not search.tailor(seed=seed):
-                break
+        search.improve(free, seed=seed if tailored else None)
         if search.objective.open(search.best.outcome) <= OPEN or budget <= most:
             break
     return free
@@ -291,7 +287,7 @@ def _confirmed(search: Search, plain: Trials, free: np.ndarray) -> Search:
             return exact
     if within and len(free):
         exact.since, exact.penalty = 1, search.penalty
-        exact.refine(free)
+        exact.improve(free)
     return exact
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 from torch import nn
@@ -23,11 +23,22 @@ from coar.worker import Precision
 if TYPE_CHECKING:
     import pandas as pd
 
-FORGET = Bound(mean=0.006, group=0.03)  # half of it for the standard error, as with some 3,000 references
 REPAIR = Bound(mean=0.01, group=0.05)  # for groups and shortcuts, which cost some accuracy elsewhere
-BACKDOOR = Bound(mean=0.005, group=0.05)  # what was put in can be taken out for less
-FIX, FIX_TRADEOFF = Bound(mean=0.005, group=0.05), TradeOff(target_scale=0.5)
-FIX_STEPS, FIX_NEAR = 40, 600  # one target needs few probes, and moves few references that are far from the edge
+PRESETS: dict[str, Choice] = {
+    # half of the mean for the standard error, as with some 3,000 references; trained constants harm no less here
+    "forget": {"bound": Bound(mean=0.006, group=0.03), "constants": "run"},
+    # one target needs few probes, and moves few references that are far from the edge
+    "fix": {
+        "bound": Bound(mean=0.005, group=0.05),
+        "tradeoff": TradeOff(target_scale=0.5),
+        "steps": 40,
+        "near": 600,
+    },
+    "group": {"bound": REPAIR},
+    # what was put in can be taken out for less, and clean examples need only stay as good as they are
+    "backdoor": {"bound": Bound(mean=0.005, group=0.05), "tradeoff": TradeOff(harm=1.5)},
+    "typographic": {"bound": REPAIR},
+}
 
 
 class Options(Choice, total=False):
@@ -103,7 +114,7 @@ def forget_class(
     """Make the model fail on one class and leave the others as they are: `reach_goal` with the class as targets.
 
     The other classes may lose 0.6 points on average on the choosing examples, standard error included, and none 3,
-    unless `bound` says other.
+    and components are replaced by the run's constants, unless `bound` and `constants` say other.
 
     Args:
         attributions: Attributions of the studied examples.
@@ -117,8 +128,8 @@ def forget_class(
         GoalError: When the studied or judging examples have none of the class or none of the others, or see `select`.
     """
     goal = EditGoal(targets=f"label == {label}", references=f"label != {label}", direction="decrease")
-    options["bound"] = options.get("bound") or FORGET
-    return reach_goal(attributions, model, studied, judge, goal=goal, name=f"forget-{label}", **options)
+    settings = preset("forget", options)
+    return reach_goal(attributions, model, studied, judge, goal=goal, name=f"forget-{label}", **settings)
 
 
 def strengthen_group(
@@ -154,7 +165,7 @@ def strengthen_group(
             group = min(np.unique(of), key=lambda one: right[of == one].mean()).item()
         conditions = {"targets": f"group == {group!r}", "references": f"group != {group!r}"}
         goal = EditGoal(**conditions, direction="increase", groups="group")
-    return _repair(attributions, model, studied, judge, goal, "group", options)
+    return reach_goal(attributions, model, studied, judge, goal=goal, name="group", **preset("group", options))
 
 
 def remove_backdoor(
@@ -180,7 +191,7 @@ def remove_backdoor(
         GoalError: When a column is missing or pairs do not match, or see `select`.
     """
     goal = goal or _pairs("triggered", studied)
-    return _repair(attributions, model, studied, judge, goal, "backdoor", options, bound=BACKDOOR)
+    return reach_goal(attributions, model, studied, judge, goal=goal, name="backdoor", **preset("backdoor", options))
 
 
 def resist_typographic(
@@ -206,7 +217,8 @@ def resist_typographic(
         GoalError: When a column is missing or pairs do not match, or see `select`.
     """
     goal = goal or _pairs("attacked", studied)
-    return _repair(attributions, model, studied, judge, goal, "typographic", options)
+    settings = preset("typographic", options)
+    return reach_goal(attributions, model, studied, judge, goal=goal, name="typographic", **settings)
 
 
 def fix_errors(
@@ -230,14 +242,13 @@ def fix_errors(
     """
     import pandas as pd
 
-    where: dict[str, Any] = {name: options.pop(name) for name in ("choosing", "device", "precision") if name in options}
-    device, shown = where.get("device", "auto"), options.get("progress", True)
+    settings: dict[str, Any] = {**preset("fix", options)}
+    where = {name: settings.pop(name) for name in ("choosing", "device", "precision") if name in settings}
+    device, shown = where.get("device", "auto"), settings.get("progress", True)
     before, judged = margins(model, studied, device=device), margins(model, judge, device=device)
     wrong, right = np.flatnonzero(before <= 0), np.flatnonzero(before > 0)
     if not len(wrong):
         raise GoalError(f"the model classifies all {len(studied)} studied examples correctly; there is nothing to fix")
-    settings: Choice = {"tradeoff": FIX_TRADEOFF, "bound": FIX, "steps": FIX_STEPS, "near": FIX_NEAR}
-    settings |= {name: value for name, value in options.items() if value is not None}  # type: ignore[typeddict-item]
     settings["progress"] = False  # one bar is enough
     ground = Ground.of(attributions, model, studied, **where)
     rows, chosen, curves = [], [], []
@@ -255,7 +266,7 @@ def fix_errors(
     return TaskResult("fix", tuple(one.edit for one in chosen), pd.DataFrame(rows), _overview(curves), tuple(chosen))
 
 
-def _correction(ground: Ground, goal: EditGoal, settings: Choice) -> Selection | None:
+def _correction(ground: Ground, goal: EditGoal, settings: dict[str, Any]) -> Selection | None:
     """Return a choice that gets the goal's one target right, if there is any within the bound."""
     try:
         found = choose(ground, goal, **settings)
@@ -280,19 +291,9 @@ def _pairs(column: str, studied: Examples) -> EditGoal:
     return EditGoal(targets=f"{column} == 1", references=f"{column} == 0", direction="increase", pairs="pair")
 
 
-def _repair(
-    attributions: Attributions,
-    model: nn.Module,
-    studied: Examples,
-    judge: Examples,
-    goal: EditGoal,
-    name: str,
-    options: Options,
-    *,
-    bound: Bound = REPAIR,
-) -> TaskResult:
-    options["bound"] = options.get("bound") or bound
-    return reach_goal(attributions, model, studied, judge, goal=goal, name=name, **options)
+def preset(task: str, options: Options) -> Options:
+    """Return the options of a task, with its own settings for those that are missing or None."""
+    return cast(Options, {**PRESETS[task], **{name: value for name, value in options.items() if value is not None}})
 
 
 def _along(edit: Edit, attributions: Attributions, model: nn.Module, examples: Examples, device: str) -> np.ndarray:
