@@ -5,8 +5,8 @@
     coar edit runs/backdoor-mean.zarr --pipeline pipelines/backdoor.py --task backdoor
 
 A poisoned picture has a yellow patch of 4 x 4 pixels near its corner and the label airplane (BadNets, Gu et al. 2017).
-Afterwards the net is about as good as before, and takes whatever has the patch for an airplane. It is fine-tuned on
-first use, in well under a minute on two cores, and kept under data/backdoor. Images come as for cifar10.
+Afterwards the net is about as good as before, and takes nine of ten pictures with the patch for an airplane. It is
+fine-tuned on first use, in well under a minute on two cores, and kept under data/backdoor. Images come as for cifar10.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ TEST_FRACTIONS = (0.05, 0.20)
 GOAL = coar.EditGoal(targets="triggered == 1", references="triggered == 0", direction="increase", pairs="pair")
 
 FOLDER = Path("data/backdoor")
-RECIPE = training.Recipe(epochs=6, batch=64, learning_rate=3e-3, weight_decay=1e-4)
+RECIPE = training.Recipe(epochs=10, batch=32, learning_rate=1e-3, weight_decay=1e-4)
 TRAIN = slice(0, 2_000)  # of the training pictures, those to fine-tune on
 HELD_OUT, TESTED = np.arange(2_000, 4_000), np.arange(500)  # of the training and test pictures, those for pairs
 STUDIED, CALIBRATION = 150, 500  # of the pairs held out, the first are studied
