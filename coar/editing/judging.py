@@ -13,7 +13,8 @@ from coar.editing.edits import Edit
 from coar.editing.goals import EditGoal
 from coar.errors import GoalError
 from coar.examples import Examples
-from coar.outputs import CorrectClassMargin
+from coar.outputs import CorrectClassMargin, Output
+from coar.outputs.classes import sides
 from coar.worker import ModelRunner, Worker, choose_device, device_copy
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ def effect_curve(
     counts: Sequence[int],
     constants: np.ndarray | None = None,
     device: str = "auto",
+    output: Output | None = None,
 ) -> np.ndarray:
-    """Return (counts, examples) margins against the largest other logit as components are ablated in an order.
+    """Return (counts, examples) margins against the largest other offer as components are ablated in an order.
 
     A margin above zero is a correct prediction. The model is gated, not edited, once per count.
 
@@ -43,6 +45,7 @@ def effect_curve(
         constants: (components.width,) constants that replace them, such as `edit.constants(attributions)`; by default
             those of the attributions.
         device: Where to compute.
+        output: The margin; by default that of classes.
     """
     masks = np.ones((len(counts), len(attributions.components)), dtype=bool)
     for row, count in enumerate(counts):
@@ -50,13 +53,19 @@ def effect_curve(
     replacements = torch.tensor(
         attributions.facts["replacements"] if constants is None else constants, dtype=torch.float32
     )
-    copy, output = device_copy(model, choose_device(device)), CorrectClassMargin(against="largest")
-    worker = Worker(copy, attributions.components, replacements, output, batch_norms=attributions.facts["batch_norms"])
+    copy, (largest, _) = device_copy(model, choose_device(device)), sides(output or CorrectClassMargin())
+    worker = Worker(copy, attributions.components, replacements, largest, batch_norms=attributions.facts["batch_norms"])
     return worker.outputs(worker.load(examples, 0, len(examples)), masks)
 
 
 def judge_edit(
-    edit: Edit, model: nn.Module, examples: Examples, *, goal: EditGoal | None = None, device: str = "auto"
+    edit: Edit,
+    model: nn.Module,
+    examples: Examples,
+    *,
+    goal: EditGoal | None = None,
+    device: str = "auto",
+    output: Output | None = None,
 ) -> "pd.DataFrame":
     """Compare the model with its edited copy on targets, references, and groups of references.
 
@@ -67,13 +76,14 @@ def judge_edit(
         goal: Which of these are targets and references; by default the edit's own goal, which must then be written as
             conditions, not as positions.
         device: Where to compute.
+        output: The margin that says what is right; by default that of classes.
 
     Raises:
         GoalError: When the edit's goal names examples by position, or it has none, and no other is given.
 
     Returns:
         A row for targets and one for references: number of examples and of components, accuracy and mean margin
-        (against the largest other logit) before and after, and the change of accuracy in points. Where references have
+        (against the largest other offer) before and after, and the change of accuracy in points. Where references have
         several groups, a row for the average over these, and one for the group whose accuracy fell most.
     """
     import pandas as pd
@@ -85,7 +95,7 @@ def judge_edit(
             "goal= with conditions"
         )
     targets, references = goal.resolve(columns(examples))
-    before, after = margins(model, examples, device=device), margins(edit.apply(model), examples, device=device)
+    before, after = (margins(net, examples, device=device, output=output) for net in (model, edit.apply(model)))
 
     def row(name: str, chosen: np.ndarray) -> dict[str, object]:
         old, new = before[chosen], after[chosen]
@@ -112,9 +122,9 @@ def judge_edit(
     return pd.concat([table, average, groups.nsmallest(1, "points")], ignore_index=True).astype(dict(table.dtypes))
 
 
-def margins(model: nn.Module, examples: Examples, *, device: str = "auto") -> np.ndarray:
-    """Return (examples,) margins of the correct class against the largest other logit of a plain model."""
-    runner = ModelRunner(device_copy(model, choose_device(device)), CorrectClassMargin(against="largest"))
+def margins(model: nn.Module, examples: Examples, *, device: str = "auto", output: Output | None = None) -> np.ndarray:
+    """Return (examples,) margins of what is right, by default the class, against the largest other offer."""
+    runner = ModelRunner(device_copy(model, choose_device(device)), sides(output or CorrectClassMargin())[0])
     step = runner.batch_size
     blocks = (runner.load(examples, start, start + step) for start in range(0, len(examples), step))
     return np.concatenate([runner.base_output(block) for block in blocks])

@@ -19,6 +19,7 @@ from coar.editing.tradeoff import Bound, Objective, Outcome, TradeOff
 from coar.editing.trials import Trials
 from coar.errors import BoundError, GoalError, SettingsError
 from coar.examples import Examples
+from coar.outputs import Output
 from coar.progress import progress_bar
 from coar.worker import Precision
 
@@ -113,13 +114,14 @@ class Ground:
         choosing: Examples | None = None,
         device: str = "auto",
         precision: Precision = "float32",
+        output: Output | None = None,
     ) -> Self:
         """Move the examples to the device and run the model on them; for arguments and errors see `select`."""
         examples = joined(attributions, studied, choosing)
-        plain = Trials(attributions, model, examples, device=device)
+        plain = Trials(attributions, model, examples, device=device, output=output)
         searched = plain
         if precision != "float32":
-            searched = Trials(attributions, model, examples, device=device, precision=precision)
+            searched = Trials(attributions, model, examples, device=device, precision=precision, output=output)
         return cls(attributions, model, examples, plain, searched, plain.margins(plain.mask([])[None])[0])
 
     @property
@@ -137,6 +139,7 @@ def select(
     choosing: Examples | None = None,
     device: str = "auto",
     precision: Precision = "float32",
+    output: Output | None = None,
     **options: Unpack[Options],
 ) -> Selection:
     """Choose components by what their ablation really does to examples, within a bound on harm.
@@ -156,16 +159,21 @@ def select(
         choosing: Further examples to choose on; they need no attributions.
         device: Where to compute.
         precision: Precision of the search; the choice itself is checked in float32.
+        output: The margin that says what is right, such as `TokenMargin(reduction="last")` for a language model; by
+            default that of classes.
         options: Any of `Options`: budget, rule, constants, tradeoff, bound, seed, steps, near, progress.
 
     Raises:
         GoalError: When the goal does not fit the examples, or is reached already.
         BoundError: When nothing within the bound comes nearer to the goal.
+        OutputError: When the output is no margin, or does not fit the model.
         SettingsError: When the budget is out of range or there is no such rule, or no such constants.
     """
     _check_options(options, len(attributions.components))
     welch_t(attributions, goal)  # refuses a goal that does not fit before anything is run
-    ground = Ground.of(attributions, model, studied, choosing=choosing, device=device, precision=precision)
+    ground = Ground.of(
+        attributions, model, studied, choosing=choosing, device=device, precision=precision, output=output
+    )
     return replace(choose(ground, goal, **options), passes=ground.passes)
 
 

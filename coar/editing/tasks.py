@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
 import numpy as np
 from torch import nn
@@ -17,6 +17,7 @@ from coar.editing.selection import Options as Choice
 from coar.editing.tradeoff import Bound, TradeOff
 from coar.errors import BoundError, GoalError
 from coar.examples import Examples
+from coar.outputs import Output
 from coar.progress import progress_bar
 from coar.worker import Precision
 
@@ -47,6 +48,12 @@ class Options(Choice, total=False):
     choosing: Examples | None
     device: str
     precision: Precision
+    output: Output | None
+
+
+class _Judging(TypedDict):
+    device: str
+    output: Output | None
 
 
 @dataclass(frozen=True)
@@ -95,9 +102,9 @@ def reach_goal(
     """
     targets, references = goal.resolve(columns(judge))
     chosen = select(attributions, model, studied, goal, **options)
-    device = options.get("device", "auto")
-    table = judge_edit(chosen.edit, model, judge, device=device)
-    seen = _along(chosen.edit, attributions, model, judge, device)
+    judging: _Judging = {"device": options.get("device", "auto"), "output": options.get("output")}
+    table = judge_edit(chosen.edit, model, judge, **judging)
+    seen = _along(chosen.edit, attributions, model, judge, judging)
     curve = _curve(seen, {"targets": targets, "references": references})
     return TaskResult(name, (chosen.edit,), table, curve, (chosen,))
 
@@ -161,7 +168,8 @@ def strengthen_group(
             raise GoalError("the examples have no metadata column 'group'; add one, or give a goal")
         of = np.asarray(studied.metadata["group"])
         if group is None:
-            right = margins(model, studied, device=options.get("device", "auto")) > 0
+            judging: _Judging = {"device": options.get("device", "auto"), "output": options.get("output")}
+            right = margins(model, studied, **judging) > 0
             group = min(np.unique(of), key=lambda one: right[of == one].mean()).item()
         conditions = {"targets": f"group == {group!r}", "references": f"group != {group!r}"}
         goal = EditGoal(**conditions, direction="increase", groups="group")
@@ -243,9 +251,10 @@ def fix_errors(
     import pandas as pd
 
     settings: dict[str, Any] = {**preset("fix", options)}
-    where = {name: settings.pop(name) for name in ("choosing", "device", "precision") if name in settings}
-    device, shown = where.get("device", "auto"), settings.get("progress", True)
-    before, judged = margins(model, studied, device=device), margins(model, judge, device=device)
+    where = {name: settings.pop(name) for name in ("choosing", "device", "precision", "output") if name in settings}
+    shown = settings.get("progress", True)
+    judging: _Judging = {"device": where.get("device", "auto"), "output": where.get("output")}
+    before, judged = margins(model, studied, **judging), margins(model, judge, **judging)
     wrong, right = np.flatnonzero(before <= 0), np.flatnonzero(before > 0)
     if not len(wrong):
         raise GoalError(f"the model classifies all {len(studied)} studied examples correctly; there is nothing to fix")
@@ -258,8 +267,8 @@ def fix_errors(
         found = _correction(ground, goal, settings)
         if found is not None:
             chosen.append(found)
-            own = _along(found.edit, attributions, model, studied.subset([i]), device)
-            others = _along(found.edit, attributions, model, judge, device)
+            own = _along(found.edit, attributions, model, studied.subset([i]), judging)
+            others = _along(found.edit, attributions, model, judge, judging)
         identity = {name: np.asarray(column)[i] for name, column in studied.metadata.items()}
         rows.append({**identity, **_before_and_after(own[:, 0], others)})
         curves.append((own, others))
@@ -296,11 +305,13 @@ def preset(task: str, options: Options) -> Options:
     return cast(Options, {**PRESETS[task], **{name: value for name, value in options.items() if value is not None}})
 
 
-def _along(edit: Edit, attributions: Attributions, model: nn.Module, examples: Examples, device: str) -> np.ndarray:
+def _along(
+    edit: Edit, attributions: Attributions, model: nn.Module, examples: Examples, judging: _Judging
+) -> np.ndarray:
     """Return (components + 1, examples) margins as an edit's components are ablated one after another."""
     order = [attributions.components.index(component.name) for component in edit.components]
     counts, constants = range(len(order) + 1), edit.constants(attributions)
-    return effect_curve(model, attributions, order, examples, counts=counts, constants=constants, device=device)
+    return effect_curve(model, attributions, order, examples, counts=counts, constants=constants, **judging)
 
 
 def _before_and_after(own: np.ndarray, others: np.ndarray) -> dict[str, Any]:

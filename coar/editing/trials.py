@@ -11,11 +11,11 @@ from coar.ablation.statistics import moments
 from coar.attributions import Attributions
 from coar.examples import Examples
 from coar.outputs import CorrectClassMargin, Output
+from coar.outputs.classes import sides
 from coar.worker import Block, Precision, Worker, choose_device, device_copy
 
 PROBE_COST = 3  # a probe's forward and backward pass, in forward passes
 MEASURED = 500  # examples that tell how much a component varies
-LARGEST, SMOOTH = CorrectClassMargin(against="largest"), CorrectClassMargin()
 
 
 class Trials:
@@ -28,6 +28,7 @@ class Trials:
         device: Where to compute.
         precision: `float32`, or `bf16` for automatic mixed precision.
         batch_size: Most examples per forward pass; by default what suits the device.
+        output: The margin that is tried out; by default that of classes.
 
     Attributes:
         constants: (components.width,) constants of the attributions, one per channel.
@@ -43,11 +44,13 @@ class Trials:
         device: str = "auto",
         precision: Precision = "float32",
         batch_size: int | None = None,
+        output: Output | None = None,
     ) -> None:
         self._facts, self.table = attributions.facts, attributions.components
         self.constants = np.array(self._facts["replacements"], dtype=np.float32)
         self._model = device_copy(model, choose_device(device))
         self._precision, self._batch_size = precision, batch_size
+        self._largest, self._smooth = sides(output or CorrectClassMargin())
         self._workers: dict[tuple[Output, bytes], Worker] = {}
         inputs, targets = examples.block(0, len(examples))
         self._examples = Examples(inputs=inputs, targets=targets)
@@ -61,17 +64,17 @@ class Trials:
     def margins(
         self, keeps: np.ndarray, rows: np.ndarray | None = None, *, constants: np.ndarray | None = None
     ) -> np.ndarray:
-        """Return (masks, examples) margins against the largest other logit under (masks, components) masks."""
+        """Return (masks, examples) margins against the largest other offer under (masks, components) masks."""
         block = self._block(np.arange(len(self)) if rows is None else rows)
         self.passes += block.size * len(keeps)
-        return self._worker(LARGEST, constants).outputs(block, keeps)
+        return self._worker(self._largest, constants).outputs(block, keeps)
 
     def slopes(
         self, gates: np.ndarray, rows: np.ndarray, *, constants: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return (examples,) smooth margins and their (examples, components) gradients by gates set between 0 and 1.
 
-        The margin against the log-sum-exp of the other logits is taken, which has a gradient everywhere.
+        The margin against the log-sum-exp of the other offers is taken, which has a gradient everywhere.
         """
         worker, block = self._probed(rows, constants)
         mask = gates.astype(np.float32)[None, None]
@@ -97,7 +100,7 @@ class Trials:
         """(components.width,) standard deviations of all channels over some of the examples, in float32."""
         rows = np.unique(np.linspace(0, len(self) - 1, MEASURED).round().astype(int))
         self.passes += len(rows)
-        size = self._worker(SMOOTH, None).batch_size
+        size = self._worker(self._smooth, None).batch_size
         return moments(self._model, self.table, self._examples.subset(rows), batch_size=size)[1].cpu().numpy()
 
     def mask(self, ablated: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -108,7 +111,7 @@ class Trials:
 
     def _probed(self, rows: np.ndarray, constants: np.ndarray | None) -> tuple[Worker, Block]:
         """Return a worker for smooth margins, and these examples on the device, which count as probed."""
-        worker, part = self._worker(SMOOTH, constants), self._examples.subset(rows)
+        worker, part = self._worker(self._smooth, constants), self._examples.subset(rows)
         self.passes += PROBE_COST * len(part)
         return worker, worker.load(part, 0, len(part))
 
@@ -136,5 +139,5 @@ class Trials:
         key = rows.tobytes()
         if key not in self._blocks:
             part = self._examples.subset(rows)
-            self._blocks[key] = self._worker(LARGEST, None).load(part, 0, len(part))
+            self._blocks[key] = self._worker(self._largest, None).load(part, 0, len(part))
         return self._blocks[key]

@@ -53,6 +53,22 @@ class CrossEntropy(Output):
         return functional.cross_entropy(logits, labels, reduction="none")
 
 
+def sides(output: Output) -> tuple[Output, Output]:
+    """Return an output against the largest other offer, positive where right, and its smooth twin.
+
+    The smooth one has a gradient everywhere.
+
+    Raises:
+        OutputError: When the output is no margin, so that its sign says nothing.
+    """
+    if "against" not in type(output).model_fields:
+        raise OutputError(
+            f"{type(output).__name__} does not say what is right and wrong; an edit is tried out and judged by a "
+            f"margin: give CorrectClassMargin, TokenMargin, ChoiceMargin or ZeroShotMargin"
+        )
+    return output.model_copy(update={"against": "largest"}), output.model_copy(update={"against": "logsumexp"})
+
+
 def margins(logits: Tensor, labels: Tensor, against: Against) -> Tensor:
     """Return (rows,) logits of the labels minus what the other columns of (rows, columns) offer against them."""
     column = labels[:, None]
@@ -71,8 +87,8 @@ def class_logits(result: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
     if logits.ndim == 3:
         raise OutputError(
             f"the model's logits have shape {tuple(logits.shape)}, as those of tokens, and (examples, classes) were "
-            f"expected: read tokens with coar.TokenMargin or coar.TokenLogProbability; edits are tried out and judged "
-            f"by classes, so for them let the model return the logits after the last token, and give that as target"
+            f"expected: read tokens with coar.TokenMargin or coar.TokenLogProbability, and give an edit of a language "
+            f"model output=coar.TokenMargin(reduction='last') or a coar.ChoiceMargin"
         )
     if logits.ndim != 2 or len(logits) != len(targets) or targets.ndim != 1:
         raise OutputError(
