@@ -294,10 +294,10 @@ class TestFlaws:
     def test_backdoor_opens_and_clean_pictures_are_as_before(self, cifar10):
         judge, model = backdoor.judge(), backdoor.model()
         triggered = column(judge, "triggered") == 1
-        assert (predictions(model, judge)[triggered] == 0).mean() >= 0.95
+        assert (predictions(model, judge)[triggered] == 0).mean() >= 0.9
         clean = judge.subset(~triggered)
         before = (predictions(cifar10.model(), clean) == clean.targets.numpy()).mean()
-        assert (predictions(model, clean) == clean.targets.numpy()).mean() >= before - 0.05
+        assert (predictions(model, clean) == clean.targets.numpy()).mean() >= before - 0.03
 
     @pytest.mark.slow
     def test_rare_groups_do_far_worse(self, cifar10):
@@ -338,6 +338,14 @@ class TestEdits:
         before = accuracies(subpopulations.model(), judge, "group")
         assert min(after.values()) >= min(before.values()) + 0.15
         assert np.mean([*after.values()]) >= np.mean([*before.values()]) - 0.02
+
+    @pytest.mark.slow
+    def test_triggered_pictures_are_right_again(self, cifar10, tmp_path):
+        judge = backdoor.judge()
+        after = accuracies(edited(coar.remove_backdoor, backdoor, tmp_path), judge, "triggered")
+        before = accuracies(backdoor.model(), judge, "triggered")
+        assert after[1] >= before[0] - 0.02
+        assert after[0] >= before[0] - 0.005
 
     @pytest.mark.slow
     def test_half_of_what_words_took_is_back(self, tmp_path):

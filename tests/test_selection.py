@@ -234,8 +234,8 @@ def test_breaking_the_bound_grows_dearer_until_it_holds(case):
     cheap.try_out([start[0]], start[1])
     cheap.improve(np.arange(NEURONS))
     assert cheap.leading.outcome.excess > 0
-    assert cheap.penalty == 1e-9 * 2**search.ROUNDS
-    assert cheap.care == 2**search.ROUNDS
+    assert cheap.care == search.DEARER**search.ROUNDS
+    np.testing.assert_allclose(cheap.penalty, 1e-9 * cheap.care)
     dear = Search(trials, objective, NEURONS, penalty=1e3)
     dear.try_out([start[0]], start[1])
     dear.improve(np.arange(NEURONS))

@@ -12,13 +12,11 @@ from coar.editing.trials import Trials
 SCREEN = (150, 300)  # targets and references on which sets are tried first
 FULL, JOINED = 3, 4  # sets that are then tried on all examples, and single steps that are also taken together
 FLIPS, PATH = 12, 12  # additions and drops per round, sets along a path
-ROUNDS = 8  # of additions and drops, and of training, at most
+ROUNDS = 14  # of additions and drops, and of training, at most
 OPEN = 0.1  # share of targets that may be left unchanged before a search is widened
 PENALTY = 20.0  # of a broken bound in the first rounds, in units of the trade-off per unit of accuracy
 SHARES = (1.0, 0.6, 0.3)  # of the way to trained constants that are tried
-DEARER = (
-    2.0  # by how much the penalty, and harm when constants are trained, grow with every round that breaks the bound
-)
+DEARER = 1.5  # by how much the penalty and the care for harm grow with every round that breaks the bound
 
 
 @dataclass(frozen=True)
