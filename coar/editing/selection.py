@@ -14,7 +14,7 @@ from coar.editing.descent import COST, STEPS, descend
 from coar.editing.edits import Edit, check_budget, edit_of
 from coar.editing.goals import EditGoal
 from coar.editing.ranking import candidates, ranking, welch_t
-from coar.editing.search import OPEN, ROUNDS, Search, Tried
+from coar.editing.search import OPEN, Search, Tried
 from coar.editing.tradeoff import Bound, Objective, Outcome, TradeOff
 from coar.editing.trials import Trials
 from coar.errors import BoundError, GoalError, SettingsError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STAGES = ((160, 40, 1.0), (1_000, 320, 0.1))  # candidates, components, and the cost of each next to the usual one
+FEW = 10  # sets of trials that most searches take
 Rule = Literal["verified", "welch"]
 Constants = Literal["goal", "run"]
 
@@ -257,11 +258,15 @@ def _check_options(options: Options, components: int) -> int:
 
 @contextmanager
 def _telling(search: Search, steps: int, *, shown: bool) -> Iterator[None]:
-    """Show a bar that moves with every probe and every set of trials, with the trade-off so far."""
-    with progress_bar(shown=shown, total=steps + ROUNDS + 1, desc="select", unit="step") as bar:
+    """Show a bar that moves with every probe and every set of trials, with the trade-off so far.
+
+    How many rounds will pay is not known before, so the end moves on where there are more than a few.
+    """
+    with progress_bar(shown=shown, total=steps + FEW, desc="select", unit="step") as bar:
 
         def told() -> None:
             bar.update()
+            bar.total = max(bar.total or 0, bar.n + 1)
             best = search.best
             bar.set_postfix(components=len(best.ablated), trade_off=f"{best.outcome.value:.4f}", refresh=False)
 
