@@ -147,8 +147,8 @@ def select(
 
     `verified` takes the components that attributions find promising, moves gates on all of them at once down the slope
     of the trade-off by probes around the partly edited model, tries the sets that this leads to, and goes on from the
-    best by adding and dropping components, each tried out. Then it trains what the components become. Where that leaves
-    more than a tenth of the targets unchanged, it starts again with more candidates, each of which costs less. `welch`
+    best by adding and dropping components and by training what they become, each step tried out. Where that leaves more
+    than a tenth of the targets unchanged, it starts again with more candidates, each of which costs less. `welch`
     tries the first components of the published ranking (Shah et al. 2024, section 5) in different numbers. Of all that
     was tried on all choosing examples, what has the best trade-off within the bound is taken.
 
