@@ -24,7 +24,6 @@ from coar.worker import Precision
 if TYPE_CHECKING:
     import pandas as pd
 
-REPAIR = Bound(mean=0.01, group=0.05)  # for groups and shortcuts, which cost some accuracy elsewhere
 PRESETS: dict[str, Choice] = {
     # half of the mean for the standard error, as with some 3,000 references; trained constants harm no less here
     "forget": {"bound": Bound(mean=0.006, group=0.03), "constants": "run"},
@@ -35,10 +34,11 @@ PRESETS: dict[str, Choice] = {
         "steps": 40,
         "near": 600,
     },
-    "group": {"bound": REPAIR},
+    "group": {"bound": Bound(mean=0.01, group=0.05)},
     # what was put in can be taken out for less, and clean examples need only stay as good as they are
     "backdoor": {"bound": Bound(mean=0.005, group=0.05), "tradeoff": TradeOff(harm=1.5)},
-    "typographic": {"bound": REPAIR},
+    # many components with trained constants cost new examples more than those of the choice
+    "typographic": {"bound": Bound(mean=0.005, group=0.05)},
 }
 
 
