@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STAGES = ((160, 40, 1.0), (1_000, 320, 0.1))  # candidates, components, and the cost of each next to the usual one
-FEW = 10  # sets of trials that most searches take
+FEW = 3  # sets of trials that even a short search takes
 Rule = Literal["verified", "welch"]
 Constants = Literal["goal", "run"]
 
