@@ -106,10 +106,9 @@ def test_tasks_try_out_and_judge_what_they_are_told(trained, by_class, read):
 
 def test_an_output_that_is_no_margin_is_refused(trained, read):
     study, attributions = read
-    with pytest.raises(OutputError, match="TokenLogProbability does not say what is right and wrong"):
-        coar.select(
-            attributions, trained, study.examples, GOAL, output=coar.TokenLogProbability(reduction="last"), **OPTIONS
-        )
+    for output in (coar.TokenLogProbability(reduction="last"), coar.TokenMargin(reduction="mean")):
+        with pytest.raises(OutputError, match=f"{type(output).__name__}.* does not say what is right and wrong"):
+            coar.select(attributions, trained, study.examples, GOAL, output=output, **OPTIONS)
     with pytest.raises(OutputError, match="does not say what is right"):
         coar.judge_edit(
             coar.edit(attributions, GOAL, budget=1), trained, texts(points(9, 3)), output=coar.CrossEntropy()

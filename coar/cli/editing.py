@@ -162,7 +162,7 @@ def _run_task(
     study = loaded.study_of(Run.open(run))
     common = (attributions, study.model, study.examples, loaded.judge())
     options["choosing"] = loaded.choosing()
-    if "against" in type(study.output).model_fields:  # a margin, which says what is right
+    if study.output.tells_right:
         options["output"] = study.output
     if asked.goal is not None:
         return reach_goal(*common, goal=asked.goal, name=asked.name, **options), study.model

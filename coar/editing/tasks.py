@@ -102,7 +102,7 @@ def reach_goal(
     """
     targets, references = goal.resolve(columns(judge))
     chosen = select(attributions, model, studied, goal, **options)
-    judging: _Judging = {"device": options.get("device", "auto"), "output": options.get("output")}
+    judging = _judging(options)
     table = judge_edit(chosen.edit, model, judge, **judging)
     seen = _along(chosen.edit, attributions, model, judge, judging)
     curve = _curve(seen, {"targets": targets, "references": references})
@@ -168,8 +168,7 @@ def strengthen_group(
             raise GoalError("the examples have no metadata column 'group'; add one, or give a goal")
         of = np.asarray(studied.metadata["group"])
         if group is None:
-            judging: _Judging = {"device": options.get("device", "auto"), "output": options.get("output")}
-            right = margins(model, studied, **judging) > 0
+            right = margins(model, studied, **_judging(options)) > 0
             group = min(np.unique(of), key=lambda one: right[of == one].mean()).item()
         conditions = {"targets": f"group == {group!r}", "references": f"group != {group!r}"}
         goal = EditGoal(**conditions, direction="increase", groups="group")
@@ -252,8 +251,7 @@ def fix_errors(
 
     settings: dict[str, Any] = {**preset("fix", options)}
     where = {name: settings.pop(name) for name in ("choosing", "device", "precision", "output") if name in settings}
-    shown = settings.get("progress", True)
-    judging: _Judging = {"device": where.get("device", "auto"), "output": where.get("output")}
+    shown, judging = settings.get("progress", True), _judging(options)
     before, judged = margins(model, studied, **judging), margins(model, judge, **judging)
     wrong, right = np.flatnonzero(before <= 0), np.flatnonzero(before > 0)
     if not len(wrong):
@@ -303,6 +301,10 @@ def _pairs(column: str, studied: Examples) -> EditGoal:
 def preset(task: str, options: Options) -> Options:
     """Return the options of a task, with its own settings for those that are missing or None."""
     return cast(Options, {**PRESETS[task], **{name: value for name, value in options.items() if value is not None}})
+
+
+def _judging(options: Options) -> _Judging:
+    return {"device": options.get("device", "auto"), "output": options.get("output")}
 
 
 def _along(

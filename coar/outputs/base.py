@@ -33,6 +33,14 @@ class Output(Settings):
             )
         return values
 
+    @property
+    def tells_right(self) -> bool:
+        """Whether the output is a margin that, taken against the largest other offer, is positive exactly where right.
+
+        Edits are tried out and judged by such outputs; they have the setting `against`.
+        """
+        return False
+
     def settings(self) -> dict[str, Any]:
         """Return the name and settings that identify this function in a run's fingerprint."""
         return {"name": type(self).__name__, **self.model_dump(mode="json")}

@@ -23,6 +23,11 @@ class CorrectClassMargin(Output):
 
     against: Against = "logsumexp"
 
+    @property
+    def tells_right(self) -> bool:
+        """True: the margin against the largest other offer is positive where the example is right."""
+        return True
+
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) margins."""
         return margins(*class_logits(result, targets), self.against)
@@ -61,10 +66,10 @@ def sides(output: Output) -> tuple[Output, Output]:
     Raises:
         OutputError: When the output is no margin, so that its sign says nothing.
     """
-    if "against" not in type(output).model_fields:
+    if not output.tells_right:
         raise OutputError(
-            f"{type(output).__name__} does not say what is right and wrong; an edit is tried out and judged by a "
-            f"margin: give CorrectClassMargin, TokenMargin, ChoiceMargin or ZeroShotMargin"
+            f"{output!r} does not say what is right and wrong; an edit is tried out and judged by a margin: give "
+            f"CorrectClassMargin, TokenMargin(reduction='last'), ChoiceMargin or ZeroShotMargin"
         )
     return output.model_copy(update={"against": "largest"}), output.model_copy(update={"against": "logsumexp"})
 

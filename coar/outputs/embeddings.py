@@ -51,6 +51,11 @@ class ZeroShotMargin(Output):
     scale: float = 100.0
     against: Against = "logsumexp"
 
+    @property
+    def tells_right(self) -> bool:
+        """True: the margin against the largest other offer is positive where the example is right."""
+        return True
+
     @field_validator("prompts")
     @classmethod
     def _embeddings(cls, prompts: Tensor) -> Tensor:

@@ -56,6 +56,11 @@ class TokenMargin(Output):
     reduction: Literal["mean", "last"] = "mean"
     against: Against = "logsumexp"
 
+    @property
+    def tells_right(self) -> bool:
+        """Whether one token is read, the last: a mean over several says nothing of any."""
+        return self.reduction == "last"
+
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) margins."""
         read = token_logits(result, targets, last=self.reduction == "last")
@@ -90,6 +95,11 @@ class ChoiceMargin(Output):
 
     answers: tuple[int, ...]
     against: Against = "largest"
+
+    @property
+    def tells_right(self) -> bool:
+        """True: the margin against the largest other offer is positive where the example is right."""
+        return True
 
     @field_validator("answers")
     @classmethod
