@@ -121,14 +121,23 @@ def _told(mean: float, spread: float, *, sign: str) -> str:
 
 
 def figure(rows: pd.DataFrame, task: str) -> Figure:
-    """Draw effect against harm, a point per target and rule."""
+    """Draw effect against harm, a point per target and rule; for single errors, how many are corrected at what cost."""
     names = list(dict.fromkeys(rows["pipeline"]))
     drawing = Figure(figsize=(5 * len(names), 3.8), layout="constrained")
     for axes, name in zip(drawing.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for rule in RULES:
             some = rows[(rows["pipeline"] == name) & (rows["rule"] == rule)]
-            axes.scatter(some["others_points"], some["targets"], s=14, color=COLOURS[rule], label=rule)
-        axes.set(title=f"{task}: {name}", xlabel="others' change (points)", ylabel="accuracy on targets (%)")
+            if task == "fix":
+                costs = np.sort(-some["others_points"][some["targets"] == 100])
+                share = 100 * np.arange(1, len(costs) + 1) / max(len(some), 1)
+                axes.step(costs, share, where="post", color=COLOURS[rule], label=rule)
+            else:
+                axes.scatter(some["others_points"], some["targets"], s=14, color=COLOURS[rule], label=rule)
+        if task == "fix":
+            axes.set(xlabel="cost to others, at most (points)", ylabel="errors corrected (%)", ylim=(0, 102))
+        else:
+            axes.set(xlabel="others' change (points)", ylabel="accuracy on targets (%)")
+        axes.set_title(f"{task}: {name}")
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     return drawing
