@@ -25,6 +25,8 @@ def compared(points: dict[str, dict[str, Any]]) -> Iterator[dict[str, object]]:
     """Yield a row per rule: the verified choice, and each other rule at its effect and at its harm."""
     mine = points["verified"]
     effect, harm, sign = mine["targets"][-1], mine["others_points"][-1], 1 if mine["increase"] else -1
+    if mine["task"] == "fix":
+        effect = 100.0  # an error that the verified choice leaves is not to be left by others too
     for rule in (rule for rule in RULES if rule in points):
         found = points[rule]
         targets, others = np.array(found["targets"]), np.array(found["others_points"])
@@ -40,10 +42,7 @@ def compared(points: dict[str, dict[str, Any]]) -> Iterator[dict[str, object]]:
         if same >= 0:
             row |= {"components": found["components"][same], "targets": targets[same], "others_points": others[same]}
             row["worst_points"] = found["worst_points"][same]
-            for name in {
-                "lowest",
-                "average",
-            } & found.keys():  # accuracy of the worst group, targets among them, and of all groups
+            for name in {"lowest", "average"} & found.keys():  # accuracy of the worst group, and of all on average
                 row |= {f"{name}_before": found[name][0], name: found[name][same]}
         row["targets_at_same_harm"] = targets[best]
         yield row | {name: found[name] for name in ("passes", "seconds", "cpu_seconds")}
