@@ -90,16 +90,16 @@ def case(name: str, module: ModuleType, task: str, seed: int) -> Case:
         label, judge = "cifar10-training-pictures", module.examples("test", slice(None))
         examples = module.examples("train", slice(3_000, 3_000 + module.STUDIED))
         if task == "fix":
-            label, examples = "cifar10-errors", with_errors(study, examples)
+            label, examples = "cifar10-all-errors", with_errors(study, judge, examples)
         study = replace(study, examples=examples)
     run = coar.collect(study, f"runs/edits/{label}-{seed}.zarr", masks=0, probes=PROBES, progress=False)
     return Case(seed, study, run, more, judge, getattr(module, "GOAL", None))
 
 
-def with_errors(study: coar.Study, examples: coar.Examples) -> coar.Examples:
-    """Return a study's misclassified examples, and after them those of others that are classified correctly."""
-    errors = study.examples.subset(margins(study.model, study.examples) <= 0)
-    others = examples.subset(margins(study.model, examples) > 0)
+def with_errors(study: coar.Study, test: coar.Examples, others: coar.Examples) -> coar.Examples:
+    """Return all misclassified test examples, and after them those of others that are classified correctly."""
+    errors = test.subset(margins(study.model, test) <= 0)
+    others = others.subset(margins(study.model, others) > 0)
     both = [part.block(0, len(part)) for part in (errors, others)]
     ids = np.concatenate([np.asarray(part.metadata["id"]) for part in (errors, others)])
     inputs, targets = (torch.cat(values) for values in zip(*both, strict=True))
