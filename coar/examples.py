@@ -211,6 +211,11 @@ def _tokens_there(tokens: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return ids, there
 
 
+def rows_of(inputs: Inputs, part: slice) -> Inputs:
+    """Return some of the inputs' rows."""
+    return {name: value[part] for name, value in inputs.items()} if isinstance(inputs, dict) else inputs[part]
+
+
 def update_digest(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
     """Add a tensor's name, type, shape and bytes to a running hash."""
     digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coar.ablation import Gates
+from coar.ablation import Gates, SharedPasses
 from coar.components import Components
 from coar.errors import AblationError, SettingsError
-from coar.examples import Examples, Inputs
+from coar.examples import Examples, Inputs, rows_of
 from coar.outputs import Output
 
 log = logging.getLogger(__name__)
@@ -200,6 +200,7 @@ class Worker(ModelRunner):
         self._through_outputs = through_outputs
         self._gates: dict[bool, Gates] = {}  # by weights and by hooks, made when first needed
         self._compiled: tuple[nn.Module | Callable[..., Any], int] | None = None  # and the rows it was compiled for
+        self._shared = SharedPasses(model, components, self._run, output.read)
         self.masks_per_forward = 1
 
     def outputs(self, block: Block, masks: np.ndarray) -> np.ndarray:
@@ -214,7 +215,7 @@ class Worker(ModelRunner):
                 self._record(gates, piece)
                 if grouped:
                     self._fill_grouped(out[:, part], piece, keeps, gates, group)
-                else:
+                elif piece.donors or self._compiled or not self._shared.fill(out[:, part], piece.batches, masks, gates):
                     self._fill_each(out[:, part], piece, keeps, gates)
         return out.cpu().numpy()
 
@@ -387,11 +388,6 @@ def _gradient(values: Tensor, keep: Tensor) -> Tensor:
             "conversion to numpy; use an output that can be differentiated, or collect masks instead of probes"
         )
     return torch.autograd.grad(values.sum(), keep)[0].float()
-
-
-def rows_of(inputs: Inputs, part: slice) -> Inputs:
-    """Return some of the inputs' rows."""
-    return {name: value[part] for name, value in inputs.items()} if isinstance(inputs, dict) else inputs[part]
 
 
 def _repeated(inputs: Inputs, times: int) -> Inputs:

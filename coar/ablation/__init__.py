@@ -6,6 +6,7 @@ from coar.ablation.gates import Gates, called_sites
 from coar.ablation.optimal import Optimal
 from coar.ablation.positions import PositionMean
 from coar.ablation.replacements import Ablation, Calibrated, Resample, ZeroActivation, ZeroWeight
+from coar.ablation.sharing import SharedPasses
 from coar.ablation.statistics import Mean, Peak
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Peak",
     "PositionMean",
     "Resample",
+    "SharedPasses",
     "ZeroActivation",
     "ZeroWeight",
     "called_sites",

@@ -44,7 +44,8 @@ class Selection:
             accuracy of targets, accuracy lost by references on average and in the worst group, and whether the set
             keeps within the bound.
         constants: `goal` where the edit has constants that were made for the goal, `run` where it has those of the run.
-        passes: Forward passes of one example that the choice took; a forward and backward pass counts as three.
+        passes: Forward passes of one example that the choice took; a forward and backward pass counts as three, and a
+            pass of which the start was shared with others counts in full.
         examples: How many examples it was made on.
     """
 

@@ -32,7 +32,7 @@ class Trials:
 
     Attributes:
         constants: (components.width,) constants of the attributions, one per channel.
-        passes: Passes of one example so far; a probe counts as three.
+        passes: Passes of one example so far; a probe counts as three, and one that shares its start as one.
     """
 
     def __init__(
