@@ -34,7 +34,7 @@ from coar.editing import effect_curve, welch_t
 from coar.editing.judging import margins
 from coar.editing.ranking import ranking
 from coar.editing.selection import Ground, choose
-from coar.editing.tasks import PRESETS
+from coar.editing.tasks import PRESETS, correction
 
 FOLDER = Path("reports/edits")
 PROBES = 96
@@ -141,11 +141,16 @@ def chosen(case: Case, task: str, goal: coar.EditGoal, rule: str) -> Chosen:
     if rule == "verified":
         spent = case.ground.passes
         try:
-            found = choose(case.ground, goal, **{**PRESETS[task], "seed": case.seed, "progress": False})
+            if task == "fix":
+                found = correction(case.ground, goal, seed=case.seed, progress=False)
+            else:
+                found = choose(case.ground, goal, **{**PRESETS[task], "seed": case.seed, "progress": False})
         except coar.errors.BoundError:
+            found = None
+        if found is None:
             return Chosen(np.zeros(0, dtype=np.int64), [0, 0], passes=case.ground.passes - spent)
         order = np.array([case.study.components.index(one.name) for one in found.edit.components])
-        return Chosen(order, [0, len(order)], found.edit.constants(case.fitted), found.passes)
+        return Chosen(order, [0, len(order)], found.edit.constants(case.fitted), case.ground.passes - spent)
     counts = [count for count in COUNTS if count <= (d if task != "fix" else 20)]
     if rule == "random":
         return Chosen(np.random.default_rng(case.seed).permutation(d), counts)

@@ -289,7 +289,8 @@ def _check_open(objective: Objective, goal: EditGoal) -> None:
 def _confirmed(search: Search, plain: Trials, free: np.ndarray) -> Search:
     """Try the best sets by float32 and on all examples, until one holds there too: within the bound, and of use.
 
-    Where none does, the search goes on there from the one that is nearest to it.
+    Where none does, or only one that leaves more targets unchanged, the search goes on there from the one that is
+    nearest to it.
     """
     if search.trials is plain and search.near is None:
         return search
@@ -298,8 +299,9 @@ def _confirmed(search: Search, plain: Trials, free: np.ndarray) -> Search:
     for one in sorted(within, key=lambda one: one.outcome.value):
         exact.try_out([one.ablated], one.constants)
         if exact.best.ablated:
-            return exact
-    if within and len(free):
+            break
+    left, aimed = (search.objective.open(one.best.outcome) for one in (exact, search))
+    if within and len(free) and (not exact.best.ablated or left > aimed + OPEN):
         exact.since, exact.penalty = 1, search.penalty
         exact.improve(free)
     return exact

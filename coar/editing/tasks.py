@@ -24,13 +24,15 @@ from coar.worker import Precision
 if TYPE_CHECKING:
     import pandas as pd
 
+CAUTION = 0.6  # part of the bound's mean within which a correction is looked for first
 PRESETS: dict[str, Choice] = {
     # half of the mean for the standard error, as with some 3,000 references; trained constants harm no less here
     "forget": {"bound": Bound(mean=0.006, group=0.03), "constants": "run"},
-    # one target needs few probes, and moves few references that are far from the edge
+    # one target needs few probes, and moves few references that are far from the edge; that these keep their margins
+    # too is what spares examples that the choice has not seen
     "fix": {
         "bound": Bound(mean=0.005, group=0.05),
-        "tradeoff": TradeOff(target_scale=0.5),
+        "tradeoff": TradeOff(target_scale=0.5, reference_scale=3.0),
         "steps": 40,
         "near": 600,
     },
@@ -262,7 +264,7 @@ def fix_errors(
     for i in progress_bar(wrong.tolist(), desc="fix", unit="error", shown=shown):
         goal = EditGoal(targets=(i,), references=tuple(right.tolist()), direction="increase")
         own, others = before[i : i + 1, None], judged[None]
-        found = _correction(ground, goal, settings)
+        found = correction(ground, goal, **settings)
         if found is not None:
             chosen.append(found)
             own = _along(found.edit, attributions, model, studied.subset([i]), judging)
@@ -273,13 +275,27 @@ def fix_errors(
     return TaskResult("fix", tuple(one.edit for one in chosen), pd.DataFrame(rows), _overview(curves), tuple(chosen))
 
 
-def _correction(ground: Ground, goal: EditGoal, settings: dict[str, Any]) -> Selection | None:
-    """Return a choice that gets the goal's one target right, if there is any within the bound."""
-    try:
-        found = choose(ground, goal, **settings)
-    except BoundError:
-        return None
-    return found if found.after.targets == 1 else None
+def correction(ground: Ground, goal: EditGoal, **settings: Unpack[Choice]) -> Selection | None:
+    """Return a choice that gets the goal's one target right, within part of the bound or else within all of it.
+
+    Other examples lose more than those that it is chosen on, so what costs little is looked for first.
+
+    Args:
+        ground: The examples to choose on.
+        goal: One target and its references.
+        settings: Any of the options of `choose`; by default those of the task `fix`.
+    """
+    wanted: Choice = {**PRESETS["fix"], **settings}
+    bound = wanted.get("bound") or Bound()
+    for part in dict.fromkeys((bound.model_copy(update={"mean": CAUTION * bound.mean}), bound)):
+        within: Choice = {**wanted, "bound": part}
+        try:
+            found = choose(ground, goal, **within)
+        except BoundError:
+            continue
+        if found.after.targets == 1:
+            return found
+    return None
 
 
 TASKS: dict[str, Callable[..., TaskResult]] = {
