@@ -284,7 +284,7 @@ def test_a_choice_that_breaks_the_bound_on_all_examples_is_mended_there(case):
     everything = tuple(range(NEURONS))
     (broken,) = search.try_out([everything], ground.plain.constants)
     assert broken.outcome.excess > 0
-    search.tried[-1] = replace(broken, outcome=replace(broken.outcome, excess=0.0))
+    search.tried[-1] = replace(broken, outcome=replace(broken.outcome, excess=0.0, value=-1.0))  # the best by far
     search.near = N  # so that the choice is confirmed by a search of its own
     free = np.arange(NEURONS)
     mended = selection._confirmed(search, ground.plain, free).best
@@ -293,6 +293,16 @@ def test_a_choice_that_breaks_the_bound_on_all_examples_is_mended_there(case):
     assert np.mean(lost) + error <= bound.mean
     assert max(lost) <= bound.group
     assert selection._confirmed(search, ground.plain, free[:0]).best.ablated == ()
+    alone = [one for one in search.try_out([(i,) for i in free], broken.constants) if one.outcome.excess == 0]
+    poor = max(
+        (one for one in alone if one.outcome.value < search.tried[0].outcome.value), key=lambda one: one.outcome.value
+    )
+    search.tried[2:] = [poor]
+    assert objective.open(poor.outcome) > objective.open(broken.outcome) + selection.OPEN
+    alone, mended = (selection._confirmed(search, ground.plain, some) for some in (free[:0], free))
+    assert alone.best.ablated == poor.ablated  # what holds is of use, but leaves more targets than was hoped for
+    assert len(mended.tried) > len(alone.tried) == 3
+    assert mended.best.outcome.value <= poor.outcome.value
 
 
 def test_goals_share_examples(case):
