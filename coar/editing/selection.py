@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 STAGES = ((160, 40, 1.0), (1_000, 320, 0.1))  # candidates, components, and the cost of each next to the usual one
 FEW = 3  # sets of trials that even a short search takes
+HOPEFUL = 8  # of the best sets are tried in float32 and on all examples, before the search goes on there
 Rule = Literal["verified", "welch"]
 Constants = Literal["goal", "run"]
 
@@ -289,22 +290,28 @@ def _check_open(objective: Objective, goal: EditGoal) -> None:
 def _confirmed(search: Search, plain: Trials, free: np.ndarray) -> Search:
     """Try the best sets by float32 and on all examples, until one holds there too: within the bound, and of use.
 
-    Where none does, or only one that leaves more targets unchanged, the search goes on there from the one that is
-    nearest to it.
+    Where none of a few does, or only one that leaves more targets unchanged, the search goes on there from the one that
+    is nearest to it.
     """
     if search.trials is plain and search.near is None:
         return search
     exact = Search(plain, search.objective, search.budget)
     within = [one for one in search.tried if one.outcome.excess == 0 and one.ablated]
-    for one in sorted(within, key=lambda one: one.outcome.value):
-        exact.try_out([one.ablated], one.constants)
-        if exact.best.ablated:
-            break
+    hopeful = sorted(within, key=lambda one: one.outcome.value)
+    _try_until_one_holds(exact, hopeful[:HOPEFUL])
     left, aimed = (search.objective.open(one.best.outcome) for one in (exact, search))
     if within and len(free) and (not exact.best.ablated or left > aimed + OPEN):
         exact.since, exact.penalty = 1, search.penalty
         exact.improve(free)
+    _try_until_one_holds(exact, hopeful[HOPEFUL:])
     return exact
+
+
+def _try_until_one_holds(exact: Search, sets: list[Tried]) -> None:
+    for one in sets:
+        if exact.best.ablated:
+            return
+        exact.try_out([one.ablated], one.constants)
 
 
 def _check_neared(search: Search, best: Tried, goal: EditGoal) -> None:
