@@ -19,7 +19,7 @@ MASKS = 64  # single-component masks per call of the worker
 def leave_one_out(
     study: Study, run: Run, *, device: str = "auto", batch_size: int | None = None, progress: bool = True
 ) -> Attributions:
-    """Attribute to each component the drop in output when it alone is ablated: one forward pass per component.
+    """Attribute to each component the drop in output when it alone is ablated: a forward pass each, from its layer on.
 
     Args:
         study: The study that the run was made for.
