@@ -12,9 +12,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import SUBJECTS
@@ -24,27 +26,18 @@ from coar.worker import Worker, device_copy
 
 def floor(study: Study, rows: np.ndarray) -> float:
     """Return the mean share of a pass's products that come at or after a component's layer."""
-    order: dict[str, int] = {}
-    handles = [
-        study.model.get_submodule(site).register_forward_pre_hook(
-            lambda _m, _a, site=site: order.setdefault(site, len(order))
-        )
-        for site, _, _ in study.components.sites()
-    ]
-    done: list[float] = []
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        handles += [
-            study.model.get_submodule(site).register_forward_pre_hook(
-                lambda _m, _a: done.append(counter.get_total_flops())
-            )
-            for site, _, _ in study.components.sites()
-        ]
+    done: dict[str, int] = {}  # products before each layer
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), ExitStack() as stack:
+        for site, _, _ in study.components.sites():
+
+            def note(_module: nn.Module, _args: object, site: str = site) -> None:
+                done.setdefault(site, counter.get_total_flops())
+
+            stack.callback(study.model.get_submodule(site).register_forward_pre_hook(note).remove)
         inputs = study.examples.block(0, 1)[0]
         study.model(**inputs) if isinstance(inputs, dict) else study.model(inputs)
         total = counter.get_total_flops()
-    for handle in handles:
-        handle.remove()
-    return float(np.mean([1 - done[order[study.components[int(row)].site]] / total for row in rows]))
+    return float(np.mean([1 - done[study.components[int(row)].site] / total for row in rows]))
 
 
 def seconds(work: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
