@@ -65,6 +65,19 @@ class Moody(Net):
         return self.head(self.twice(second(first(x))).mean((2, 3)))
 
 
+class Skipping(Net):
+    """Leaves a block out in one pass, after the survey, the one that is held, and the first that goes on from it."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.stem(x)
+        if self.calls != 4:
+            x = self.blocks[0](x)
+        return self.head(self.twice(x).mean((2, 3)))
+
+
 def one_at_a_time(count):
     return ~np.eye(count, dtype=bool)
 
@@ -159,10 +172,12 @@ def test_masks_that_differ_early_run_one_by_one(data, monkeypatch):
     assert found["stem"] == 20
 
 
-@pytest.mark.parametrize("kind", [Ignoring, Moody])
-def test_models_that_cannot_share_run_plainly(data, kind, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("kind", "site"), [(Ignoring, "blocks.0.conv2"), (Moody, "blocks.0.conv2"), (Skipping, "twice")]
+)
+def test_models_that_cannot_share_run_plainly(data, kind, site, monkeypatch, caplog):
     model = oracles.rough(kind())
-    components = coar.conv_filters(model, include=["blocks.0.conv2"])
+    components = coar.conv_filters(model, include=[site])
     worker = worker_for(model, components)
     block = worker.load(examples_for(*data), 0, 7)
     with caplog.at_level("INFO"):

@@ -29,6 +29,7 @@ FEW = 8  # components in which a mask may differ from most others, on average, f
 SAVED = 0.1  # share of the calls that must be saved
 NOTED = 2  # examples on which calls are noted
 TOLERANCE = 1e-5  # of the largest output, between a pass that begins late and a plain one
+OTHERWISE = "the model does not call its modules in the order in which it did at first"
 
 Forward = Callable[..., Any]
 
@@ -118,11 +119,15 @@ class SharedStart:
         with self._passing(wanted, stop) as found, suppress(_ReachedError):
             run()
         if len(found) < len(wanted):
-            raise AblationError("the model does not call its modules in the order in which it did at first")
+            raise AblationError(OTHERWISE)
         self._held, self.time = found, time
 
     def run(self, run: Callable[[], Tensor]) -> Tensor:
-        """Run a whole pass, of which what is held is not run again."""
+        """Run a whole pass, of which what is held is not run again.
+
+        Raises:
+            AblationError: When the model does not call a module of which something is held.
+        """
         with self._passing([], None):
             return run()
 
@@ -152,6 +157,8 @@ class SharedStart:
         modules = dict.fromkeys([*(call.module for call in (*known, *noted)), *([stop] if stop else [])])
         with _through(modules, passed):
             yield found
+        if known and stop is None:
+            raise AblationError(OTHERWISE)
 
 
 class _ReachedError(BaseException):
