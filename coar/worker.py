@@ -209,13 +209,14 @@ class Worker(ModelRunner):
         out = torch.empty(len(masks), block.size, device=self.device)
         group = min(self.masks_per_forward, self.batch_size // block.size)
         grouped = group > 1 and len(block.batches) == 1
+        shares = not (self._through_outputs or block.donors or self._compiled)  # hooks are the plain way
         gated = self._gates_for(block, hooks=grouped or self._through_outputs)
         with gated as gates, torch.inference_mode(), self._computing():
             for piece, part in block.pieces():
                 self._record(gates, piece)
                 if grouped:
                     self._fill_grouped(out[:, part], piece, keeps, gates, group)
-                elif piece.donors or self._compiled or not self._shared.fill(out[:, part], piece.batches, masks, gates):
+                elif not (shares and self._shared.fill(out[:, part], piece.batches, masks, gates)):
                     self._fill_each(out[:, part], piece, keeps, gates)
         return out.cpu().numpy()
 

@@ -121,14 +121,13 @@ def data():
 
 
 @pytest.mark.parametrize("kind", [Net, Ignoring])
-@pytest.mark.parametrize("through_outputs", [False, True])
-def test_outputs_are_those_of_overwritten_copies(data, kind, through_outputs):
+def test_outputs_are_those_of_overwritten_copies(data, kind):
     model = oracles.rough(kind())
     components = coar.conv_filters(model)
     masks = one_at_a_time(len(components))[np.random.default_rng(0).permutation(len(components))]
     masks[3, :2] = False
     masks[5] = True
-    worker = worker_for(model, components, through_outputs=through_outputs, batch_size=4)
+    worker = worker_for(model, components, batch_size=4)
     found = worker.outputs(worker.load(examples_for(*data), 0, 7), masks)
     np.testing.assert_allclose(found, expected(model, components, masks, *data), rtol=1e-4, atol=1e-5)
 
@@ -183,6 +182,31 @@ def test_models_that_cannot_share_run_plainly(data, kind, site, monkeypatch, cap
     with caplog.at_level("INFO"):
         worker.outputs(block, one_at_a_time(4))
     assert "do not share the start of a pass" in caplog.text
+    found = counted(model, monkeypatch)
+    worker.outputs(block, one_at_a_time(4))
+    assert found["stem"] == 4
+
+
+def test_outputs_that_are_not_finite_stay_so(data, monkeypatch):
+    model = oracles.rough(Net())
+    components = coar.conv_filters(model, include=["twice"])
+    x, y = data
+    x[2, 0, 3, 3] = float("nan")
+    worker = worker_for(model, components)
+    block = worker.load(examples_for(x, y), 0, 7)
+    found = worker.outputs(block, one_at_a_time(4))
+    assert np.isnan(found).all(0).tolist() == [False, False, True, False, False, False, False]
+    truth = expected(model, components, one_at_a_time(4), x, y)
+    np.testing.assert_allclose(found, truth, rtol=1e-4, atol=1e-5)
+    calls = counted(model, monkeypatch)
+    worker.outputs(block, one_at_a_time(4))
+    assert calls["stem"] == 1
+
+
+def test_hooks_are_the_plain_way(data, monkeypatch):
+    model = oracles.rough(Net())
+    worker = worker_for(model, coar.conv_filters(model, include=["twice"]), through_outputs=True)
+    block = worker.load(examples_for(*data), 0, 7)
     found = counted(model, monkeypatch)
     worker.outputs(block, one_at_a_time(4))
     assert found["stem"] == 4
