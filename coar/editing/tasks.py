@@ -1,7 +1,7 @@
 """Ready tasks: a goal, the examples and the bound that go with it, chosen on some examples and judged on others."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
 import numpy as np
@@ -286,7 +286,7 @@ def correction(ground: Ground, goal: EditGoal, **settings: Unpack[Choice]) -> Se
         settings: Any of the options of `choose`; by default those of the task `fix`.
     """
     wanted: Choice = {**PRESETS["fix"], **settings}
-    bound = wanted.get("bound") or Bound()
+    bound, spent = wanted.get("bound") or Bound(), ground.passes
     for part in dict.fromkeys((bound.model_copy(update={"mean": CAUTION * bound.mean}), bound)):
         within: Choice = {**wanted, "bound": part}
         try:
@@ -294,7 +294,7 @@ def correction(ground: Ground, goal: EditGoal, **settings: Unpack[Choice]) -> Se
         except BoundError:
             continue
         if found.after.targets == 1:
-            return found
+            return replace(found, passes=ground.passes - spent)  # with those of the part that did not suffice
     return None
 
 
