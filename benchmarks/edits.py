@@ -34,7 +34,7 @@ from coar.editing import effect_curve, welch_t
 from coar.editing.judging import margins
 from coar.editing.ranking import ranking
 from coar.editing.selection import Ground, choose
-from coar.editing.tasks import PRESETS, correction
+from coar.editing.tasks import PRESETS
 
 FOLDER = Path("reports/edits")
 PROBES = 96
@@ -133,6 +133,7 @@ class Chosen:
     counts: list[int]
     constants: np.ndarray | None = None
     passes: int = 0
+    strengths: tuple[float, ...] | None = None
 
 
 def chosen(case: Case, task: str, goal: coar.EditGoal, rule: str) -> Chosen:
@@ -141,16 +142,14 @@ def chosen(case: Case, task: str, goal: coar.EditGoal, rule: str) -> Chosen:
     if rule == "verified":
         spent = case.ground.passes
         try:
-            if task == "fix":
-                found = correction(case.ground, goal, seed=case.seed, progress=False)
-            else:
-                found = choose(case.ground, goal, **{**PRESETS[task], "seed": case.seed, "progress": False})
+            found = choose(case.ground, goal, **{**PRESETS[task], "seed": case.seed, "progress": False})
         except coar.errors.BoundError:
             found = None
-        if found is None:
+        if found is None or (task == "fix" and found.after.targets < 1):
             return Chosen(np.zeros(0, dtype=np.int64), [0, 0], passes=case.ground.passes - spent)
         order = np.array([case.study.components.index(one.name) for one in found.edit.components])
-        return Chosen(order, [0, len(order)], found.edit.constants(case.fitted), case.ground.passes - spent)
+        passes = case.ground.passes - spent
+        return Chosen(order, [0, len(order)], found.edit.constants(case.fitted), passes, found.edit.strengths)
     counts = [count for count in COUNTS if count <= (d if task != "fix" else 20)]
     if rule == "random":
         return Chosen(np.random.default_rng(case.seed).permutation(d), counts)
@@ -166,8 +165,8 @@ def judged(case: Case, task: str, goal: coar.EditGoal, rule: str) -> dict[str, A
     metadata = {key: np.asarray(column) for key, column in case.judge.metadata.items()}
 
     def right(examples: coar.Examples) -> np.ndarray:
-        order, counts, constants = choice.order, choice.counts, choice.constants
-        return effect_curve(model, attributions, order, examples, counts=counts, constants=constants) > 0
+        how = {"counts": choice.counts, "constants": choice.constants, "strengths": choice.strengths}
+        return effect_curve(model, attributions, choice.order, examples, **how) > 0
 
     seen = right(case.judge)
     if task == "fix":

@@ -204,7 +204,10 @@ class Worker(ModelRunner):
         self.masks_per_forward = 1
 
     def outputs(self, block: Block, masks: np.ndarray) -> np.ndarray:
-        """Return (masks, examples) float32 outputs of the block under (masks, components) boolean masks."""
+        """Return (masks, examples) float32 outputs of the block under (masks, components) masks.
+
+        Masks are boolean, or gates between 0, ablated, and 1, kept.
+        """
         keeps = torch.from_numpy(masks).to(self.device)
         out = torch.empty(len(masks), block.size, device=self.device)
         group = min(self.masks_per_forward, self.batch_size // block.size)

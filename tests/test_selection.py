@@ -198,7 +198,7 @@ def test_slopes_are_differences_of_outputs_at_partial_gates(case, level):
 def test_components_are_dropped_again_when_that_helps(case):
     study, attributions, more = case
     trials = Trials(attributions, study.model, more, device="cpu")
-    base = trials.margins(trials.mask([])[None])[0]
+    base = trials.margins(trials.gates([])[None])[0]
     columns = {"label": more.targets.numpy()}
     objective = Objective.of(goal(), columns, base, tradeoff=coar.TradeOff(), bound=coar.Bound(mean=1, group=1))
     costs = {i: judged(study.model, (more,), (i,))[0] for i in range(NEURONS)}
@@ -228,7 +228,7 @@ def test_search_widens_where_targets_are_left_unchanged(case, monkeypatch):
 def test_breaking_the_bound_grows_dearer_until_it_holds(case):
     study, attributions, more = case
     trials = Trials(attributions, study.model, more, device="cpu")
-    base = trials.margins(trials.mask([])[None])[0]
+    base = trials.margins(trials.gates([])[None])[0]
     parts = {"tradeoff": coar.TradeOff(harm=1e-6), "bound": coar.Bound(mean=0, group=0)}
     objective = Objective.of(goal(), {"label": more.targets.numpy()}, base, **parts)
     start = (tuple(range(0, NEURONS, 2)), trials.constants)
@@ -262,7 +262,7 @@ def test_sets_tried_near_the_edge_are_checked_on_all_examples(case):
 def test_references_far_from_the_edge_count_as_unchanged(case):
     study, attributions, more = case
     trials = Trials(attributions, study.model, more, device="cpu")
-    base = trials.margins(trials.mask([])[None])[0]
+    base = trials.margins(trials.gates([])[None])[0]
     labels = more.targets.numpy()
     objective = Objective.of(goal(), {"label": labels}, base, tradeoff=coar.TradeOff(), bound=coar.Bound())
     (found,) = Search(trials, objective, NEURONS, near=5).try_out([(0, 3)], trials.constants)

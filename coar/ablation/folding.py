@@ -32,9 +32,14 @@ AGREEMENT = 1e-3  # of the largest output: how near folded and gated outputs mus
 
 
 def fold(
-    model: nn.Module, components: Iterable[Component], values: Iterable[Constant], *, batch_norms: Mapping[str, str]
+    model: nn.Module,
+    components: Iterable[Component],
+    values: Iterable[Constant],
+    *,
+    batch_norms: Mapping[str, str],
+    strengths: Iterable[float] | None = None,
 ) -> None:
-    """Replace components by constants for good, in place.
+    """Replace components by constants for good, in place, wholly or in part.
 
     A component's weights are zeroed: rows for an output, columns for an input, all for a module, the last projection
     for an expert. Its constants then go into the layer's own bias; where there is none, an output's go into the running
@@ -46,6 +51,7 @@ def fold(
         components: What to replace.
         values: Constants of each component; for zero weight, its biases.
         batch_norms: Path of the batch norm that follows a site without bias, see `following_batch_norms`.
+        strengths: How far each goes towards its constants, above 0 and at most 1; by default 1.
 
     Raises:
         ComponentError: When a component is not part of the model.
@@ -53,24 +59,25 @@ def fold(
             mixture has no biases to take constants, or a weight is shared with another module or computed, so that
             zeroing it would do something else.
     """
-    chosen = list(zip(components, values, strict=True))
-    for component, value in chosen:
+    pairs = list(zip(components, values, strict=True))
+    chosen = list(zip(pairs, [1.0] * len(pairs) if strengths is None else strengths, strict=True))
+    for component, value in pairs:
         check_permanent(component, value)
-    if chosen:
-        check_components(model, Components(component for component, _ in chosen))
+    if pairs:
+        check_components(model, Components(component for component, _ in pairs))
     with torch.no_grad():
-        for component, value in chosen:
+        for (component, value), strength in chosen:
             if component.side == "parameter":
                 parameter = model.get_parameter(component.site)
-                parameter.narrow(component.axis, component.position, component.size).zero_()
+                _fade(parameter.narrow(component.axis, component.position, component.size), strength)
             elif component.side == "input":
-                _fold_input(model, component, value)
+                _fold_input(model, component, value, strength)
             elif component.side == "expert":
-                _fold_expert(model, component, value)
+                _fold_expert(model, component, value, strength)
             elif component.side == "module":
-                _fold_output(model, _last_layer(model, component), value, None)
+                _fold_output(model, _last_layer(model, component), value, None, strength)
             else:
-                _fold_output(model, component, value, batch_norms.get(component.site))
+                _fold_output(model, component, value, batch_norms.get(component.site), strength)
 
 
 def check_permanent(component: Component, value: Constant) -> None:
@@ -107,48 +114,60 @@ def _last_layer(model: nn.Module, component: Component) -> Component:
     return component._replace(site=path, side="output", position=0, size=output_channels(module))
 
 
-def _fold_output(model: nn.Module, component: Component, value: Constant, batch_norm: str | None) -> None:
+def _fade(weight: Tensor, strength: float) -> None:
+    """Take a share of a weight away, in place; all of it leaves zeros, whatever stood there."""
+    if strength == 1:
+        weight.zero_()
+    else:
+        weight.mul_(1 - strength)
+
+
+def _fold_output(
+    model: nn.Module, component: Component, value: Constant, batch_norm: str | None, strength: float
+) -> None:
     layer, position = model.get_submodule(component.site), component.position
     weight, bias = _own(model, component.site, "weight"), _own(model, component.site, "bias")
     rows = range(position, position + component.size)
     for row in rows:
-        weight[_filter_index(layer, row)] = 0  # type: ignore[index]
-    constants = layer.weight.new_tensor(value).expand(component.size)  # type: ignore[operator]
+        _fade(weight[_filter_index(layer, row)], strength)  # type: ignore[index]
+    constants = strength * layer.weight.new_tensor(value).expand(component.size)  # type: ignore[operator]
     if bias is None and constants.any() and batch_norm is None:
         layer.bias = bias = nn.Parameter(constants.new_zeros(output_channels(layer)))
     if bias is not None:
-        bias[rows.start : rows.stop] = constants
+        _fade(bias[rows.start : rows.stop], strength)
+        bias[rows.start : rows.stop] += constants
     elif batch_norm is not None:
         model.get_submodule(batch_norm).running_mean[rows.start : rows.stop] -= constants  # type: ignore[operator, index]
 
 
-def _fold_input(model: nn.Module, component: Component, value: Constant) -> None:
+def _fold_input(model: nn.Module, component: Component, value: Constant, strength: float) -> None:
     layer = model.get_submodule(component.site)
     weight, bias = _own(model, component.site, "weight"), _own(model, component.site, "bias")
     axis = input_axis(layer)
     columns = weight.narrow(axis, component.position, component.size)  # type: ignore[union-attr]
-    constants = columns.new_tensor(value).expand(component.size)
+    constants = strength * columns.new_tensor(value).expand(component.size)
     if constants.any():
         if bias is None:
             layer.bias = bias = nn.Parameter(columns.new_zeros(output_channels(layer)))
         bias.add_(constants @ columns if axis == 0 else columns @ constants)
-    columns.zero_()
+    _fade(columns, strength)
 
 
-def _fold_expert(model: nn.Module, component: Component, value: Constant) -> None:
+def _fold_expert(model: nn.Module, component: Component, value: Constant, strength: float) -> None:
     mixture, expert = model.get_submodule(component.site), component.position // component.size
     stack = stack_of(mixture)
     weight = _own(model, component.site, stack.name if stack else "weight")
     bias = _own(model, component.site, f"{stack.name}_bias") if stack and stack.bias is not None else None
-    constants = weight.new_tensor(value).expand(component.size)  # type: ignore[union-attr]
+    constants = strength * weight.new_tensor(value).expand(component.size)  # type: ignore[union-attr]
     if bias is None and constants.any():
         raise EditError(
             f"{component.name!r} is an expert of a mixture without biases, so no weights can hold the constants that "
             f"replace it where the router chooses it; to edit experts collect with coar.ZeroWeight"
         )
-    weight[expert] = 0  # type: ignore[index]
+    _fade(weight[expert], strength)  # type: ignore[index]
     if bias is not None:
-        bias[expert] = constants
+        _fade(bias[expert], strength)
+        bias[expert] += constants
 
 
 def _own(model: nn.Module, site: str, name: str) -> nn.Parameter | None:

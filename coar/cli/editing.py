@@ -38,6 +38,10 @@ def edit(
         str | None,
         typer.Option(help="goal to train what components become, run for the run's; else what suits the task."),
     ] = None,
+    strength: Annotated[
+        str | None,
+        typer.Option(help="whole to ablate, least for no more of it than it takes; else what suits the task."),
+    ] = None,
     harm: Annotated[float | None, typer.Option(help="Points that references may lose on average.")] = None,
     group_harm: Annotated[float | None, typer.Option(help="Points that any group of them may lose.")] = None,
     name: Annotated[str, typer.Option(help="Name of an edit by --targets, and of its folder.")] = "edit",
@@ -64,7 +68,8 @@ def edit(
         return
     asked = _Asked(task, goal, name, label)
     options = {"budget": budget, "rule": rule or "verified", "precision": precision, "device": device}
-    options |= {**_bound(harm, group_harm), **({} if constants is None else {"constants": constants})}
+    how = {"constants": constants, "strength": strength}
+    options |= {**_bound(harm, group_harm), **{key: value for key, value in how.items() if value is not None}}
     result, model = _run_task(run, pipeline, attributions, asked, options)
     _tell(result, model, None if dry_run else folder)
 

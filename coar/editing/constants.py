@@ -18,6 +18,7 @@ def train(
     ablated: tuple[int, ...],
     *,
     start: np.ndarray,
+    strength: float = 1.0,
     among: np.ndarray | None = None,
     seed: int = 0,
 ) -> np.ndarray:
@@ -33,6 +34,7 @@ def train(
         objective: The trade-off.
         ablated: The components.
         start: (components.width,) constants to begin with; those of components that are kept stay.
+        strength: How far the components go towards their constants.
         among: From which examples references are drawn; by default from all.
         seed: Which examples are drawn.
     """
@@ -54,7 +56,7 @@ def train(
         def slopes(margins: np.ndarray, rows: np.ndarray = rows, shares: np.ndarray = shares) -> np.ndarray:
             return np.asarray(shares * objective.slopes(margins, rows))
 
-        gradient = trials.pulls(ablated, rows, constants=constants, slopes=slopes)[channels]
+        gradient = trials.pulls(ablated, rows, constants=constants, slopes=slopes, strength=strength)[channels]
         moved += RATE * (1 - 0.9 * step / STEPS) * adam.step(spread * gradient + PULL * moved)
         constants[channels] = start[channels] + spread * moved
         if step >= STEPS // 2:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from coar.weights import read_state, save_state, weights_fingerprint
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Edit:
         batch_norms: Path of the batch norm that takes the constants of a site without bias.
         weights: SHA-256 of the weights that the edit was made for.
         originals: What it takes out of the weights, see `keep`; None before the weights were seen.
+        strengths: How far each component goes towards its constants: with a strength s an activation y with constant c
+            becomes (1 - s) y + s c, so that 1, the default, ablates it.
+
+    Raises:
+        EditError: When there are not as many strengths as components, or one is not above 0 and at most 1.
     """
 
     components: tuple[Component, ...]
@@ -49,6 +54,16 @@ class Edit:
     batch_norms: dict[str, str]
     weights: str
     originals: Originals | None = field(default=None, repr=False)
+    strengths: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.strengths:
+            object.__setattr__(self, "strengths", (1.0,) * len(self.components))
+        if len(self.strengths) != len(self.components) or not all(0 < one <= 1 for one in self.strengths):
+            raise EditError(
+                f"an edit of {len(self.components)} components was given the strengths {list(self.strengths)}; give "
+                f"one for each, above 0 and at most 1"
+            )
 
     def __len__(self) -> int:
         return len(self.components)
@@ -68,7 +83,7 @@ class Edit:
                 f"load the weights that the attributions were collected with"
             )
         edited = deepcopy(model)
-        fold(edited, self.components, self.replacements, batch_norms=self.batch_norms)
+        fold(edited, self.components, self.replacements, batch_norms=self.batch_norms, strengths=self.strengths)
         return edited
 
     def constants(self, attributions: Attributions) -> np.ndarray:
@@ -82,6 +97,16 @@ class Edit:
         for component, value in zip(self.components, self.replacements, strict=True):
             flat[table.channels_of([table.index(component.name)])] = value
         return flat
+
+    def gates(self, attributions: Attributions) -> np.ndarray:
+        """Return (components,) gates that do what this edit does: 1 less the strength of each of its own components.
+
+        Raises:
+            ComponentError: When the edit has a component that the attributions do not know.
+        """
+        found = np.ones(len(attributions.components), dtype=np.float32)
+        found[[attributions.components.index(component.name) for component in self.components]] -= self.strengths
+        return found
 
     def keep(self, model: nn.Module) -> "Edit":
         """Return this edit with the numbers that it takes out of the model's weights, so that it can be undone.
@@ -115,30 +140,32 @@ class Edit:
         return self.originals
 
     def __add__(self, other: "Edit") -> "Edit":
-        """Return one edit that does what both do; a component in both must be replaced by the same constant.
+        """Return one edit that does what both do; a component in both must have the same constant and strength.
 
         Original weights are not carried over; `keep` takes them again.
 
         Raises:
-            EditError: When the edits are for different weights or disagree on a constant.
+            EditError: When the edits are for different weights or disagree on a constant or a strength.
         """
         if self.weights != other.weights:
             raise EditError(
                 f"one edit is for weights {self.weights[:12]}..., the other for {other.weights[:12]}...; join edits of "
                 f"one model only"
             )
-        mine = dict(zip(self.components, self.replacements, strict=True))
+        mine = {component: how for component, _, *how in self._rows()}
         more = []
-        for component, value, score in zip(other.components, other.replacements, other.scores, strict=True):
+        for component, score, *how in other._rows():
             if component not in mine:
-                more.append((component, value, score))
-            elif mine[component] != value:
+                more.append((component, score, *how))
+            elif mine[component] != how:
+                (value, strength), (its_value, its_strength) = mine[component], how
                 raise EditError(
-                    f"{component.name!r} is replaced by {mine[component]} in one edit and by {value} in the other; "
-                    f"take it out of one, or make both with the same ablation and constants='run'"
+                    f"{component.name!r} is replaced by {value} at a strength of {strength:g} in one edit and by "
+                    f"{its_value} at {its_strength:g} in the other; take it out of one, or make both with the same "
+                    f"ablation, constants='run' and full strength"
                 )
-        parts = zip(*more, strict=True) if more else ((), (), ())
-        components, values, scores = (tuple(part) for part in parts)
+        parts = zip(*more, strict=True) if more else ((), (), (), ())
+        components, scores, values, strengths = (tuple(part) for part in parts)
         return Edit(
             self.components + components,
             self.replacements + values,
@@ -147,7 +174,12 @@ class Edit:
             self.ablation if self.ablation == other.ablation else f"{self.ablation} and {other.ablation}",
             {**self.batch_norms, **other.batch_norms},
             self.weights,
+            strengths=self.strengths + strengths,
         )
+
+    def _rows(self) -> Iterator[tuple[Component, float, Constant, float]]:
+        """Yield each component with its score, constants and strength."""
+        yield from zip(self.components, self.scores, self.replacements, self.strengths, strict=True)
 
     def save(self, path: str | Path) -> None:
         """Write the edit as JSON, whole or not at all, and before it what it keeps as safetensors beside it.
@@ -164,8 +196,8 @@ class Edit:
             "weights": self.weights,
             "batch_norms": self.batch_norms,
             "components": [
-                {**component._asdict(), "replacement": value, "score": score}
-                for component, value, score in zip(self.components, self.replacements, self.scores, strict=True)
+                {**component._asdict(), "replacement": value, "score": score, "strength": strength}
+                for component, score, value, strength in self._rows()
             ],
             "originals": self.originals
             and {
@@ -204,6 +236,7 @@ class Edit:
                 {str(site): str(name) for site, name in content["batch_norms"].items()},
                 str(content["weights"]),
                 _read_originals(file, content.get("originals")),
+                tuple(float(row.get("strength", 1)) for row in rows),
             )
         except EditError:
             raise
@@ -211,11 +244,12 @@ class Edit:
             raise EditError(f"{file} does not hold an edit ({error!r}); write it again with Edit.save") from None
 
     def to_pandas(self) -> "pd.DataFrame":
-        """Return a frame with one row per component: name, score, replacement."""
+        """Return a frame with one row per component: name, score, replacement, strength."""
         import pandas as pd
 
         names = [component.name for component in self.components]
-        return pd.DataFrame({"name": names, "score": self.scores, "replacement": self.replacements})
+        columns = {"score": self.scores, "replacement": self.replacements, "strength": self.strengths}
+        return pd.DataFrame({"name": names, **columns})
 
 
 def edit(attributions: Attributions, goal: EditGoal, *, budget: int) -> Edit:
@@ -242,8 +276,9 @@ def edit_of(
     scores: np.ndarray,
     *,
     constants: np.ndarray | None = None,
+    strength: float = 1.0,
 ) -> Edit:
-    """Return the edit that ablates these components, in this order, by default with the run's constants.
+    """Return the edit that ablates these components, in this order, by default with the run's constants and wholly.
 
     Raises:
         EditError: When a component has no constant, as under resampling.
@@ -263,6 +298,7 @@ def edit_of(
         str(facts["fingerprint"]["ablation"]["name"]),
         {site: name for site, name in facts["batch_norms"].items() if site in sites},
         str(facts["fingerprint"]["weights"]),
+        strengths=(strength,) * len(components),
     )
 
 

@@ -29,6 +29,7 @@ def effect_curve(
     *,
     counts: Sequence[int],
     constants: np.ndarray | None = None,
+    strengths: Sequence[float] | None = None,
     device: str = "auto",
     output: Output | None = None,
 ) -> np.ndarray:
@@ -44,18 +45,20 @@ def effect_curve(
         counts: How many of them to ablate, 0 for none.
         constants: (components.width,) constants that replace them, such as `edit.constants(attributions)`; by default
             those of the attributions.
+        strengths: How far each of `order` goes towards its constants, such as `edit.strengths`; by default 1.
         device: Where to compute.
         output: The margin; by default that of classes.
     """
-    masks = np.ones((len(counts), len(attributions.components)), dtype=bool)
+    rows, kept = np.asarray(order), 0.0 if strengths is None else 1 - np.asarray(strengths)
+    gates = np.ones((len(counts), len(attributions.components)), dtype=np.float32)
     for row, count in enumerate(counts):
-        masks[row, np.asarray(order)[:count]] = False
+        gates[row, rows[:count]] = np.broadcast_to(kept, rows.shape)[:count]
     replacements = torch.tensor(
         attributions.facts["replacements"] if constants is None else constants, dtype=torch.float32
     )
     copy, (largest, _) = device_copy(model, choose_device(device)), sides(output or CorrectClassMargin())
     worker = Worker(copy, attributions.components, replacements, largest, batch_norms=attributions.facts["batch_norms"])
-    return worker.outputs(worker.load(examples, 0, len(examples)), masks)
+    return worker.outputs(worker.load(examples, 0, len(examples)), gates)
 
 
 def judge_edit(

@@ -69,8 +69,13 @@ def predict_edit(attributions: Attributions, edit: Edit, *, goal: EditGoal | Non
     Raises:
         GoalError: When the edit has no goal and none is given.
         ComponentError: When the edit has a component that the attributions do not know.
-        EditError: When the edit's constants are not those of the attributions' run.
+        EditError: When the edit's constants are not those of the attributions' run, or it ablates in part.
     """
+    if min(edit.strengths, default=1.0) < 1:
+        raise EditError(
+            f"this edit ablates in part, at a strength of {min(edit.strengths):.2f}, and attributions only predict "
+            f"what whole ablations do; judge the edit on examples, or choose at full strength"
+        )
     if not np.array_equal(edit.constants(attributions), np.float32(attributions.facts["replacements"])):
         raise EditError(
             "this edit has constants made for its goal, or of another run, and attributions only predict what the "

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from coar.editing.constants import train
+from coar.editing.strength import least_strengths
 from coar.editing.tradeoff import Objective, Outcome
 from coar.editing.trials import Trials
 
@@ -28,12 +29,14 @@ class Tried:
         margins: (examples,) margins with them ablated.
         outcome: What that amounts to.
         constants: (components.width,) constants that replaced them.
+        strength: How far they went towards these.
     """
 
     ablated: tuple[int, ...]
     margins: np.ndarray
     outcome: Outcome
     constants: np.ndarray
+    strength: float = 1.0
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Search:
         care: How much more harm weighs when constants are trained.
         near: How many references, those nearest to the edge, sets are tried on; the others count as unchanged. By
             default all.
+        least: Try every set at the least strength that does to targets what whole ablations do.
     """
 
     trials: Trials
@@ -62,6 +66,7 @@ class Search:
     since: int = 0
     care: float = 1.0
     near: int | None = None
+    least: bool = False
 
     def __post_init__(self) -> None:
         self._rows = self._nearest(self.objective.base, len(self.objective.targets), self.near)
@@ -86,9 +91,10 @@ class Search:
         """Try sets on all examples, with constants in their place."""
         if not sets:
             return []
-        margins = self._margins(sets, self._rows, self.objective.base, constants)
+        margins, strengths = self._margins(sets, self._rows, self.objective.base, constants)
         found = [
-            Tried(one, row, self.objective.outcome(row), constants) for one, row in zip(sets, margins, strict=True)
+            Tried(one, row, self.objective.outcome(row), constants, float(strength))
+            for one, row, strength in zip(sets, margins, strengths, strict=True)
         ]
         self.tried += found
         self.told()
@@ -133,7 +139,8 @@ class Search:
         if not now.ablated:
             return []
         objective = self.objective.careful(self.care)
-        trained = train(self.trials, objective, now.ablated, start=now.constants, among=self._rows, seed=seed)
+        parts = self.trials, objective, now.ablated
+        trained = train(*parts, start=now.constants, strength=now.strength, among=self._rows, seed=seed)
         return [
             one
             for share in SHARES
@@ -157,17 +164,20 @@ class Search:
 
     def _costs(self, sets: Sequence[tuple[int, ...]], now: Tried, rows: np.ndarray) -> list[float]:
         """Return the cost of each set, tried on few examples; the others stay as they are now."""
-        return [self.cost(self.objective.outcome(row)) for row in self._margins(sets, rows, now.margins, now.constants)]
+        margins, _ = self._margins(sets, rows, now.margins, now.constants)
+        return [self.cost(self.objective.outcome(row)) for row in margins]
 
     def _margins(
         self, sets: Sequence[tuple[int, ...]], rows: np.ndarray, rest: np.ndarray, constants: np.ndarray
-    ) -> np.ndarray:
-        """Return (sets, examples) margins, by trials on these rows and as given on the rest."""
-        margins = np.repeat(rest[None], len(sets), axis=0)
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return (sets, examples) margins, by trials on these rows and as given on the rest, and (sets,) strengths."""
+        margins, strengths = np.repeat(rest[None], len(sets), axis=0), np.ones(len(sets))
+        if self.least:
+            strengths = least_strengths(self.trials, self.objective, sets, constants)
         if len(sets):
-            keeps = np.stack([self.trials.mask(one) for one in sets])
-            margins[:, rows] = self.trials.margins(keeps, rows, constants=constants)
-        return margins
+            gates = np.stack([self.trials.gates(one, how) for one, how in zip(sets, strengths, strict=True)])
+            margins[:, rows] = self.trials.margins(gates, rows, constants=constants)
+        return margins, strengths
 
     def _pays(self, new: Tried, old: Tried) -> bool:
         """Say whether a set is better by more than a standard error of the difference over examples."""
@@ -181,10 +191,11 @@ class Search:
     def _flips(self, now: Tried, free: np.ndarray, rows: np.ndarray) -> list[int]:
         """Return the components that, by a probe at the present set, it would pay most to ablate or to take back."""
         few = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).round().astype(int)]
-        keep = self.trials.mask(now.ablated)
-        _, slopes = self.trials.slopes(keep.astype(float), few, constants=now.constants)
+        gates = self.trials.gates(now.ablated, now.strength)
+        _, slopes = self.trials.slopes(gates, few, constants=now.constants)
         scales, weights = self.objective.scales[few], self.objective.weights[few]
-        moved = now.margins[few, None] + slopes * np.where(keep, -1, 1)  # (examples, components), by first order
+        steps = now.strength * np.where(gates == 1, -1, 1)
+        moved = now.margins[few, None] + slopes * steps  # (examples, components), by first order
         values = weights @ np.tanh(moved / scales[:, None] / 2)
         additions = np.setdiff1d(free, now.ablated) if len(now.ablated) < self.budget else free[:0]
         return [

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 STAGES = ((160, 40, 1.0), (1_000, 320, 0.1))  # candidates, components, and the cost of each next to the usual one
 FEW = 3  # sets of trials that even a short search takes
 HOPEFUL = 8  # of the best sets are tried in float32 and on all examples, before the search goes on there
+CHOICES = {"rule": ("verified", "welch"), "constants": ("goal", "run"), "strength": ("whole", "least")}
 Rule = Literal["verified", "welch"]
 Constants = Literal["goal", "run"]
+Strength = Literal["whole", "least"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Options(TypedDict, total=False):
         rule: `verified` or `welch`.
         constants: `goal` to train what the components become for the goal, by the rule `verified`, and keep that where
             it is better; `run` for the constants of the attributions' run.
+        strength: `whole` to ablate, `least` to move components towards their constants only as far as it takes to get
+            as many targets as wanted as whole ablations do.
         tradeoff: How gain and harm are weighed.
         bound: The most accuracy that references may lose on the choosing examples.
         seed: Which examples the probes draw.
@@ -79,6 +83,7 @@ class Options(TypedDict, total=False):
     budget: int | None
     rule: Rule
     constants: Constants
+    strength: Strength
     tradeoff: TradeOff | None
     bound: Bound | None
     seed: int
@@ -125,7 +130,7 @@ class Ground:
         searched = plain
         if precision != "float32":
             searched = Trials(attributions, model, examples, device=device, precision=precision, output=output)
-        return cls(attributions, model, examples, plain, searched, plain.margins(plain.mask([])[None])[0])
+        return cls(attributions, model, examples, plain, searched, plain.margins(plain.gates([])[None])[0])
 
     @property
     def passes(self) -> int:
@@ -164,13 +169,13 @@ def select(
         precision: Precision of the search; the choice itself is checked in float32.
         output: The margin that says what is right, such as `TokenMargin(reduction="last")` for a language model; by
             default that of classes.
-        options: Any of `Options`: budget, rule, constants, tradeoff, bound, seed, steps, near, progress.
+        options: Any of `Options`: budget, rule, constants, strength, tradeoff, bound, seed, steps, near, progress.
 
     Raises:
         GoalError: When the goal does not fit the examples, or is reached already.
         BoundError: When nothing within the bound comes nearer to the goal.
         OutputError: When the output is no margin, or does not fit the model.
-        SettingsError: When the budget is out of range or there is no such rule, or no such constants.
+        SettingsError: When the budget is out of range or there is no such rule, constants or strength.
     """
     _check_options(options, len(attributions.components))
     welch_t(attributions, goal)  # refuses a goal that does not fit before anything is run
@@ -193,7 +198,8 @@ def choose(ground: Ground, goal: EditGoal, **options: Unpack[Options]) -> Select
         bound=options.get("bound") or Bound(),
     )
     _check_open(objective, goal)
-    search = Search(ground.trials, objective, budget, near=options.get("near"))
+    least = options.get("strength", "whole") == "least"
+    search = Search(ground.trials, objective, budget, near=options.get("near"), least=least)
     steps, free = options.get("steps", STEPS), np.zeros(0, dtype=np.int64)
     if options.get("rule", "verified") == "welch":
         search.follow(ranking(scores, goal))
@@ -204,11 +210,11 @@ def choose(ground: Ground, goal: EditGoal, **options: Unpack[Options]) -> Select
     exact = _confirmed(search, ground.plain, free)
     best = exact.best
     _check_neared(exact if len(exact.tried) > 1 else search, best, goal)
-    edit = edit_of(attributions, goal, best.ablated, scores, constants=best.constants).keep(ground.model)
+    edit = edit_of(attributions, goal, best.ablated, scores, constants=best.constants, strength=best.strength)
     passes = ground.passes - spent
     usual = np.array_equal(best.constants, ground.plain.constants)
     return Selection(
-        edit=edit,
+        edit=edit.keep(ground.model),
         before=search.tried[0].outcome,
         after=best.outcome,
         steps=_steps(search),
@@ -249,11 +255,10 @@ def _explore(
 
 def _check_options(options: Options, components: int) -> int:
     """Return the most components to ablate; raise `SettingsError` for options out of range or unknown."""
-    rule, budget, constants = options.get("rule", "verified"), options.get("budget"), options.get("constants", "goal")
-    if rule not in ("verified", "welch"):
-        raise SettingsError(f"unknown rule {rule!r}; choose verified or welch")
-    if constants not in ("goal", "run"):
-        raise SettingsError(f"unknown constants {constants!r}; choose goal or run")
+    rule, budget = options.get("rule", "verified"), options.get("budget")
+    for name, (first, second) in CHOICES.items():
+        if (given := options.get(name, first)) not in (first, second):
+            raise SettingsError(f"unknown {name} {given!r}; choose {first} or {second}")
     most = STAGES[0][1] if rule == "welch" else STAGES[-1][1]
     return min(most, components) if budget is None else check_budget(budget, components)
 
@@ -295,7 +300,7 @@ def _confirmed(search: Search, plain: Trials, free: np.ndarray) -> Search:
     """
     if search.trials is plain and search.near is None:
         return search
-    exact = Search(plain, search.objective, search.budget)
+    exact = Search(plain, search.objective, search.budget, least=search.least)
     within = [one for one in search.tried if one.outcome.excess == 0 and one.ablated]
     hopeful = sorted(within, key=lambda one: one.outcome.value)
     _try_until_one_holds(exact, hopeful[:HOPEFUL])

@@ -1,7 +1,7 @@
 """Ready tasks: a goal, the examples and the bound that go with it, chosen on some examples and judged on others."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
 import numpy as np
@@ -24,14 +24,14 @@ from coar.worker import Precision
 if TYPE_CHECKING:
     import pandas as pd
 
-CAUTION = 0.6  # part of the bound's mean within which a correction is looked for first
 PRESETS: dict[str, Choice] = {
     # half of the mean for the standard error, as with some 3,000 references; trained constants harm no less here
     "forget": {"bound": Bound(mean=0.006, group=0.03), "constants": "run"},
-    # one target needs few probes, and moves few references that are far from the edge; that these keep their margins
-    # too is what spares examples that the choice has not seen
+    # one target needs few probes, and moves few references that are far from the edge; that it is moved no further than
+    # it must, and that references keep their margins too, is what spares examples that the choice has not seen
     "fix": {
         "bound": Bound(mean=0.005, group=0.05),
+        "strength": "least",
         "tradeoff": TradeOff(target_scale=0.5, reference_scale=3.0),
         "steps": 40,
         "near": 600,
@@ -236,7 +236,8 @@ def fix_errors(
     """Correct each misclassified studied example in turn, each by an edit of its own, if the bound allows one.
 
     The references are the studied examples that are classified correctly, and all further choosing examples. One
-    target says little of others like it, so what is sought is the least harm with a small margin for the target.
+    target says little of others like it, so what is sought is the least harm with a small margin for the target:
+    components are ablated in part, at the least strength that corrects it, unless `strength` says other.
 
     Args:
         attributions: Attributions of the studied examples.
@@ -264,38 +265,16 @@ def fix_errors(
     for i in progress_bar(wrong.tolist(), desc="fix", unit="error", shown=shown):
         goal = EditGoal(targets=(i,), references=tuple(right.tolist()), direction="increase")
         own, others = before[i : i + 1, None], judged[None]
-        found = correction(ground, goal, **settings)
+        found = _reached(ground, goal, **settings)
         if found is not None:
             chosen.append(found)
             own = _along(found.edit, attributions, model, studied.subset([i]), judging)
             others = _along(found.edit, attributions, model, judge, judging)
         identity = {name: np.asarray(column)[i] for name, column in studied.metadata.items()}
-        rows.append({**identity, **_before_and_after(own[:, 0], others)})
+        strength = found.edit.strengths[0] if found else 0.0
+        rows.append({**identity, **_before_and_after(own[:, 0], others, strength)})
         curves.append((own, others))
     return TaskResult("fix", tuple(one.edit for one in chosen), pd.DataFrame(rows), _overview(curves), tuple(chosen))
-
-
-def correction(ground: Ground, goal: EditGoal, **settings: Unpack[Choice]) -> Selection | None:
-    """Return a choice that gets the goal's one target right, within part of the bound or else within all of it.
-
-    Other examples lose more than those that it is chosen on, so what costs little is looked for first.
-
-    Args:
-        ground: The examples to choose on.
-        goal: One target and its references.
-        settings: Any of the options of `choose`; by default those of the task `fix`.
-    """
-    wanted: Choice = {**PRESETS["fix"], **settings}
-    bound, spent = wanted.get("bound") or Bound(), ground.passes
-    for part in dict.fromkeys((bound.model_copy(update={"mean": CAUTION * bound.mean}), bound)):
-        within: Choice = {**wanted, "bound": part}
-        try:
-            found = choose(ground, goal, **within)
-        except BoundError:
-            continue
-        if found.after.targets == 1:
-            return replace(found, passes=ground.passes - spent)  # with those of the part that did not suffice
-    return None
 
 
 TASKS: dict[str, Callable[..., TaskResult]] = {
@@ -305,6 +284,15 @@ TASKS: dict[str, Callable[..., TaskResult]] = {
     "backdoor": remove_backdoor,
     "typographic": resist_typographic,
 }
+
+
+def _reached(ground: Ground, goal: EditGoal, **settings: Unpack[Choice]) -> Selection | None:
+    """Return a choice that gets all targets right, None where there is none within the bound."""
+    try:
+        found = choose(ground, goal, **settings)
+    except BoundError:
+        return None
+    return found if found.after.targets == 1 else None
 
 
 def _pairs(column: str, studied: Examples) -> EditGoal:
@@ -329,14 +317,16 @@ def _along(
     """Return (components + 1, examples) margins as an edit's components are ablated one after another."""
     order = [attributions.components.index(component.name) for component in edit.components]
     counts, constants = range(len(order) + 1), edit.constants(attributions)
-    return effect_curve(model, attributions, order, examples, counts=counts, constants=constants, **judging)
+    seen = (model, attributions, order, examples)
+    return effect_curve(*seen, counts=counts, constants=constants, strengths=edit.strengths, **judging)
 
 
-def _before_and_after(own: np.ndarray, others: np.ndarray) -> dict[str, Any]:
+def _before_and_after(own: np.ndarray, others: np.ndarray, strength: float) -> dict[str, Any]:
     """Return what an edit does, from (components + 1,) margins of the error and (components + 1, n) of others."""
     accuracy = (others > 0).mean(1)
     return {
         "components": len(own) - 1,
+        "strength": strength,
         "corrected": bool(own[-1] > 0),
         "margin_before": float(own[0]),
         "margin_after": float(own[-1]),

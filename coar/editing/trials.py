@@ -64,7 +64,7 @@ class Trials:
     def margins(
         self, keeps: np.ndarray, rows: np.ndarray | None = None, *, constants: np.ndarray | None = None
     ) -> np.ndarray:
-        """Return (masks, examples) margins against the largest other offer under (masks, components) masks."""
+        """Return (masks, examples) margins against the largest other offer under (masks, components) masks or gates."""
         block = self._block(np.arange(len(self)) if rows is None else rows)
         self.passes += block.size * len(keeps)
         return self._worker(self._largest, constants).outputs(block, keeps)
@@ -82,7 +82,13 @@ class Trials:
         return outputs[0], np.where(gates > 0, kept, ablated)
 
     def pulls(
-        self, ablated: Sequence[int], rows: np.ndarray, *, constants: np.ndarray, slopes: Callable[..., np.ndarray]
+        self,
+        ablated: Sequence[int],
+        rows: np.ndarray,
+        *,
+        constants: np.ndarray,
+        slopes: Callable[..., np.ndarray],
+        strength: float = 1.0,
     ) -> np.ndarray:
         """Return the (components.width,) gradient by constants of a sum over examples with components ablated.
 
@@ -91,9 +97,10 @@ class Trials:
             rows: The examples.
             constants: (components.width,) constants that replace what is ablated.
             slopes: Tells from (examples,) smooth margins by how much each counts.
+            strength: How far the components go towards their constants.
         """
         worker, block = self._probed(rows, None)
-        return worker.pulls(block, self.mask(ablated), constants, slopes)[1]
+        return worker.pulls(block, self.gates(ablated, strength), constants, slopes)[1]
 
     @cached_property
     def spread(self) -> np.ndarray:
@@ -103,11 +110,11 @@ class Trials:
         size = self._worker(self._smooth, None).batch_size
         return moments(self._model, self.table, self._examples.subset(rows), batch_size=size)[1].cpu().numpy()
 
-    def mask(self, ablated: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return the (components,) mask that ablates these components."""
-        keep = np.ones(self.components, dtype=bool)
-        keep[np.asarray(ablated, dtype=np.int64)] = False
-        return keep
+    def gates(self, ablated: Sequence[int] | np.ndarray, strength: float = 1.0) -> np.ndarray:
+        """Return the (components,) gates that ablate these components, by default wholly."""
+        found = np.ones(self.components, dtype=np.float32)
+        found[np.asarray(ablated, dtype=np.int64)] = 1 - strength
+        return found
 
     def _probed(self, rows: np.ndarray, constants: np.ndarray | None) -> tuple[Worker, Block]:
         """Return a worker for smooth margins, and these examples on the device, which count as probed."""
