@@ -149,7 +149,8 @@ def test_errors_are_corrected_only_within_the_bound(tmp_path, seed, possible):
     before = margins(study.model, study.examples)
     wrong = np.flatnonzero(before <= 0)
     limit = coar.Bound(mean=0, group=0)
-    result = coar.fix_errors(attributions, study.model, study.examples, judge, bound=limit, **QUICK)
+    options = {"bound": limit, **QUICK}
+    result = coar.fix_errors(attributions, study.model, study.examples, judge, strength="whole", **options)
     assert result.table["id"].tolist() == study.examples.metadata["id"][wrong].tolist()
     assert (result.table["corrected"] == possible).all()
     assert len(result.edits) == len(result.selections) == (len(wrong) if possible else 0)
@@ -161,6 +162,9 @@ def test_errors_are_corrected_only_within_the_bound(tmp_path, seed, possible):
         assert (result.table["components"] == 0).all()
         assert (result.table["points"] == 0).all()
         np.testing.assert_allclose(result.table["margin_after"], before[wrong], rtol=1e-5)
+        in_part = coar.fix_errors(attributions, study.model, study.examples, judge, **options)
+        assert in_part.table["corrected"].any()
+        assert (in_part.table["strength"][in_part.table["corrected"]] < 1).all()
 
 
 def test_edit_that_does_not_correct_its_error_is_none(tmp_path):

@@ -212,7 +212,9 @@ def test_joined_edits_of_different_goals_have_none(model, tmp_path):
 
 def test_edits_that_contradict_each_other_are_not_joined(model):
     clash = edit_of(model, {component("conv", 2): -0.4})
-    with pytest.raises(EditError, match=r"'conv\[2\]' is replaced by -0\.3 in one edit and by -0\.4 in the other"):
+    with pytest.raises(
+        EditError, match=r"'conv\[2\]' is replaced by -0\.3 at a strength of 1 in one edit and by -0\.4 at 1"
+    ):
         edit_of(model) + clash
     with pytest.raises(EditError, match="join edits of one model only"):
         edit_of(model) + edit_of(model, weights="0" * 64)
