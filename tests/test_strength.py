@@ -1,6 +1,7 @@
 """Edits in part: activations go some of the way to their constants, no further than the targets ask for."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -8,11 +9,13 @@ import pytest
 import torch
 
 import coar
+from coar.ablation import Gates, fold
 from coar.editing import effect_curve
 from coar.editing.selection import Ground
-from coar.editing.strength import CLEAR, least_strengths
+from coar.editing.strength import least_strengths
 from coar.editing.tradeoff import Objective
 from coar.errors import EditError, SettingsError
+from tests import coverage, oracles
 from tests import test_edit_constants as constants_tests
 from tests import test_edit_undo as undo_tests
 from tests.test_edit_undo import CHOSEN, bits, edit_of
@@ -55,6 +58,38 @@ def test_weights_do_what_is_done_to_activations(model):
     expected = by_hooks(model, edit, x)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert min(float((expected - other).abs().max()) for other in (before, whole)) > 1e-2
+
+
+PARTS = {
+    "whole module": (lambda net: coar.modules(net, "hidden"), lambda rows: [0]),
+    "parameter slices": (lambda net: coar.parameter_slices(net, "*.weight"), lambda rows: range(1, rows, 3)),
+    "stacked experts": (coar.experts, lambda rows: [1, 6]),
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_other_kinds_fade_as_their_gates_say(model, kind):
+    """Gates between 0 and 1 are held against oracles of their own elsewhere."""
+    find, rows_of = PARTS[kind]
+    net, x = model, torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    if kind == "stacked experts":
+        architecture = coverage.ARCHITECTURES["GPT-OSS"]
+        net, x = architecture.make(), architecture.inputs(1)
+    components = find(net)
+    rows = list(rows_of(len(components)))
+    constants = torch.randn(components.width, generator=torch.Generator().manual_seed(2))
+    if kind == "parameter slices":
+        constants.zero_()
+    values = [tuple(constants[components.channels_of([i])].tolist()) for i in rows]
+    strengths = np.linspace(0.2, 0.9, len(rows)).tolist()
+    gates, edited = torch.ones(len(components)), deepcopy(net)
+    gates[rows] -= torch.tensor(strengths)
+    fold(edited, [components[i] for i in rows], values, batch_norms={}, strengths=strengths)
+    with Gates(net, components, constants, through_outputs=kind != "parameter slices") as gated:
+        gated.set(gates)
+        expected = oracles.forward(net, x)
+    torch.testing.assert_close(oracles.forward(edited, x), expected, rtol=0, atol=1e-5)
+    assert float((expected - oracles.forward(net, x)).abs().max()) > 1e-3
 
 
 def test_components_of_one_layer_fade_in_any_order(model):
@@ -156,7 +191,7 @@ def test_least_strengths_are_those_of_a_scan(case, direction, targets):
     for one, strength in zip(sets, found, strict=True):
         signed = sign * scanned(study.model, one, constants, study.examples.subset(rows), [*strengths, strength])
         wanted = (signed[-2] > 0).sum()
-        enough = (signed >= 0.5 * CLEAR - 1e-4).sum(1) >= wanted
+        enough = (signed >= 0.5 * 0.2 - 1e-4).sum(1) >= wanted
         if wanted == 0 or not enough[-2]:
             assert strength == 1
             continue
@@ -206,7 +241,7 @@ def test_a_correction_in_part_does_less_to_the_others(case):
             assert found.after.targets == 1
             sizes.append(np.abs(constants_tests.margins(study.model, state, more) - plain).mean())
             if strength == "least":
-                assert CLEAR - 1e-3 <= margin < 2 * CLEAR
+                assert 0.2 - 1e-3 <= margin < 0.4  # a fifth of the usual scale, and little more
                 assert max(found.edit.strengths) < 1
     assert len(moved["least"]) >= 2
     assert np.less(moved["least"], moved["whole"]).all()
