@@ -26,33 +26,32 @@ def least_strengths(
         sets: Components that are ablated together.
         constants: (components.width,) constants in their place.
     """
-    rows = objective.targets
-    levels = objective.base[rows] / objective.scales[rows]
     if not sets:
         return np.ones(0)
+    rows, scales = objective.targets, objective.scales[objective.targets]
 
     def tried(strengths: np.ndarray) -> np.ndarray:
+        """Return (sets, targets) margins in units of the scale, negative where a target is as wanted."""
         gates = np.stack([trials.gates(one, strength) for one, strength in zip(sets, strengths, strict=True)])
-        return np.asarray(trials.margins(gates, rows, constants=constants) / objective.scales[rows])
+        return np.asarray(trials.margins(gates, rows, constants=constants) / scales)
 
-    whole = tried(np.ones(len(sets)))
+    none, whole = objective.base[rows] / scales, tried(np.ones(len(sets)))
     wanted = (whole < 0).sum(1)
     low, high = np.zeros(len(sets)), np.ones(len(sets))
-    at_low, at_high = _lacking(np.repeat(levels[None], len(sets), axis=0), wanted), _lacking(whole, wanted)
-    weaker = (wanted > (levels < 0).sum()) & (at_high <= 0)
-    side = np.zeros(len(sets))
+    at_low, at_high = (_lacking(levels, wanted) for levels in (np.broadcast_to(none, whole.shape), whole))
+    partly = (wanted > (none < 0).sum()) & (at_high <= 0)
+    raised = lowered = np.zeros(len(sets), dtype=bool)  # which end the last round moved
     for _ in range(ROUNDS):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            between = high - (high - low) * at_high / (at_high - at_low)
-        middle = np.where(weaker, between, 1.0)
+        between = high + (high - low) * at_high / np.where(partly, at_low - at_high, 1)
+        middle = np.where(partly, between, 1)
         found = _lacking(tried(middle), wanted)
         enough = found <= 0
-        again = np.where(enough, side == 1, side == -1)  # the same end moved twice, so the other one weighs half
-        at_low = np.where(enough, np.where(again, at_low / 2, at_low), found)
-        at_high = np.where(enough, found, np.where(again, at_high / 2, at_high))
+        # an end that stays for a second time weighs half, or the other would creep towards what is looked for
+        at_low = np.where(enough, np.where(lowered, at_low / 2, at_low), found)
+        at_high = np.where(enough, found, np.where(raised, at_high / 2, at_high))
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-        side = np.where(enough, 1, -1)
-    return np.where(weaker, high, 1.0)
+        raised, lowered = ~enough, enough
+    return np.where(partly, high, 1.0)
 
 
 def _lacking(levels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
