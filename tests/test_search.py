@@ -1,0 +1,98 @@
+"""The search for a set of components: steps forward and back, the bound, and what is confirmed on all examples."""
+
+from dataclasses import replace
+
+import numpy as np
+
+import coar
+from coar.editing import search, selection
+from coar.editing.search import PENALTY, Search
+from coar.editing.tradeoff import Objective
+from coar.editing.trials import Trials
+from tests import test_selection
+from tests.test_selection import NEURONS, N, goal, judged, margins
+
+case = test_selection.case
+
+
+def test_components_are_dropped_again_when_that_helps(case):
+    study, attributions, more = case
+    trials = Trials(attributions, study.model, more, device="cpu")
+    base = trials.margins(trials.gates([])[None])[0]
+    columns = {"label": more.targets.numpy()}
+    objective = Objective.of(goal(), columns, base, tradeoff=coar.TradeOff(), bound=coar.Bound(mean=1, group=1))
+    costs = {i: judged(study.model, (more,), (i,))[0] for i in range(NEURONS)}
+    worst, good = max(costs, key=costs.get), min(costs, key=costs.get)
+    search = Search(trials, objective, NEURONS)
+    search.try_out([(worst, good)], trials.constants)
+    search.tried = search.tried[1:]  # as if the search had come here
+    search.improve(np.array([worst]))
+    assert search.leading.ablated == (good,)
+
+
+def test_breaking_the_bound_grows_dearer_until_it_holds(case):
+    study, attributions, more = case
+    trials = Trials(attributions, study.model, more, device="cpu")
+    base = trials.margins(trials.gates([])[None])[0]
+    parts = {"tradeoff": coar.TradeOff(harm=1e-6), "bound": coar.Bound(mean=0, group=0)}
+    objective = Objective.of(goal(), {"label": more.targets.numpy()}, base, **parts)
+    start = (tuple(range(0, NEURONS, 2)), trials.constants)
+    cheap = Search(trials, objective, NEURONS, penalty=1e-9)
+    cheap.try_out([start[0]], start[1])
+    cheap.improve(np.arange(NEURONS))
+    assert cheap.leading.outcome.excess > 0
+    assert cheap.care == search.DEARER**search.ROUNDS
+    np.testing.assert_allclose(cheap.penalty, 1e-9 * cheap.care)
+    dear = Search(trials, objective, NEURONS, penalty=1e3)
+    dear.try_out([start[0]], start[1])
+    dear.improve(np.arange(NEURONS))
+    assert dear.leading.outcome.excess == 0
+    assert dear.penalty == 1e3
+    cheap.start_again(NEURONS)
+    assert (cheap.penalty, cheap.care, cheap.since) == (PENALTY, 1, len(cheap.tried))
+
+
+def test_references_far_from_the_edge_count_as_unchanged(case):
+    study, attributions, more = case
+    trials = Trials(attributions, study.model, more, device="cpu")
+    base = trials.margins(trials.gates([])[None])[0]
+    labels = more.targets.numpy()
+    objective = Objective.of(goal(), {"label": labels}, base, tradeoff=coar.TradeOff(), bound=coar.Bound())
+    (found,) = Search(trials, objective, NEURONS, near=5).try_out([(0, 3)], trials.constants)
+    others = np.flatnonzero(labels != 1)
+    far = others[np.argsort(base[others])][5:]
+    np.testing.assert_array_equal(found.margins[far], base[far])
+    tried = np.setdiff1d(np.arange(60), far)
+    np.testing.assert_allclose(found.margins[tried], margins(study.model, more, (0, 3))[tried], atol=1e-4)
+
+
+def test_a_choice_that_breaks_the_bound_on_all_examples_is_mended_there(case):
+    """The search took a set to be within the bound, as trials in low precision may; on all examples it is not."""
+    study, attributions, more = case
+    ground = selection.Ground.of(attributions, study.model, study.examples, choosing=more, device="cpu")
+    columns = {"label": np.concatenate([study.examples.targets, more.targets])}
+    bound = coar.Bound(mean=0.1, group=0.2)
+    objective = Objective.of(goal(), columns, ground.base, tradeoff=coar.TradeOff(), bound=bound)
+    search = Search(ground.trials, objective, NEURONS)
+    everything = tuple(range(NEURONS))
+    (broken,) = search.try_out([everything], ground.plain.constants)
+    assert broken.outcome.excess > 0
+    search.tried[-1] = replace(broken, outcome=replace(broken.outcome, excess=0.0, value=-1.0))  # the best by far
+    search.near = N  # so that the choice is confirmed by a search of its own
+    free = np.arange(NEURONS)
+    mended = selection._confirmed(search, ground.plain, free).best
+    assert 0 < len(mended.ablated) < NEURONS
+    _, _, lost, error = judged(study.model, (study.examples, more), mended.ablated)
+    assert np.mean(lost) + error <= bound.mean
+    assert max(lost) <= bound.group
+    assert selection._confirmed(search, ground.plain, free[:0]).best.ablated == ()
+    alone = [one for one in search.try_out([(i,) for i in free], broken.constants) if one.outcome.excess == 0]
+    poor = max(
+        (one for one in alone if one.outcome.value < search.tried[0].outcome.value), key=lambda one: one.outcome.value
+    )
+    search.tried[2:] = [poor]
+    assert objective.open(poor.outcome) > objective.open(broken.outcome) + selection.OPEN
+    alone, mended = (selection._confirmed(search, ground.plain, some) for some in (free[:0], free))
+    assert alone.best.ablated == poor.ablated  # what holds is of use, but leaves more targets than was hoped for
+    assert len(mended.tried) > len(alone.tried) == 3
+    assert mended.best.outcome.value <= poor.outcome.value
