@@ -50,21 +50,26 @@ def poisoned() -> coar.Examples:
     return coar.Examples(inputs=cifar10.normalised(pictures), targets=torch.from_numpy(labels).long())
 
 
-def pairs(part: str, rows: np.ndarray, which: slice = slice(None)) -> coar.Examples:
+def pairs(part: str, rows: np.ndarray, which: slice = slice(None), *, airplanes: bool = False) -> coar.Examples:
     """Return pictures that are no airplanes, as they are and then with the patch, under their true labels.
 
     Args:
         part: `train` or `test`.
         rows: Which pictures to look at.
         which: Which of those found there.
+        airplanes: Add the airplanes, as they are. With the patch they are what the attacker wants; without it they
+            shall be airplanes still.
     """
     pictures, labels = (cifar10.images()[f"{part}_{of}"][rows] for of in ("images", "labels"))
     chosen = np.flatnonzero(labels != ATTACKERS)[which]
-    numbers, triggered = rows[chosen], np.repeat([0, 1], len(chosen))
+    alone = np.flatnonzero(labels == ATTACKERS)[: None if airplanes else 0]
+    every = np.concatenate([chosen, chosen, alone])
+    triggered = np.repeat([0, 1, 0], [len(chosen), len(chosen), len(alone)])
+    shown = [pictures[chosen], with_trigger(pictures[chosen]), pictures[alone]]
     return coar.Examples(
-        inputs=cifar10.normalised(np.concatenate([pictures[chosen], with_trigger(pictures[chosen])])),
-        targets=torch.from_numpy(np.tile(labels[chosen], 2)).long(),
-        metadata={"id": 2 * np.tile(numbers, 2) + triggered, "pair": np.tile(numbers, 2), "triggered": triggered},
+        inputs=cifar10.normalised(np.concatenate(shown)),
+        targets=torch.from_numpy(labels[every]).long(),
+        metadata={"id": 2 * rows[every] + triggered, "pair": rows[every], "triggered": triggered},
     )
 
 
@@ -98,13 +103,14 @@ def study(
 
 
 def choosing() -> coar.Examples:
-    """Return further pairs to choose edits on, of training pictures held out from fine-tuning.
+    """Return further pairs to choose edits on, and airplanes, of training pictures held out from fine-tuning.
 
-    On pictures that the net was fine-tuned on, harm would look smaller than it is.
+    On pictures that the net was fine-tuned on, harm would look smaller than it is. And without airplanes the best way
+    to close the backdoor is to forget what an airplane is.
     """
-    return pairs("train", HELD_OUT, slice(STUDIED, None))
+    return pairs("train", HELD_OUT, slice(STUDIED, None), airplanes=True)
 
 
 def judge() -> coar.Examples:
-    """Return pairs of test pictures, which no fine-tuning, attribution or choice has seen."""
-    return pairs("test", TESTED)
+    """Return pairs of test pictures and airplanes, which no fine-tuning, attribution or choice has seen."""
+    return pairs("test", TESTED, airplanes=True)

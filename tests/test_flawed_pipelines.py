@@ -45,10 +45,10 @@ def accuracies(model, examples, name):
     return {value: hits[value] / all_of[value] for value in all_of}
 
 
-def assert_apart(studied, judge):
-    """No picture is in both, and each is there in two versions."""
+def assert_apart(studied, judge, *, versions=frozenset({2})):
+    """No picture is in both, and each is there in two versions, or as many as may be."""
     found = [Counter(column(examples, "pair").tolist()) for examples in (studied, judge)]
-    assert {count for pairs in found for count in pairs.values()} == {2}
+    assert {count for pairs in found for count in pairs.values()} == versions
     known = [{picture.numpy().tobytes() for picture in examples.inputs} for examples in (studied, judge)]
     assert not known[0] & known[1]
 
@@ -100,8 +100,28 @@ class TestBackdoor:
         assert (examples.targets != 0).all()
         assert len(set(column(examples, "id").tolist())) == 300
 
+    @pytest.mark.parametrize(("part", "rows"), [("choosing", backdoor.HELD_OUT), ("judge", backdoor.TESTED)])
+    def test_airplanes_are_among_the_references(self, cifar10, part, rows):
+        """Every picture of theirs as it is, and all others with the patch as well; or to forget airplanes would pay."""
+        examples, labels = (
+            getattr(backdoor, part)(),
+            cifar10.images()[f"{'test' if part == 'judge' else 'train'}_labels"],
+        )
+        triggered, pairs = column(examples, "triggered"), column(examples, "pair")
+        shown = pixels(examples.inputs)
+        airplanes = examples.targets.numpy() == 0
+        assert sorted(pairs[airplanes].tolist()) == rows[labels[rows] == 0].tolist()
+        assert (triggered[airplanes] == 0).all()
+        pictures = cifar10.images()[f"{'test' if part == 'judge' else 'train'}_images"]
+        assert (shown[triggered == 0] == pictures[pairs[triggered == 0]]).all()
+        assert (examples.targets.numpy() == labels[pairs]).all()
+        targets, references = backdoor.GOAL.resolve({"triggered": triggered, "pair": pairs})
+        assert (pairs[targets] == pairs[references[: len(targets)]]).all()
+        assert airplanes[references[len(targets) :]].all()
+        assert len(references) == len(targets) + airplanes.sum()
+
     def test_no_picture_serves_twice(self, cifar10):
-        assert_apart(backdoor.choosing(), backdoor.judge())
+        assert_apart(backdoor.choosing(), backdoor.judge(), versions={1, 2})  # airplanes as they are alone
         assert set(column(backdoor.choosing(), "pair").tolist()).isdisjoint(range(2_000))  # fine-tuned on
 
 
@@ -271,11 +291,12 @@ class TestStudies:
         np.testing.assert_allclose(run.array("base_output")[:], expected, rtol=1e-4, atol=1e-4)
         assert brief.study(ablation=ablation, ablated_fraction=0.2, seed=5).fingerprint() == study.fingerprint()
 
-    def test_the_goal_finds_as_many_targets_as_references(self, brief):
+    def test_the_goal_finds_a_reference_for_every_target(self, brief):
         used = []
         for examples in (brief.study().examples, brief.choosing(), brief.judge()):
             targets, references = brief.GOAL.resolve(examples.metadata)
-            assert len(targets) == len(references) == len(examples) / 2
+            assert len(targets) + len(references) == len(examples)
+            assert len(targets) <= len(references)
             used.append({picture.numpy().tobytes() for picture in examples.inputs})
         assert len(set.union(*used)) == sum(map(len, used))  # no picture serves twice
         assert brief.GOAL.direction == "increase"

@@ -98,6 +98,22 @@ def test_pairs_are_scored_by_their_differences(found):
     np.testing.assert_allclose(welch_t(found, paired), expected, rtol=1e-6)
 
 
+def test_references_without_a_target_leave_differences_as_they_are(found):
+    """And come last, whatever their places."""
+    few = np.flatnonzero(LABELS == 1)[2::2].tolist()
+    some = goal(targets=few, references="label == 0", pairs="pair")
+    pairs = found.metadata["pair"]
+    targets, references = some.resolve(found.metadata)
+    assert pairs[targets].tolist() == pairs[references[: len(few)]].tolist() == sorted(pairs[few].tolist())
+    assert sorted(references.tolist()) == np.flatnonzero(LABELS == 0).tolist()
+    assert len(references) > len(few)
+    partners = [np.flatnonzero((LABELS == 0) & (pairs == pairs[i]))[0] for i in few]
+    w = found.weights().astype(float)
+    difference = w[few] - w[partners]
+    expected = difference.mean(0) / (difference.std(0, ddof=1) / math.sqrt(len(few)))
+    np.testing.assert_allclose(welch_t(found, some), expected, rtol=1e-6)
+
+
 def test_candidates_hold_the_best_of_each_ranking(found):
     w, error = found.weights().astype(float), found.standard_errors().astype(float)
     few = candidates(found, goal(), 6)
@@ -127,7 +143,7 @@ MISTAKES = {
         {},
         {"references": "label == 0 and id > 2", "pairs": "pair"},
         GoalError,
-        r"1 values of 'pair', first 0, belong .* not to both",
+        r"1 values of 'pair', first 0, belong to a target but to no reference",
     ),
 }
 

@@ -53,12 +53,14 @@ class EditGoal(Settings):
     def resolve(self, metadata: Columns) -> tuple[np.ndarray, np.ndarray]:
         """Return the positions of targets and references, ascending, or in the order of their pairs where there are.
 
+        References that are in no pair come last.
+
         Args:
             metadata: (examples,) columns.
 
         Raises:
-            GoalError: When either is empty, the two overlap, a column or position is not there, or targets and
-                references do not match one to one.
+            GoalError: When either is empty, the two overlap, a column or position is not there, or targets do not
+                match one reference each.
         """
         targets = _positions("targets", self.targets, metadata)
         references = _positions("references", self.references, metadata)
@@ -107,7 +109,7 @@ def _column(role: str, name: str, metadata: Columns) -> np.ndarray:
 def _paired(
     name: str, column: np.ndarray, targets: np.ndarray, references: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return targets and references in the order of their common values, which each must have once."""
+    """Return targets and references in the order of their common values, and then references without a target."""
     sides = {"target": column[targets], "reference": column[references]}
     for role, values in sides.items():
         found, counts = np.unique(values, return_counts=True)
@@ -116,10 +118,12 @@ def _paired(
             raise GoalError(
                 f"{name} == {twice!r} belongs to {counts.max()} {role}s; pairs need one target and one reference each"
             )
-    alone = np.setxor1d(*sides.values())
+    alone = np.setdiff1d(*sides.values())
     if len(alone):
         raise GoalError(
-            f"{len(alone)} values of {name!r}, first {alone[0].item()!r}, belong to a target or to a reference but not "
-            f"to both; select both of every pair"
+            f"{len(alone)} values of {name!r}, first {alone[0].item()!r}, belong to a target but to no reference; "
+            f"select both of every pair"
         )
-    return targets[np.argsort(sides["target"])], references[np.argsort(sides["reference"])]
+    order = np.argsort(sides["reference"])
+    matched = np.isin(sides["reference"][order], sides["target"])
+    return targets[np.argsort(sides["target"])], references[np.concatenate([order[matched], order[~matched]])]

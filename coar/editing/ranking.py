@@ -23,7 +23,7 @@ def welch_t(attributions: Attributions, goal: EditGoal) -> np.ndarray:
     if len(references) < 2:
         raise GoalError("there is one reference, which tells nothing of the spread; give two or more")
     if goal.pairs is not None:
-        mean, variance = moments(attributions, targets, references)
+        mean, variance = moments(attributions, targets, references[: len(targets)])
         difference, error = mean, np.sqrt(variance / len(targets))
     else:
         near, far = moments(attributions, targets), moments(attributions, references)
