@@ -359,29 +359,31 @@ class Worker(ModelRunner):
 
     def pulls(
         self, block: Block, mask: np.ndarray, constants: np.ndarray, slopes: Callable[[np.ndarray], np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Run the block forward and backward under one mask, with constants in the place of the ablation's.
 
         Args:
             block: The examples.
-            mask: (components,) boolean mask.
+            mask: (components,) boolean mask, or gates between 0, ablated, and 1, kept.
             constants: (components.width,) constants, one per channel.
             slopes: Tells from (examples,) outputs by how much each shall count.
 
         Returns:
-            (examples,) float32 outputs, and the (components.width,) gradient by the constants of their weighted sum.
+            (examples,) float32 outputs, and the gradients of their weighted sum: (components.width,) by the constants
+            and (components,) by the gates.
         """
         values = torch.from_numpy(constants).to(self.device, torch.float32).requires_grad_()
+        keep = torch.from_numpy(mask).to(self.device, torch.float32).requires_grad_()
         gates = Gates(self._model, self._components, self._replacements, through_outputs=True)  # plain hooks
         with gates, self._computing():
             gates.replace(values)
-            gates.set(torch.from_numpy(mask).to(self.device))
+            gates.set(keep)
             outputs = torch.cat([self._output.read(self._run(inputs), targets) for inputs, targets in block.batches])
             gates.confirm()
             found = outputs.detach().float().cpu().numpy()
             weights = torch.from_numpy(slopes(found)).to(outputs)
-            gradient = torch.autograd.grad(outputs, values, weights)[0]
-        return found, gradient.cpu().numpy()
+            by_constants, by_gates = torch.autograd.grad(outputs, [values, keep], weights)
+        return found, by_constants.cpu().numpy(), by_gates.cpu().numpy()
 
 
 def _gradient(values: Tensor, keep: Tensor) -> Tensor:

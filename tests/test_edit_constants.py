@@ -148,17 +148,18 @@ def test_edited_checkpoint_is_what_was_tried_out_without_the_package(case, tmp_p
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_by_constants_are_differences(case):
+def test_gradients_by_constants_and_gates_are_differences(case):
     study, attributions, more = case
     trials = Trials(attributions, study.model, more, device="cpu")
-    rows, ablated = np.array([3, 10, 41]), (1, 4)
+    rows, gates = np.array([3, 10, 41]), np.array([1, 0, 1, 1, 0.25, 0.5])
     weights, constants = np.array([1.0, -2.0, 0.5]), np.linspace(-0.5, 0.5, FILTERS, dtype=np.float32)
 
-    def weighted(values):
+    def weighted(gates, values):
         conv, *rest = study.model.double()
         with torch.no_grad():
             y = conv(more.inputs[rows].double())
-            y[:, ablated] = torch.tensor(values[list(ablated)])[:, None, None]
+            keep, values = (torch.tensor(part)[:, None, None] for part in (gates, values))
+            y = keep * y + (1 - keep) * values
             for layer in rest:
                 y = layer(y)
         study.model.float()
@@ -166,12 +167,17 @@ def test_gradients_by_constants_are_differences(case):
         smooth = [row[c] - torch.cat([row[:c], row[c + 1 :]]).logsumexp(0) for row, c in zip(y, labels, strict=True)]
         return float(weights @ np.array(smooth))
 
-    found = trials.pulls(ablated, rows, constants=constants, slopes=lambda _: weights)
-    expected = np.zeros(FILTERS)
-    for channel in ablated:
-        step = np.eye(FILTERS)[channel] * 1e-4
-        expected[channel] = (weighted(constants + step) - weighted(constants - step)) / 2e-4
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    found = trials.pulls(gates, rows, constants=constants, slopes=lambda _: weights)
+    for number, gradient in enumerate(found):
+        expected = np.zeros(FILTERS)
+        for i in range(FILTERS):
+            ends = []
+            for step in (1e-4, -1e-4):
+                moved = [constants.astype(float), gates.astype(float)]
+                moved[number] = moved[number] + step * np.eye(FILTERS)[i]
+                ends.append(weighted(moved[1], moved[0]))
+            expected[i] = (ends[0] - ends[1]) / 2e-4
+        np.testing.assert_allclose(gradient, expected, atol=1e-4)
     assert trials.passes == 3 * len(rows)
 
 

@@ -147,6 +147,9 @@ def test_penalty_of_a_broken_bound_is_how_far_it_is_broken():
         slope = (objective.values(moved) - objective.values(now)) / step
         rows = np.array([i])
         np.testing.assert_allclose(objective.weights[i] * objective.slopes(now[rows], rows), slope, rtol=1e-3)
+    rows, before = np.arange(6), np.array([-1.0, 4.0, -1.9, 0.5, 9.0, 0.5])  # lost by references: 0.1, -0.5, 7 and 0
+    targets = [sigmoid(-0.5) / 2, sigmoid(2) / 2]
+    np.testing.assert_allclose(objective.losses(now, before, rows), [*targets, -0.2 / 0.5, 0, -1 / 0.5, 0], atol=1e-12)
 
 
 def test_passes_are_those_of_the_model(case, monkeypatch):

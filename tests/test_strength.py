@@ -257,5 +257,11 @@ def test_whole_ablations_alone_are_predicted(case):
 
 def test_unknown_strength_is_refused(case):
     study, attributions, _ = case
-    with pytest.raises(SettingsError, match="unknown strength 'most'; choose whole or least"):
+    with pytest.raises(SettingsError, match="unknown strength 'most'; choose whole, least or own"):
         coar.select(attributions, study.model, study.examples, GOALS["decrease"], strength="most")
+
+
+def test_strengths_of_their_own_are_not_for_rankings(case):
+    study, attributions, _ = case
+    with pytest.raises(SettingsError, match="trained by the rule verified"):
+        coar.select(attributions, study.model, study.examples, GOALS["decrease"], strength="own", rule="welch")

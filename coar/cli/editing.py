@@ -40,7 +40,9 @@ def edit(
     ] = None,
     strength: Annotated[
         str | None,
-        typer.Option(help="whole to ablate, least for no more of it than it takes; else what suits the task."),
+        typer.Option(
+            help="whole to ablate, least for no more than it takes, own for each one's; else what suits the task."
+        ),
     ] = None,
     harm: Annotated[float | None, typer.Option(help="Points that references may lose on average.")] = None,
     group_harm: Annotated[float | None, typer.Option(help="Points that any group of them may lose.")] = None,

@@ -18,7 +18,7 @@ def train(
     ablated: tuple[int, ...],
     *,
     start: np.ndarray,
-    strength: float = 1.0,
+    strengths: float | np.ndarray = 1.0,
     among: np.ndarray | None = None,
     seed: int = 0,
 ) -> np.ndarray:
@@ -34,7 +34,7 @@ def train(
         objective: The trade-off.
         ablated: The components.
         start: (components.width,) constants to begin with; those of components that are kept stay.
-        strength: How far the components go towards their constants.
+        strengths: How far the components go towards their constants.
         among: From which examples references are drawn; by default from all.
         seed: Which examples are drawn.
     """
@@ -49,6 +49,7 @@ def train(
     moved, total = np.zeros(len(channels)), np.zeros(len(channels))  # in standard deviations
     adam = Adam(np.zeros(len(channels)), np.zeros(len(channels)))
     constants: np.ndarray = start.copy()
+    gates = trials.gates(ablated, strengths)
     for step in range(STEPS):
         pairs = [draw(count) for draw, count in zip(drawn, BATCH, strict=True)]
         rows, shares = (np.concatenate(pair) for pair in zip(*pairs, strict=True))
@@ -56,7 +57,7 @@ def train(
         def slopes(margins: np.ndarray, rows: np.ndarray = rows, shares: np.ndarray = shares) -> np.ndarray:
             return np.asarray(shares * objective.slopes(margins, rows))
 
-        gradient = trials.pulls(ablated, rows, constants=constants, slopes=slopes, strength=strength)[channels]
+        gradient = trials.pulls(gates, rows, constants=constants, slopes=slopes)[0][channels]
         moved += RATE * (1 - 0.9 * step / STEPS) * adam.step(spread * gradient + PULL * moved)
         constants[channels] = start[channels] + spread * moved
         if step >= STEPS // 2:

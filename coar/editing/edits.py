@@ -276,7 +276,7 @@ def edit_of(
     scores: np.ndarray,
     *,
     constants: np.ndarray | None = None,
-    strength: float = 1.0,
+    strengths: np.ndarray | None = None,
 ) -> Edit:
     """Return the edit that ablates these components, in this order, by default with the run's constants and wholly.
 
@@ -298,7 +298,7 @@ def edit_of(
         str(facts["fingerprint"]["ablation"]["name"]),
         {site: name for site, name in facts["batch_norms"].items() if site in sites},
         str(facts["fingerprint"]["weights"]),
-        strengths=(strength,) * len(components),
+        strengths=() if strengths is None else tuple(strengths.tolist()),
     )
 
 

@@ -29,14 +29,14 @@ class Tried:
         margins: (examples,) margins with them ablated.
         outcome: What that amounts to.
         constants: (components.width,) constants that replaced them.
-        strength: How far they went towards these.
+        strengths: How far each of them went towards these.
     """
 
     ablated: tuple[int, ...]
     margins: np.ndarray
     outcome: Outcome
     constants: np.ndarray
-    strength: float = 1.0
+    strengths: np.ndarray
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Search:
     def __post_init__(self) -> None:
         self._rows = self._nearest(self.objective.base, len(self.objective.targets), self.near)
         outcome = self.objective.outcome(self.objective.base)
-        self.tried.append(Tried((), self.objective.base, outcome, self.trials.constants))
+        self.tried.append(Tried((), self.objective.base, outcome, self.trials.constants, np.ones(0)))
 
     @property
     def best(self) -> Tried:
@@ -87,14 +87,16 @@ class Search:
         """Return the trade-off, with the penalty for a broken bound."""
         return outcome.value + self.penalty * outcome.excess
 
-    def try_out(self, sets: Sequence[tuple[int, ...]], constants: np.ndarray) -> list[Tried]:
-        """Try sets on all examples, with constants in their place."""
+    def try_out(
+        self, sets: Sequence[tuple[int, ...]], constants: np.ndarray, strengths: Sequence[np.ndarray] | None = None
+    ) -> list[Tried]:
+        """Try sets on all examples, with constants in their place, and with strengths where these are given."""
         if not sets:
             return []
-        margins, strengths = self._margins(sets, self._rows, self.objective.base, constants)
+        margins, strengths = self._margins(sets, self._rows, self.objective.base, constants, strengths)
         found = [
-            Tried(one, row, self.objective.outcome(row), constants, float(strength))
-            for one, row, strength in zip(sets, margins, strengths, strict=True)
+            Tried(one, row, self.objective.outcome(row), constants, how)
+            for one, row, how in zip(sets, margins, strengths, strict=True)
         ]
         self.tried += found
         self.told()
@@ -140,7 +142,7 @@ class Search:
             return []
         objective = self.objective.careful(self.care)
         parts = self.trials, objective, now.ablated
-        trained = train(*parts, start=now.constants, strength=now.strength, among=self._rows, seed=seed)
+        trained = train(*parts, start=now.constants, strengths=now.strengths, among=self._rows, seed=seed)
         return [
             one
             for share in SHARES
@@ -168,12 +170,18 @@ class Search:
         return [self.cost(self.objective.outcome(row)) for row in margins]
 
     def _margins(
-        self, sets: Sequence[tuple[int, ...]], rows: np.ndarray, rest: np.ndarray, constants: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return (sets, examples) margins, by trials on these rows and as given on the rest, and (sets,) strengths."""
-        margins, strengths = np.repeat(rest[None], len(sets), axis=0), np.ones(len(sets))
-        if self.least:
-            strengths = least_strengths(self.trials, self.objective, sets, constants)
+        self,
+        sets: Sequence[tuple[int, ...]],
+        rows: np.ndarray,
+        rest: np.ndarray,
+        constants: np.ndarray,
+        strengths: Sequence[np.ndarray] | None = None,
+    ) -> tuple[np.ndarray, Sequence[np.ndarray]]:
+        """Return (sets, examples) margins, by trials on these rows and as given on the rest, and strengths."""
+        margins = np.repeat(rest[None], len(sets), axis=0)
+        if strengths is None:
+            levels = least_strengths(self.trials, self.objective, sets, constants) if self.least else np.ones(len(sets))
+            strengths = [np.full(len(one), level) for one, level in zip(sets, levels, strict=True)]
         if len(sets):
             gates = np.stack([self.trials.gates(one, how) for one, how in zip(sets, strengths, strict=True)])
             margins[:, rows] = self.trials.margins(gates, rows, constants=constants)
@@ -191,10 +199,11 @@ class Search:
     def _flips(self, now: Tried, free: np.ndarray, rows: np.ndarray) -> list[int]:
         """Return the components that, by a probe at the present set, it would pay most to ablate or to take back."""
         few = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).round().astype(int)]
-        gates = self.trials.gates(now.ablated, now.strength)
+        gates = self.trials.gates(now.ablated, now.strengths)
         _, slopes = self.trials.slopes(gates, few, constants=now.constants)
         scales, weights = self.objective.scales[few], self.objective.weights[few]
-        steps = now.strength * np.where(gates == 1, -1, 1)
+        level = now.strengths.mean() if len(now.ablated) else 1.0
+        steps = np.where(gates == 1, -level, 1 - gates)
         moved = now.margins[few, None] + slopes * steps  # (examples, components), by first order
         values = weights @ np.tanh(moved / scales[:, None] / 2)
         additions = np.setdiff1d(free, now.ablated) if len(now.ablated) < self.budget else free[:0]

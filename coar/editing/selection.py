@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
 import numpy as np
@@ -12,9 +13,11 @@ from coar.attributions import Attributions
 from coar.editing.choosing import columns, joined, widened
 from coar.editing.descent import COST, STEPS, descend
 from coar.editing.edits import Edit, check_budget, edit_of
+from coar.editing.fading import STEPS as FADING
+from coar.editing.fading import fade
 from coar.editing.goals import EditGoal
 from coar.editing.ranking import candidates, ranking, welch_t
-from coar.editing.search import OPEN, Search, Tried
+from coar.editing.search import OPEN, SHARES, Search, Tried
 from coar.editing.tradeoff import Bound, Objective, Outcome, TradeOff
 from coar.editing.trials import Trials
 from coar.errors import BoundError, GoalError, SettingsError
@@ -29,10 +32,11 @@ if TYPE_CHECKING:
 STAGES = ((160, 40, 1.0), (1_000, 320, 0.1))  # candidates, components, and the cost of each next to the usual one
 FEW = 3  # sets of trials that even a short search takes
 HOPEFUL = 8  # of the best sets are tried in float32 and on all examples, before the search goes on there
-CHOICES = {"rule": ("verified", "welch"), "constants": ("goal", "run"), "strength": ("whole", "least")}
+CARES = (1.0, 3.0, 10.0, 30.0)  # how much more harm weighs, until what is faded keeps within the bound
+CHOICES = {"rule": ("verified", "welch"), "constants": ("goal", "run"), "strength": ("whole", "least", "own")}
 Rule = Literal["verified", "welch"]
 Constants = Literal["goal", "run"]
-Strength = Literal["whole", "least"]
+Strength = Literal["whole", "least", "own"]
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,12 @@ class Options(TypedDict, total=False):
         constants: `goal` to train what the components become for the goal, by the rule `verified`, and keep that where
             it is better; `run` for the constants of the attributions' run.
         strength: `whole` to ablate, `least` to move components towards their constants only as far as it takes to get
-            as many targets as wanted as whole ablations do.
+            as many targets as wanted as whole ablations do, `own` to train for each, by the rule `verified`, how far it
+            moves, together with its constants, instead of a search.
         tradeoff: How gain and harm are weighed.
         bound: The most accuracy that references may lose on the choosing examples.
         seed: Which examples the probes draw.
-        steps: How many probes move the gates.
+        steps: How many probes move the gates, by default 120, and 300 for strengths of their own.
         near: On how many references, those nearest to the edge, sets are tried before the choice is checked on all.
         progress: Show a progress bar with the trade-off so far.
     """
@@ -155,9 +160,10 @@ def select(
     `verified` takes the components that attributions find promising, moves gates on all of them at once down the slope
     of the trade-off by probes around the partly edited model, tries the sets that this leads to, and goes on from the
     best by adding and dropping components and by training what they become, each step tried out. Where that leaves more
-    than a tenth of the targets unchanged, it starts again with more candidates, each of which costs less. `welch`
-    tries the first components of the published ranking (Shah et al. 2024, section 5) in different numbers. Of all that
-    was tried on all choosing examples, what has the best trade-off within the bound is taken.
+    than a tenth of the targets unchanged, it starts again with more candidates, each of which costs less. With
+    strengths of their own it trains how far all of them go instead, and their constants. `welch` tries the first
+    components of the published ranking (Shah et al. 2024, section 5) in different numbers. Of all that was tried on all
+    choosing examples, what has the best trade-off within the bound is taken.
 
     Args:
         attributions: Attributions of the studied examples.
@@ -198,19 +204,22 @@ def choose(ground: Ground, goal: EditGoal, **options: Unpack[Options]) -> Select
         bound=options.get("bound") or Bound(),
     )
     _check_open(objective, goal)
-    least = options.get("strength", "whole") == "least"
-    search = Search(ground.trials, objective, budget, near=options.get("near"), least=least)
-    steps, free = options.get("steps", STEPS), np.zeros(0, dtype=np.int64)
+    strength = options.get("strength", "whole")
+    search = Search(ground.trials, objective, budget, near=options.get("near"), least=strength == "least")
+    steps, free = options.get("steps", FADING if strength == "own" else STEPS), np.zeros(0, dtype=np.int64)
     if options.get("rule", "verified") == "welch":
         search.follow(ranking(scores, goal))
     else:
         with _telling(search, steps, shown=options.get("progress", True)):
             seed, tailored = options.get("seed", 0), options.get("constants", "goal") == "goal"
-            free = _explore(search, goal, attributions, steps=steps, seed=seed, tailored=tailored)
+            if strength == "own":
+                _fade(search, goal, attributions, steps=steps, seed=seed, tailored=tailored)
+            else:
+                free = _explore(search, goal, attributions, steps=steps, seed=seed, tailored=tailored)
     exact = _confirmed(search, ground.plain, free)
     best = exact.best
     _check_neared(exact if len(exact.tried) > 1 else search, best, goal)
-    edit = edit_of(attributions, goal, best.ablated, scores, constants=best.constants, strength=best.strength)
+    edit = edit_of(attributions, goal, best.ablated, scores, constants=best.constants, strengths=best.strengths)
     passes = ground.passes - spent
     usual = np.array_equal(best.constants, ground.plain.constants)
     return Selection(
@@ -253,12 +262,27 @@ def _explore(
     return free
 
 
+def _fade(search: Search, goal: EditGoal, attributions: Attributions, *, steps: int, seed: int, tailored: bool) -> None:
+    """Train strengths, and try them and parts of them; again with more care for harm while they break the bound."""
+    free = np.sort(candidates(attributions, goal, STAGES[-1][0]))
+    faded = partial(fade, search.trials, free=free, steps=steps, seed=seed, moves=tailored, told=search.told)
+    for care in CARES:
+        gates, constants = faded(objective=search.objective.careful(care))
+        order = np.argsort(gates, kind="stable")[: min(int((gates < 1).sum()), search.budget)]
+        for share in SHARES:
+            search.try_out([tuple(order.tolist())], constants, [share * (1 - gates[order])])
+        if search.tried[-len(SHARES)].outcome.excess == 0:
+            return
+
+
 def _check_options(options: Options, components: int) -> int:
     """Return the most components to ablate; raise `SettingsError` for options out of range or unknown."""
     rule, budget = options.get("rule", "verified"), options.get("budget")
-    for name, (first, second) in CHOICES.items():
-        if (given := options.get(name, first)) not in (first, second):
-            raise SettingsError(f"unknown {name} {given!r}; choose {first} or {second}")
+    for name, known in CHOICES.items():
+        if (given := options.get(name, known[0])) not in known:
+            raise SettingsError(f"unknown {name} {given!r}; choose {', '.join(known[:-1])} or {known[-1]}")
+    if rule == "welch" and options.get("strength") == "own":
+        raise SettingsError("strengths of their own are trained by the rule verified; choose that, or whole or least")
     most = STAGES[0][1] if rule == "welch" else STAGES[-1][1]
     return min(most, components) if budget is None else check_budget(budget, components)
 
@@ -316,7 +340,7 @@ def _try_until_one_holds(exact: Search, sets: list[Tried]) -> None:
     for one in sets:
         if exact.best.ablated:
             return
-        exact.try_out([one.ablated], one.constants)
+        exact.try_out([one.ablated], one.constants, None if exact.least else [one.strengths])
 
 
 def _check_neared(search: Search, best: Tried, goal: EditGoal) -> None:

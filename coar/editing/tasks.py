@@ -37,8 +37,12 @@ PRESETS: dict[str, Choice] = {
         "near": 600,
     },
     "group": {"bound": Bound(mean=0.01, group=0.05)},
-    # what was put in can be taken out for less, and clean examples need only stay as good as they are
-    "backdoor": {"bound": Bound(mean=0.005, group=0.05), "tradeoff": TradeOff(harm=1.5)},
+    # what was put in shares its components with what it was put into, and comes out of many of them in part
+    "backdoor": {
+        "bound": Bound(mean=0.005, group=0.05),
+        "strength": "own",
+        "tradeoff": TradeOff(harm=6.0, reference_scale=4.0),
+    },
     # many components with trained constants cost new examples more than those of the choice
     "typographic": {"bound": Bound(mean=0.005, group=0.05)},
 }
@@ -187,6 +191,10 @@ def remove_backdoor(
     **options: Unpack[Options],
 ) -> TaskResult:
     """Get triggered examples right: those with 1 in the column `triggered`, each paired by `pair` with a clean one.
+
+    Components are ablated in part, each at a strength of its own, unless `strength` says other. Give clean examples of
+    the class that the attacker wants among the further choosing ones: they have no pair, and without them the model
+    might forget that class.
 
     Args:
         attributions: Attributions of the studied examples.

@@ -123,6 +123,16 @@ class Objective:
         level = _sigmoid(margins / self.scales[rows])
         return np.asarray(level * np.where(self.group[rows] == -1, 1, 1 - level) / self.scales[rows])
 
+    def losses(self, margins: np.ndarray, before: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return (examples,) directions like `slopes`, but references only shall not lose margin, whatever it was.
+
+        Theirs is what they lost since `before`, up to one of its scale. Being more right than before then pays nothing,
+        which a choice with many free numbers would learn by heart.
+        """
+        scales = self.scales[rows]
+        lost = np.clip((margins - before) / scales, 0, 1)
+        return np.asarray(np.where(self.group[rows] == -1, _sigmoid(margins / scales), lost) / scales)
+
     def outcome(self, margins: np.ndarray) -> Outcome:
         """Judge (examples,) margins."""
         chosen = self.references

@@ -69,6 +69,13 @@ class Trials:
         self.passes += block.size * len(keeps)
         return self._worker(self._largest, constants).outputs(block, keeps)
 
+    def smooth_margins(self) -> np.ndarray:
+        """Return (examples,) smooth margins, see `slopes`, with nothing ablated."""
+        everything = np.arange(len(self))
+        self.passes += len(self)
+        found = self._worker(self._smooth, None).outputs(self._block(everything), self.gates([])[None])
+        return np.asarray(found[0])
+
     def slopes(
         self, gates: np.ndarray, rows: np.ndarray, *, constants: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -82,25 +89,18 @@ class Trials:
         return outputs[0], np.where(gates > 0, kept, ablated)
 
     def pulls(
-        self,
-        ablated: Sequence[int],
-        rows: np.ndarray,
-        *,
-        constants: np.ndarray,
-        slopes: Callable[..., np.ndarray],
-        strength: float = 1.0,
-    ) -> np.ndarray:
-        """Return the (components.width,) gradient by constants of a sum over examples with components ablated.
+        self, gates: np.ndarray, rows: np.ndarray, *, constants: np.ndarray, slopes: Callable[..., np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the gradients of a sum over examples, (components.width,) by constants and (components,) by gates.
 
         Args:
-            ablated: The components.
+            gates: (components,) gates between 0, ablated, and 1, kept.
             rows: The examples.
             constants: (components.width,) constants that replace what is ablated.
             slopes: Tells from (examples,) smooth margins by how much each counts.
-            strength: How far the components go towards their constants.
         """
         worker, block = self._probed(rows, None)
-        return worker.pulls(block, self.gates(ablated, strength), constants, slopes)[1]
+        return worker.pulls(block, gates, constants, slopes)[1:]
 
     @cached_property
     def spread(self) -> np.ndarray:
@@ -110,8 +110,8 @@ class Trials:
         size = self._worker(self._smooth, None).batch_size
         return moments(self._model, self.table, self._examples.subset(rows), batch_size=size)[1].cpu().numpy()
 
-    def gates(self, ablated: Sequence[int] | np.ndarray, strength: float = 1.0) -> np.ndarray:
-        """Return the (components,) gates that ablate these components, by default wholly."""
+    def gates(self, ablated: Sequence[int] | np.ndarray, strength: float | np.ndarray = 1.0) -> np.ndarray:
+        """Return the (components,) gates that ablate these components, by default wholly, at one strength or each's."""
         found = np.ones(self.components, dtype=np.float32)
         found[np.asarray(ablated, dtype=np.int64)] = 1 - strength
         return found
