@@ -41,7 +41,7 @@ PRESETS: dict[str, Choice] = {
     "backdoor": {
         "bound": Bound(mean=0.005, group=0.05),
         "strength": "own",
-        "tradeoff": TradeOff(harm=6.0, reference_scale=4.0),
+        "tradeoff": TradeOff(harm=8.0, reference_scale=4.0),
     },
     # many components with trained constants cost new examples more than those of the choice
     "typographic": {"bound": Bound(mean=0.005, group=0.05)},
