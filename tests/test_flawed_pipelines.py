@@ -363,10 +363,13 @@ class TestEdits:
     @pytest.mark.slow
     def test_triggered_pictures_are_right_again(self, cifar10, tmp_path):
         judge = backdoor.judge()
-        after = accuracies(edited(coar.remove_backdoor, backdoor, tmp_path), judge, "triggered")
-        before = accuracies(backdoor.model(), judge, "triggered")
-        assert after[1] >= before[0] - 0.02
+        airplanes = judge.subset(judge.targets == 0)
+        nets = (backdoor.model(), edited(coar.remove_backdoor, backdoor, tmp_path))
+        before, after = (accuracies(net, judge, "triggered") for net in nets)
+        assert after[1] >= before[0] - 0.04
         assert after[0] >= before[0] - 0.005
+        known, still = (accuracies(net, airplanes, "triggered")[0] for net in nets)
+        assert still >= known - 0.1
 
     @pytest.mark.slow
     def test_half_of_what_words_took_is_back(self, tmp_path):
