@@ -43,8 +43,12 @@ PRESETS: dict[str, Choice] = {
         "strength": "own",
         "tradeoff": TradeOff(harm=8.0, reference_scale=4.0),
     },
-    # many components with trained constants cost new examples more than those of the choice
-    "typographic": {"bound": Bound(mean=0.005, group=0.05)},
+    # reading is spread over many components, each of them of use to seeing
+    "typographic": {
+        "bound": Bound(mean=0.005, group=0.05),
+        "strength": "own",
+        "tradeoff": TradeOff(harm=16.0, reference_scale=4.0),
+    },
 }
 
 
@@ -221,6 +225,8 @@ def resist_typographic(
     **options: Unpack[Options],
 ) -> TaskResult:
     """Get attacked examples right: those with 1 in the column `attacked`, each paired by `pair` with a clean one.
+
+    Components are ablated in part, each at a strength of its own, unless `strength` says other.
 
     Args:
         attributions: Attributions of the studied examples.
