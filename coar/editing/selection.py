@@ -17,7 +17,7 @@ from coar.editing.fading import STEPS as FADING
 from coar.editing.fading import fade
 from coar.editing.goals import EditGoal
 from coar.editing.ranking import candidates, ranking, welch_t
-from coar.editing.search import OPEN, SHARES, Search, Tried
+from coar.editing.search import OPEN, Search, Tried
 from coar.editing.tradeoff import Bound, Objective, Outcome, TradeOff
 from coar.editing.trials import Trials
 from coar.errors import BoundError, GoalError, SettingsError
@@ -33,6 +33,7 @@ STAGES = ((160, 40, 1.0), (1_000, 320, 0.1))  # candidates, components, and the 
 FEW = 3  # sets of trials that even a short search takes
 HOPEFUL = 8  # of the best sets are tried in float32 and on all examples, before the search goes on there
 CARES = (1.0, 3.0, 10.0, 30.0)  # how much more harm weighs, until what is faded keeps within the bound
+PARTS = (1.0, 0.85, 0.7, 0.5, 0.3)  # of trained strengths that are tried
 CHOICES = {"rule": ("verified", "welch"), "constants": ("goal", "run"), "strength": ("whole", "least", "own")}
 Rule = Literal["verified", "welch"]
 Constants = Literal["goal", "run"]
@@ -205,7 +206,8 @@ def choose(ground: Ground, goal: EditGoal, **options: Unpack[Options]) -> Select
     )
     _check_open(objective, goal)
     strength = options.get("strength", "whole")
-    search = Search(ground.trials, objective, budget, near=options.get("near"), least=strength == "least")
+    trials = ground.plain if strength == "own" else ground.trials  # few are tried then, so all in float32
+    search = Search(trials, objective, budget, near=options.get("near"), least=strength == "least")
     steps, free = options.get("steps", FADING if strength == "own" else STEPS), np.zeros(0, dtype=np.int64)
     if options.get("rule", "verified") == "welch":
         search.follow(ranking(scores, goal))
@@ -213,7 +215,7 @@ def choose(ground: Ground, goal: EditGoal, **options: Unpack[Options]) -> Select
         with _telling(search, steps, shown=options.get("progress", True)):
             seed, tailored = options.get("seed", 0), options.get("constants", "goal") == "goal"
             if strength == "own":
-                _fade(search, goal, attributions, steps=steps, seed=seed, tailored=tailored)
+                _fade(search, ground, goal, steps=steps, seed=seed, tailored=tailored)
             else:
                 free = _explore(search, goal, attributions, steps=steps, seed=seed, tailored=tailored)
     exact = _confirmed(search, ground.plain, free)
@@ -262,16 +264,16 @@ def _explore(
     return free
 
 
-def _fade(search: Search, goal: EditGoal, attributions: Attributions, *, steps: int, seed: int, tailored: bool) -> None:
+def _fade(search: Search, ground: Ground, goal: EditGoal, *, steps: int, seed: int, tailored: bool) -> None:
     """Train strengths, and try them and parts of them; again with more care for harm while they break the bound."""
-    free = np.sort(candidates(attributions, goal, STAGES[-1][0]))
-    faded = partial(fade, search.trials, free=free, steps=steps, seed=seed, moves=tailored, told=search.told)
+    free = np.sort(candidates(ground.attributions, goal, STAGES[-1][0]))
+    faded = partial(fade, ground.trials, free=free, steps=steps, seed=seed, moves=tailored, told=search.told)
     for care in CARES:
         gates, constants = faded(objective=search.objective.careful(care))
         order = np.argsort(gates, kind="stable")[: min(int((gates < 1).sum()), search.budget)]
-        for share in SHARES:
-            search.try_out([tuple(order.tolist())], constants, [share * (1 - gates[order])])
-        if search.tried[-len(SHARES)].outcome.excess == 0:
+        sets = [tuple(order.tolist())] * len(PARTS)
+        whole, *_ = search.try_out(sets, constants, [part * (1 - gates[order]) for part in PARTS])
+        if whole.outcome.excess == 0:
             return
 
 
