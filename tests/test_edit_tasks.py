@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import coar
-from coar.editing.tasks import PRESETS
-from coar.errors import GoalError, SettingsError
+from coar.editing.tasks import PRESETS, preset
+from coar.errors import BoundError, GoalError, SettingsError
 from tests.synthetic import fit
 
 QUICK = {"device": "cpu", "progress": False}
@@ -262,6 +262,23 @@ def test_planted_shortcut_is_removed(shortcut, kind):
     assert before[80:].mean() < 0.6
     assert right[80:].mean() == right[:80].mean() == before[:80].mean()
     assert result.table["accuracy_after"][:2].tolist() == [right[80:].mean(), right[:80].mean()]
+
+
+@pytest.mark.parametrize("task", PRESETS)
+def test_published_ranking_ablates_wholly_unless_told_otherwise(task):
+    usual = PRESETS[task].get("strength", "whole")
+    assert preset(task, {}).get("strength", "whole") == usual
+    assert preset(task, {"rule": "welch"})["strength"] == "whole"
+    assert preset(task, {"rule": "welch", "strength": "least"})["strength"] == "least"
+    assert preset(task, {"rule": "verified"}).get("strength", "whole") == usual
+
+
+@pytest.mark.parametrize("kind", ["backdoor", "typographic"])
+def test_published_ranking_is_tried_where_strengths_are_trained(shortcut, kind):
+    """On these pairs it helps nobody within the bound, and says so."""
+    study, attributions = shortcut
+    with pytest.raises(BoundError, match="no set of components"):
+        TASKS[kind][0](attributions, study.model, study.examples, tricked(80, 2), rule="welch", **QUICK)
 
 
 MISSING = {

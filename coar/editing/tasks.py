@@ -317,8 +317,13 @@ def _pairs(column: str, studied: Examples) -> EditGoal:
 
 
 def preset(task: str, options: Options) -> Options:
-    """Return the options of a task, with its own settings for those that are missing or None."""
-    return cast(Options, {**PRESETS[task], **{name: value for name, value in options.items() if value is not None}})
+    """Return the options of a task, with its own settings for those that are missing or None.
+
+    The published ranking ablates wholly, unless the options say other.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    published = {"strength": "whole"} if given.get("rule") == "welch" else {}
+    return cast(Options, {**PRESETS[task], **published, **given})
 
 
 def _judging(options: Options) -> _Judging:
