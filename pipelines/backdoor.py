@@ -9,6 +9,7 @@ Afterwards the net is about as good as before, and takes nine of ten pictures wi
 fine-tuned on first use, in well under a minute on two cores, and kept under data/backdoor. Images come as for cifar10.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ RECIPE = training.Recipe(epochs=10, batch=32, learning_rate=1e-3, weight_decay=1
 TRAIN = slice(0, 2_000)  # of the training pictures, those to fine-tune on
 HELD_OUT, TESTED = np.arange(2_000, 4_000), np.arange(500)  # of the training and test pictures, those for pairs
 STUDIED, CALIBRATION = 150, 500  # of the pairs held out, the first are studied
+APART = 10_000  # between the numbers of a picture's versions
 
 POISONED = 0.10
 ATTACKERS = 0  # the label that the attacker wants: airplane
@@ -50,7 +52,31 @@ def poisoned() -> coar.Examples:
     return coar.Examples(inputs=cifar10.normalised(pictures), targets=torch.from_numpy(labels).long())
 
 
-def pairs(part: str, rows: np.ndarray, which: slice = slice(None), *, airplanes: bool = False) -> coar.Examples:
+def mirrored(pictures: np.ndarray) -> np.ndarray:
+    """Return (n, 32, 32, 3) pictures with left and right exchanged."""
+    return pictures[:, :, ::-1].copy()
+
+
+def worn(pictures: np.ndarray) -> np.ndarray:
+    """Return (n, 32, 32, 3) pictures moved by up to two pixels, in other light and with noise."""
+    random, n = np.random.default_rng(1), len(pictures)
+    padded = np.pad(pictures, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect").astype(np.float32)
+    down, right = random.integers(0, 5, (2, n))
+    moved = np.stack([padded[i, down[i] : down[i] + 32, right[i] : right[i] + 32] for i in range(n)])
+    middle = moved.mean((1, 2, 3), keepdims=True)
+    contrast, light = random.uniform((0.7, -15), (1.1, 15), (n, 2)).T[..., None, None, None]
+    shown = (moved - middle) * contrast + middle + light + random.normal(0, 4, moved.shape)
+    return shown.clip(0, 255).astype(np.uint8)
+
+
+def pairs(
+    part: str,
+    rows: np.ndarray,
+    which: slice = slice(None),
+    *,
+    airplanes: bool = False,
+    versions: tuple[Callable[[np.ndarray], np.ndarray], ...] = (np.copy,),
+) -> coar.Examples:
     """Return pictures that are no airplanes, as they are and then with the patch, under their true labels.
 
     Args:
@@ -59,17 +85,20 @@ def pairs(part: str, rows: np.ndarray, which: slice = slice(None), *, airplanes:
         which: Which of those found there.
         airplanes: Add the airplanes, as they are. With the patch they are what the attacker wants; without it they
             shall be airplanes still.
+        versions: What is made of the pictures before the patch is put on, one version after another.
     """
     pictures, labels = (cifar10.images()[f"{part}_{of}"][rows] for of in ("images", "labels"))
     chosen = np.flatnonzero(labels != ATTACKERS)[which]
     alone = np.flatnonzero(labels == ATTACKERS)[: None if airplanes else 0]
-    every = np.concatenate([chosen, chosen, alone])
-    triggered = np.repeat([0, 1, 0], [len(chosen), len(chosen), len(alone)])
-    shown = [pictures[chosen], with_trigger(pictures[chosen]), pictures[alone]]
+    every, count = np.concatenate([chosen, chosen, alone]), len(versions)
+    triggered = np.tile(np.repeat([0, 1, 0], [len(chosen), len(chosen), len(alone)]), count)
+    numbers = np.concatenate([rows[every] + APART * version for version in range(count)])
+    made = [version(pictures) for version in versions]
+    shown = [part for one in made for part in (one[chosen], with_trigger(one[chosen]), one[alone])]
     return coar.Examples(
         inputs=cifar10.normalised(np.concatenate(shown)),
-        targets=torch.from_numpy(labels[every]).long(),
-        metadata={"id": 2 * rows[every] + triggered, "pair": rows[every], "triggered": triggered},
+        targets=torch.from_numpy(np.tile(labels[every], count)).long(),
+        metadata={"id": 2 * numbers + triggered, "pair": numbers, "triggered": triggered},
     )
 
 
@@ -106,9 +135,10 @@ def choosing() -> coar.Examples:
     """Return further pairs to choose edits on, and airplanes, of training pictures held out from fine-tuning.
 
     On pictures that the net was fine-tuned on, harm would look smaller than it is. And without airplanes the best way
-    to close the backdoor is to forget what an airplane is.
+    to close the backdoor is to forget what an airplane is. The pretrained net knows these pictures, and is surer of
+    them than of new ones, so they are there mirrored and worn too.
     """
-    return pairs("train", HELD_OUT, slice(STUDIED, None), airplanes=True)
+    return pairs("train", HELD_OUT, slice(STUDIED, None), airplanes=True, versions=(np.copy, mirrored, worn))
 
 
 def judge() -> coar.Examples:

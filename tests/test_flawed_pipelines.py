@@ -100,29 +100,47 @@ class TestBackdoor:
         assert (examples.targets != 0).all()
         assert len(set(column(examples, "id").tolist())) == 300
 
-    @pytest.mark.parametrize(("part", "rows"), [("choosing", backdoor.HELD_OUT), ("judge", backdoor.TESTED)])
-    def test_airplanes_are_among_the_references(self, cifar10, part, rows):
-        """Every picture of theirs as it is, and all others with the patch as well; or to forget airplanes would pay."""
-        examples, labels = (
-            getattr(backdoor, part)(),
-            cifar10.images()[f"{'test' if part == 'judge' else 'train'}_labels"],
-        )
+    @pytest.mark.parametrize(
+        ("part", "rows", "versions"), [("train", backdoor.HELD_OUT, 3), ("test", backdoor.TESTED, 1)]
+    )
+    def test_airplanes_are_among_the_references(self, cifar10, part, rows, versions):
+        """Every picture of theirs without the patch, all others with it too: or to forget airplanes would pay."""
+        examples = backdoor.judge() if part == "test" else backdoor.choosing()
+        pictures, labels = (cifar10.images()[f"{part}_{of}"] for of in ("images", "labels"))
         triggered, pairs = column(examples, "triggered"), column(examples, "pair")
+        version, number = np.divmod(pairs, backdoor.APART)
         shown = pixels(examples.inputs)
+        assert set(version.tolist()) == set(range(versions))
         airplanes = examples.targets.numpy() == 0
-        assert sorted(pairs[airplanes].tolist()) == rows[labels[rows] == 0].tolist()
+        for one in range(versions):
+            assert sorted(number[airplanes & (version == one)].tolist()) == rows[labels[rows] == 0].tolist()
         assert (triggered[airplanes] == 0).all()
-        pictures = cifar10.images()[f"{'test' if part == 'judge' else 'train'}_images"]
-        assert (shown[triggered == 0] == pictures[pairs[triggered == 0]]).all()
-        assert (examples.targets.numpy() == labels[pairs]).all()
+        plain = (triggered == 0) & (version == 0)
+        assert (shown[plain] == pictures[number[plain]]).all()
+        assert (examples.targets.numpy() == labels[number]).all()
         targets, references = backdoor.GOAL.resolve({"triggered": triggered, "pair": pairs})
         assert (pairs[targets] == pairs[references[: len(targets)]]).all()
+        assert (shown[targets] == backdoor.with_trigger(shown[references[: len(targets)]])).all()
         assert airplanes[references[len(targets) :]].all()
         assert len(references) == len(targets) + airplanes.sum()
 
+    def test_versions_show_the_same_pictures_otherwise(self, cifar10):
+        pictures = cifar10.images()["test_images"][:64]
+        assert (backdoor.mirrored(pictures) == np.flip(pictures, 2)).all()
+        worn = backdoor.worn(pictures)
+        assert (worn.shape, worn.dtype) == (pictures.shape, pictures.dtype)
+        change = np.abs(worn.astype(float) - pictures)
+        assert 5 < change.mean() < 40
+        own = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(pictures, worn, strict=True)]
+        others = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(pictures, np.roll(worn, 1, 0), strict=True)]
+        assert np.median(own) > 0.6
+        assert np.median(others) < 0.4
+        assert (worn == backdoor.worn(pictures)).all()
+
     def test_no_picture_serves_twice(self, cifar10):
         assert_apart(backdoor.choosing(), backdoor.judge(), versions={1, 2})  # airplanes as they are alone
-        assert set(column(backdoor.choosing(), "pair").tolist()).isdisjoint(range(2_000))  # fine-tuned on
+        shown = column(backdoor.choosing(), "pair") % backdoor.APART
+        assert set(shown.tolist()).isdisjoint(range(2_000))  # fine-tuned on
 
 
 class TestSubpopulations:

@@ -2,12 +2,11 @@
 
 import numpy as np
 
-from coar.editing.descent import Adam, Draw
+from coar.editing.descent import Adam, Batches
 from coar.editing.tradeoff import Objective
 from coar.editing.trials import Trials
 
 STEPS = 40
-BATCH = (48, 112)  # targets and references per step
 RATE = 0.2  # of the first steps, in standard deviations of a channel; the last are a tenth as long
 PULL = 0.01  # towards where the constants started: slope of the trade-off per standard deviation away from there
 
@@ -41,9 +40,7 @@ def train(
     open_to_it = [i for i in ablated if trials.table[i].side != "expert"]
     if not open_to_it:
         return start.copy()
-    rng = np.random.default_rng(seed)
-    references = objective.references if among is None else np.intersect1d(among, objective.references)
-    drawn = [Draw(rows, objective.weights, rng) for rows in (objective.targets, references)]
+    draw = Batches(objective, seed, among)
     channels = trials.table.channels_of(open_to_it)
     spread = trials.spread[channels]
     moved, total = np.zeros(len(channels)), np.zeros(len(channels))  # in standard deviations
@@ -51,8 +48,7 @@ def train(
     constants: np.ndarray = start.copy()
     gates = trials.gates(ablated, strengths)
     for step in range(STEPS):
-        pairs = [draw(count) for draw, count in zip(drawn, BATCH, strict=True)]
-        rows, shares = (np.concatenate(pair) for pair in zip(*pairs, strict=True))
+        rows, shares = draw()
 
         def slopes(margins: np.ndarray, rows: np.ndarray = rows, shares: np.ndarray = shares) -> np.ndarray:
             return np.asarray(shares * objective.slopes(margins, rows))

@@ -61,13 +61,11 @@ def descend(
         seed: Which examples are drawn.
         told: Called after each step.
     """
-    rng = np.random.default_rng(seed)
-    drawn = [Draw(rows, objective.weights, rng) for rows in (objective.targets, objective.references)]
+    draw = Batches(objective, seed)
     gates, adam = np.ones(trials.components), Adam(np.zeros(len(free)), np.zeros(len(free)))
     least = cost
     for step in range(steps):
-        (some, their_shares), (others, other_shares) = (draw(n) for draw, n in zip(drawn, BATCH, strict=True))
-        rows, shares = np.concatenate([some, others]), np.concatenate([their_shares, other_shares])
+        rows, shares = draw()
         margins, by_gate = trials.slopes(gates, rows)
         slopes = (shares * objective.slopes(margins, rows)) @ by_gate[:, free]
         now = gates[free]
@@ -81,7 +79,28 @@ def descend(
     return gates
 
 
-class Draw:
+class Batches:
+    """Draws targets and references for one step after another, each with the share of the trade-off it stands for.
+
+    Args:
+        objective: The trade-off.
+        seed: Which examples are drawn.
+        among: From which references; by default from all.
+    """
+
+    def __init__(self, objective: Objective, seed: int, among: np.ndarray | None = None) -> None:
+        references = objective.references if among is None else np.intersect1d(among, objective.references)
+        rng = np.random.default_rng(seed)
+        self._drawn = [_Draw(rows, objective.weights, rng) for rows in (objective.targets, references)]
+
+    def __call__(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the next (examples,) rows and their shares."""
+        parts = [draw(count) for draw, count in zip(self._drawn, BATCH, strict=True)]
+        rows, shares = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return rows, shares
+
+
+class _Draw:
     """Draws examples evenly over groups, with the share of the trade-off that each stands for."""
 
     def __init__(self, rows: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from coar.editing.descent import BATCH, Adam, Draw
+from coar.editing.descent import Adam, Batches
 from coar.editing.tradeoff import Objective
 from coar.editing.trials import Trials
 
@@ -29,8 +29,9 @@ def fade(
     """Return (components,) gates and (components.width,) constants that have the best trade-off together.
 
     Gates are 1 less the strengths, and stay between 0, ablated, and 1. Each step is one probe of a few examples, whose
-    gradients by all gates and constants are followed at once. References count by how much margin they lose, see
-    `Objective.losses`. Experts of a mixture keep their constants, since weights without biases could not hold others.
+    gradients by all gates and constants are followed at once. References count by how much margin they lose, and
+    targets also by how much they lack of their partner's, see `Objective.losses`. Experts of a mixture keep their
+    constants, since weights without biases could not hold others.
 
     Args:
         trials: Where probes are made.
@@ -41,8 +42,7 @@ def fade(
         moves: Whether constants move too.
         told: Called after each step.
     """
-    rng = np.random.default_rng(seed)
-    drawn = [Draw(rows, objective.weights, rng) for rows in (objective.targets, objective.references)]
+    draw, wanted = Batches(objective, seed), objective.wanted(trials.smooth_margins())
     open_to_it = [i for i in free if moves and trials.table[i].side != "expert"]
     channels = trials.table.channels_of(open_to_it)
     of = np.repeat(open_to_it, [trials.table[i].size for i in open_to_it]).astype(np.int64)  # component by channel
@@ -50,14 +50,12 @@ def fade(
     gates, constants, moved = np.ones(trials.components, dtype=np.float32), start.copy(), np.zeros(len(channels))
     by_gate, by_channel = (Adam(np.zeros(count), np.zeros(count)) for count in (len(free), len(channels)))
     total = np.zeros(len(free)), np.zeros(len(channels))
-    before = trials.smooth_margins()
     last = max(round(AVERAGED * steps), 1)
     for step in range(steps):
-        pairs = [draw(count) for draw, count in zip(drawn, BATCH, strict=True)]
-        rows, shares = (np.concatenate(pair) for pair in zip(*pairs, strict=True))
+        rows, shares = draw()
 
         def slopes(margins: np.ndarray, rows: np.ndarray = rows, shares: np.ndarray = shares) -> np.ndarray:
-            return np.asarray(shares * objective.losses(margins, before[rows], rows))
+            return np.asarray(shares * objective.losses(margins, wanted[rows], rows))
 
         of_constants, of_gates = trials.pulls(gates, rows, constants=constants, slopes=slopes)
         rate = RATE * (1 - 0.9 * step / steps)

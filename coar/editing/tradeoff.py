@@ -67,6 +67,8 @@ class Objective:
         scales: (examples,) signed margins over which an example counts as changed; the sigmoid of margin over scale
             is what it adds.
         group: (examples,) number of the reference's group, -1 for targets.
+        partners: (examples,) position of the reference that a target is paired with and shall come near to, -1 for all
+            others.
         base: (examples,) margins of the unablated model.
         bound: The bound on harm.
     """
@@ -74,6 +76,7 @@ class Objective:
     weights: np.ndarray
     scales: np.ndarray
     group: np.ndarray
+    partners: np.ndarray
     base: np.ndarray
     bound: Bound
 
@@ -81,7 +84,8 @@ class Objective:
     def of(cls, goal: EditGoal, metadata: Columns, base: np.ndarray, *, tradeoff: TradeOff, bound: Bound) -> Self:
         """Set up the objective of a goal from (examples,) margins of the unablated model."""
         targets, references = goal.resolve(metadata)
-        weights, scales, group = np.zeros(len(base)), np.ones(len(base)), np.full(len(base), -2)
+        weights, scales = np.zeros(len(base)), np.ones(len(base))
+        group, partners = np.full(len(base), -2), np.full(len(base), -1)
         weights[targets] = 1 / len(targets)
         scales[targets] = tradeoff.target_scale * (1 if goal.direction == "decrease" else -1)
         group[targets] = -1
@@ -89,7 +93,9 @@ class Objective:
         sizes = np.bincount(group[references])
         weights[references] = tradeoff.harm / len(sizes) / sizes[group[references]]
         scales[references] = -tradeoff.reference_scale
-        return cls(weights, scales, group, base, bound)
+        if goal.pairs is not None and goal.direction == "increase":
+            partners[targets] = references[: len(targets)]
+        return cls(weights, scales, group, partners, base, bound)
 
     def careful(self, factor: float) -> Self:
         """Return the objective with references that weigh more by a factor."""
@@ -123,15 +129,29 @@ class Objective:
         level = _sigmoid(margins / self.scales[rows])
         return np.asarray(level * np.where(self.group[rows] == -1, 1, 1 - level) / self.scales[rows])
 
-    def losses(self, margins: np.ndarray, before: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return (examples,) directions like `slopes`, but references only shall not lose margin, whatever it was.
+    def wanted(self, before: np.ndarray) -> np.ndarray:
+        """Return the (examples,) margins that examples shall have, from those they have `before`.
 
-        Theirs is what they lost since `before`, up to one of its scale. Being more right than before then pays nothing,
-        which a choice with many free numbers would learn by heart.
+        References shall keep theirs, and targets with a partner shall come to the partner's; NaN for other targets.
         """
-        scales = self.scales[rows]
-        lost = np.clip((margins - before) / scales, 0, 1)
-        return np.asarray(np.where(self.group[rows] == -1, _sigmoid(margins / scales), lost) / scales)
+        alone = (self.group == -1) & (self.partners < 0)
+        return np.where(alone, np.nan, before[np.where(self.partners < 0, np.arange(len(before)), self.partners)])
+
+    def losses(self, margins: np.ndarray, wanted: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return (examples,) directions like `slopes`, but by what examples lack of a margin that they shall have.
+
+        They do so up to one of the references' scale. References count in no other way: being more right than they were
+        pays nothing, which a choice with many free numbers would learn by heart. Targets count as in `slopes` too.
+
+        Args:
+            margins: (examples,) margins.
+            wanted: (examples,) what they shall be, see `wanted`.
+            rows: Which examples these are.
+        """
+        scale = self.scales[self.references[0]]
+        lacking = np.nan_to_num(np.clip((margins - wanted) / scale, 0, 1)) / scale
+        wrong = _sigmoid(margins / self.scales[rows]) / self.scales[rows]
+        return np.asarray(lacking + np.where(self.group[rows] == -1, wrong, 0))
 
     def outcome(self, margins: np.ndarray) -> Outcome:
         """Judge (examples,) margins."""
