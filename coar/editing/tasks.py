@@ -42,6 +42,7 @@ PRESETS: dict[str, Choice] = {
         "bound": Bound(mean=0.005, group=0.05),
         "strength": "own",
         "tradeoff": TradeOff(harm=8.0, reference_scale=4.0),
+        "steps": 600,
     },
     # reading is spread over many components, each of them of use to seeing
     "typographic": {
