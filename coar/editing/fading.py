@@ -10,8 +10,8 @@ from coar.editing.trials import Trials
 
 STEPS = 300
 RATE = 0.05  # of the first steps, in strength and in standard deviations of a channel; the last are a tenth as long
-COST = 0.002  # of strength, in units of the trade-off, so that components which do not matter are left as they are
-PULL = 0.01  # towards where constants started, for what is ablated: slope of the trade-off per standard deviation
+COST = 0.0003  # of strength, in units of the trade-off, so that components which do not matter are left as they are
+PULL = 0.002  # towards where constants started, for what is ablated: slope of the trade-off per standard deviation
 AVERAGED = 0.25  # of the steps, the last ones, are averaged
 TOUCHED = 0.02  # least strength of a component that counts as part of the edit
 

@@ -41,7 +41,7 @@ PRESETS: dict[str, Choice] = {
     "backdoor": {
         "bound": Bound(mean=0.005, group=0.05),
         "strength": "own",
-        "tradeoff": TradeOff(harm=8.0, reference_scale=4.0),
+        "tradeoff": TradeOff(harm=4.0, reference_scale=4.0),
         "steps": 600,
     },
     # reading is spread over many components, each of them of use to seeing
