@@ -97,16 +97,27 @@ def test_choice_is_what_was_judged_and_within_the_bound(case, bound, constants):
     )
 
 
-def test_budget_takes_the_strongest(case):
+def test_budget_trains_the_strongest_again(case, monkeypatch):
+    """By themselves, so that they are not what they were in a crowd."""
     study, attributions, more = case
+    calls, plain = [], selection.fade
+
+    def watched(trials, objective, free, **options):
+        gates, constants = plain(trials, objective, free, **options)
+        calls.append((set(free.tolist()), gates))
+        return gates, constants
+
+    monkeypatch.setattr(selection, "fade", watched)
     options = {"choosing": more, "bound": coar.Bound(mean=1, group=1), "strength": "own", **QUICK}
-    whole, few = (
-        coar.select(attributions, study.model, study.examples, GOAL, budget=budget, **options).edit
-        for budget in (None, 2)
-    )
-    assert len(few) == 2 < len(whole)
-    strengths = dict(zip(whole.components, whole.strengths, strict=True))
-    assert set(few.components) == set(sorted(strengths, key=strengths.get)[-2:])
+    few = coar.select(attributions, study.model, study.examples, GOAL, budget=2, **options)
+    (every, first), (allowed, second) = calls
+    assert len(every) == len(study.components)
+    assert (first < 1).sum() > 2
+    assert allowed == set(np.argsort(first, kind="stable")[:2].tolist())
+    numbers = [study.components.index(one.name) for one in few.edit.components]
+    assert set(numbers) == allowed
+    shares = np.array(few.edit.strengths) / (1 - second[numbers])
+    np.testing.assert_allclose(shares, shares[0], rtol=1e-5)  # all of it, or the same part of each
 
 
 def test_harm_weighs_more_until_the_bound_holds(case, monkeypatch):

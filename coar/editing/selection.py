@@ -70,8 +70,8 @@ class Options(TypedDict, total=False):
     """How to choose.
 
     Attributes:
-        budget: The most components to ablate; by default as many as the trade-off asks for, 320 at most, and 40 by the
-            rule `welch`.
+        budget: The most components to ablate; by default as many as the trade-off asks for, 320 at most; 1,000
+            with strengths of their own, and 40 by the rule `welch`.
         rule: `verified` or `welch`.
         constants: `goal` to train what the components become for the goal, by the rule `verified`, and keep that where
             it is better; `run` for the constants of the attributions' run.
@@ -267,10 +267,13 @@ def _explore(
 def _fade(search: Search, ground: Ground, goal: EditGoal, *, steps: int, seed: int, tailored: bool) -> None:
     """Train strengths, and try them and parts of them; again with more care for harm while they break the bound."""
     free = np.sort(candidates(ground.attributions, goal, STAGES[-1][0]))
-    faded = partial(fade, ground.trials, free=free, steps=steps, seed=seed, moves=tailored, told=search.told)
+    faded = partial(fade, ground.trials, steps=steps, seed=seed, moves=tailored, told=search.told)
     for care in CARES:
-        gates, constants = faded(objective=search.objective.careful(care))
-        order = np.argsort(gates, kind="stable")[: min(int((gates < 1).sum()), search.budget)]
+        objective = search.objective.careful(care)
+        gates, constants = faded(objective, free)
+        if (gates < 1).sum() > search.budget:  # without the others, those that may move must do their part
+            gates, constants = faded(objective, np.sort(np.argsort(gates, kind="stable")[: search.budget]))
+        order = np.argsort(gates, kind="stable")[: int((gates < 1).sum())]
         sets = [tuple(order.tolist())] * len(PARTS)
         whole, *_ = search.try_out(sets, constants, [part * (1 - gates[order]) for part in PARTS])
         if whole.outcome.excess == 0:
@@ -286,6 +289,8 @@ def _check_options(options: Options, components: int) -> int:
     if rule == "welch" and options.get("strength") == "own":
         raise SettingsError("strengths of their own are trained by the rule verified; choose that, or whole or least")
     most = STAGES[0][1] if rule == "welch" else STAGES[-1][1]
+    if options.get("strength") == "own":
+        most = STAGES[-1][0]
     return min(most, components) if budget is None else check_budget(budget, components)
 
 
