@@ -125,17 +125,17 @@ def test_harm_weighs_more_until_the_bound_holds(case, monkeypatch):
     cares = []
     plain = selection.fade
 
-    def watched(trials, objective, **options):
+    def watched(trials, objective, free, **options):
         cares.append(objective.weights[objective.references].sum())
-        return plain(trials, objective, **options)
+        return plain(trials, objective, free, **options)
 
     monkeypatch.setattr(selection, "fade", watched)
-    options = {"choosing": more, "strength": "own", "tradeoff": coar.TradeOff(harm=0.01), **QUICK}
+    options = {"choosing": more, "strength": "own", "tradeoff": coar.TradeOff(harm=0.001), **QUICK}
     for bound in (1, 0.03):
         cares.clear()
         limit = coar.Bound(mean=bound, group=1)
         coar.select(attributions, study.model, study.examples, GOAL, bound=limit, **options)
-        np.testing.assert_allclose(cares, 0.01 * np.array(selection.CARES[: len(cares)]), rtol=1e-9)
+        np.testing.assert_allclose(cares, 0.001 * np.array(selection.CARES[: len(cares)]), rtol=1e-9)
         assert (len(cares) == 1) == (bound == 1)
 
 
