@@ -53,7 +53,12 @@ def generate(path: Path, masks: int, components: int, examples: int) -> coar.Run
         components=table,
         metadata={"id": np.arange(examples)},
         replacements=np.zeros(components, dtype=np.float32),
-        fingerprint={"components": table.fingerprint(), "sampler": sampler.settings()},
+        fingerprint={
+            "components": table.fingerprint(),
+            "sampler": sampler.settings(),
+            "ablation": coar.ZeroWeight().settings(),
+            "weights": "none",
+        },
         facts={"precision": {"name": "float32"}, "batch_norms": {}},
         blocks=(256, min(examples, 500)),
     )
