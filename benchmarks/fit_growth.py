@@ -66,19 +66,18 @@ def tell_growth(sizes: list[int], found: dict[str, np.ndarray]) -> None:
 
 
 def draw_growth(sizes: list[int], found: dict[str, np.ndarray], file: Path) -> None:
-    """Draw seconds and GiB against masks, both on logarithmic axes."""
+    """Draw seconds, with the line that suits them best, and GiB against masks."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for method, (seconds, memory) in found.items():
-        slope = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
-        left.plot(sizes, seconds, marker="o", color=METHODS[method], label=f"{method}, slope {slope:.2f}")
+        per_mask, once = np.polyfit(sizes, seconds, 1)
+        label = f"{method}, {1_000 * per_mask:.2f} s per 1,000 masks"
+        left.plot(sizes, seconds, marker="o", linestyle="", color=METHODS[method], label=label)
+        left.plot([0, sizes[-1]], [once, once + per_mask * sizes[-1]], color=METHODS[method])
         right.plot(sizes, memory, marker="o", color=METHODS[method], label=method)
-    left.plot(sizes, found["ridge"][0][0] * np.array(sizes) / sizes[0], color="#777777", ls=":", label="slope 1")
-    left.set(xscale="log", yscale="log", xlabel="masks", ylabel="seconds")
-    right.set(xscale="log", xlabel="masks", ylabel="GiB above the imports", ylim=(0, None))
-    for axes in (left, right):
-        axes.set_xticks(sizes, [f"{masks:,}" for masks in sizes])
-        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    for axes, name in ((left, "seconds"), (right, "GiB above the imports")):
+        axes.set(xlabel="masks", ylabel=name, xlim=(0, 1.05 * sizes[-1]), ylim=(0, 1.25 * axes.dataLim.y1))
+        axes.set_xticks(sizes, [f"{masks:,}" for masks in sizes], rotation=30)
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
