@@ -24,6 +24,7 @@ class EditGoal(Settings):
         groups: Metadata column of the groups of references over which harm is bounded; by default `label` where there
             is such a column, or else all references are one group.
         pairs: Metadata column that matches each target with one reference, such as the same picture without a trigger.
+            Where strengths of their own are trained, targets to increase are drawn to the margin of theirs.
     """
 
     mistake: ClassVar[type[CoarError]] = GoalError

@@ -134,8 +134,10 @@ class Objective:
 
         References shall keep theirs, and targets with a partner shall come to the partner's; NaN for other targets.
         """
-        alone = (self.group == -1) & (self.partners < 0)
-        return np.where(alone, np.nan, before[np.where(self.partners < 0, np.arange(len(before)), self.partners)])
+        found = np.where(self.group == -1, np.nan, before)
+        paired = self.partners >= 0
+        found[paired] = before[self.partners[paired]]
+        return found
 
     def losses(self, margins: np.ndarray, wanted: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return (examples,) directions like `slopes`, but by what examples lack of a margin that they shall have.
