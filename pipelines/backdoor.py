@@ -22,7 +22,9 @@ from pipelines import cifar10, studies, training
 MASKS = 4_000
 TEST_MASKS = 512
 TEST_FRACTIONS = (0.05, 0.20)
-GOAL = coar.EditGoal(targets="triggered == 1", references="triggered == 0", direction="increase", pairs="pair")
+GOAL = coar.EditGoal(
+    targets="triggered == 1", references="triggered == 0", direction="increase", pairs="pair", clusters="picture"
+)
 
 FOLDER = Path("data/backdoor")
 RECIPE = training.Recipe(epochs=10, batch=32, learning_rate=1e-3, weight_decay=1e-4)
@@ -92,13 +94,14 @@ def pairs(
     alone = np.flatnonzero(labels == ATTACKERS)[: None if airplanes else 0]
     every, count = np.concatenate([chosen, chosen, alone]), len(versions)
     triggered = np.tile(np.repeat([0, 1, 0], [len(chosen), len(chosen), len(alone)]), count)
-    numbers = np.concatenate([rows[every] + APART * version for version in range(count)])
+    originals = np.tile(rows[every], count)
+    numbers = originals + APART * np.repeat(np.arange(count), len(every))
     made = [version(pictures) for version in versions]
     shown = [part for one in made for part in (one[chosen], with_trigger(one[chosen]), one[alone])]
     return coar.Examples(
         inputs=cifar10.normalised(np.concatenate(shown)),
         targets=torch.from_numpy(np.tile(labels[every], count)).long(),
-        metadata={"id": 2 * numbers + triggered, "pair": numbers, "triggered": triggered},
+        metadata={"id": 2 * numbers + triggered, "pair": numbers, "triggered": triggered, "picture": originals},
     )
 
 

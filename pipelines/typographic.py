@@ -36,7 +36,9 @@ except ImportError as error:
 MASKS = 3_000
 TEST_MASKS = 300
 TEST_FRACTIONS = (0.05, 0.20)
-GOAL = coar.EditGoal(targets="attacked == 1", references="attacked == 0", direction="increase", pairs="pair")
+GOAL = coar.EditGoal(
+    targets="attacked == 1", references="attacked == 0", direction="increase", pairs="pair", clusters="scan"
+)
 
 FOLDER = Path("data/typographic")
 RECIPE = training.Recipe(epochs=10, batch=128, learning_rate=2e-3, weight_decay=0.05)
@@ -143,6 +145,7 @@ def examples(*names: str, seed: int = 1) -> coar.Examples:
         metadata={
             "id": 2 * np.tile(numbers, 2) + attacked,
             "pair": np.tile(numbers, 2),
+            "scan": np.tile(rows, 2),
             "attacked": attacked,
             "word": [*[""] * len(rows), *[WORDS[word] for word in words]],
         },

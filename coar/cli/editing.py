@@ -30,6 +30,7 @@ def edit(
     direction: Annotated[str, typer.Option(help="decrease or increase the targets' output.")] = "decrease",
     groups: Annotated[str | None, typer.Option(help="Column of the groups over which harm is bounded.")] = None,
     pairs: Annotated[str | None, typer.Option(help="Column that matches each target with a reference.")] = None,
+    clusters: Annotated[str | None, typer.Option(help="Column of what examples share, as versions do.")] = None,
     budget: Annotated[int | None, typer.Option(help="Most components to ablate [default: the best trade-off]")] = None,
     task: Annotated[str | None, typer.Option(help="forget, fix, group, backdoor or typographic.")] = None,
     label: Annotated[int | None, typer.Option(help="The class to forget.")] = None,
@@ -64,7 +65,7 @@ def edit(
     goal = None
     if targets is not None:
         conditions = {"targets": targets, "references": references, "direction": direction}
-        goal = EditGoal(**conditions, groups=groups, pairs=pairs)
+        goal = EditGoal(**conditions, groups=groups, pairs=pairs, clusters=clusters)
     if pipeline is None or rule == "predicted":
         _without_trying(attributions, goal, rule or "welch", budget, None if dry_run else folder / name / "edit.json")
         return

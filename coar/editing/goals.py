@@ -25,6 +25,9 @@ class EditGoal(Settings):
             is such a column, or else all references are one group.
         pairs: Metadata column that matches each target with one reference, such as the same picture without a trigger.
             Where strengths of their own are trained, targets to increase are drawn to the margin of theirs.
+        clusters: Metadata column of what several examples have in common, such as the picture that they are versions
+            of. Those of a cluster tell less than as many examples would: standard errors over examples let what they
+            lose together add up (cluster-robust errors). By default every example counts as independent.
     """
 
     mistake: ClassVar[type[CoarError]] = GoalError
@@ -34,6 +37,7 @@ class EditGoal(Settings):
     direction: Literal["decrease", "increase"]
     groups: str | None = None
     pairs: str | None = None
+    clusters: str | None = None
 
     @field_validator("targets", "references", mode="before")
     @classmethod
@@ -85,6 +89,16 @@ class EditGoal(Settings):
             found: np.ndarray = _column("groups", self.groups, metadata)[rows]
             return found
         return np.asarray(metadata["label"])[rows] if "label" in metadata else np.zeros(len(rows), dtype=np.int64)
+
+    def clusters_of(self, metadata: Columns) -> np.ndarray:
+        """Return the number of each example's cluster, counted from 0; one each where there are no clusters.
+
+        Raises:
+            GoalError: When there is no such column.
+        """
+        if self.clusters is None:
+            return np.arange(len(next(iter(metadata.values()))))
+        return np.unique(_column("clusters", self.clusters, metadata), return_inverse=True)[1]
 
 
 def _positions(role: str, selection: Selection, metadata: Columns) -> np.ndarray:

@@ -194,7 +194,7 @@ class Search:
             return False
         scale = self.objective.scales
         parts = self.objective.weights * (np.tanh(new.margins / scale / 2) - np.tanh(old.margins / scale / 2)) / 2
-        return gain > float(np.sqrt((parts**2).sum()))
+        return gain > self.objective.error(parts)
 
     def _flips(self, now: Tried, free: np.ndarray, rows: np.ndarray) -> list[int]:
         """Return the components that, by a probe at the present set, it would pay most to ablate or to take back."""

@@ -69,6 +69,7 @@ class Objective:
         group: (examples,) number of the reference's group, -1 for targets.
         partners: (examples,) position of the reference that a target is paired with and shall come near to, -1 for all
             others.
+        clusters: (examples,) number of the cluster that counts as one observation in standard errors.
         base: (examples,) margins of the unablated model.
         bound: The bound on harm.
     """
@@ -77,6 +78,7 @@ class Objective:
     scales: np.ndarray
     group: np.ndarray
     partners: np.ndarray
+    clusters: np.ndarray
     base: np.ndarray
     bound: Bound
 
@@ -95,7 +97,7 @@ class Objective:
         scales[references] = -tradeoff.reference_scale
         if goal.pairs is not None and goal.direction == "increase":
             partners[targets] = references[: len(targets)]
-        return cls(weights, scales, group, partners, base, bound)
+        return cls(weights, scales, group, partners, goal.clusters_of(metadata), base, bound)
 
     def careful(self, factor: float) -> Self:
         """Return the objective with references that weigh more by a factor."""
@@ -162,11 +164,14 @@ class Objective:
         group, sizes = self.group[chosen], np.bincount(self.group[chosen])
         by_group = np.bincount(group, lost) / sizes
         mean, worst = float(by_group.mean()), float(by_group.max())
-        variances = (np.bincount(group, lost**2) / sizes - by_group**2) / sizes
-        error = float(np.sqrt(variances.sum())) / len(sizes)
+        error = self.error((lost - by_group[group]) / sizes[group] / len(sizes), chosen)
         excess = max(mean + error - self.bound.mean, 0.0) + np.maximum(by_group - self.bound.group, 0).sum()
         right = float((margins[self.targets] > 0).mean())
         return Outcome(float(self.values(margins)), right, mean, worst, float(excess))
+
+    def error(self, parts: np.ndarray, rows: np.ndarray | slice = slice(None)) -> float:
+        """Return the standard error of a sum over some of the examples, whose parts go together within a cluster."""
+        return float(np.sqrt((np.bincount(self.clusters[rows], parts) ** 2).sum()))
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
