@@ -7,6 +7,7 @@ import numpy as np
 from coar.attributions import Attributions
 from coar.engines import worker_of
 from coar.errors import AblationError
+from coar.memory import memory_kept
 from coar.progress import progress_bar
 from coar.store import Run
 from coar.store.fits import FitWriter, chunk_rows, fit_facts
@@ -90,7 +91,7 @@ def _store(
     if {key: fit_facts(run, name).get(key) for key in facts} == facts:
         return Attributions.open(run, name)
     worker = worker_of(study, run, device_copy(study.model, choose_device(device)), batch_size=batch_size)
-    with run.lock():
+    with run.lock(), memory_kept():
         writer = FitWriter(run, name, ("weight", "intercept"), facts)
         step = max(run.blocks[1] // chunk_rows(run), 1) * chunk_rows(run)
         for start in progress_bar(range(0, run.n_examples, step), desc=name, unit="block", shown=progress):

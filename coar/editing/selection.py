@@ -22,6 +22,7 @@ from coar.editing.tradeoff import Bound, Objective, Outcome, TradeOff
 from coar.editing.trials import Trials
 from coar.errors import BoundError, GoalError, SettingsError
 from coar.examples import Examples
+from coar.memory import memory_kept
 from coar.outputs import Output
 from coar.progress import progress_bar
 from coar.worker import Precision
@@ -192,6 +193,7 @@ def select(
     return replace(choose(ground, goal, **options), passes=ground.passes)
 
 
+@memory_kept()
 def choose(ground: Ground, goal: EditGoal, **options: Unpack[Options]) -> Selection:
     """Choose components for a goal as `select` does, on examples that are there already."""
     attributions, spent = ground.attributions, ground.passes

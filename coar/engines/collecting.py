@@ -12,6 +12,7 @@ from coar.engines.preparing import Batches, Order, check_same, prepare, runner_o
 from coar.engines.ray import RayCluster, collect_on_cluster
 from coar.engines.units import Stage, Tally, UnitRunner, check_worker, interrupts, mask_stage, probe_stage
 from coar.errors import SettingsError
+from coar.memory import memory_kept
 from coar.sampling import Split
 from coar.store import Run, Unit
 from coar.store.lock import Lock, worker_lock, write_lock
@@ -111,7 +112,7 @@ def collect(
         tolerance=precision_tolerance,
     )
     target = choose_device(device)
-    with _hold(place, among, order) as lock:
+    with _hold(place, among, order) as lock, memory_kept():
         model = device_copy(study.model, target)
         limits: dict[str, Any] = {"batch_size": batch_size, "memory_limit": memory_limit, "compiled": compile}
         batches = Batches.choose(study, model, probes=bool(probes), **limits)

@@ -17,6 +17,7 @@ from pydantic import Field
 from coar.engines.preparing import Batches, check_same, runner_of, set_pace
 from coar.engines.units import AnyUnit, Stage, Tally, interrupts, mask_stage, probe_stage
 from coar.errors import CoarError, EngineError
+from coar.memory import memory_kept
 from coar.settings import Settings
 from coar.store import Run, Unit
 from coar.store.watching import WORKER_LOST
@@ -73,6 +74,7 @@ class RayWorker:
         self._runner = runner_of(study, run, model, batches)
         self._free_since = time.monotonic()
 
+    @memory_kept()
     def do(self, unit: AnyUnit, missing: int) -> tuple[float, float]:
         """Do one unit; the pace is measured on the first of masks, as for so many more.
 
