@@ -12,9 +12,10 @@ The others, all in float32:
 - the hook loop multiplies activations by the mask in forward hooks, on one copy of the model, the examples in memory.
 
 Ours is what `coar.collect` computes, units of 64 masks by `Worker.outputs`, in float32 and in bfloat16, without the
-storing, at the pace that collecting measures: examples and masks per forward pass. Where a unit would take too long,
-its time is that of its first mask, gates put on and taken off, plus 63 times what a further mask takes in a longer
-call. Masks are drawn within the time of whoever uses them.
+storing, at the pace that collecting measures: examples and masks per forward pass. Freed memory is kept meanwhile, as
+collecting does; the others have malloc as it comes. Where a unit would take too long, its time is that of its first
+mask, gates put on and taken off, plus 63 times what a further mask takes in a longer call. Masks are drawn within the
+time of whoever uses them.
 
 The ways take turns, in rounds, in one process. What is printed of each is its median over rounds, and of each ratio,
 taken within a round, the median and the range. The peak is the best of all matrix products of the same type made along
@@ -46,6 +47,7 @@ from benchmarks.peers import layer_feature_ablation
 from coar.ablation import following_batch_norms
 from coar.components import Components
 from coar.engines import MASK_BLOCK
+from coar.memory import memory_kept
 from coar.tuning import choose_pace
 from coar.worker import BATCH_SIZE, Block, ModelRunner, Worker, device_copy
 
@@ -129,6 +131,7 @@ def hook_loop(study: coar.Study) -> Callable[[np.ndarray], Tensor]:
     return run
 
 
+@memory_kept()
 def workers(study: coar.Study) -> dict[str, tuple[Worker, Block]]:
     """Return, by precision, the worker that a long run would have, at its measured pace, and the examples."""
     model = device_copy(study.model, CPU)
@@ -163,6 +166,7 @@ def plain_way(study: coar.Study, run: Run) -> Way:
 def unit_way(study: coar.Study, run: Run) -> Way:
     """Return a way that runs whole units of masks, or infers the time of one from less."""
 
+    @memory_kept()
     def way(count: int) -> float:
         units = count // MASK_BLOCK
         if units:

@@ -14,6 +14,7 @@ import numpy as np
 from coar.attributions import Attributions
 from coar.engines import collect, try_probe, worker_of
 from coar.errors import AblationError, SettingsError
+from coar.memory import memory_kept
 from coar.regression import fit
 from coar.store import Probes, Run
 from coar.store.layout import ROUND
@@ -179,6 +180,7 @@ def collect_until(
     return run, f"stopped at {now.correlation:.3f} after {STEPS} rounds"
 
 
+@memory_kept()
 def measure(study: Study, run: Run, *, device: str = "auto", batch_size: int | None = None) -> tuple[float, float]:
     """Return the seconds that one mask and one probe take over all examples, NaN for a probe without gradients."""
     worker = worker_of(study, run, device_copy(study.model, choose_device(device)), batch_size=batch_size)
