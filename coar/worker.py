@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -279,36 +280,36 @@ class Worker(ModelRunner):
         return model(**inputs) if isinstance(inputs, dict) else model(inputs)
 
     def _gates_for(self, block: Block, *, hooks: bool) -> Gates:
-        """Return the gates in hooks, or in weights but for donors; in bf16 these are held so, where nothing changes.
+        """Return the gates in hooks, or in weights but for donors; weights are held in bf16 where nothing changes.
 
         Automatic mixed precision then has no weight to convert on every forward. A layer that is run without it could
         not read such a weight, or would read another one.
         """
         hooks = hooks or bool(block.donors)
         if hooks not in self._gates:
+            how: dict[str, Any] = {"donors": True} if block.donors else {"through_outputs": hooks}
             parts = (self._model, self._components, self._replacements)
-            if block.donors:
-                gates = Gates(*parts, batch_norms=self._batch_norms, donors=True)
-            else:
-                gates = Gates(*parts, batch_norms=self._batch_norms, through_outputs=hooks)
-            if self.precision == "bf16" and not hooks:
-                low = Gates(*parts, batch_norms=self._batch_norms, dtype=torch.bfloat16)
-                gates = low if self._same(gates, low, block) else gates
+            make = partial(Gates, *parts, batch_norms=self._batch_norms, **how)
+            gates = make()
+            if self.precision == "bf16" and not block.donors:
+                lower = (make(dtype=torch.bfloat16, others=others) for others in (True, False))
+                gates = next((low for low in lower if self._same(gates, low, block)), gates)
             self._gates[hooks] = gates
         return self._gates[hooks]
 
     def _same(self, plain: Gates, low: Gates, block: Block) -> bool:
-        """Say whether gates in bfloat16 weights give the outputs of those in float32 weights, on two examples."""
+        """Say whether gates with bfloat16 weights give the outputs of those with float32 weights, on two examples."""
         inputs, targets = rows_of(block.batches[0][0], slice(2)), block.batches[0][1][:2]
         found: list[Tensor] = []
         try:
             for gated in (plain, low):
                 with gated, torch.inference_mode(), self._computing():
+                    gated.set(torch.ones(len(self._components), device=self.device))
                     found.append(self._output.read(self._run(inputs), targets))
         except RuntimeError as error:
             if len(found) == 0:
                 raise
-            log.info("gated weights stay in float32: %s", error)
+            log.info("weights stay in float32: %s", error)
             return False
         return torch.equal(*found)
 

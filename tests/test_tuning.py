@@ -130,17 +130,30 @@ def test_gates_say_each_time_that_a_module_was_not_called():
         here.outputs(block, masks_of(study, 4))
 
 
+def probes_of(study, examples, count=3):
+    """Masks of their own for each of some examples in a few probes, and which slot each takes."""
+    masks = study.sampler.masks("probe", range(count * examples), len(study.components))
+    return masks.reshape(count, examples, -1), np.arange(examples)
+
+
 def test_bfloat16_weights_give_what_automatic_casts_give(digits):
     for study in (helpers.digits_study(6), text_study()):
         low = worker(study, precision="bf16")
         block = low.load(study.examples, 0, 6)
         outputs = low.outputs(block, masks_of(study))
-        gates = low._gates[False]
-        assert torch.bfloat16 in {buffer.dtype for buffer in gates.buffers()}
+        probed = low.probe(block, *probes_of(study, 6))
         other = worker(study, precision="bf16")
         other._same = lambda *_: False
         np.testing.assert_array_equal(other.outputs(block, masks_of(study)), outputs)
-        assert {buffer.dtype for buffer in other._gates[False].buffers()} == {torch.float32}
+        for mine, plain in zip(probed, other.probe(block, *probes_of(study, 6)), strict=True):
+            np.testing.assert_array_equal(mine, plain)
+        layers = [module for module in low._model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        for by_hooks in (False, True):
+            with low._gates[by_hooks]:
+                assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
+            with other._gates[by_hooks]:
+                assert {layer.weight.dtype for layer in layers} == {torch.float32}
+        assert {layer.weight.dtype for layer in layers} == {torch.float32}
 
 
 class Exact(nn.Module):
@@ -161,6 +174,31 @@ def test_layers_outside_automatic_casts_keep_float32_weights():
     low, exact = worker(study, precision="bf16"), worker(study)
     block = low.load(study.examples, 0, 20)
     np.testing.assert_array_equal(low.outputs(block, masks_of(study)), exact.outputs(block, masks_of(study)))
+
+
+class ExactHead(nn.Module):
+    """Runs its head without automatic casts, and its hidden layer with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.head = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        y = self.hidden(x).relu()
+        with torch.autocast("cpu", enabled=False):
+            return self.head(y.float())
+
+
+def test_one_such_layer_leaves_bfloat16_to_the_gated_ones():
+    model = ExactHead()
+    study = helpers.study(model=model, components=coar.neurons(model, include="hidden"))
+    low, other = worker(study, precision="bf16"), worker(study, precision="bf16")
+    other._same = lambda *_: False
+    block = low.load(study.examples, 0, 20)
+    np.testing.assert_array_equal(low.outputs(block, masks_of(study)), other.outputs(block, masks_of(study)))
+    with low._gates[False]:
+        assert low._model.hidden.weight.dtype == torch.bfloat16
+        assert low._model.head.weight.dtype == torch.float32
 
 
 def test_float32_is_not_rounded_in_convolutions_and_the_setting_comes_back():

@@ -30,6 +30,7 @@ class LayerGate:
     does, which itself steps aside.
 
     Attributes:
+        layer: The layer.
         channels: Those of the outputs and of the inputs, where there are any, in this order; with neither, the batch
             norm is folded and nothing else.
 
@@ -50,7 +51,7 @@ class LayerGate:
         norm: nn.Module | None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._layer, self._norm = layer, norm
+        self.layer, self._norm = layer, norm
         self._forward = {name: value for name, value in vars(norm).items() if name == "forward"} if norm else {}
         self._outputs, self._inputs = outputs, inputs
         self._originals = {name: layer._parameters[name] for name in ("weight", "bias")}
@@ -84,13 +85,13 @@ class LayerGate:
         self._buffers["weight"].copy_(self._weight)
         if "bias" in self._buffers:
             self._buffers["bias"].copy_(self.kept)
-        self._layer._parameters.update(self._buffers)  # type: ignore[arg-type]
+        self.layer._parameters.update(self._buffers)  # type: ignore[arg-type]
         if self._norm is not None:
             self._norm.forward = _unchanged
 
     def restore(self) -> None:
         """Put weight and bias back, and the batch norm to work."""
-        self._layer._parameters.update(self._originals)
+        self.layer._parameters.update(self._originals)
         if self._norm is not None:
             vars(self._norm).pop("forward", None)
             vars(self._norm).update(self._forward)  # some libraries keep a wrapper there
@@ -108,7 +109,7 @@ class LayerGate:
     def _set_bias(self, bias: Tensor, keeps: Sequence[Tensor]) -> None:
         if self._moving is not None and self._inputs is not None:
             constants = (1 - keeps[-1].to(bias.dtype)) * self._inputs.replacement.to(bias.dtype)
-            bias.addmv_(self._moving.T if is_conv1d(self._layer) else self._moving, constants)
+            bias.addmv_(self._moving.T if is_conv1d(self.layer) else self._moving, constants)
         if self._outputs is not None:
             keep = keeps[0].to(bias.dtype)
             bias.mul_(keep).addcmul_(self.ablated, 1 - keep)
@@ -121,6 +122,7 @@ class FoldedNorm:
     """Multiplies a layer's weight by what a batch norm that follows it scales by, and takes both biases away.
 
     Attributes:
+        layer: The layer.
         channels: None, since the hook on the layer's output applies the mask.
         kept: (channels,) constants that the batch norm and the layer's bias add to what the layer then returns.
         ablated: (channels,) what the batch norm makes of the replacements.
@@ -129,18 +131,19 @@ class FoldedNorm:
         layer: A layer of which `reads_own_weight` is true.
         outputs: Which component each output channel belongs to.
         norm: The batch norm that alone follows the layer.
+        dtype: As in `LayerGate`.
     """
 
     channels: tuple[Channels, ...] = ()
 
-    def __init__(self, layer: nn.Module, outputs: Channels, norm: nn.Module) -> None:
-        self._gate, self._layer = LayerGate(layer, outputs, None, norm), layer
+    def __init__(self, layer: nn.Module, outputs: Channels, norm: nn.Module, dtype: torch.dtype | None = None) -> None:
+        self._gate, self.layer = LayerGate(layer, outputs, None, norm, dtype), layer
         self.kept, self.ablated = self._gate.kept, self._gate.ablated
 
     def install(self) -> None:
         """Put the scaled weight in place, without a bias, and let the batch norm step aside."""
         self._gate.install()
-        self._layer._parameters["bias"] = None
+        self.layer._parameters["bias"] = None
 
     def restore(self) -> None:
         """Put weight and bias back, and the batch norm to work."""
@@ -151,6 +154,39 @@ class FoldedNorm:
 
     def confirm(self) -> None:
         """Nothing to confirm: the layer cannot run without reading its weight."""
+
+
+class LowWeight:
+    """Holds a layer's weight that is not gated in the type that autocast would turn it into on every forward.
+
+    Attributes:
+        channels: None.
+        weight: The weight in that type.
+
+    Args:
+        layer: A layer of which `reads_own_weight` is true.
+        dtype: The type.
+    """
+
+    channels: tuple[Channels, ...] = ()
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        self._layer, self._original = layer, layer.get_parameter("weight")
+        self.weight = self._original.detach().to(dtype)
+
+    def install(self) -> None:
+        """Put the weight of that type in place."""
+        self._layer._parameters["weight"] = self.weight  # type: ignore[assignment]
+
+    def restore(self) -> None:
+        """Put the weight back."""
+        self._layer._parameters["weight"] = self._original
+
+    def set(self, keeps: Sequence[Tensor]) -> None:
+        """Nothing to set: no component is in this weight."""
+
+    def confirm(self) -> None:
+        """Nothing to confirm: no component is in this weight."""
 
 
 class SliceGate:

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from coar.ablation.by_donor import DonorGate
 from coar.ablation.by_hook import Hooked, HookGate, ModuleGate, ModuleSide
 from coar.ablation.by_route import RouteGate
-from coar.ablation.by_weight import FoldedNorm, LayerGate, SliceGate, reads_own_weight
+from coar.ablation.by_weight import FoldedNorm, LayerGate, LowWeight, SliceGate, reads_own_weight
 from coar.ablation.channels import Channels
 from coar.ablation.positions import PositionGate
 from coar.ablation.projections import called_projections, uncalled_projections
 from coar.components import Components, Side, check_components, input_channels, output_channels, stack_of
 from coar.errors import AblationError
+
+USUAL = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers whose weight nothing but the layer itself reads
 
 
 class Gates:
@@ -43,6 +45,7 @@ class Gates:
         donors: Replace what is ablated by what other examples' plain pass held there, see `record`; this too is done
             by forward hooks.
         dtype: Type in which gated float32 weights are held; by default their own.
+        others: Hold the float32 weights of the usual layers that are not gated in this type too.
 
     Raises:
         ComponentError: When a component is not part of the model.
@@ -60,6 +63,7 @@ class Gates:
         through_outputs: bool = False,
         donors: bool = False,
         dtype: torch.dtype | None = None,
+        others: bool = False,
     ) -> None:
         check_components(model, components)
         by_position = replacements.ndim == 2
@@ -98,6 +102,9 @@ class Gates:
                 self._gates += [PositionGate(*place) for place in _places(layer, components, sides, values)]
             else:
                 self._gates += _module_gates(layer, components, sides, values, norm, through_outputs, dtype)
+        if others and dtype is not None:
+            swapped = {gate.layer for gate in self._gates if isinstance(gate, LayerGate | FoldedNorm)}
+            self._gates += _low_weights(model, components, swapped, dtype)
         self._blocks = uncalled_projections(model, [gate.site for gate in self._gates if isinstance(gate, Hooked)])
         parts = [part for gate in self._gates for part in gate.channels]
         self._masks = _Order([part.lookup for part in parts])
@@ -174,7 +181,8 @@ class Gates:
 
     def buffers(self) -> list[Tensor]:
         """Return the tensors in the place of weights and biases; masks are written into these very tensors."""
-        return [buffer for gate in self._gates if isinstance(gate, LayerGate) for buffer in gate.buffers]
+        held = [gate.weight for gate in self._gates if isinstance(gate, LowWeight)]
+        return held + [buffer for gate in self._gates if isinstance(gate, LayerGate) for buffer in gate.buffers]
 
 
 def called_sites(model: nn.Module, components: Components, *, run: Callable[[nn.Module], object]) -> set[str]:
@@ -264,8 +272,21 @@ def _module_gates(
         return [LayerGate(layer, channels.get("output"), channels.get("input"), norm, dtype)]
     if norm is None or list(sides) != ["output"]:
         return hooks
-    folded = FoldedNorm(layer, channels["output"], norm)
+    folded = FoldedNorm(layer, channels["output"], norm, dtype)
     return [folded, HookGate(*places[0], (folded.kept, folded.ablated))]
+
+
+def _low_weights(
+    model: nn.Module, components: Components, swapped: set[nn.Module], dtype: torch.dtype
+) -> list[LowWeight]:
+    """Return what holds weights of the usual layers in a type, but for those that gates swap or cut into slices."""
+    sliced = {id(model.get_parameter(site)) for site, side, _ in components.sites() if side == "parameter"}
+    return [
+        LowWeight(layer, dtype)
+        for layer in model.modules()
+        if type(layer) in USUAL and layer not in swapped and reads_own_weight(layer)
+        if layer.weight.dtype == torch.float32 and id(layer.weight) not in sliced
+    ]
 
 
 _Place = tuple[nn.Module, str, ModuleSide, int, Channels]  # what a gate in a hook needs to know
