@@ -190,6 +190,8 @@ def judged(case: Case, task: str, goal: coar.EditGoal, rule: str) -> dict[str, A
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
     }
+    if goal.pairs is not None:
+        found |= {"clean": overall.tolist(), "partners": (100 * seen[:, references[: len(rows)]].mean(1)).tolist()}
     if task == "group":
         every = goal.groups_of(metadata, np.arange(len(case.judge)))
         by_group = 100 * np.stack([seen[:, every == group].mean(1) for group in np.unique(every)])  # (groups, counts)

@@ -80,11 +80,18 @@ def test_corrections_are_counted_with_their_cost(folder):
     assert "the dearest -0.60" in told
 
 
-def test_groups_are_told_apart_from_the_others(folder):
-    file = folder / "done" / "0-verified.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"task": "group", "increase": True}))
-    told = edits_report.groups(edits_report.read(folder))
-    assert told == "- toy, verified: worst group 80.0 -> 10.00 %, average of groups 90.0 -> 88.00 %\n"
+def test_groups_and_clean_examples_are_told_apart_from_the_others(folder):
+    more = {"pipeline": "misled", "clean": [91.0, 89.0], "partners": [92.0, 90.5]}
+    for seed in (0, 1):
+        kept = {key: value for key, value in chosen(10.0, 0.0).items() if key not in ("lowest", "average")}
+        about = {**ABOUT, "seed": seed, "target": "all", "rule": "verified"}
+        (folder / "done" / f"misled-{seed}.json").write_text(json.dumps(about | kept | more))
+    assert edits_report.accuracies(edits_report.read(folder)).splitlines() == [
+        "- toy, verified: worst group 80.0 -> 15.00 ± 7.07 %, average of groups 90.0 -> 88.00 ± 0.00 %",
+        "- toy, welch: worst group 80.0 -> 9.00 %, average of groups 90.0 -> 80.00 %",
+        "- misled, verified: clean references 91.0 -> 89.00 ± 0.00 %, those of them that are targets too 92.0 -> "
+        "90.50 ± 0.00 %",
+    ]
 
 
 def test_tables_and_figures_are_written(folder, capsys):
