@@ -88,7 +88,7 @@ def test_groups_and_clean_examples_are_told_apart_from_the_others(folder):
         (folder / "done" / f"misled-{seed}.json").write_text(json.dumps(about | kept | more))
     assert edits_report.accuracies(edits_report.read(folder)).splitlines() == [
         "- toy, verified: worst group 80.0 -> 15.00 ± 7.07 %, average of groups 90.0 -> 88.00 ± 0.00 %",
-        "- toy, welch: worst group 80.0 -> 9.00 %, average of groups 90.0 -> 80.00 %",
+        "- toy, welch: worst group 80.0 -> 9.00 ± 0.00 %, average of groups 90.0 -> 80.00 ± 0.00 %",
         "- misled, verified: clean references 91.0 -> 89.00 ± 0.00 %, those of them that are targets too 92.0 -> "
         "90.50 ± 0.00 %",
     ]
