@@ -24,6 +24,7 @@ ACCURACIES = {  # before and after, where a task tells them
     "clean": "clean references",
     "partners": "those of them that are targets too",
 }
+COSTS = np.linspace(0, 10, 401)  # points that others may lose, in figures
 PLAIN = ("components", "targets_at_same_harm", "reached", "passes", "cpu_seconds")
 
 
@@ -54,11 +55,15 @@ def compared(points: dict[str, dict[str, Any]]) -> Iterator[dict[str, object]]:
         yield row | {name: found[name] for name in ("passes", "seconds", "cpu_seconds")}
 
 
+def pieces(folder: Path) -> list[dict[str, Any]]:
+    """Return what was kept, a piece per target and rule."""
+    return [json.loads(file.read_text()) for file in sorted((folder / "done").glob("*.json"))]
+
+
 def read(folder: Path) -> pd.DataFrame:
     """Return a row per target and rule, of all targets that the verified choice was made for."""
-    kept = [json.loads(file.read_text()) for file in sorted((folder / "done").glob("*.json"))]
     by_target: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for found in kept:
+    for found in pieces(folder):
         by_target.setdefault(tuple(found[key] for key in KEYS), {})[found["rule"]] = found
     return pd.DataFrame(row for points in by_target.values() if "verified" in points for row in compared(points))
 
@@ -125,24 +130,26 @@ def _told(mean: float, spread: float, *, sign: str) -> str:
     return f"{mean:{sign}.2f}" if np.isnan(spread) else f"{mean:{sign}.2f} ± {spread:.2f}"
 
 
-def figure(rows: pd.DataFrame, task: str) -> Figure:
-    """Draw effect against harm, a point per target and rule; for single errors, how many are corrected at what cost."""
-    names = list(dict.fromkeys(rows["pipeline"]))
+def best_within(found: dict[str, Any]) -> np.ndarray:
+    """Return the (costs,) best accuracy on targets that a rule gets for no more than each of `COSTS`."""
+    targets, costs = np.array(found["targets"]), -np.array(found["others_points"])
+    sign = 1 if found["increase"] else -1
+    allowed = costs[:, None] <= COSTS  # (numbers of components, costs); with none at all nothing is lost
+    return np.asarray(sign * np.where(allowed, sign * targets[:, None], -np.inf).max(0))
+
+
+def figure(kept: list[dict[str, Any]], task: str) -> Figure:
+    """Draw accuracy on targets, averaged over edits, against cost; of errors, how many are corrected at what cost."""
+    names = list(dict.fromkeys(found["pipeline"] for found in kept))
     drawing = Figure(figsize=(5 * len(names), 3.8), layout="constrained")
     for axes, name in zip(drawing.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for rule in RULES:
-            some = rows[(rows["pipeline"] == name) & (rows["rule"] == rule)]
-            if task == "fix":
-                costs = np.sort(-some["others_points"][some["targets"] == 100])
-                share = 100 * np.arange(1, len(costs) + 1) / max(len(some), 1)
-                axes.step(costs, share, where="post", color=COLOURS[rule], label=rule)
-            else:
-                axes.scatter(some["others_points"], some["targets"], s=14, color=COLOURS[rule], label=rule)
-        if task == "fix":
-            axes.set(xlabel="cost to others, at most (points)", ylabel="errors corrected (%)", ylim=(0, 102))
-        else:
-            axes.set(xlabel="others' change (points)", ylabel="accuracy on targets (%)")
-        axes.set_title(f"{task}: {name}")
+            some = [best_within(one) for one in kept if (one["pipeline"], one["rule"]) == (name, rule)]
+            if some:
+                share = np.mean([100.0 * (one == 100) for one in some] if task == "fix" else some, axis=0)
+                axes.plot(COSTS, share, color=COLOURS[rule], label=rule)
+        title = "errors corrected (%)" if task == "fix" else "accuracy on targets (%)"
+        axes.set(xlabel="cost to others, at most (points)", ylabel=title, ylim=(-2, 102), title=f"{task}: {name}")
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     return drawing
@@ -150,10 +157,10 @@ def figure(rows: pd.DataFrame, task: str) -> Figure:
 
 def write(folder: Path) -> None:
     """Write the tables of all tasks, their figures and the summary, and print the summary."""
-    rows = read(folder)
+    rows, kept = read(folder), pieces(folder)
     for task, some in rows.groupby("task", sort=False):
         some.to_csv(folder / f"{task}.csv", index=False)
-        figure(some, str(task)).savefig(folder / f"{task}.png", dpi=130)
+        figure([one for one in kept if one["task"] == task], str(task)).savefig(folder / f"{task}.png", dpi=130)
     table = markdown(summary(rows)) + "\n" + corrections(rows) + accuracies(rows)
     (folder / "summary.md").write_text(table)
     print(table)

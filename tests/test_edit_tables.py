@@ -94,6 +94,13 @@ def test_groups_and_clean_examples_are_told_apart_from_the_others(folder):
     ]
 
 
+def test_figures_show_the_best_that_a_cost_allows():
+    """Welch's numbers by hand: half a point gained with one component, one point lost with two, four with four."""
+    at = dict(zip(edits_report.COSTS.tolist(), edits_report.best_within(RANKED | {"increase": False}), strict=True))
+    assert (at[0.0], at[0.5], at[1.0], at[3.5], at[4.0], at[10.0]) == (40.0, 40.0, 9.0, 9.0, 0.0, 0.0)
+    assert set(edits_report.best_within(RANKED | {"increase": True})) == {90.0}
+
+
 def test_tables_and_figures_are_written(folder, capsys):
     edits_report.write(folder)
     assert {file.name for file in folder.iterdir()} == {"done", "forget.csv", "forget.png", "summary.md"}
