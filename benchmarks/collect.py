@@ -17,9 +17,11 @@ collecting does; the others have malloc as it comes. Where a unit would take too
 mask, gates put on and taken off, plus 63 times what a further mask takes in a longer call. Masks are drawn within the
 time of whoever uses them.
 
-The ways take turns, in rounds, in one process. What is printed of each is its median over rounds, and of each ratio,
-taken within a round, the median and the range. The peak is the best of all matrix products of the same type made along
-the way; the share of it is our rate times the arithmetic of the plain forward pass.
+The ways take turns, in rounds; the others are in a process of their own, or they would be served the memory that ours
+has got from the system, instead of getting theirs anew as they do by themselves. What is printed of each is its median
+over rounds, and of each ratio, taken within a round, the median and the range. The peak is the best of all matrix
+products of the same type made along the way; the share of it is our rate times the arithmetic of the plain forward
+pass.
 """
 
 import argparse
@@ -29,10 +31,13 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +58,7 @@ from coar.worker import BATCH_SIZE, Block, ModelRunner, Worker, device_copy
 
 CPU = torch.device("cpu")
 BATCH = BATCH_SIZE["cpu"]  # examples per forward pass; ours starts from it, as a run does, and measures
-LONG = 500  # masks ahead, of which a small share goes to choosing the pace
+LONG = 2_000  # masks ahead, of which a small share goes to choosing the pace
 MOST = 512  # masks per round
 FEW = 4  # examples on which batch norms are told to follow a layer
 OURS = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -203,21 +208,58 @@ def masks_for(way: Way, seconds: float) -> int:
         count = min(2 * count, MOST)
 
 
+def subject(name: str, examples: int) -> coar.Study:
+    """Return a model's study of so many examples, or of all that it has."""
+    study = SUBJECTS[name].study(max((*SUBJECTS[name].examples, examples)))
+    return replace(study, examples=study.examples.subset(range(min(examples, len(study.examples)))))
+
+
+def serve(pipe: Connection, name: str, examples: int, threads: int) -> None:
+    """Time the peers as asked for, pairs of a way's name and a number of masks, until None comes."""
+    torch.set_num_threads(threads)
+    study = subject(name, examples)
+    ways = {"published loop": plain_way(study, published_loop(study)), "captum": captum_way(study)}
+    ways["hook loop"] = plain_way(study, hook_loop(study))
+    while asked := pipe.recv():
+        pipe.send(ways[asked[0]](asked[1]))
+
+
+@contextmanager
+def peers_apart(name: str, examples: int) -> Iterator[dict[str, Way]]:
+    """Give the ways of the peers, which run in another process."""
+    here, there = get_context("spawn").Pipe()
+    process = get_context("spawn").Process(target=serve, args=(there, name, examples, torch.get_num_threads()))
+    process.start()
+    there.close()  # so that waiting for a process that failed ends in an error
+
+    def asking(way: str) -> Way:
+        def ask(count: int) -> float:
+            here.send((way, count))
+            return float(here.recv())
+
+        return ask
+
+    try:
+        yield {way: asking(way) for way in PEERS}
+        here.send(None)
+    finally:
+        process.join(10)
+        process.kill()
+
+
 def measure(name: str, study: coar.Study, rounds: int, seconds: float) -> Timing:
     """Let all ways take turns on one model and its examples, every other round in reverse order."""
-    n, loop = len(study.examples), published_loop(study)
-    ours = workers(study)
-    ways = {"published loop": plain_way(study, loop), "captum": captum_way(study)}
-    ways["hook loop"] = plain_way(study, hook_loop(study))
-    for precision, (worker, block) in ours.items():
-        ways[precision] = unit_way(study, lambda masks, w=worker, b=block: w.outputs(b, masks))
-    counts = {way: masks_for(run, seconds) for way, run in ways.items()}
-    rates: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(rounds):
-        for way in list(ways)[:: (-1) ** number]:
-            rates[way].append(n * ways[way](counts[way]))
+    n, ours = len(study.examples), workers(study)
+    with peers_apart(name, n) as ways:
+        for precision, (worker, block) in ours.items():
+            ways[precision] = unit_way(study, lambda masks, w=worker, b=block: w.outputs(b, masks))
+        counts = {way: masks_for(run, seconds) for way, run in ways.items()}
+        rates: dict[str, list[float]] = {way: [] for way in ways}
+        for number in range(rounds):
+            for way in list(ways)[:: (-1) ** number]:
+                rates[way].append(n * ways[way](counts[way]))
     masks = study.sampler.masks("train", range(2), len(study.components))
-    expected = loop(masks).numpy()
+    expected = published_loop(study)(masks).numpy()
     worker, block = ours["float32"]
     difference = np.abs(worker.outputs(block, masks) - expected).max() / np.abs(expected).max()
     flops = flops_per_example(study.model, study.examples.block(0, 1)[0])
@@ -304,12 +346,10 @@ def main() -> None:
     timings = []
     for name in arguments.models:
         sizes = arguments.examples or SUBJECTS[name].examples
-        study = SUBJECTS[name].study(max(sizes))
         for size in sizes:
             peak = {precision: max(peak[precision], product_speed(kind)) for precision, kind in OURS.items()}
-            few = replace(study, examples=study.examples.subset(range(min(size, len(study.examples)))))
             start = time.perf_counter()
-            timings.append(measure(name, few, arguments.rounds, arguments.seconds))
+            timings.append(measure(name, subject(name, size), arguments.rounds, arguments.seconds))
             print(f"{name}, {size} examples: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     print(header(arguments, peak))
     print("Masks x images per second, medians:\n")
