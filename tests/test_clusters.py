@@ -1,4 +1,4 @@
-"""Examples that go together: the standard error in the bound, against resampled clusters and all sets there are."""
+"""Examples that go together: the standard error in the bound, against resampled clusters, and what is chosen by it."""
 
 import numpy as np
 import pytest
@@ -12,14 +12,14 @@ from tests.test_selection import N, chosen, goal, margins, select
 case = test_selection.case
 
 
-def outcome(labels, base, now, source=None, *, mean=0.0):
+def outcome(labels, base, now, source=None):
     """What margins amount to for references in the classes 1 and 2, whose clusters are numbered by `source`."""
     objective = Objective.of(
         goal(targets="label == 0", references="label != 0", clusters=None if source is None else "source"),
         {"label": labels} if source is None else {"label": labels, "source": source},
         base,
         tradeoff=coar.TradeOff(),
-        bound=coar.Bound(mean=mean, group=1),
+        bound=coar.Bound(mean=0, group=1),
     )
     return objective.outcome(now)
 
