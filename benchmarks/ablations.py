@@ -23,7 +23,8 @@ import torch
 
 import coar
 from coar.ablation import ABLATIONS
-from coar.worker import Worker, device_copy
+from coar.devices import device_copy
+from coar.worker import Worker
 
 FOLDER = Path("reports/ablations")
 FRACTIONS = (0.05, 0.10, 0.20, 0.40)

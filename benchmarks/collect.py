@@ -50,11 +50,13 @@ import coar
 from benchmarks.models import SUBJECTS
 from benchmarks.peers import layer_feature_ablation
 from coar.ablation import following_batch_norms
+from coar.batches import Block
 from coar.components import Components
+from coar.devices import BATCH_SIZE, device_copy
 from coar.engines import MASK_BLOCK
 from coar.memory import memory_kept
 from coar.tuning import choose_pace
-from coar.worker import BATCH_SIZE, Block, ModelRunner, Worker, device_copy
+from coar.worker import ModelRunner, Worker
 
 CPU = torch.device("cpu")
 BATCH = BATCH_SIZE["cpu"]  # examples per forward pass; ours starts from it, as a run does, and measures

@@ -21,7 +21,8 @@ from torch import nn
 import coar
 from benchmarks.models import SUBJECTS
 from coar.ablation import Gates, following_batch_norms
-from coar.worker import Worker, device_copy
+from coar.devices import device_copy
+from coar.worker import Worker
 from pipelines import digits
 
 WAYS = ("zero", "zero_activation", "mean", "resample", "mean in hooks")

@@ -20,8 +20,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import SUBJECTS
+from coar.devices import device_copy
 from coar.study import Study
-from coar.worker import Worker, device_copy
+from coar.worker import Worker
 
 
 def floor(study: Study, rows: np.ndarray) -> float:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import coar
 from coar.components import Component
+from coar.devices import BATCH_SIZE, choose_device
 from coar.errors import AblationError, ExamplesError
-from coar.worker import BATCH_SIZE, choose_device
 
 
 @dataclass(frozen=True)

@@ -37,13 +37,13 @@ from typing import Any
 import numpy as np
 
 import coar
+from coar.devices import choose_device, device_copy
 from coar.engines import RayCluster
 from coar.engines.collecting import blocks_of
 from coar.engines.preparing import Batches, runner_of
 from coar.engines.ray import Crew
 from coar.engines.units import Stage
 from coar.store import Plan, Run, Unit, verify
-from coar.worker import choose_device, device_copy
 from pipelines import digits
 
 BATCH = 512

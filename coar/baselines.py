@@ -5,6 +5,8 @@ from collections.abc import Callable
 import numpy as np
 
 from coar.attributions import Attributions
+from coar.batches import Block
+from coar.devices import choose_device, device_copy
 from coar.engines import worker_of
 from coar.errors import AblationError
 from coar.memory import memory_kept
@@ -12,7 +14,7 @@ from coar.progress import progress_bar
 from coar.store import Run
 from coar.store.fits import FitWriter, chunk_rows, fit_facts
 from coar.study import Study
-from coar.worker import Block, Worker, choose_device, device_copy
+from coar.worker import Worker
 
 MASKS = 64  # single-component masks per call of the worker
 

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from coar.ablation import Calibrated
+from coar.batches import Block
 from coar.components import Components
+from coar.devices import rounding
 from coar.errors import AblationError, OutputError, PrecisionError
+from coar.examples import Examples
 from coar.outputs import Output
 from coar.store import ProbeUnit, Run, Unit
 from coar.study import Study
-from coar.worker import Block, Precision, Worker
+from coar.worker import Precision, Worker
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +66,7 @@ def warn_of_overlap(study: Study) -> None:
 
 def gate_tolerance(model: nn.Module) -> float:
     """Return how far two ways of gating may be apart, relative to the largest output, in the model's precision."""
-    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    return max(GATE_TOLERANCE, ROUNDINGS * max((torch.finfo(kind).eps for kind in kinds), default=0.0))
+    return max(GATE_TOLERANCE, ROUNDINGS * rounding(model))
 
 
 def compare_gates(expected: np.ndarray, found: np.ndarray, *, tolerance: float = GATE_TOLERANCE) -> float:
@@ -83,13 +85,17 @@ def compare_gates(expected: np.ndarray, found: np.ndarray, *, tolerance: float =
     return error
 
 
-def compare_with_hooks(worker: Worker, parts: Parts, block: Block, masks: np.ndarray, called: set[str]) -> float | None:
-    """Compare a worker with hooks that apply one mask per forward, for components that have an output.
+def compare_with_hooks(
+    worker: Worker, parts: Parts, examples: Examples, masks: np.ndarray, called: set[str]
+) -> float | None:
+    """Compare a worker with hooks that apply one mask per forward to examples as they are, padding and all.
+
+    Components that have no output are kept.
 
     Args:
         worker: A worker in float32.
         parts: Its model, components, replacements and output.
-        block: The examples.
+        examples: The examples.
         masks: (masks, components) boolean masks; the first and the last are compared.
         called: Sites whose module is called, see `called_sites`.
 
@@ -101,6 +107,7 @@ def compare_with_hooks(worker: Worker, parts: Parts, block: Block, masks: np.nda
     """
     model, components, constants, output = parts
     rows = [i for i, row in enumerate(components) if row.side != "parameter" and row.site in called]
+    block = worker.load(examples, 0, len(examples))
     if not rows or block.donors:
         return None
     chosen = Components(components[i] for i in rows)
@@ -109,7 +116,8 @@ def compare_with_hooks(worker: Worker, parts: Parts, block: Block, masks: np.nda
     shared = np.ones_like(masks)
     shared[:, rows] = masks[:, rows]
     ends = sorted({0, len(masks) - 1})
-    expected, found = plain.outputs(block, masks[ends][:, rows]), worker.outputs(block, shared)[ends]
+    expected = plain.outputs(plain.load(examples, 0, len(examples)), masks[ends][:, rows])
+    found = worker.outputs(block, shared)[ends]
     return compare_gates(expected, found, tolerance=gate_tolerance(model))
 
 

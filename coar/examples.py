@@ -211,7 +211,7 @@ def _tokens_there(tokens: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return ids, there
 
 
-def rows_of(inputs: Inputs, part: slice) -> Inputs:
+def rows_of(inputs: Inputs, part: slice | Tensor) -> Inputs:
     """Return some of the inputs' rows."""
     return {name: value[part] for name, value in inputs.items()} if isinstance(inputs, dict) else inputs[part]
 

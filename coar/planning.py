@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from coar.attributions import Attributions
+from coar.devices import choose_device, device_copy
 from coar.engines import collect, try_probe, worker_of
 from coar.errors import AblationError, SettingsError
 from coar.memory import memory_kept
@@ -20,7 +21,6 @@ from coar.store import Probes, Run
 from coar.store.layout import ROUND
 from coar.store.probes import ROUNDS
 from coar.study import Study
-from coar.worker import choose_device, device_copy
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coar.batches import Block
+from coar.devices import BATCH_SIZE
 from coar.errors import AblationError, SettingsError
 from coar.examples import Examples
 from coar.study import Study
-from coar.worker import BATCH_SIZE, Block, ModelRunner, Worker
+from coar.worker import ModelRunner, Worker
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +26,8 @@ SHARE = 0.05  # or this share of the work ahead, whichever is larger
 WORTHWHILE = 3.0  # seconds of work ahead, below which nothing is measured
 GAIN = 0.95  # of the time that the best pace so far takes: what another must stay below
 HOPELESS = 1.5  # times the best pace so far: what takes as long at first sight is not measured further
-GROUPS = (2, 4, 8, 16, 32, 64)  # masks per forward; when one is hopeless, so are more
-LEAST_BATCH = 16  # examples per forward below which no batch is cut, unless memory says so
+GROUPS = (2, 4, 8, 16, 32, 64)  # masks per forward; when one is hopeless, so are more, as are smaller batches
+LEAST_BATCH = 2  # examples per forward below which no batch is cut, unless memory says so
 TIMED = 2  # repetitions, of which the faster counts
 TOLERANCE = {"float32": 1e-3, "bf16": 5e-2}  # of the largest output, between two paces
 FREE_SHARE = 0.8  # of a CUDA device's free memory that batches may take
@@ -115,6 +117,7 @@ def mask_bytes(study: Study, model: nn.Module) -> float:
         components,
         torch.zeros(components.width),
         study.output,
+        through_outputs=True,
         donors=study.ablation.donors,
         batch_size=MEASURED,
     )
@@ -141,7 +144,8 @@ def probe_bytes(study: Study, model: nn.Module) -> float:
         AblationError: When components or output have no gradient.
     """
     components = study.components
-    worker = Worker(model, components, torch.zeros(components.width), study.output, batch_size=MEASURED)
+    zeros = torch.zeros(components.width)
+    worker = Worker(model, components, zeros, study.output, through_outputs=True, batch_size=MEASURED)
 
     def used(rows: int) -> float:
         block = worker.load(study.examples, 0, rows)
@@ -264,19 +268,20 @@ class _Meter:
 
     def search(self, best: Pace, deadline: float) -> Pace:
         """Return the fastest of all paces that can be timed until the deadline."""
-        grouping = True
+        going = {True: True, False: True}  # on with more masks per forward, and with smaller batches
         for pace in self._candidates(best):
             needed = (1 + TIMED) * best.seconds_per_mask * self._count(pace)
-            if (pace.masks_per_forward > 1 and not grouping) or time.perf_counter() + needed > deadline:
+            grouped = pace.masks_per_forward > 1
+            if not going[grouped] or time.perf_counter() + needed > deadline:
                 continue
             try:
                 found = self._time(pace, best)
             except (AblationError, torch.OutOfMemoryError) as error:
-                log.info("not %d masks per forward: %s", pace.masks_per_forward, error)
-                grouping = False
+                log.info("not %s: %s", pace, error)
+                going[grouped] = False
                 continue
-            if pace.masks_per_forward > 1 and found.seconds_per_mask > HOPELESS * best.seconds_per_mask:
-                grouping = False
+            if found.seconds_per_mask > HOPELESS * best.seconds_per_mask:
+                going[grouped] = False
             if found.seconds_per_mask < GAIN * best.seconds_per_mask:
                 best = found
         return best

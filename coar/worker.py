@@ -3,8 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,83 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from coar.ablation import Gates, SharedPasses
+from coar.batches import Block
 from coar.components import Components
-from coar.errors import AblationError, SettingsError
+from coar.devices import BATCH_SIZE, full_float32
+from coar.errors import AblationError
 from coar.examples import Examples, Inputs, rows_of
+from coar.narrowing import Narrowing
 from coar.outputs import Output
+from coar.trimming import Trimming
 
 log = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bf16"]
 Donors = Callable[[int], np.ndarray | None]  # see Ablation.donors
 CHOICES = ("float32", "bf16", "auto")
-BATCH_SIZE = {"cpu": 128, "cuda": 512, "mps": 256}  # examples per forward, unless the user says otherwise
-
-
-def choose_device(name: str) -> torch.device:
-    """Return a device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; raise `SettingsError` when it is not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in there:
-        raise SettingsError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:N or mps")
-    if not there[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        found = ", ".join(kind for kind, present in there.items() if present)
-        raise SettingsError(f"device {name!r} is not available on this machine, which has {found}; choose one of those")
-    return device
-
-
-def device_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    """Copy a model once, onto the device and into evaluation mode, so that the user's own stays as it is."""
-    copy = deepcopy(model).to(device).eval().requires_grad_(False)
-    for module in copy.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            module.to(memory_format=torch.channels_last)
-    return copy
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Keep CUDA's convolutions and recurrent layers from rounding float32 to TF32; put the settings back afterwards."""
-    kinds: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # type: ignore[attr-defined]
-    before = [kind.fp32_precision for kind in kinds]
-    try:
-        for kind in kinds:
-            kind.fp32_precision = "ieee"
-        yield
-    finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block of examples on the device, cut into batches.
-
-    Attributes:
-        batches: Inputs and targets, batch by batch.
-        size: Number of examples.
-        donors: Batch by batch the inputs whose activations replace the examples'; empty where constants do.
-    """
-
-    batches: list[tuple[Inputs, Tensor]]
-    size: int
-    donors: list[Inputs]
-
-    def pieces(self) -> Iterator[tuple["Block", slice]]:
-        """Yield blocks whose donors' activations are held at one time, with the examples of each: a batch, or all."""
-        if not self.donors:
-            yield self, slice(0, self.size)
-            return
-        at = 0
-        for batch, donors in zip(self.batches, self.donors, strict=True):
-            size = len(batch[1])
-            yield Block([batch], size, [donors]), slice(at, at + size)
-            at += size
 
 
 class ModelRunner:
@@ -129,7 +65,7 @@ class ModelRunner:
         out = torch.empty(block.size, device=self.device)
         with torch.inference_mode(), self._computing():
             self._fill(out, block, self._run)
-        return out.cpu().numpy()
+        return block.in_order(out).cpu().numpy()
 
     def _fill(self, row: Tensor, block: Block, run: Callable[[Inputs], Any]) -> None:
         at = 0
@@ -200,9 +136,20 @@ class Worker(ModelRunner):
         self._batch_norms = batch_norms or {}
         self._through_outputs = through_outputs
         self._gates: dict[bool, Gates] = {}  # by weights and by hooks, made when first needed
-        self._compiled: tuple[nn.Module | Callable[..., Any], int] | None = None  # and the rows it was compiled for
+        self._compiled: tuple[nn.Module | Callable[..., Any], list[torch.Size]] | None = None  # and for which inputs
         self._shared = SharedPasses(model, components, self._run, output.read)
+        self._narrowing = Narrowing(model, components, output)
+        self._trimming = Trimming(model, components, output, front=replacements.ndim == 1)  # else one for each position
         self.masks_per_forward = 1
+
+    def load(self, examples: Examples, start: int, stop: int) -> Block:
+        """Do what `ModelRunner.load` does, and leave out padding that no text needs, and logits that nobody reads."""
+        block = super().load(examples, start, stop)
+        if self._through_outputs:  # the plain way, which the others are checked against
+            return block
+        if not block.donors:
+            block = self._trimming.shortened(block, self.batch_size, self._run)
+        return replace(block, batches=[self._narrowing.narrowed(batch, self._run) for batch in block.batches])
 
     def outputs(self, block: Block, masks: np.ndarray) -> np.ndarray:
         """Return (masks, examples) float32 outputs of the block under (masks, components) masks.
@@ -222,7 +169,7 @@ class Worker(ModelRunner):
                     self._fill_grouped(out[:, part], piece, keeps, gates, group)
                 elif not (shares and self._shared.fill(out[:, part], piece.batches, masks, gates)):
                     self._fill_each(out[:, part], piece, keeps, gates)
-        return out.cpu().numpy()
+        return block.in_order(out).cpu().numpy()
 
     def _record(self, gates: Gates, piece: Block) -> None:
         """Hold the activations of a piece's donors, where it has any."""
@@ -265,14 +212,14 @@ class Worker(ModelRunner):
         for buffer in self._gates_for(block, hooks=False).buffers():
             torch._dynamo.mark_static_address(buffer)  # or CUDA graphs would copy the weights on every forward
         mode = "reduce-overhead" if self.device.type == "cuda" else None  # that is, CUDA graphs
-        self._compiled = torch.compile(self._model, dynamic=False, mode=mode), len(block.batches[0][1])
+        self._compiled = torch.compile(self._model, dynamic=False, mode=mode), _shapes(block.batches[0][0])
 
     def stop_compiling(self) -> None:
         """Let all batches run through the model as it is."""
         self._compiled = None
 
     def _run_compiled(self, inputs: Inputs) -> Any:
-        if self._compiled is None or _length(inputs) != self._compiled[1]:
+        if self._compiled is None or _shapes(inputs) != self._compiled[1]:
             return self._run(inputs)
         if self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -335,7 +282,7 @@ class Worker(ModelRunner):
         """
         probes, n = len(masks), block.size
         keeps = torch.from_numpy(masks).to(self.device)
-        which = torch.from_numpy(slots).to(self.device)
+        which = block.in_batches(torch.from_numpy(slots).to(self.device))
         sums = torch.zeros(2, n, len(self._components), device=self.device)  # all probes, and those that keep
         out = torch.empty(probes, n, device=self.device)
         with self._gates_for(block, hooks=True) as gates, self._computing():
@@ -356,7 +303,8 @@ class Worker(ModelRunner):
                         at = part.stop
         kept = keeps.sum(0)[which].float()  # (examples, components), how many probes keep
         means = torch.stack([sums[1] / kept, (sums[0] - sums[1]) / (probes - kept)])
-        return means[0].cpu().numpy(), means[1].cpu().numpy(), out.cpu().numpy()
+        means = block.in_order(means, axis=1)
+        return means[0].cpu().numpy(), means[1].cpu().numpy(), block.in_order(out).cpu().numpy()
 
     def pulls(
         self, block: Block, mask: np.ndarray, constants: np.ndarray, slopes: Callable[[np.ndarray], np.ndarray]
@@ -379,7 +327,8 @@ class Worker(ModelRunner):
         with gates, self._computing():
             gates.replace(values)
             gates.set(keep)
-            outputs = torch.cat([self._output.read(self._run(inputs), targets) for inputs, targets in block.batches])
+            parts = [self._output.read(self._run(inputs), targets) for inputs, targets in block.batches]
+            outputs = block.in_order(torch.cat(parts))
             gates.confirm()
             found = outputs.detach().float().cpu().numpy()
             weights = torch.from_numpy(slopes(found)).to(outputs)
@@ -403,5 +352,5 @@ def _repeated(inputs: Inputs, times: int) -> Inputs:
     return torch.cat([inputs] * times)
 
 
-def _length(inputs: Inputs) -> int:
-    return len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs)
+def _shapes(inputs: Inputs) -> list[torch.Size]:
+    return [value.shape for value in inputs.values()] if isinstance(inputs, dict) else [inputs.shape]

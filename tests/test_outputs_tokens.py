@@ -176,7 +176,7 @@ EVERY = [*(function for function, _, _ in FUNCTIONS.values()), coar.ChoiceMargin
         (torch.zeros(2, WORDS), torch.tensor([1, 2]), r"\(2, 11\) and the targets \(2,\); .* coar.token_examples"),
         (torch.zeros(2, 1, WORDS), torch.zeros(2, 3, dtype=torch.long), r"\(2, 1, 11\) .* logits of all positions"),
         (torch.zeros(2, 3, WORDS), torch.full((2, 3), -100), "example 0 of this batch has no token to read"),
-        (torch.zeros(1, 3, WORDS), torch.tensor([[1, 11, 1]]), "token 11 is outside .* 11 tokens, first at position 1"),
+        (torch.zeros(1, 3, WORDS), torch.tensor([[1, 11, 1]]), "token 11 is outside .* 11 tokens, first in example 0"),
         (torch.zeros(1, 3, WORDS), torch.tensor([[1, -1, 1]]), "token -1 is outside"),
         (torch.zeros(1, 3, WORDS), torch.zeros(1, 3), "float32"),
         ({"scores": torch.zeros(1, 3, WORDS)}, torch.zeros(1, 3, dtype=torch.long), "dict without logits"),

@@ -17,9 +17,10 @@ from torch import nn
 import coar
 from coar import tuning
 from coar.ablation import following_batch_norms
+from coar.devices import device_copy
 from coar.errors import AblationError, SettingsError
 from coar.tuning import Pace, batch_sizes, bytes_of, choose_pace, mask_bytes, probe_bytes
-from coar.worker import ModelRunner, Worker, device_copy
+from coar.worker import ModelRunner, Worker
 from tests import tiny
 from tests.faults import helpers
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from coar.attributions import Attributions
+from coar.devices import choose_device, device_copy
 from coar.editing.choosing import columns
 from coar.editing.edits import Edit
 from coar.editing.goals import EditGoal
@@ -15,7 +16,7 @@ from coar.errors import GoalError
 from coar.examples import Examples
 from coar.outputs import CorrectClassMargin, Output
 from coar.outputs.classes import sides
-from coar.worker import ModelRunner, Worker, choose_device, device_copy
+from coar.worker import ModelRunner, Worker
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,10 +9,12 @@ from torch import nn
 
 from coar.ablation.statistics import moments
 from coar.attributions import Attributions
+from coar.batches import Block
+from coar.devices import choose_device, device_copy
 from coar.examples import Examples
 from coar.outputs import CorrectClassMargin, Output
 from coar.outputs.classes import sides
-from coar.worker import Block, Precision, Worker, choose_device, device_copy
+from coar.worker import Precision, Worker
 
 PROBE_COST = 3  # a probe's forward and backward pass, in forward passes
 MEASURED = 500  # examples that tell how much a component varies

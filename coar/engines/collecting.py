@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from coar.devices import choose_device, device_copy
 from coar.engines.preparing import Batches, Order, check_same, prepare, runner_of, set_pace
 from coar.engines.ray import RayCluster, collect_on_cluster
 from coar.engines.units import Stage, Tally, UnitRunner, check_worker, interrupts, mask_stage, probe_stage
@@ -19,7 +20,7 @@ from coar.store.lock import Lock, worker_lock, write_lock
 from coar.store.places import Address, locate
 from coar.store.probes import check_probes
 from coar.study import Study
-from coar.worker import CHOICES, choose_device, device_copy
+from coar.worker import CHOICES
 
 MASK_BLOCK = 64  # masks per unit: seconds of work, so that an interruption costs little
 EXAMPLE_BLOCK = 512  # examples per unit at most

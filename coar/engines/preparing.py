@@ -179,8 +179,9 @@ def set_pace(
         shared = {"batch_norms": run.facts["batch_norms"], "donors": study.ablation.donors}
         exact = Worker(*parts, **shared, batch_size=pace.batch_size)
         exact.masks_per_forward = pace.masks_per_forward
-        block = exact.load(examples, 0, len(examples))
-        compare_with_hooks(exact, parts, block, masks[: pace.masks_per_forward], {row.site for row in run.components})
+        compare_with_hooks(
+            exact, parts, examples, masks[: pace.masks_per_forward], {row.site for row in run.components}
+        )
 
 
 def _create(
@@ -197,7 +198,8 @@ def _create(
     runner = ModelRunner(model, study.output, batch_size=batch_size)
     constants = study.ablation.replacements(model, study.components, batch_size=runner.batch_size)
     parts = (model, study.components, constants, study.output)
-    few = runner.load(study.examples, 0, CHECK_EXAMPLES)
+    first = study.examples.subset(range(min(CHECK_EXAMPLES, len(study.examples))))
+    few = runner.load(first, 0, len(first))
 
     def outputs(variant: nn.Module) -> Tensor:
         return torch.from_numpy(ModelRunner(variant, study.output).base_output(few))
@@ -211,7 +213,7 @@ def _create(
     called = called_sites(model, study.components, run=outputs)
     facts: dict[str, Any] = {
         "batch_norms": norms,
-        "gate_error": compare_with_hooks(fast, parts, fast.load(study.examples, 0, CHECK_EXAMPLES), masks[:2], called),
+        "gate_error": compare_with_hooks(fast, parts, first, masks[:2], called),
         "precision": {"name": "float32"},
     }
     if order.precision != "float32":

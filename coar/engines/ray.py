@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from coar.devices import choose_device, device_copy
 from coar.engines.preparing import Batches, check_same, runner_of, set_pace
 from coar.engines.units import AnyUnit, Stage, Tally, interrupts, mask_stage, probe_stage
 from coar.errors import CoarError, EngineError
@@ -22,7 +23,6 @@ from coar.settings import Settings
 from coar.store import Run, Unit
 from coar.store.watching import WORKER_LOST
 from coar.study import Study
-from coar.worker import choose_device, device_copy
 
 log = logging.getLogger(__name__)
 REACHING = 10.0  # seconds for a cluster's address to answer

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Self, TypeVar
 
+from coar.batches import Block
 from coar.checks import check_finite, check_probes_finite
 from coar.errors import SettingsError
 from coar.progress import progress_bar
 from coar.store import Probes, ProbeUnit, Run, Unit
 from coar.study import Study
-from coar.worker import Block, Worker
+from coar.worker import Worker
 
 log = logging.getLogger(__name__)
 AnyUnit = Unit | ProbeUnit

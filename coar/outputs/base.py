@@ -33,6 +33,13 @@ class Output(Settings):
             )
         return values
 
+    def positions_read(self, targets: Tensor) -> Tensor | None:  # noqa: ARG002
+        """Return (examples, length) truth values, at which positions of a text logits are read, for its targets.
+
+        Logits elsewhere need not be computed then. None, unless a class says otherwise, stands for all of them.
+        """
+        return None
+
     @property
     def tells_right(self) -> bool:
         """Whether the output is a margin that, taken against the largest other offer, is positive exactly where right.

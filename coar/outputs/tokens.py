@@ -61,6 +61,10 @@ class TokenMargin(Output):
         """Whether one token is read, the last: a mean over several says nothing of any."""
         return self.reduction == "last"
 
+    def positions_read(self, targets: Tensor) -> Tensor | None:
+        """Return (examples, length) truth values, where a token is read."""
+        return positions_read(targets, last=self.reduction == "last")
+
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) margins."""
         read = token_logits(result, targets, last=self.reduction == "last")
@@ -76,6 +80,10 @@ class TokenLogProbability(Output):
     """
 
     reduction: Literal["mean", "sum", "last"] = "mean"
+
+    def positions_read(self, targets: Tensor) -> Tensor | None:
+        """Return (examples, length) truth values, where a token is read."""
+        return positions_read(targets, last=self.reduction == "last")
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) log-probabilities."""
@@ -128,6 +136,10 @@ class ChoiceMargin(Output):
                     f"the answers, such as letters, or with or without a space in front"
                 )
         return cls(answers=tuple(ids[0] for ids in tokens), against=against)
+
+    def positions_read(self, targets: Tensor) -> Tensor | None:
+        """Return (examples, length) truth values, where a token is read."""
+        return positions_read(targets, last=True)
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) margins.
@@ -182,11 +194,23 @@ def token_logits(result: Any, targets: Tensor, *, last: bool = False) -> TokensR
     if bool(wrong.any()):
         row, column = wrong.nonzero()[0].tolist()
         raise OutputError(
-            f"token {int(tokens[row, column])} is outside the model's vocabulary of {logits.shape[2]} tokens, first at "
-            f"position {column} of example {row} of this batch; use the tokenizer that belongs to the model"
+            f"token {int(tokens[row, column])} is outside the model's vocabulary of {logits.shape[2]} tokens, first in "
+            f"example {row} of this batch; use the tokenizer that belongs to the model"
         )
     if last:
-        read = read & (read.flip(1).cumsum(1).flip(1) == 1)
-        counts = torch.ones_like(counts)
+        read, counts = _last(read), torch.ones_like(counts)
     rows, columns = read.nonzero(as_tuple=True)
     return TokensRead(logits[rows, columns].float(), tokens[rows, columns], rows, counts)
+
+
+def positions_read(targets: Tensor, *, last: bool) -> Tensor | None:
+    """Return (examples, length) truth values, where there is a target, or the last one; None for other targets."""
+    if targets.ndim != 2:
+        return None
+    read = targets != UNREAD
+    return _last(read) if last else read
+
+
+def _last(read: Tensor) -> Tensor:
+    """Return truth values of which only the last true one in every row is left."""
+    return read & (read.flip(1).cumsum(1).flip(1) == 1)

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import coar
+from coar.devices import device_copy
 from coar.engines import RayCluster
 from coar.engines.preparing import Batches, runner_of
 from coar.store import Unit, verify
-from coar.worker import device_copy
 from tests.faults import helpers
 from tests.faults.server import stored_units, until
 from tests.test_ray_engine import ASKED, study_slowly

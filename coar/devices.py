@@ -1,0 +1,59 @@
+"""Devices: which there are, models on them, and how they round."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from coar.errors import SettingsError
+
+BATCH_SIZE = {"cpu": 128, "cuda": 512, "mps": 256}  # examples per forward, unless the user says otherwise
+
+
+def choose_device(name: str) -> torch.device:
+    """Return a device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; raise `SettingsError` when it is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in there:
+        raise SettingsError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:N or mps")
+    if not there[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        found = ", ".join(kind for kind, present in there.items() if present)
+        raise SettingsError(f"device {name!r} is not available on this machine, which has {found}; choose one of those")
+    return device
+
+
+def device_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    """Copy a model once, onto the device and into evaluation mode, so that the user's own stays as it is."""
+    copy = deepcopy(model).to(device).eval().requires_grad_(False)
+    for module in copy.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.to(memory_format=torch.channels_last)
+    return copy
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Keep CUDA's convolutions and recurrent layers from rounding float32 to TF32; put the settings back afterwards."""
+    kinds: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # type: ignore[attr-defined]
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
+
+
+def rounding(model: nn.Module) -> float:
+    """Return the relative rounding error of a model's parameters, of the coarsest of them; 0 where it has none."""
+    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return max((torch.finfo(kind).eps for kind in kinds), default=0.0)
