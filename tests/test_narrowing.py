@@ -122,6 +122,18 @@ def test_several_masks_in_a_pass_are_narrowed_too():
     np.testing.assert_allclose(here.outputs(block, masks), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_what_donors_replace_is_the_same_where_fewer_logits_are_computed():
+    asked = study("gpt2", "answer", "left")
+    donors = coar.Resample(seed=1).donors
+    here, plain = worker(asked, donors=donors), worker(asked, donors=donors, through_outputs=True)
+    block, whole = here.load(asked.examples, 0, 6), plain.load(asked.examples, 0, 6)
+    assert (positions_of(block), positions_of(whole)) == ([1], [LENGTH])
+    masks, zeroed = masks_of(asked), worker(asked)
+    found = here.outputs(block, masks)
+    np.testing.assert_allclose(found, plain.outputs(whole, masks), rtol=1e-4, atol=1e-5)
+    assert np.abs(found - zeroed.outputs(zeroed.load(asked.examples, 0, 6), masks)).max() > 0.01
+
+
 def test_no_position_is_left_out_that_another_output_reads():
     asked = study("gpt2", "last token")
     whole = coar.Study(**{**asked.__dict__, "output": coar.TokenMargin(), "examples": examples("last token", "right")})
