@@ -11,6 +11,7 @@ from torch import nn
 from coar.errors import SettingsError
 
 BATCH_SIZE = {"cpu": 128, "cuda": 512, "mps": 256}  # examples per forward, unless the user says otherwise
+ACTIVATIONS, GELU_BY_TANH = "transformers.activations", ("NewGELUActivation", "FastGELUActivation")
 
 
 def choose_device(name: str) -> torch.device:
@@ -31,12 +32,26 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    """Copy a model once, onto the device and into evaluation mode, so that the user's own stays as it is."""
+    """Copy a model once, onto the device and into evaluation mode, so that the user's own stays as it is.
+
+    Activations that take several passes over memory for what torch has one kernel are replaced by it in the copy.
+    """
     copy = deepcopy(model).to(device).eval().requires_grad_(False)
+    if rounding(copy) <= torch.finfo(torch.float32).eps:  # coarser models round between the passes
+        _fuse_activations(copy)
     for module in copy.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             module.to(memory_format=torch.channels_last)
     return copy
+
+
+def _fuse_activations(model: nn.Module) -> None:
+    """Replace transformers' GELU by tanh, spelled out in elementwise steps, unless somebody's hooks are on it."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            kind, hooked = type(child), child._forward_hooks or child._forward_pre_hooks
+            if kind.__module__ == ACTIVATIONS and kind.__name__ in GELU_BY_TANH and not hooked:
+                setattr(parent, name, nn.GELU(approximate="tanh"))
 
 
 @contextmanager
