@@ -119,8 +119,7 @@ def test_a_unit_done_twice_at_once(reference, tmp_path):
     run = helpers.copied(reference, tmp_path / "r.zarr")
     (run.path / "outputs/c/2/1").unlink()
 
-    def work(seconds):
-        study = study_slowly(seconds)
+    def work(study):
         model = device_copy(study.model, torch.device("cpu"))
         runner = runner_of(study, coar.Run.open(run.path), model, Batches(128, 128, tune=False, compiled=False))
         barrier.wait()
@@ -128,7 +127,8 @@ def test_a_unit_done_twice_at_once(reference, tmp_path):
         ended.append(time.monotonic())
 
     barrier, ended = threading.Barrier(3), []
-    threads = [threading.Thread(target=work, args=(seconds,)) for seconds in (0.0, 0.0, 0.05)]
+    studies = [study_slowly(seconds) for seconds in (0.0, 0.0, 0.05)]  # one by one, since seeds are the process's
+    threads = [threading.Thread(target=work, args=(study,)) for study in studies]
     for thread in threads:
         thread.start()
     for thread in threads:
