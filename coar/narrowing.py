@@ -65,22 +65,15 @@ class Narrowing:
     def _agrees(self, few: dict[str, Tensor], run: Callable[[Inputs], Any]) -> bool:
         """Say whether the model gives the same logits at the positions of a few inputs as without being asked."""
         whole = {name: value for name, value in few.items() if name != ARGUMENT}
-        try:
-            (plain, seen), (found, seen_less) = (
-                seen_by(self._model, self._components, partial(run, part)) for part in (whole, few)
-            )
-            plain, found = find_logits(plain), find_logits(found)
-            plain = plain.take_along_dim(few[ARGUMENT].to(plain.device)[..., None], dim=1)
-        except Exception as error:  # whatever a model may raise: all logits do as well
-            log.info("logits are computed at all positions, since the model fails otherwise: %s", error)
-            return False
-        if seen != seen_less:
-            log.info("logits are computed at all positions, since components see these positions")
-        elif not alike(self._model, plain, found):
-            log.info("logits are computed at all positions, since those of some positions alone are others")
-        else:
-            return True
-        return False
+
+        def plain() -> Tensor:
+            logits = find_logits(run(whole))
+            return logits.take_along_dim(few[ARGUMENT].to(logits.device)[..., None], dim=1)
+
+        why_not = difference(self._model, self._components, plain, lambda: find_logits(run(few)))
+        if why_not:
+            log.info("logits are computed at all positions, since otherwise %s", why_not)
+        return not why_not
 
 
 def takes(model: nn.Module, argument: str) -> bool:
@@ -107,21 +100,45 @@ def narrow(inputs: dict[str, Tensor], targets: Tensor, read: Tensor) -> tuple[di
     return inputs | {ARGUMENT: positions}, targets.gather(1, positions).where(there, UNREAD)
 
 
-def seen_by(
-    model: nn.Module, components: Components, run: Callable[[], Any], *, along: bool = False
-) -> tuple[Any, list[list[torch.Size | int]]]:
-    """Return what a pass returns, and the shapes of all that gated modules are given and return in it, call by call.
+def difference(
+    model: nn.Module,
+    components: Components,
+    plain: Callable[[], Tensor],
+    quick: Callable[[], Tensor],
+    *,
+    along: bool = False,
+) -> str:
+    """Return in what a quick way of passing differs from the plain one, or nothing where it may stand for it.
 
     Args:
         model: The model.
-        components: The components.
-        run: Makes the pass.
-        along: Tell sizes along the components' axis alone.
+        components: The components; their modules must be given and return as much in both passes.
+        plain: Passes, and returns numbers.
+        quick: Passes in the other way, and returns numbers that shall be the same but for the model's rounding.
+        along: Compare sizes along the components' axis alone.
     """
+    try:
+        (expected, seen), (found, seen_quick) = (_noting(model, components, one, along) for one in (plain, quick))
+    except Exception as error:  # whatever a model may raise: the plain way does as well
+        return f"the model fails: {error}"
+    if seen != seen_quick:
+        return "components are given or return other sizes"
+    tolerance = max(TOLERANCE, ROUNDINGS * rounding(model)) * float(expected.nan_to_num(0, 0, 0).abs().max())
+    if found.shape == expected.shape and torch.allclose(
+        found, expected.to(found), rtol=0, atol=tolerance, equal_nan=True
+    ):
+        return ""
+    return "the model gives other numbers"
+
+
+def _noting(
+    model: nn.Module, components: Components, run: Callable[[], Tensor], along: bool
+) -> tuple[Tensor, list[list[torch.Size | int]]]:
+    """Return what a pass returns, and the shapes of all that gated modules are given and return in it, call by call."""
     seen: list[list[torch.Size | int]] = []
 
-    def see(axis: int, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
-        tensors = [one for one in trees.tree_leaves((args, kwargs, returned)) if isinstance(one, Tensor)]
+    def see(axis: int, _module: nn.Module, *passed: Any) -> None:
+        tensors = [one for one in trees.tree_leaves(passed) if isinstance(one, Tensor)]
         if along:
             seen.append([one.shape[axis] for one in tensors if -one.ndim <= axis < one.ndim])
         else:
@@ -130,16 +147,7 @@ def seen_by(
     with ExitStack() as stack:
         for site, side, axis in components.sites():
             if side != "parameter":
-                hook = partial(lambda axis, _module, *passed: see(axis, *passed), axis)
                 module = model.get_submodule(site)
-                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(partial(see, axis), with_kwargs=True).remove)
         with torch.no_grad():
             return run(), seen
-
-
-def alike(model: nn.Module, expected: Tensor, found: Tensor) -> bool:
-    """Say whether two ways of computing the same on a model gave the same, but for its rounding."""
-    if found.shape != expected.shape:
-        return False
-    tolerance = max(TOLERANCE, ROUNDINGS * rounding(model)) * float(expected.nan_to_num(0, 0, 0).abs().max())
-    return torch.allclose(found, expected.to(found), rtol=0, atol=tolerance, equal_nan=True)

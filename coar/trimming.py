@@ -8,6 +8,7 @@ together.
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from coar.batches import Batch, Block
 from coar.components import Components
 from coar.examples import UNREAD, Inputs, rows_of
-from coar.narrowing import alike, seen_by
+from coar.narrowing import difference
 from coar.outputs import Output
 
 log = logging.getLogger(__name__)
@@ -78,22 +79,15 @@ class Trimming:
         rows = lengths.argsort(stable=True)[:FEW]
         whole = rows_of(batch[0], rows), batch[1][rows]
         short = trimmed(*whole, int(lengths[rows].max()), front=front)
-        try:
-            (plain, seen), (found, seen_short) = (self._read(part, run) for part in (whole, short))
-        except Exception as error:  # whatever a model may raise: padding does as well
-            log.info("texts keep their padding, since the model fails otherwise: %s", error)
-            return False
-        if seen != seen_short:
-            log.info("texts keep their padding, since components depend on the length")
-        elif not alike(self._model, plain, found):
-            log.info("texts keep their padding, since outputs are others without it")
-        else:
-            return True
-        return False
 
-    def _read(self, batch: Batch, run: Callable[[Inputs], Any]) -> tuple[Tensor, list[Any]]:
-        inputs, targets = batch
-        return seen_by(self._model, self._components, lambda: self._output.read(run(inputs), targets), along=True)
+        def read(batch: Batch) -> Tensor:
+            return self._output.read(run(batch[0]), batch[1])
+
+        passes = partial(read, whole), partial(read, short)
+        why_not = difference(self._model, self._components, *passes, along=True)
+        if why_not:
+            log.info("texts keep their padding, since without it %s", why_not)
+        return not why_not
 
 
 def joined(batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor]:

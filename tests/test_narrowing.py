@@ -175,10 +175,10 @@ class Failing(Askew):
     ("case", "said"),
     [
         ("own output", ""),
-        ("head", "components see these positions"),
-        (Askew, "those of some positions alone are others"),
-        (Deaf, "those of some positions alone are others"),
-        (Failing, "the model fails otherwise"),
+        ("head", "components are given or return other sizes"),
+        (Askew, "the model gives other numbers"),
+        (Deaf, "the model gives other numbers"),
+        (Failing, "otherwise the model fails"),
     ],
     ids=["own output", "head", "askew", "deaf", "failing"],
 )
