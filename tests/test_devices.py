@@ -12,8 +12,7 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 import coar
 from coar.devices import device_copy
 from coar.worker import Worker
-from tests.test_narrowing import lively
-from tests.tiny import GPT2
+from tests.tiny import GPT2, lively
 
 CPU = torch.device("cpu")
 SPELLED_OUT = {"gelu_new": NewGELUActivation, "gelu_fast": FastGELUActivation}

@@ -1,7 +1,6 @@
 """Logits only where they are read: the same outputs and gradients as of all logits, and when it is not done."""
 
 import logging
-import math
 
 import numpy as np
 import pytest
@@ -14,8 +13,7 @@ from coar.devices import device_copy
 from coar.narrowing import narrow
 from coar.outputs import Output
 from coar.worker import Worker
-from tests import oracles
-from tests.tiny import GPT2, TEXT
+from tests.tiny import GPT2, TEXT, lively
 
 WORDS, LENGTH, ANSWERS = 50, 9, (3, 17, 41)
 CPU = torch.device("cpu")
@@ -45,16 +43,6 @@ def examples(kind, side, count=6):
         ends = (found.targets != -100) & (found.targets.flip(1) != -100).cumsum(1).flip(1).le(2 + lengths[:, None] % 2)
         found = coar.Examples(inputs=found.inputs, targets=found.targets.where(ends, -100))
     return found
-
-
-def lively(net):
-    """The model with weights that keep signals alive."""
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.ndim == 2:
-                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 1.2 / math.sqrt(parameter.shape[-1]))
-    return oracles.rough(net, 0).eval()
 
 
 def study(name="gpt2", kind="answer", side="right", *, head=False, model=None):

@@ -16,8 +16,7 @@ import coar
 from coar.outputs import Output
 from coar.trimming import cut, ends_of
 from coar.worker import Worker
-from tests.test_narrowing import lively
-from tests.tiny import GPT2, TEXT
+from tests.tiny import GPT2, TEXT, lively
 
 WORDS, LENGTH, TEXTS = 50, 48, 30
 CPU = torch.device("cpu")

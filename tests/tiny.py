@@ -68,16 +68,20 @@ class Pooled(nn.Module):
         return self.body(x).last_hidden_state.mean(1)
 
 
-def model(kind, seed=0):
-    """A transformer with weights that keep signals alive, and biases and norms of which none is 0 or 1."""
+def lively(net, seed=0):
+    """The model with weights that keep signals alive, and biases and norms of which none is 0 or 1, for evaluation."""
     generator = torch.Generator().manual_seed(seed)
-    net = Pooled(MODELS[kind]())
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.ndim == 2:
                 drawn = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(drawn * 1.2 / math.sqrt(parameter.shape[-1]))
     return oracles.rough(net, seed)
+
+
+def model(kind, seed=0):
+    """A transformer whose last hidden states are averaged, with lively weights."""
+    return lively(Pooled(MODELS[kind]()), seed)
 
 
 def inputs(kind, rows=5, seed=1):
