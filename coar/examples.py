@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -211,6 +211,10 @@ def _tokens_there(tokens: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return ids, there
 
 
+@overload
+def rows_of(inputs: dict[str, Tensor], part: slice | Tensor) -> dict[str, Tensor]: ...
+@overload
+def rows_of(inputs: Inputs, part: slice | Tensor) -> Inputs: ...
 def rows_of(inputs: Inputs, part: slice | Tensor) -> Inputs:
     """Return some of the inputs' rows."""
     return {name: value[part] for name, value in inputs.items()} if isinstance(inputs, dict) else inputs[part]

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coar.agreement import difference
 from coar.batches import Batch, Block
 from coar.components import Components
 from coar.examples import UNREAD, Inputs, rows_of
-from coar.narrowing import difference
 from coar.outputs import Output
 
 log = logging.getLogger(__name__)
@@ -55,11 +55,9 @@ class Trimming:
             most: Examples that may pass together.
             run: Runs the model on inputs.
         """
-        if self._possible is False or not all(isinstance(inputs, dict) for inputs, _ in block.batches):
-            return block
-        whole = joined(block.batches)
-        ends = ends_of(*whole)
-        if ends is None:
+        whole = None if self._possible is False else joined(block.batches)
+        ends = ends_of(*whole) if whole else None
+        if whole is None or ends is None:
             return block
         mask = whole[0][MASK]
         front = self._front and int(ends[0].min()) == mask.shape[-1]  # all texts end together
@@ -74,7 +72,9 @@ class Trimming:
         batches = [trimmed(rows_of(whole[0], rows), whole[1][rows], length, front=front) for rows, length in cuts]
         return replace(block, batches=batches, order=torch.cat([rows for rows, _ in cuts]))
 
-    def _agrees(self, batch: Batch, lengths: Tensor, run: Callable[[Inputs], Any], *, front: bool) -> bool:
+    def _agrees(
+        self, batch: tuple[dict[str, Tensor], Tensor], lengths: Tensor, run: Callable[[Inputs], Any], *, front: bool
+    ) -> bool:
         """Say whether outputs of those with most padding are the same without it."""
         rows = lengths.argsort(stable=True)[:FEW]
         whole = rows_of(batch[0], rows), batch[1][rows]
@@ -90,19 +90,21 @@ class Trimming:
         return not why_not
 
 
-def joined(batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor]:
-    """Return one batch of those of several, whose inputs have names."""
+def joined(batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor] | None:
+    """Return one batch of those of several; None where inputs have no names."""
     parts = [inputs for inputs, _ in batches if isinstance(inputs, dict)]
+    if not parts:
+        return None
     inputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return inputs, torch.cat([targets for _, targets in batches])
 
 
-def ends_of(inputs: Inputs, targets: Tensor) -> tuple[Tensor, Tensor] | None:
+def ends_of(inputs: dict[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return how long examples are, (examples,) each: from the first position on, and from the last one backwards.
 
     What is no padding, or has a target that is read, counts. None where inputs do not say what is padding.
     """
-    if not isinstance(inputs, dict) or not {IDS, MASK} <= inputs.keys():
+    if not {IDS, MASK} <= inputs.keys():
         return None
     mask = inputs[MASK]
     if mask.ndim < 2 or inputs[IDS].shape != mask.shape or not bool(((mask == 0) | (mask == 1)).all()):
@@ -138,10 +140,8 @@ def cut(lengths: Tensor, most: int, overhead: float) -> list[Cut]:
     return found[::-1]
 
 
-def trimmed(inputs: Inputs, targets: Tensor, length: int, *, front: bool = False) -> tuple[Inputs, Tensor]:
+def trimmed(inputs: dict[str, Tensor], targets: Tensor, length: int, *, front: bool) -> tuple[Inputs, Tensor]:
     """Return inputs, and targets where they have one for every token, of the first positions alone, or the last."""
-    if not isinstance(inputs, dict):
-        return inputs, targets
     whole = inputs[MASK].shape
     part = slice(-length, None) if front else slice(length)
     short = {name: value[..., part] if value.shape == whole else value for name, value in inputs.items()}
