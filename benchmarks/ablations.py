@@ -4,7 +4,7 @@
     python benchmarks/ablations.py --pipelines digits
 
 Loss is the one that optimal constants are trained on, of judging examples, which no constant has seen, under random
-masks; the trained constants are those for an ablated fraction of 0.10 throughout. Attributions are fitted on probes and
+masks; the trained constants are those for an ablated fraction of 0.10 throughout. Attributions are fitted on mask gradients and
 masks at that fraction and predict test masks at all fractions. Edits make the model forget one class.
 
 Every piece of work is kept in reports/ablations, so that a benchmark that was stopped goes on.
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 import coar
-from coar.ablation import ABLATIONS
-from coar.devices import device_copy
-from coar.worker import Worker
+from coar.ablation.registry import ABLATIONS
+from coar.forward.devices import device_copy
+from coar.forward.runner import FastRunner
 
 FOLDER = Path("reports/ablations")
 FRACTIONS = (0.05, 0.10, 0.20, 0.40)
@@ -39,7 +39,7 @@ class Size:
     judged: int
     loss_masks: int
     masks: int
-    probes: int
+    gradients: int
     test_masks: int
     edits: bool = False
     again: tuple[float, ...] = ()  # fractions at which optimal constants are trained too, for the loss there
@@ -64,7 +64,7 @@ def losses(module: ModuleType, study: coar.Study, size: Size) -> dict[str, float
             wanted = model(**judge.block(0, len(judge))[0]).clone()
         judge = coar.Examples(inputs=judge.inputs, targets=wanted, metadata=judge.metadata)
     constants = study.ablation.replacements(model, study.components, batch_size=64)
-    worker = Worker(model, study.components, constants, loss, donors=study.ablation.donors, batch_size=64)
+    worker = FastRunner(model, study.components, constants, loss, sources=study.ablation.sources, batch_size=64)
     block = worker.load(judge, 0, len(judge))
     found = {"0": float(worker.base_output(block).mean())}
     for at in FRACTIONS:
@@ -79,7 +79,7 @@ def correlations(study: coar.Study, size: Size, path: Path) -> tuple[coar.Attrib
         study,
         path,
         masks=size.masks,
-        probes=size.probes,
+        gradients=size.gradients,
         test_masks=size.test_masks,
         test_fractions=[at for at in FRACTIONS if at != study.sampler.ablated_fraction],
         device="cpu",

@@ -31,7 +31,7 @@ def evaluate(ablation: str, precision: str) -> pd.DataFrame:
     for count in (1_000, 2_000):
         coar.fit(run, method="ridge", masks=count, name=f"ridge-{count}")
     coar.leave_one_out(study, run)
-    coar.gradient_x_gate(study, run)
+    coar.mask_gradient(study, run)
     table = coar.evaluate(run).table
     table.insert(0, "ablation", ablation)
     return table

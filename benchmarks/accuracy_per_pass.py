@@ -3,10 +3,10 @@
     COAR_DATA=/path/to/folder python benchmarks/accuracy_per_pass.py                        # everything: hours
     COAR_DATA=/path/to/folder python benchmarks/accuracy_per_pass.py --models digits resnet20 --seeds 0
 
-Zero weight, ablated fraction 0.10, 8,000 training masks, 512 test masks, three seeds of masks and probes; 400 digits,
+Zero weight, ablated fraction 0.10, 8,000 training masks, 512 test masks, three seeds of masks and mask gradients; 400 digits,
 256 pictures for ResNet-20 and 128 for ResNet-44, 48 pairs for MiniLM (2,000 masks, 256 test masks; leave-one-out would
 take 9,288 passes and is left out, and so is lasso, whose Gram matrix makes it take hours). Every method is judged on
-the same test masks of its seed. Cost is counted in forward passes over the examples, a probe as many as it was
+the same test masks of its seed. Cost is counted in forward passes over the examples, a mask gradient as many as it was
 measured to take on this machine in the same precision, and at 2.5 beside. Runs are kept in runs/passes/ with the times
 measured, and gone on with when they are there; tables go to stdout, and with the figures to reports/benchmarks/.
 Models may be examined apart, with `--out`, and put on one page by passes_report.py.
@@ -24,15 +24,16 @@ import pandas as pd
 
 import coar
 from benchmarks import passes_report, peers
+from coar.collection.cost import measure
 from coar.evaluation import correlation
-from coar.planning import measure
-from coar.regression.informed import learn_prior
-from coar.store import Probes, Run
+from coar.regression.informed.fit import learn_prior
+from coar.store.gradients import MaskGradients
+from coar.store.run import Run
 from pipelines import cifar10, digits, sentence_embeddings
 
 RUNS, OUT = Path("runs/passes"), Path("reports/benchmarks")
 MASKS, STAGES = (250, 500, 1000, 2000, 4000, 8000), (40, 80, 120, 160, 240)
-STEP = 40  # probes collected at a time, in four rounds of ten, so that fits may use any multiple of ten
+STEP = 40  # mask gradients collected at a time, in four rounds of ten, so that fits may use any multiple of ten
 PEER_EXAMPLES, PEER_STEPS = 32, 10
 
 
@@ -42,7 +43,7 @@ class Subject:
 
     study: Callable[[int], coar.Study]
     masks: tuple[int, ...]
-    probes: tuple[int, ...]
+    gradients: tuple[int, ...]
     test_masks: int = 512
     validation_masks: int = 128
     embedding: str | None = None
@@ -87,19 +88,19 @@ class Judge:
 
 
 def collect(study: coar.Study, subject: Subject, path: Path, precision: str) -> Run:
-    """Collect all masks and probes, the probes a few rounds at a time."""
+    """Collect all masks and mask gradients, the mask gradients a few rounds at a time."""
     held = {"test_masks": subject.test_masks, "validation_masks": subject.validation_masks}
-    for probes in range(STEP, subject.probes[-1] + 1, STEP):
-        coar.collect(study, path, probes=probes, precision="auto" if path.exists() else precision, **held)
+    for mask_gradients in range(STEP, subject.gradients[-1] + 1, STEP):
+        coar.collect(study, path, gradients=mask_gradients, precision="auto" if path.exists() else precision, **held)
     return coar.collect(study, path, masks=subject.masks[-1], precision="auto", **held)
 
 
 def prices(study: coar.Study, run: Run, file: Path) -> tuple[float, float]:
-    """Return the seconds that a mask and a probe take, measured once on a machine with nothing else to do."""
+    """Return the seconds that a mask and a mask gradient take, measured once on a machine with nothing else to do."""
     if not file.exists():
         file.write_text(json.dumps(measure(study, run)))
-    per_mask, per_probe = json.loads(file.read_text())
-    return per_mask, per_probe
+    per_mask, per_gradient = json.loads(file.read_text())
+    return per_mask, per_gradient
 
 
 def regressions(run: Run, subject: Subject, judge: Judge) -> list[dict[str, object]]:
@@ -110,48 +111,60 @@ def regressions(run: Run, subject: Subject, judge: Judge) -> list[dict[str, obje
             if (method == "ols" and masks < run.n_components + 2) or (method == "lasso" and not subject.lasso):
                 continue
             fitted = coar.fit(run, method=method, masks=masks, name=f"{method}-{masks}", progress=False)
-            rows.append({"method": method, "probes": 0, "masks": masks, "r": judge(fitted.weights(slice(None)))})
+            rows.append({"method": method, "gradients": 0, "masks": masks, "r": judge(fitted.weights(slice(None)))})
     return rows
 
 
 def informed(run: Run, subject: Subject, judge: Judge) -> list[dict[str, object]]:
-    """Fit and judge informed attributions at each number of probes, alone and with a few or many masks.
+    """Fit and judge informed attributions at each number of mask gradients, alone and with a few or many masks.
 
     Beside them stand the gradients alone: their plain mean, the mean of both ends (the trapezoid rule), and both ends
     with the factors per site that the outputs teach.
     """
     rows = []
-    for probes in subject.probes:
-        rounds = Probes(run).whole_rounds(probes)
-        gradients, counts = Probes(run).gradients(range(rounds), slice(None))
+    for mask_gradients in subject.gradients:
+        rounds = MaskGradients(run).whole_rounds(mask_gradients)
+        gradients, counts = MaskGradients(run).means(range(rounds), slice(None))
         kept, ablated = np.where(counts > 0, gradients, gradients[::-1])
         mean = (gradients * counts).sum(0) / counts.sum(0)
         by_kept, by_ablated = learn_prior(run, rounds).shared.placing.numpy()
         learned = by_kept * kept + by_ablated * ablated
         for name, weights in (("mean gradient", mean), ("trapezoid", (kept + ablated) / 2), ("learned ends", learned)):
-            rows.append({"method": name, "probes": probes, "masks": 0, "r": judge(weights)})
+            rows.append({"method": name, "gradients": mask_gradients, "masks": 0, "r": judge(weights)})
         for masks in (0, min(512, subject.masks[-1])):
             fitted = coar.fit(
-                run, method="informed", probes=probes, masks=masks, name=f"informed-{probes}-{masks}", progress=False
+                run,
+                method="informed",
+                gradients=mask_gradients,
+                masks=masks,
+                name=f"informed-{mask_gradients}-{masks}",
+                progress=False,
             )
             rows.append(
-                {"method": "informed", "probes": probes, "masks": masks, "r": judge(fitted.weights(slice(None)))}
+                {
+                    "method": "informed",
+                    "gradients": mask_gradients,
+                    "masks": masks,
+                    "r": judge(fitted.weights(slice(None))),
+                }
             )
     return rows
 
 
 def baselines(study: coar.Study, run: Run, subject: Subject, judge: Judge, ratio: float) -> list[dict[str, object]]:
     """Judge leave-one-out, gradient x gate, and captum's peers on some examples."""
-    slopes = coar.gradient_x_gate(study, run, progress=False).weights(slice(None))
-    rows = [{"method": "gradient x gate", "probes": 1, "masks": 0, "r": judge(slopes)}]
+    slopes = coar.mask_gradient(study, run, progress=False).weights(slice(None))
+    rows = [{"method": "gradient x gate", "gradients": 1, "masks": 0, "r": judge(slopes)}]
     if subject.leave_one_out:
         drops = coar.leave_one_out(study, run, progress=False).weights(slice(None))
-        rows.append({"method": "leave-one-out", "probes": 0, "masks": 0, "r": judge(drops), "passes": run.n_components})
+        rows.append(
+            {"method": "leave-one-out", "gradients": 0, "masks": 0, "r": judge(drops), "passes": run.n_components}
+        )
     few = dataclasses.replace(study, examples=study.examples.subset(range(PEER_EXAMPLES)))
     for name, peer in (("conductance", peers.conductance), ("internal influence", peers.internal_influence)):
         found = peer(few, PEER_STEPS, embedding=subject.embedding)
         passes = (found.forwards + found.backwards * (ratio - 1)) / found.sites  # as if all sites shared one path
-        rows.append({"method": name, "probes": 0, "masks": 0, "r": judge(found.weights), "passes": passes})
+        rows.append({"method": name, "gradients": 0, "masks": 0, "r": judge(found.weights), "passes": passes})
     return rows
 
 
@@ -178,18 +191,18 @@ def examine(name: str, seeds: list[int], precision: str) -> tuple[pd.DataFrame, 
         run = collect(study, subject, RUNS / f"{name}-{seed}.zarr", precision)
         runs.append(run)
         judge = Judge(run)
-        per_mask, per_probe = prices(study, run, RUNS / f"{name}-{seed}.json")
-        ratio = per_probe / per_mask
+        per_mask, per_gradient = prices(study, run, RUNS / f"{name}-{seed}.json")
+        ratio = per_gradient / per_mask
         found = regressions(run, subject, judge) + informed(run, subject, judge)
         found += baselines(study, run, subject, judge, ratio) if seed == seeds[0] else []
         for row in found:
-            nominal = row.get("passes", row["masks"] + 2.5 * row["probes"])
-            passes = row.get("passes", row["masks"] + ratio * row["probes"])
+            nominal = row.get("passes", row["masks"] + 2.5 * row["gradients"])
+            passes = row.get("passes", row["masks"] + ratio * row["gradients"])
             rows.append(
                 {"model": name, "components": run.n_components, "seed": seed, **row, "ratio": ratio}
                 | {"nominal": nominal, "passes": passes, "seconds": passes * per_mask}
             )
-        print(f"{name}, seed {seed}: a probe takes {ratio:.2f} masks", file=sys.stderr, flush=True)
+        print(f"{name}, seed {seed}: a mask gradient takes {ratio:.2f} masks", file=sys.stderr, flush=True)
     shares = []
     if len(runs) > 1 and subject.masks[-1] >= runs[0].n_components + 2:
         found = coverage(runs[0], runs[1:], subject.masks[-1])

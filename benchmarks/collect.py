@@ -11,7 +11,7 @@ The others, all in float32:
   two that it makes before the first perturbation of a module;
 - the hook loop multiplies activations by the mask in forward hooks, on one copy of the model, the examples in memory.
 
-Ours is what `coar.collect` computes, units of 64 masks by `Worker.outputs`, in float32 and in bfloat16, without the
+Ours is what `coar.collect` computes, units of 64 masks by `FastRunner.outputs`, in float32 and in bfloat16, without the
 storing, at the pace that collecting measures: examples and masks per forward pass. Freed memory is kept meanwhile, as
 collecting does; the others have malloc as it comes. Where a unit would take too long, its time is that of its first
 mask, gates put on and taken off, plus 63 times what a further mask takes in a longer call. Masks are drawn within the
@@ -49,14 +49,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import coar
 from benchmarks.models import SUBJECTS
 from benchmarks.peers import layer_feature_ablation
-from coar.ablation import following_batch_norms
-from coar.batches import Block
-from coar.components import Components
-from coar.devices import BATCH_SIZE, device_copy
-from coar.engines import MASK_BLOCK
-from coar.memory import memory_kept
-from coar.tuning import choose_pace
-from coar.worker import ModelRunner, Worker
+from coar.collection.collect import MASK_BLOCK
+from coar.components.table import Components
+from coar.forward.autotune import choose_plan
+from coar.forward.batches import ExampleBlock
+from coar.forward.devices import BATCH_SIZE, device_copy
+from coar.forward.malloc import memory_kept
+from coar.forward.runner import FastRunner, ModelRunner
+from coar.gates.batch_norms import following_batch_norms
 
 CPU = torch.device("cpu")
 BATCH = BATCH_SIZE["cpu"]  # examples per forward pass; ours starts from it, as a run does, and measures
@@ -139,7 +139,7 @@ def hook_loop(study: coar.Study) -> Callable[[np.ndarray], Tensor]:
 
 
 @memory_kept()
-def workers(study: coar.Study) -> dict[str, tuple[Worker, Block]]:
+def workers(study: coar.Study) -> dict[str, tuple[FastRunner, ExampleBlock]]:
     """Return, by precision, the worker that a long run would have, at its measured pace, and the examples."""
     model = device_copy(study.model, CPU)
     constants = study.ablation.replacements(model, study.components, batch_size=BATCH)
@@ -151,9 +151,9 @@ def workers(study: coar.Study) -> dict[str, tuple[Worker, Block]]:
     norms = following_batch_norms(model, study.components, run=outputs)
     made = {}
     for precision in OURS:
-        worker = Worker(model, study.components, constants, study.output, batch_norms=norms, precision=precision)
+        worker = FastRunner(model, study.components, constants, study.output, batch_norms=norms, precision=precision)
         masks = study.sampler.masks("train", range(MASK_BLOCK), len(study.components))
-        choose_pace(worker, study.examples, masks, work=LONG)
+        choose_plan(worker, study.examples, masks, work=LONG)
         made[precision] = worker, worker.load(study.examples, 0, len(study.examples))
     return made
 

@@ -3,7 +3,7 @@
     COAR_DATA=/path/to/folder python benchmarks/edits.py                 # or: make edits
     python benchmarks/edits.py --pipelines digits --tasks forget --seeds 0
 
-Attributions come from probes, with a mask seed each, or with a training seed each where the pipeline trains its model.
+Attributions come from mask gradients, with a mask seed each, or with a training seed each where the pipeline trains its model.
 Components are chosen on choosing examples and judged on others. On CIFAR-10 the studied examples beside the errors to
 fix, and all others that a choice is made on, are training pictures, so that all test pictures are left to judge on, but
 the one that is fixed. The rules that only rank are given the numbers of
@@ -30,14 +30,14 @@ import numpy as np
 import torch
 
 import coar
-from coar.editing import effect_curve, welch_t
-from coar.editing.judging import margins
-from coar.editing.ranking import ranking
-from coar.editing.selection import Ground, choose
+from coar.editing.context import SelectionContext
+from coar.editing.judge import effect_curve, margins
+from coar.editing.rank import ranking, welch_t
+from coar.editing.select import choose
 from coar.editing.tasks import PRESETS
 
 FOLDER = Path("reports/edits")
-PROBES = 96
+GRADIENTS_COUNT = 96
 COUNTS = [0, 1, 2, 3, 4, 6, 8, 10, 12, 15, 20, 25, 30, 40, 60, 100, 150, 250]
 TASKS = {
     "backdoor": ("backdoor",),
@@ -65,13 +65,15 @@ class Case:
 
     @cached_property
     def fitted(self) -> coar.Attributions:
-        """Attributions from the run's probes."""
+        """Attributions from the run's mask gradients."""
         return coar.fit(self.run, progress=False)
 
     @cached_property
-    def ground(self) -> Ground:
+    def ground(self) -> SelectionContext:
         """What choices for several goals share."""
-        return Ground.of(self.fitted, self.study.model, self.study.examples, choosing=self.choosing, precision="bf16")
+        return SelectionContext.of(
+            self.fitted, self.study.model, self.study.examples, choosing=self.choosing, precision="bf16"
+        )
 
     def attributions(self, rule: str) -> coar.Attributions:
         """Return what a rule ranks by, made when it is missing."""
@@ -81,7 +83,7 @@ class Case:
 
 
 def case(name: str, module: ModuleType, task: str, seed: int) -> Case:
-    """Define the study, and collect its probes when they are missing."""
+    """Define the study, and collect its mask gradients when they are missing."""
     known = inspect.signature(module.study).parameters
     study = module.study(**{"training_seed" if "training_seed" in known else "seed": seed})
     more, judge = module.choosing() if hasattr(module, "choosing") else None, module.judge()
@@ -92,7 +94,7 @@ def case(name: str, module: ModuleType, task: str, seed: int) -> Case:
         if task == "fix":
             label, examples = "cifar10-all-errors", with_errors(study, judge, examples)
         study = replace(study, examples=examples)
-    run = coar.collect(study, f"runs/edits/{label}-{seed}.zarr", masks=0, probes=PROBES, progress=False)
+    run = coar.collect(study, f"runs/edits/{label}-{seed}.zarr", masks=0, gradients=GRADIENTS_COUNT, progress=False)
     return Case(seed, study, run, more, judge, getattr(module, "GOAL", None))
 
 

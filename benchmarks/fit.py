@@ -34,12 +34,12 @@ import torch
 from sklearn.linear_model import Lasso, Ridge, RidgeCV, lasso_path
 
 import coar
-from coar.components import Component, Components
+from coar.components.table import Component, Components
 from coar.regression.lasso import PATH
 from coar.regression.ridge import PENALTIES
 from coar.regression.sums import BATCH as ROWS
-from coar.store import Plan
 from coar.store.arrays import write
+from coar.store.plan import Plan
 
 FEW = 20  # examples that scikit-learn's lasso is timed and compared on
 

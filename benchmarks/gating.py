@@ -20,9 +20,10 @@ from torch import nn
 
 import coar
 from benchmarks.models import SUBJECTS
-from coar.ablation import Gates, following_batch_norms
-from coar.devices import device_copy
-from coar.worker import Worker
+from coar.forward.devices import device_copy
+from coar.forward.runner import FastRunner
+from coar.gates.batch_norms import following_batch_norms
+from coar.gates.gates import Gates
 from pipelines import digits
 
 WAYS = ("zero", "zero_activation", "mean", "resample", "mean in hooks")
@@ -85,7 +86,7 @@ def costs(name: str, repeats: int) -> dict[str, float]:
     """Return the time of a pass gated in every way over that of a plain one."""
     study = study_of(name, EXAMPLES[name])
     model, table, count = device_copy(study.model, torch.device("cpu")), study.components, len(study.examples)
-    plain = Worker(model, table, torch.zeros(table.width), study.output, batch_size=count)
+    plain = FastRunner(model, table, torch.zeros(table.width), study.output, batch_size=count)
     ((inputs, _),) = plain.load(study.examples, 0, count).batches
     keep = torch.from_numpy(study.sampler.masks("test", range(1), len(table))[0])
 
@@ -99,7 +100,7 @@ def costs(name: str, repeats: int) -> dict[str, float]:
     def gated(way: str) -> Callable[[], float]:
         label = way.split(maxsplit=1)[0]
         constants = coar.choose_ablation(label, calibration=study.examples).replacements(model, table, batch_size=count)
-        hooks = {"through_outputs": "hooks" in way, "donors": label == "resample"}
+        hooks = {"use_hooks": "hooks" in way, "sources": label == "resample"}
         gates = Gates(model, table, constants, batch_norms=norms, **hooks)
 
         def pass_once() -> None:
@@ -129,7 +130,7 @@ def saving(name: str, repeats: int) -> float:
     zero = coar.ZeroWeight().replacements(model, table, batch_size=FEW)
     timed: dict[str, Callable[[], float]] = {}
     for together in (MASKS, 1):
-        worker = Worker(model, table, zero, study.output, batch_size=FEW * MASKS)
+        worker = FastRunner(model, table, zero, study.output, batch_size=FEW * MASKS)
         worker.masks_per_forward = together
         block = worker.load(study.examples, 0, FEW)
         timed[str(together)] = lambda worker=worker, block=block: seconds(lambda: worker.outputs(block, masks))

@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import SUBJECTS
-from coar.devices import device_copy
+from coar.forward.devices import device_copy
+from coar.forward.runner import FastRunner
 from coar.study import Study
-from coar.worker import Worker
 
 
 def floor(study: Study, rows: np.ndarray) -> float:
@@ -53,7 +53,7 @@ def compare(name: str, few: bool, count: int, rounds: int, precision: str) -> st
     examples = SUBJECTS[name].examples[0 if few else 1]
     study = SUBJECTS[name].study(examples)
     model, d = device_copy(study.model, torch.device("cpu")), len(study.components)
-    worker = Worker(model, study.components, torch.zeros(study.components.width), study.output, precision=precision)
+    worker = FastRunner(model, study.components, torch.zeros(study.components.width), study.output, precision=precision)
     block = worker.load(study.examples, 0, examples)
     rows = np.linspace(0, d - 1, count).round().astype(int)
     masks = np.ones((count, d), dtype=bool)

@@ -30,7 +30,7 @@ POINTS = {
 
 def frontier(curve: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of a curve that no cheaper row beats, by passes; seeds averaged before."""
-    mean = curve.groupby(["probes", "masks"], as_index=False)[["r", "passes", "nominal", "seconds"]].mean()
+    mean = curve.groupby(["gradients", "masks"], as_index=False)[["r", "passes", "nominal", "seconds"]].mean()
     mean = mean.sort_values("passes")
     return mean[mean["r"] > mean["r"].cummax().shift(fill_value=-1.0)]
 
@@ -54,7 +54,7 @@ def savings(curves: pd.DataFrame) -> pd.DataFrame:
             row |= {"r": target, "spread": float(part["r"].std())}
             row |= {
                 "informed passes": passes_for(quick, target),
-                "at 2.5 a probe": passes_for(quick, target, "nominal"),
+                "at 2.5 a mask gradient": passes_for(quick, target, "nominal"),
             }
             row["times fewer"] = masks / row["informed passes"]
             rows.append(row)
@@ -106,7 +106,7 @@ def ratio_figure(table: pd.DataFrame) -> Figure:
 
 def write(curves: pd.DataFrame, shares: pd.DataFrame, folder: Path) -> None:
     """Print markdown tables and write figures."""
-    columns = ["model", "method", "probes", "masks"]
+    columns = ["model", "method", "gradients", "masks"]
     mean = curves.groupby(columns, sort=False, as_index=False).agg(
         r=("r", "mean"),
         spread=("r", "std"),

@@ -25,9 +25,9 @@ from captum.attr import InternalInfluence, LayerConductance, LayerFeatureAblatio
 from torch import Tensor, nn
 
 import coar
-from coar.components import Component
-from coar.devices import BATCH_SIZE, choose_device
+from coar.components.table import Component
 from coar.errors import AblationError, ExamplesError
+from coar.forward.devices import BATCH_SIZE, choose_device
 
 
 @dataclass(frozen=True)

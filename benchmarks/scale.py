@@ -37,13 +37,15 @@ from typing import Any
 import numpy as np
 
 import coar
-from coar.devices import choose_device, device_copy
-from coar.engines import RayCluster
-from coar.engines.collecting import blocks_of
-from coar.engines.preparing import Batches, runner_of
-from coar.engines.ray import Crew
-from coar.engines.units import Stage
-from coar.store import Plan, Run, Unit, verify
+from coar.cluster import RayCluster
+from coar.collection.collect import blocks_of
+from coar.collection.preparation import BatchSettings, unit_runner
+from coar.collection.ray_engine import ActorPool
+from coar.collection.units import Stage
+from coar.forward.devices import choose_device, device_copy
+from coar.store.integrity import verify
+from coar.store.plan import Plan, Unit
+from coar.store.run import Run
 from pipelines import digits
 
 BATCH = 512
@@ -88,7 +90,7 @@ def throughput(folder: Path, units: int, rounds: int) -> None:
     ways |= {f"{workers} on Ray": RayCluster(study=study, workers=workers) for workers in (1, 2)}
     found: dict[str, list[float]] = {way: [] for way in ways}
     made, path, waits = study(), folder / "r.zarr", Waits()
-    logger = logging.getLogger("coar.engines.ray")
+    logger = logging.getLogger("coar.collection.ray_engine")
     logger.addHandler(waits)
     logger.setLevel(logging.DEBUG)
     for _ in range(rounds):
@@ -110,7 +112,7 @@ def storing(folder: Path, units: int) -> None:
     made, model = study(), device_copy(study().model, choose_device("cpu"))
     run = coar.collect(made, folder / "r.zarr", masks=2, mask_block=64, **SETTINGS)
     run.extend(run.plan.extended({("train", made.sampler.ablated_fraction): 64 * units}))
-    runner = runner_of(made, run, model, Batches(BATCH, BATCH, tune=False, compiled=False))
+    runner = unit_runner(made, run, model, BatchSettings(BATCH, BATCH, tune=False, compiled=False))
     stored: list[float] = []
     write = run.write_unit
 
@@ -184,7 +186,7 @@ def driver(units: int) -> None:
     """Time the driver's own work per unit for growing numbers of workers."""
     print(f"driver, its own work per unit of {units}, with a Ray that does nothing")
     for workers in (1, 10, 100, 1000):
-        crew = Crew(Idle(), RayCluster(workers=workers), {})  # type: ignore[arg-type]
+        crew = ActorPool(Idle(), RayCluster(workers=workers), {})  # type: ignore[arg-type]
         names = [Unit(i, 0) for i in range(units)]
         stage = Stage("mask", dict.fromkeys(names, 1.0), list(names))
         began = time.perf_counter()

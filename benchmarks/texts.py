@@ -6,7 +6,7 @@
 `minilm` is the pretrained MiniLM on pairs of sentences; `gpt2` a GPT-2 of the published size with random weights, on
 paragraphs of which the last token is read. Both texts are from the documentation that comes with Python, padded to the
 longest. The loops are in float32: the published one copies the model for every mask and zeroes the weights of ablated
-neurons, the other multiplies what layers are given by the mask in hooks. Ours is `Worker.outputs` at the pace that
+neurons, the other multiplies what layers are given by the mask in hooks. Ours is `FastRunner.outputs` at the pace that
 collecting measures, with padding and all logits (`whole`) and as collecting does it. All ways take turns in one
 process, masks are drawn beforehand, and what is printed is each one's median over rounds, and the median and range of
 ratios within a round. Outputs are compared with the published loop's.
@@ -27,10 +27,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import coar
-from coar.devices import device_copy
-from coar.memory import memory_kept
-from coar.tuning import choose_pace
-from coar.worker import ModelRunner, Worker
+from coar.forward.autotune import choose_plan
+from coar.forward.devices import device_copy
+from coar.forward.malloc import memory_kept
+from coar.forward.runner import FastRunner, ModelRunner
 from pipelines import sentence_embeddings
 
 TEXTS, LONGEST = 32, 128  # paragraphs, and the tokens that they are cut at
@@ -110,10 +110,10 @@ def ours(study: coar.Study, name: str, masks: np.ndarray) -> Run:
     """Return a way by a worker at its measured pace."""
     precision, *whole = name.split()
     zeros = torch.zeros(study.components.width)
-    worker = Worker(device_copy(study.model, CPU), study.components, zeros, study.output, precision=precision)
+    worker = FastRunner(device_copy(study.model, CPU), study.components, zeros, study.output, precision=precision)
     with memory_kept():
-        choose_pace(worker, study.examples, masks, work=WORK)
-    load = ModelRunner.load if whole else Worker.load
+        choose_plan(worker, study.examples, masks, work=WORK)
+    load = ModelRunner.load if whole else FastRunner.load
     block = load(worker, study.examples, 0, len(study.examples))
 
     @memory_kept()

@@ -9,10 +9,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from coar.components import Components, read_component
+from coar.components.table import Components, read_component
 from coar.errors import RunError, SettingsError, StorageError, WeightsError
-from coar.store import Run
 from coar.store.fits import FIELDS, fit_array, fit_facts, fit_fields, fit_names, read_fit
+from coar.store.run import Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -192,7 +192,9 @@ class Attributions:
         try:
             import xarray
         except ImportError:
-            raise SettingsError("to_xarray needs xarray; install it with: pip install 'coar[xarray]'") from None
+            raise SettingsError(
+                "to_xarray needs xarray; install it with: pip install 'coar-attribution[xarray]'"
+            ) from None
         fields = {field: self._read(field, slice(None)) for field in self._source.fields()}
         coordinates = {name: ("example", column) for name, column in self.metadata.items()}
         coordinates["component"] = ("component", np.array(self.components.names))
@@ -304,7 +306,9 @@ def load(path: str | Path, fit: str | None = None) -> Attributions:
         return Attributions.from_safetensors(path)
     run = Run.open(path)
     facts = {name: fit_facts(run, name) for name in fit_names(run)}
-    fitted = [name for name in facts if facts[name].get("masks") or facts[name].get("probes")]  # baselines have neither
+    fitted = [
+        name for name in facts if facts[name].get("masks") or facts[name].get("gradients")
+    ]  # baselines have neither
     usual = [name for name in PREFERRED if name in fitted]
     usual.sort(key=lambda name: -facts[name].get("validation", -1.0))
     return Attributions.open(run, fit or next(iter([*usual, *fitted]), "ridge"))

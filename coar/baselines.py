@@ -5,16 +5,16 @@ from collections.abc import Callable
 import numpy as np
 
 from coar.attributions import Attributions
-from coar.batches import Block
-from coar.devices import choose_device, device_copy
-from coar.engines import worker_of
+from coar.collection.preparation import fast_runner
 from coar.errors import AblationError
-from coar.memory import memory_kept
+from coar.forward.batches import ExampleBlock
+from coar.forward.devices import choose_device, device_copy
+from coar.forward.malloc import memory_kept
+from coar.forward.runner import FastRunner
 from coar.progress import progress_bar
-from coar.store import Run
 from coar.store.fits import FitWriter, chunk_rows, fit_facts
+from coar.store.run import Run
 from coar.study import Study
-from coar.worker import Worker
 
 MASKS = 64  # single-component masks per call of the worker
 
@@ -35,7 +35,7 @@ def leave_one_out(
         MismatchError: When the run was made for another study.
     """
 
-    def attribute(worker: Worker, block: Block, base: np.ndarray) -> np.ndarray:
+    def attribute(worker: FastRunner, block: ExampleBlock, base: np.ndarray) -> np.ndarray:
         d = len(run.components)
         drops = []
         for start in range(0, d, MASKS):
@@ -47,7 +47,7 @@ def leave_one_out(
     return _store(study, run, "leave_one_out", attribute, device, batch_size, progress)
 
 
-def gradient_x_gate(
+def mask_gradient(
     study: Study, run: Run, *, device: str = "auto", batch_size: int | None = None, progress: bool = True
 ) -> Attributions:
     """Attribute to each component the gradient of the output by its gate, at the unablated model.
@@ -57,7 +57,7 @@ def gradient_x_gate(
 
     Args:
         study: The study that the run was made for.
-        run: The run to write the attributions into, as fit `gradient_x_gate`.
+        run: The run to write the attributions into, as fit `mask_gradient`.
         device: Where to compute.
         batch_size: Most examples per forward pass.
         progress: Show a progress bar.
@@ -69,13 +69,19 @@ def gradient_x_gate(
     if any(component.side == "parameter" for component in run.components):
         raise AblationError("parameter slices have no output to gate, so gradient x gate cannot be had for them")
     return _store(
-        study, run, "gradient_x_gate", lambda worker, block, _: worker.gradients(block), device, batch_size, progress
+        study,
+        run,
+        "gradient_x_gate",
+        lambda worker, block, _: worker.full_model_gradients(block),
+        device,
+        batch_size,
+        progress,
     )
 
 
 BASELINES: dict[str, Callable[..., Attributions]] = {
     "leave_one_out": leave_one_out,
-    "gradient_x_gate": gradient_x_gate,
+    "gradient_x_gate": mask_gradient,
 }
 
 
@@ -83,7 +89,7 @@ def _store(
     study: Study,
     run: Run,
     name: str,
-    attribute: Callable[[Worker, Block, np.ndarray], np.ndarray],
+    attribute: Callable[[FastRunner, ExampleBlock, np.ndarray], np.ndarray],
     device: str,
     batch_size: int | None,
     progress: bool,
@@ -92,7 +98,7 @@ def _store(
     facts = {"method": name, "masks": 0, "ablated_fraction": run.sampler.ablated_fraction}
     if {key: fit_facts(run, name).get(key) for key in facts} == facts:
         return Attributions.open(run, name)
-    worker = worker_of(study, run, device_copy(study.model, choose_device(device)), batch_size=batch_size)
+    worker = fast_runner(study, run, device_copy(study.model, choose_device(device)), batch_size=batch_size)
     with run.lock(), memory_kept():
         writer = FitWriter(run, name, ("weight", "intercept"), facts)
         step = max(run.blocks[1] // chunk_rows(run), 1) * chunk_rows(run)

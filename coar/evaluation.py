@@ -8,8 +8,8 @@ import numpy as np
 from coar.attributions import Attributions
 from coar.errors import IncompleteRunError, RunError
 from coar.sampling import Split
-from coar.store import Run
 from coar.store.fits import fit_names
+from coar.store.run import Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,7 +71,7 @@ def evaluate(run: Run, *, fits: list[str] | None = None, seed: int = 0) -> Evalu
                 {
                     "fit": name,
                     "masks": facts["masks"],
-                    "probes": facts.get("probes", 0),
+                    "gradients": facts.get("gradients", 0),
                     "ablated_fraction": fraction,
                     "test_masks": run.plan.count("test", fraction),
                     **_summary(scores, seed),

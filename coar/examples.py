@@ -7,7 +7,7 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from coar.errors import ExamplesError
@@ -224,3 +224,11 @@ def update_digest(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
     """Add a tensor's name, type, shape and bytes to a running hash."""
     digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def call_model(model: nn.Module, inputs: Inputs) -> Any:
+    """Run the model on inputs moved to its device: a tensor as the first argument, a dict by name."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(inputs, dict):
+        return model(**{name: value.to(device) for name, value in inputs.items()})
+    return model(inputs.to(device))

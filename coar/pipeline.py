@@ -9,11 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from coar.ablation import ABLATIONS
-from coar.editing import EditGoal
+from coar.ablation.registry import ABLATIONS
+from coar.editing.goal import EditGoal
 from coar.errors import CoarError, PipelineError
 from coar.examples import Examples
-from coar.store import Run
+from coar.store.run import Run
 from coar.study import Study
 
 DEFAULTS: dict[str, Any] = {"MASKS": 5_000, "TEST_MASKS": 500, "TEST_FRACTIONS": ()}

@@ -11,8 +11,8 @@ from pydantic import Field, field_validator
 from coar.errors import SettingsError
 from coar.settings import Settings
 
-Split = Literal["train", "validation", "test", "probe"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test", "probe")
+Split = Literal["train", "validation", "test", "gradient"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test", "gradient")
 
 
 class Sampler(Settings):
@@ -44,7 +44,7 @@ class Sampler(Settings):
         ablated set lies (for Bernoulli and fixed-size masks alike) inside the larger one's.
 
         Args:
-            split: `train`, `validation`, `test` or `probe`; the splits' random numbers are disjoint.
+            split: `train`, `validation`, `test` or `mask gradient`; the splits' random numbers are disjoint.
             indices: Which masks of the split.
             components: Number of components.
             ablated_fraction: Another fraction than the sampler's own.

@@ -8,11 +8,15 @@ import torch
 from torch import nn
 
 import coar._version
-from coar.ablation import Ablation, ZeroWeight
-from coar.components import Components, check_components, unwrapped
+from coar.ablation.base import Ablation
+from coar.ablation.zero import ZeroWeight
+from coar.components.layers import unwrapped
+from coar.components.membership import check_components
+from coar.components.table import Components
 from coar.errors import SettingsError, WeightsError
 from coar.examples import Examples
-from coar.outputs import CorrectClassMargin, Output
+from coar.outputs.base import Output
+from coar.outputs.classification import CorrectClassMargin
 from coar.sampling import BernoulliSampler, Sampler
 from coar.weights import weights_fingerprint
 

@@ -2,7 +2,7 @@
 
     export COAR_CELEBA=/path/to/celeba
     export COAR_CELEBA_WEIGHTS=/path/to/checkpoint.safetensors         # optional
-    coar collect pipelines/celeba.py --probes 96
+    coar collect pipelines/celeba.py --gradients 96
     coar fit runs/celeba-mean.zarr
     coar edit runs/celeba-mean.zarr --pipeline pipelines/celeba.py --task group
 

@@ -3,7 +3,7 @@
     pip install 'coar[text]'
     export COAR_CLIP=/path/to/clip-vit-base-patch32                    # optional: a folder, or a name on the hub
     export COAR_CLIP_PICTURES=/path/to/pictures
-    coar collect pipelines/clip.py --probes 96
+    coar collect pipelines/clip.py --gradients 96
     coar fit runs/clip-mean.zarr
     coar edit runs/clip-mean.zarr --pipeline pipelines/clip.py --task typographic
 

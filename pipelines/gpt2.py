@@ -1,7 +1,7 @@
 """Passages of text and a causal language model: a small GPT-2 that is trained here, or one of yours.
 
     pip install 'coar[text]'
-    coar collect pipelines/gpt2.py --probes 64
+    coar collect pipelines/gpt2.py --gradients 64
     coar fit runs/gpt2-mean.zarr
 
     export COAR_GPT2=/path/to/gpt2          # optional: a folder, or a name on the hub, such as gpt2
@@ -167,7 +167,7 @@ def components(net: nn.Module, kind: str = "inputs") -> coar.Components:
     return coar.input_features(net, exclude=next(name for name, module in net.named_modules() if module is last))
 
 
-class Surprise(coar.outputs.Output):
+class Surprise(coar.Output):
     """Minus the mean log-probability of the tokens that come next, in nats: what optimal constants keep low."""
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class Surprise(coar.outputs.Output):
         return -coar.TokenLogProbability()(result, targets)
 
 
-def ablation_of(label: str) -> coar.ablation.Ablation:
+def ablation_of(label: str) -> coar.Ablation:
     """Return an ablation by its label, with constants of training passages."""
     learnt = examples("train")
     passages = learnt.subset(range(min(len(learnt), CALIBRATION)))

@@ -2,7 +2,7 @@
 
     export COAR_IMAGENET=/path/to/imagenet                                  # with val/n01440764/*.JPEG, or a .beton
     export COAR_IMAGENET_RESNET50_WEIGHTS=/path/to/checkpoint.safetensors  # optional
-    coar collect pipelines/imagenet_resnet50.py --probes 96
+    coar collect pipelines/imagenet_resnet50.py --gradients 96
     coar fit runs/imagenet_resnet50-mean.zarr
     coar edit runs/imagenet_resnet50-mean.zarr --pipeline pipelines/imagenet_resnet50.py --task fix
 

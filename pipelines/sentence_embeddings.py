@@ -103,7 +103,7 @@ def components(net: nn.Module) -> coar.Components:
     return coar.attention_heads(net) + neurons
 
 
-class Drift(coar.outputs.Output):
+class Drift(coar.Output):
     """1 less the cosine similarity of embeddings to what they shall be, the targets, on average over a pair."""
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Drift(coar.outputs.Output):
         return 1 - functional.cosine_similarity(result.float(), targets, dim=-1).mean(1)
 
 
-def ablation_of(label: str, net: nn.Module) -> coar.ablation.Ablation:
+def ablation_of(label: str, net: nn.Module) -> coar.Ablation:
     """Return an ablation by its label; optimal constants keep embeddings near those of the unablated model."""
     texts = examples(slice(STUDIED, STUDIED + CALIBRATION))
     if label != "optimal":

@@ -2,7 +2,7 @@
 
     export COAR_WATERBIRDS=/path/to/waterbird_complete95_forest2water2
     export COAR_WATERBIRDS_WEIGHTS=/path/to/checkpoint.safetensors     # optional
-    coar collect pipelines/waterbirds.py --probes 96
+    coar collect pipelines/waterbirds.py --gradients 96
     coar fit runs/waterbirds-mean.zarr
     coar edit runs/waterbirds-mean.zarr --pipeline pipelines/waterbirds.py --task group
 

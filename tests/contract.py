@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import coar
-from coar.ablation import Gates, fold
-from coar.components import Components
-from coar.worker import Worker
+from coar.components.table import Components
+from coar.forward.runner import FastRunner
+from coar.gates.folding import fold
+from coar.gates.gates import Gates
 from tests import oracles
 
 CLASSES, EXAMPLES = 4, 10
@@ -135,7 +136,9 @@ class Contract:
         model = study.model.requires_grad_(False)
         if constants is None:
             constants = study.ablation.replacements(model, study.components, batch_size=5)
-        return Worker(model, study.components, constants, study.output, donors=study.ablation.donors, batch_size=4)
+        return FastRunner(
+            model, study.components, constants, study.output, sources=study.ablation.sources, batch_size=4
+        )
 
     def test_keeping_everything_is_the_plain_model(self, study):
         worker = self.worker(study)
@@ -166,19 +169,21 @@ class Contract:
     def test_gradients_by_gates_are_finite_differences(self, study):
         """Each example under a mask of its own; outputs of the oracle, in float64, on both sides of a soft gate."""
         worker, d = self.worker(study), len(study.components)
-        masks = study.sampler.masks("probe", range(EXAMPLES), d)[None]
-        kept, ablated, outputs = worker.probe(worker.load(study.examples, 0, EXAMPLES), masks, np.arange(EXAMPLES))
+        masks = study.sampler.masks("gradient", range(EXAMPLES), d)[None]
+        kept, ablated, outputs = worker.mask_gradients(
+            worker.load(study.examples, 0, EXAMPLES), masks, np.arange(EXAMPLES)
+        )
         plain = self.expected(study, masks[0]).diagonal()
         np.testing.assert_allclose(outputs[0], plain, atol=1e-4)
         gradient = np.where(masks[0], kept, ablated)
         double = study.model.double()
         x = study.examples.inputs.double()
-        donors = study.ablation.donors(EXAMPLES)
+        sources = study.ablation.sources(EXAMPLES)
         constants = study.ablation.replacements(self.net(), study.components, batch_size=5).double()
-        gates = Gates(double, study.components, constants, through_outputs=True, donors=donors is not None)
+        gates = Gates(double, study.components, constants, use_hooks=True, sources=sources is not None)
         with gates, torch.no_grad():
-            if donors is not None:
-                gates.record(lambda: double(x[donors]))
+            if sources is not None:
+                gates.record(lambda: double(x[sources]))
             for column in range(0, d, 4):
                 ends = []
                 for step in (1e-5, -1e-5):

@@ -12,9 +12,9 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 import coar
-from coar.ablation import Gates
-from coar.components import Components
+from coar.components.table import Components
 from coar.errors import CoarError
+from coar.gates.gates import Gates
 from tests import oracles, tiny
 
 ABLATIONS = ("zero", "zero_activation", "mean", "position_mean", "peak", "optimal", "resample")
@@ -232,13 +232,13 @@ def constants_of(model, components, label, given, calibration):
 def truth(model, x, components, masks, label, given, calibration):
     """(rows, ...) what the oracle returns, row i under mask i; `given` constants are read for trained ones only."""
     known = constants_of(model, components, label, given, calibration) if label != "resample" else {}
-    donors = coar.Resample().donors(len(x)) if label == "resample" else None
+    sources = coar.Resample().sources(len(x)) if label == "resample" else None
     seen = {(row.site, row.side) for row in components if row.side != "expert" and not block_of(model, row)}
     found = []
     for n, mask in enumerate(masks):
         chosen = [row for row, kept in zip(components, mask, strict=True) if not kept]
-        donor = None if donors is None else x[donors[n] : donors[n] + 1]
-        held = {} if donor is None else oracles.held(model, donor, seen)
+        source = None if sources is None else x[sources[n] : sources[n] + 1]
+        held = {} if source is None else oracles.held(model, source, seen)
         patches = [
             (
                 row.site,
@@ -251,7 +251,7 @@ def truth(model, x, components, masks, label, given, calibration):
             for row in chosen
             if (row.site, row.side) in seen
         ]
-        net = without_heads(model, [row for row in chosen if block_of(model, row)], donor, known)
+        net = without_heads(model, [row for row in chosen if block_of(model, row)], source, known)
         net = without_experts(net, [row for row in chosen if row.side == "expert"], known)
         found.append(oracles.patched(net, x[n : n + 1], patches)[0])
     return torch.stack(found)
@@ -266,7 +266,7 @@ def block_of(model, row):
     return parent if names & {"MultiheadAttention", "ShiftedWindowAttention"} else None
 
 
-def without_heads(model, rows, donor, known):
+def without_heads(model, rows, source, known):
     """A copy in which some heads are constants, or those that a donor has."""
     by_block = {}
     for row in rows:
@@ -275,7 +275,7 @@ def without_heads(model, rows, donor, known):
     for path, heads in by_block.items():
         features = [n for row in heads for n in range(row.position, row.position + row.size)]
         constants = torch.cat([torch.tensor(known[row.name]) for row in heads], dim=-1) if known else None
-        oracles.swap_heads(net, path, features, donor, constants)
+        oracles.swap_heads(net, path, features, source, constants)
     return net
 
 
@@ -310,15 +310,15 @@ def cell(name, kind, label):
         return str(error)
     expected = truth(model, x, components, masks, label, constants, architecture.inputs(9))
     effect = float((expected - oracles.forward(model, x)).abs().max())
-    donors = ablation.donors(ROWS)
+    sources = ablation.sources(ROWS)
     errors = []
     for hooks in (False, True):
-        if donors is not None and not hooks:
+        if sources is not None and not hooks:
             continue
-        gates = Gates(model, components, constants, through_outputs=hooks, donors=donors is not None)
+        gates = Gates(model, components, constants, use_hooks=hooks, sources=sources is not None)
         with gates, torch.no_grad():
-            if donors is not None:
-                gates.record(lambda: model(x[donors]))
+            if sources is not None:
+                gates.record(lambda: model(x[sources]))
             if hooks:
                 gates.set(masks)
                 y = model(x)

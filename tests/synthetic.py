@@ -7,8 +7,9 @@ import numpy as np
 import zarr
 
 import coar
-from coar.components import Component, Components
-from coar.store import Plan, Probes
+from coar.components.table import Component, Components
+from coar.store.gradients import MaskGradients
+from coar.store.plan import Plan
 
 FRACTION = 0.3
 PER_LAYER = 4
@@ -61,8 +62,8 @@ class Pairwise:
         """(masks, examples) outputs under (masks, components) masks for all."""
         return masks @ self.effect.T + 0.5 * np.einsum("md,nde,me->mn", masks, self.pair, masks, optimize=True)
 
-    def probe(self, masks, examples=slice(None)):
-        """(probes, examples) outputs and (probes, examples, components) gradients under masks of their own."""
+    def mask_gradients(self, masks, examples=slice(None)):
+        """(mask gradients, examples) outputs and (mask gradients, examples, components) gradients under masks of their own."""
         through = np.einsum("nde,pne->pnd", self.pair[examples], masks, optimize=True)
         outputs = (masks * (self.effect[examples] + 0.5 * through)).sum(2)
         seen = self.effect - self.unseen
@@ -89,20 +90,22 @@ def pairwise(examples=60, components=32, *, pairs=0.3, shared=3, own=0.5, ends=(
     return Pairwise(effect, half + half.transpose(0, 2, 1), factors)
 
 
-def add_probes(run, truth, count, *, slots=10):
-    """Give a run probes whose outputs and gradients are a `Pairwise` truth's; the number of slots stays as it was."""
-    if not run.entry("probes"):
-        run.set_entry("probes", {"rounds": [], "slots": slots, "masks": "stratified"})
-    probes = Probes(run)
-    probes.extend(count)
-    for unit in probes.missing_units():
-        examples = probes.examples_of(unit)
-        masks = probes.masks(unit.round)[:, probes.slot_of(examples)].astype(float)  # (probes, examples, components)
-        outputs, gradients = truth.probe(masks, examples)
+def add_gradients(run, truth, count, *, mask_groups=10):
+    """Give a run mask gradients whose outputs and gradients are a `Pairwise` truth's; the number of slots stays as it was."""
+    if not run.entry("gradients"):
+        run.set_entry("gradients", {"rounds": [], "slots": mask_groups, "masks": "stratified"})
+    mask_gradients = MaskGradients(run)
+    mask_gradients.extend(count)
+    for unit in mask_gradients.missing_units():
+        examples = mask_gradients.examples_of(unit)
+        masks = mask_gradients.masks(unit.round)[:, mask_gradients.group_of(examples)].astype(
+            float
+        )  # (mask gradients, examples, components)
+        outputs, gradients = truth.mask_gradients(masks, examples)
         with np.errstate(invalid="ignore"):
             kept = (gradients * masks).sum(0) / masks.sum(0)
             ablated = (gradients * (1 - masks)).sum(0) / (1 - masks).sum(0)
-        probes.write_unit(unit, *(values.astype(np.float32) for values in (kept, ablated, outputs)))
+        mask_gradients.write_unit(unit, *(values.astype(np.float32) for values in (kept, ablated, outputs)))
     return run
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import coar
-from coar.ablation import ABLATIONS, Gates
+from coar.ablation.registry import ABLATIONS
 from coar.errors import AblationError, EditError, ExamplesError, SettingsError
+from coar.gates.gates import Gates
 from tests import oracles, test_optimal, test_positions
 from tests.contract import EXAMPLES, Contract, net, parts, pictures
 
@@ -88,9 +89,9 @@ class TestResample(Contract):
     label = "resample"
 
     def patches(self, model, study, mask, n):
-        donor = int(study.ablation.donors(EXAMPLES)[n])
+        source = int(study.ablation.sources(EXAMPLES)[n])
         places = {(row.site, row.side) for row in study.components}
-        passed = oracles.held(model, study.examples.inputs[donor : donor + 1], places)
+        passed = oracles.held(model, study.examples.inputs[source : source + 1], places)
         return [
             (row.site, row.side, row.axis, row.position, row.position + row.size, passed[row.site, row.side])
             for row, kept in zip(study.components, mask, strict=True)
@@ -101,16 +102,16 @@ class TestResample(Contract):
         return coar.Resample(seed=1)
 
     def test_donors_are_others_and_depend_on_seed_and_position_alone(self):
-        donors = coar.Resample(seed=5).donors(1000)
-        assert (donors != np.arange(1000)).all()
-        assert len(np.unique(donors)) > 550  # about 1 - 1/e of all
-        counts = np.bincount((donors - np.arange(1000)) % 1000 // 100, minlength=10)
+        sources = coar.Resample(seed=5).sources(1000)
+        assert (sources != np.arange(1000)).all()
+        assert len(np.unique(sources)) > 550  # about 1 - 1/e of all
+        counts = np.bincount((sources - np.arange(1000)) % 1000 // 100, minlength=10)
         assert counts.min() > 60  # shifts of all sizes
-        np.testing.assert_array_equal(coar.Resample(seed=5).donors(1000), donors)
-        assert (coar.Resample(seed=6).donors(1000) != donors).mean() > 0.9
-        np.testing.assert_array_equal(coar.Resample().donors(2), [1, 0])
+        np.testing.assert_array_equal(coar.Resample(seed=5).sources(1000), sources)
+        assert (coar.Resample(seed=6).sources(1000) != sources).mean() > 0.9
+        np.testing.assert_array_equal(coar.Resample().sources(2), [1, 0])
         with pytest.raises(ExamplesError, match="one example"):
-            coar.Resample().donors(1)
+            coar.Resample().sources(1)
 
     def test_a_permanent_edit_gives_what_gates_give(self, study, tmp_path):
         run = self.collect(study, tmp_path / "r.zarr")
@@ -128,11 +129,14 @@ class TestResample(Contract):
         with pytest.raises(AblationError, match=r"'bare.weight\[0\]' is a slice"):
             coar.Resample().replacements(study.model, slices, batch_size=4)
         with pytest.raises(AblationError, match="to resample"):
-            Gates(study.model, slices, torch.zeros(len(slices)), donors=True)
+            Gates(study.model, slices, torch.zeros(len(slices)), sources=True)
 
     def test_a_pass_without_donors_or_with_others_of_another_shape_is_an_error(self, study):
         model, x, d = study.model, study.examples.inputs, len(study.components)
-        with Gates(model, study.components, torch.zeros(study.components.width), donors=True) as gates, torch.no_grad():
+        with (
+            Gates(model, study.components, torch.zeros(study.components.width), sources=True) as gates,
+            torch.no_grad(),
+        ):
             gates.set(torch.ones(d))
             with pytest.raises(AblationError, match="no donors were recorded"):
                 model(x)
@@ -141,8 +145,8 @@ class TestResample(Contract):
             with pytest.raises(AblationError, match=r"\(10, 3, 7, 7\) for the examples and \(3, 3, 6, 7\)"):
                 model(x)
 
-    def test_probes_and_baselines_take_donors_too(self, study, tmp_path):
-        run = self.collect(study, tmp_path / "r.zarr", probes=8)
+    def test_mask_gradients_and_baselines_take_donors_too(self, study, tmp_path):
+        run = self.collect(study, tmp_path / "r.zarr", gradients=8)
         found = coar.leave_one_out(study, run, device="cpu", batch_size=3, progress=False).weights()
         d = len(study.components)
         ones = ~np.eye(d, dtype=bool)

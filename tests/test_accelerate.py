@@ -9,8 +9,8 @@ from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook
 
 import coar
-from coar.ablation import Gates
 from coar.errors import WeightsError
+from coar.gates.gates import Gates
 from tests import oracles, tiny
 
 
@@ -29,8 +29,8 @@ def hooks_of(model):
 
 
 @pytest.mark.parametrize("last", ["cpu", "disk"])
-@pytest.mark.parametrize("through_outputs", [False, True])
-def test_gates_give_on_a_split_model_what_they_give_on_the_whole(last, through_outputs, tmp_path):
+@pytest.mark.parametrize("use_hooks", [False, True])
+def test_gates_give_on_a_split_model_what_they_give_on_the_whole(last, use_hooks, tmp_path):
     plain, x = tiny.model("gpt2").requires_grad_(False), tiny.inputs("gpt2")
     model = split(deepcopy(plain), tmp_path, last)
     table, generator = parts(plain), torch.Generator().manual_seed(2)
@@ -44,7 +44,7 @@ def test_gates_give_on_a_split_model_what_they_give_on_the_whole(last, through_o
     }
     expected = oracles.forward(oracles.features_replaced(plain, constants), x)
     before, hooks = oracles.snapshot(model), hooks_of(model)
-    with Gates(model, table, values, through_outputs=through_outputs) as gates, torch.no_grad():
+    with Gates(model, table, values, use_hooks=use_hooks) as gates, torch.no_grad():
         gates.set(keep)
         torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
         gates.confirm()
@@ -64,7 +64,7 @@ def test_a_run_of_a_split_model_is_that_of_the_whole(tmp_path):
         what = coar.Study(
             model=model, examples=examples, components=parts(model), ablation=coar.Mean(calibration=examples)
         )
-        runs.append(coar.collect(what, tmp_path / f"{name}.zarr", masks=6, probes=8, device="cpu", progress=False))
+        runs.append(coar.collect(what, tmp_path / f"{name}.zarr", masks=6, gradients=8, device="cpu", progress=False))
     assert runs[0].fingerprint == runs[1].fingerprint
     np.testing.assert_allclose(runs[1].array("outputs")[:], runs[0].array("outputs")[:], atol=1e-6)
 

@@ -8,9 +8,9 @@ import transformers
 from torch import nn
 
 import coar
-from coar.ablation import Gates
-from coar.components import Component
+from coar.components.table import Component
 from coar.errors import ComponentError
+from coar.gates.gates import Gates
 from tests import oracles, tiny
 
 SIZE = {"llama": 8}  # of a head, where it is not the width divided by the number of heads
@@ -50,9 +50,9 @@ def silence(model, kind, layer, head):
             values.bias[rows] = 0
 
 
-@pytest.mark.parametrize("through_outputs", [False, True])
+@pytest.mark.parametrize("use_hooks", [False, True])
 @pytest.mark.parametrize("kind", tiny.MODELS)
-def test_ablating_a_head_silences_its_values(kind, through_outputs):
+def test_ablating_a_head_silences_its_values(kind, use_hooks):
     model, x = tiny.model(kind), tiny.inputs(kind)
     heads = coar.attention_heads(model)
     shared = 2 if kind == "llama" else 1  # query heads to one head of values
@@ -63,7 +63,7 @@ def test_ablating_a_head_silences_its_values(kind, through_outputs):
         keep[first : first + shared] = False
         silent = deepcopy(model)
         silence(silent, kind, layer, head)
-        with Gates(model, heads, zero, through_outputs=through_outputs) as gates, torch.no_grad():
+        with Gates(model, heads, zero, use_hooks=use_hooks) as gates, torch.no_grad():
             gates.set(keep)
             y = model(x)
         expected = oracles.forward(silent, x)
@@ -192,10 +192,10 @@ def head_by_head(attention, x, left_out):
     return total if attention.batch_first else total.transpose(0, 1)
 
 
-@pytest.mark.parametrize("through_outputs", [False, True])
+@pytest.mark.parametrize("use_hooks", [False, True])
 @pytest.mark.parametrize("needed", [False, True])
 @pytest.mark.parametrize("form", ATTENTION)
-def test_heads_of_torchs_own_attention_are_left_out_one_by_one(form, needed, through_outputs):
+def test_heads_of_torchs_own_attention_are_left_out_one_by_one(form, needed, use_hooks):
     model = oracles.rough(Attending(needed, **ATTENTION[form])).requires_grad_(False)
     x, heads = torch.randn(4, 5, 12), coar.attention_heads(model)
     assert [row.site for row in heads] == ["inner.out_proj"] * model.inner.num_heads
@@ -203,7 +203,7 @@ def test_heads_of_torchs_own_attention_are_left_out_one_by_one(form, needed, thr
     plain = oracles.forward(model, x)
     for left_out in ([], [0], [1], list(range(len(heads)))):
         keep = torch.tensor([head not in left_out for head in range(len(heads))])
-        with Gates(model, heads, torch.zeros(heads.width), through_outputs=through_outputs) as gates, torch.no_grad():
+        with Gates(model, heads, torch.zeros(heads.width), use_hooks=use_hooks) as gates, torch.no_grad():
             gates.set(keep)
             y = model(x)
             gates.confirm()
@@ -225,7 +225,7 @@ def test_each_row_has_heads_and_gradients_of_its_own_in_a_fused_encoder_also_wit
     def run(net, rows=slice(None)):
         return net(x[rows], src_key_padding_mask=None if padding is None else padding[rows])
 
-    with Gates(model, heads, torch.zeros(heads.width), through_outputs=True) as gates:
+    with Gates(model, heads, torch.zeros(heads.width), use_hooks=True) as gates:
         live = keep.float().requires_grad_()
         gates.set(live)
         y = run(model)

@@ -215,7 +215,7 @@ def test_to_xarray_is_labelled(either, run):
 
 def test_to_xarray_says_how_to_get_xarray(found, monkeypatch):
     monkeypatch.setitem(sys.modules, "xarray", None)
-    with pytest.raises(SettingsError, match=r"pip install 'coar\[xarray\]'"):
+    with pytest.raises(SettingsError, match=r"pip install 'coar-attribution\[xarray\]'"):
         found.to_xarray()
 
 
@@ -233,7 +233,7 @@ def test_safetensors_holds_everything(found, exported):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"masks": None}, {"method": 3}, {"validation": "high"}, {"probes": 4, "prior_quality": {"error": 0.1}}],
+    [{"masks": None}, {"method": 3}, {"validation": "high"}, {"gradients": 4, "prior_quality": {"error": 0.1}}],
     ids=["no masks", "a number for a method", "a word for a number", "half a quality"],
 )
 def test_fit_that_is_described_wrongly(copy, changed):

@@ -14,7 +14,7 @@ from coar.store.fits import fit_names
 
 ROWS = slice(0, 12)
 CLOSE = {"rtol": 1e-3, "atol": 2e-4}  # float32 sums in another order; margins are about 10
-BASELINES = {"leave_one_out": coar.leave_one_out, "gradient_x_gate": coar.gradient_x_gate}
+BASELINES = {"leave_one_out": coar.leave_one_out, "gradient_x_gate": coar.mask_gradient}
 
 
 def dozen(digits, ablation, **options):
@@ -179,6 +179,6 @@ def test_baselines_of_parameter_slices(digits, tmp_path):
     other = coar.leave_one_out(replace(study, components=filters.components), filters, progress=False)
     np.testing.assert_allclose(one.weights(), other.weights(), **CLOSE)
     with pytest.raises(AblationError, match="parameter slice"):
-        coar.gradient_x_gate(study, run, progress=False)
+        coar.mask_gradient(study, run, progress=False)
     assert fit_names(run) == ["leave_one_out"]
     assert not coar.verify(run)

@@ -14,15 +14,18 @@ from obstore.store import from_url
 from typer.testing import CliRunner
 
 import coar
-from coar.cli import app
+from coar.cli.common import app
 from coar.errors import MismatchError, RunError, SettingsError, StorageError
-from coar.store import Probes, copy, lock, places, repair, verify
+from coar.store import lock, places
+from coar.store.copying import copy
+from coar.store.gradients import MaskGradients
+from coar.store.integrity import repair, verify
 from coar.store.places import Address, locate
 from tests import buckets
 from tests.faults import helpers
 
 ROOT = Path(__file__).parents[1]
-ASKED = {"masks": 100, "test_masks": 20, "probes": 8}
+ASKED = {"masks": 100, "test_masks": 20, "gradients": 8}
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +216,7 @@ def test_bad_network_changes_nothing(run, bucket, proxy, kind):
     assert proxy.served[kind] > 20
     proxy.faults = lambda method, path, count: None
     assert helpers.differing(objects(f"{bucket}/r.zarr"), helpers.files(run.path)) == []
-    assert Probes(made).missing_units() == []
+    assert MaskGradients(made).missing_units() == []
 
 
 @pytest.mark.slow  # each stall waits for its time to be up

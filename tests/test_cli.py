@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import coar
-from coar.cli import app
+from coar.cli.common import app
 from coar.pipeline import load_pipeline
 from tests.synthetic import files
 
@@ -92,7 +92,7 @@ def test_command_line_and_python_give_identical_files(place, tmp_path):
     )
     coar.fit(run, progress=False)
     coar.leave_one_out(study, run, device="cpu", progress=False)
-    coar.gradient_x_gate(study, run, device="cpu", progress=False)
+    coar.mask_gradient(study, run, device="cpu", progress=False)
     one, other = files(place / "tiny.zarr"), files(tmp_path / "r.zarr")
     assert one.keys() == other.keys()
     assert any(name.startswith("outputs/c/") for name in one)
@@ -123,13 +123,13 @@ def test_options_of_collect_are_those_of_python(place, tmp_path):
 
 
 def test_memory_limit_and_compile_reach_collect(place, tmp_path, monkeypatch):
-    given, collect = {}, coar.engines.collect
+    given, collect = {}, coar.collection.collect.collect
 
     def spy(*args, **settings):
         given.update({name: settings[name] for name in ("memory_limit", "compile")})
         return collect(*args, **settings | {"compile": False})
 
-    monkeypatch.setattr("coar.engines.collect", spy)
+    monkeypatch.setattr("coar.collection.collect.collect", spy)
     words = ("--run", tmp_path / "m.zarr", "--masks", 5, "--test-masks", 0, "--device", "cpu")
     works("collect", place / "tiny.py", *words, "--memory-limit", "4GiB", "--compile")
     assert given == {"memory_limit": "4GiB", "compile": True}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import coar
-from coar.editing.tradeoff import Objective
+from coar.editing.objective import Objective
 from coar.errors import GoalError
 from tests import test_selection
 from tests.test_selection import N, chosen, goal, margins, select

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import coar
 from coar.errors import MismatchError, OutputError, PrecisionError, SettingsError
-from coar.store import Unit
+from coar.store.plan import Unit
 from tests.faults import helpers
 from tests.faults.helpers import collect, study
 
@@ -384,7 +384,7 @@ def test_progress_is_shown_when_asked(tmp_path, capsys):
 
 
 def test_blocks_grow_with_a_run_that_would_have_too_many_units():
-    from coar.engines.collecting import blocks_of
+    from coar.collection.collect import blocks_of
 
     assert blocks_of(5_000, 500, None, None) == (64, 500)
     assert blocks_of(5_000, 700, None, None) == (64, 350)  # of a size

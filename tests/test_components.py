@@ -10,7 +10,8 @@ from torch import nn
 from torchvision.models import resnet18, resnet50, vit_b_16
 
 import coar
-from coar.components import Component, check_components
+from coar.components.membership import check_components
+from coar.components.table import Component
 from coar.errors import ComponentError
 from pipelines.cifar10 import CifarResNet
 from pipelines.digits import DigitsNet
@@ -244,7 +245,7 @@ def test_equality_hash_and_fingerprint_follow_the_rows(planar):
         ("name", "other"), ("kind", "neuron"), ("site", "up"), ("side", "parameter"),
         ("axis", 2), ("position", 7), ("size", 2),
     )]  # fmt: skip
-    others = [coar.components.Components([row, *one[1:]]) for row in changed]
+    others = [coar.Components([row, *one[1:]]) for row in changed]
     others += [one[1:], one[1:] + one[:1], one + coar.neurons(planar)]
     assert len({table.fingerprint() for table in [one, *others]}) == len(others) + 1
     assert all(one != table for table in others)

@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 import coar
-from coar.devices import device_copy
-from coar.worker import Worker
+from coar.forward.devices import device_copy
+from coar.forward.runner import FastRunner
 from tests.tiny import GPT2, lively
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_whole_activations_can_be_ablated():
     model, tokens = language_model("gelu_new"), torch.arange(30).view(3, 10)
     examples = coar.token_examples({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
     components = coar.modules(model, "*.mlp.act")
-    worker = Worker(device_copy(model, CPU), components, torch.zeros(components.width), coar.TokenMargin())
+    worker = FastRunner(device_copy(model, CPU), components, torch.zeros(components.width), coar.TokenMargin())
     masks = np.array([[True, True], [False, True], [False, False]])
     found = worker.outputs(worker.load(examples, 0, 3), masks)
     for row, mask in zip(found, masks, strict=True):

@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 import coar
-from coar.cli import app
+from coar.cli.common import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import coar
-from coar.cli import app
+from coar.cli.common import app
 from coar.pipeline import load_pipeline
 
 PIPELINE = """

@@ -11,9 +11,9 @@ from torch import nn
 
 import coar
 from coar.editing.constants import train
-from coar.editing.selection import Ground
-from coar.editing.tradeoff import Objective
-from coar.editing.trials import Trials
+from coar.editing.context import SelectionContext
+from coar.editing.evaluator import GatedEvaluator
+from coar.editing.objective import Objective
 from coar.errors import EditError
 from tests.synthetic import fit
 
@@ -150,7 +150,7 @@ def test_edited_checkpoint_is_what_was_tried_out_without_the_package(case, tmp_p
 
 def test_gradients_by_constants_and_gates_are_differences(case):
     study, attributions, more = case
-    trials = Trials(attributions, study.model, more, device="cpu")
+    trials = GatedEvaluator(attributions, study.model, more, device="cpu")
     rows, gates = np.array([3, 10, 41]), np.array([1, 0, 1, 1, 0.25, 0.5])
     weights, constants = np.array([1.0, -2.0, 0.5]), np.linspace(-0.5, 0.5, FILTERS, dtype=np.float32)
 
@@ -167,7 +167,7 @@ def test_gradients_by_constants_and_gates_are_differences(case):
         smooth = [row[c] - torch.cat([row[:c], row[c + 1 :]]).logsumexp(0) for row, c in zip(y, labels, strict=True)]
         return float(weights @ np.array(smooth))
 
-    found = trials.pulls(gates, rows, constants=constants, slopes=lambda _: weights)
+    found = trials.weighted_gradients(gates, rows, constants=constants, slopes=lambda _: weights)
     for number, gradient in enumerate(found):
         expected = np.zeros(FILTERS)
         for i in range(FILTERS):
@@ -205,7 +205,7 @@ def test_the_best_constant_is_found_where_it_is_known(tmp_path):
     study = coar.Study(model=model, examples=examples, components=components, ablation=coar.Mean(calibration=examples))
     attributions = fit(coar.collect(study, tmp_path / "r.zarr", masks=40, device="cpu", progress=False))
     goal = coar.EditGoal(targets="label == 1", references="label == 0", direction="increase")
-    ground = Ground.of(attributions, model, examples, device="cpu")
+    ground = SelectionContext.of(attributions, model, examples, device="cpu")
     columns = {"label": labels}
     objective = Objective.of(goal, columns, ground.base, tradeoff=coar.TradeOff(), bound=coar.Bound())
     start = ground.plain.constants
@@ -220,7 +220,7 @@ def test_the_best_constant_is_found_where_it_is_known(tmp_path):
 
 def test_experts_keep_their_constants(case):
     study, attributions, more = case
-    trials = Trials(attributions, study.model, more, device="cpu")
+    trials = GatedEvaluator(attributions, study.model, more, device="cpu")
     trials.table = [one._replace(side="expert") for one in study.components]
     assert train(trials, None, (1, 4), start=trials.constants).tolist() == trials.constants.tolist()
     assert trials.passes == 0

@@ -27,12 +27,12 @@ def margins(model, examples):
 
 @pytest.fixture(scope="module")
 def case(digits, tmp_path_factory):
-    """A study of digits, its attributions from probes, scans to choose on beside these, and scans to judge on."""
+    """A study of digits, its attributions from mask gradients, scans to choose on beside these, and scans to judge on."""
     whole = digits.study()
     wrong = np.flatnonzero(margins(whole.model, whole.examples) <= 0)
     study = replace(whole, examples=whole.examples.subset(np.union1d(np.arange(200), wrong)))
     path = tmp_path_factory.mktemp("digits") / "r.zarr"
-    run = coar.collect(study, path, masks=0, probes=32, device="cpu", progress=False)
+    run = coar.collect(study, path, masks=0, gradients=32, device="cpu", progress=False)
     return study, fit(run), digits.choosing().subset(range(400)), digits.judge()
 
 
@@ -68,7 +68,7 @@ def test_forget_class_forgets_it_and_nothing_else(case, forgotten):
 def test_each_digit_is_forgotten_at_no_cost_to_the_others(digits, tmp_path):
     """Averaged over the ten: at most 2 % left, the others down by at most 0.3 points, the worst of them by 3."""
     study, judge = digits.study(), digits.judge()
-    run = coar.collect(study, tmp_path / "r.zarr", masks=0, probes=96, device="cpu", progress=False)
+    run = coar.collect(study, tmp_path / "r.zarr", masks=0, gradients=96, device="cpu", progress=False)
     attributions, labels = fit(run), judge.targets.numpy()
     before = margins(study.model, judge) > 0
     left, others, worst = [], [], []
@@ -150,7 +150,7 @@ def test_errors_are_corrected_only_within_the_bound(tmp_path, seed, possible):
     wrong = np.flatnonzero(before <= 0)
     limit = coar.Bound(mean=0, group=0)
     options = {"bound": limit, **QUICK}
-    result = coar.fix_errors(attributions, study.model, study.examples, judge, strength="whole", **options)
+    result = coar.fix_errors(attributions, study.model, study.examples, judge, strength="full", **options)
     assert result.table["id"].tolist() == study.examples.metadata["id"][wrong].tolist()
     assert (result.table["corrected"] == possible).all()
     assert len(result.edits) == len(result.selections) == (len(wrong) if possible else 0)
@@ -266,11 +266,11 @@ def test_planted_shortcut_is_removed(shortcut, kind):
 
 @pytest.mark.parametrize("task", PRESETS)
 def test_published_ranking_ablates_wholly_unless_told_otherwise(task):
-    usual = PRESETS[task].get("strength", "whole")
-    assert preset(task, {}).get("strength", "whole") == usual
-    assert preset(task, {"rule": "welch"})["strength"] == "whole"
-    assert preset(task, {"rule": "welch", "strength": "least"})["strength"] == "least"
-    assert preset(task, {"rule": "verified"}).get("strength", "whole") == usual
+    usual = PRESETS[task].get("strength", "full")
+    assert preset(task, {}).get("strength", "full") == usual
+    assert preset(task, {"rule": "welch"})["strength"] == "full"
+    assert preset(task, {"rule": "welch", "strength": "minimal"})["strength"] == "minimal"
+    assert preset(task, {"rule": "verified"}).get("strength", "full") == usual
 
 
 @pytest.mark.parametrize("kind", ["backdoor", "typographic"])

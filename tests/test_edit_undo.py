@@ -13,8 +13,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import coar
-from coar.cli import app
-from coar.components import Component
+from coar.cli.common import app
+from coar.components.table import Component
 from coar.errors import EditError, WeightsError
 from coar.weights import weights_fingerprint
 

@@ -9,7 +9,8 @@ import scipy.stats
 import torch
 
 import coar
-from coar.editing import effect_curve, welch_t
+from coar.editing.judge import effect_curve
+from coar.editing.rank import welch_t
 from coar.errors import EditError, GoalError, SettingsError, StorageError
 from tests.synthetic import fit, linear, make, table, weights
 

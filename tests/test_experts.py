@@ -9,10 +9,11 @@ import transformers
 from torch import nn
 
 import coar
-from coar.ablation import Gates, fold
-from coar.components import Component
+from coar.components.table import Component
 from coar.errors import AblationError, ComponentError, EditError
-from coar.outputs import Output
+from coar.gates.folding import fold
+from coar.gates.gates import Gates
+from coar.outputs.base import Output
 from tests import coverage, oracles, tiny
 
 MIXTURES = {
@@ -86,7 +87,7 @@ def test_gates_on_experts_carry_gradients_and_leave_nothing_behind():
     components, before = coar.experts(model), oracles.snapshot(model)
     constants = torch.randn(components.width, generator=torch.Generator().manual_seed(0)).double()
     keep = torch.rand(len(x), len(components), generator=torch.Generator().manual_seed(1)).double()
-    with Gates(model, components, constants, through_outputs=True) as gates:
+    with Gates(model, components, constants, use_hooks=True) as gates:
         live = keep.clone().requires_grad_()
         gates.set(live)
         (gradient,) = torch.autograd.grad(model(x).sum(), live)
@@ -209,7 +210,7 @@ def test_experts_in_a_list_are_what_their_last_layers_read():
         for left_out in ([], [0], [1, 2], [0, 1, 2]):
             gates.set(torch.tensor([i not in left_out for i in range(3)]))
             torch.testing.assert_close(model(x), model.forward(x, left_out))
-    with Gates(model, components, torch.zeros(24), through_outputs=True) as gates:
+    with Gates(model, components, torch.zeros(24), use_hooks=True) as gates:
         gates.set(torch.ones(9, 3))
         with pytest.raises(AblationError, match="first axis must hold all entries of a row"):
             model(x)  # an expert sees some tokens of all examples

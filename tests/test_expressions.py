@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coar.editing.expressions import matching_rows
 from coar.errors import GoalError
-from coar.expressions import select
 
 COLUMNS = {
     "label": np.array([0, 1, 2, 3, 3, -4]),
@@ -71,7 +71,7 @@ MEANINGS = {
 
 @pytest.mark.parametrize("expression", MEANINGS, ids=lambda text: text[:60])
 def test_meaning(expression):
-    found = select(expression, COLUMNS)
+    found = matching_rows(expression, COLUMNS)
     assert found.dtype == bool
     np.testing.assert_array_equal(found, MEANINGS[expression])
 
@@ -124,7 +124,7 @@ def combined(parts):
 @settings(max_examples=150, deadline=None)
 def test_random_conditions_mean_what_pandas_says(case):
     text, expected = case
-    np.testing.assert_array_equal(select(text, COLUMNS), expected.to_numpy(dtype=bool))
+    np.testing.assert_array_equal(matching_rows(text, COLUMNS), expected.to_numpy(dtype=bool))
 
 
 @given(st.lists(st.tuples(comparisons(), st.sampled_from(["and", "or", "and not", "or not"])), min_size=2, max_size=6))
@@ -139,14 +139,14 @@ def test_random_conditions_without_brackets_follow_precedence(parts):
         else:
             alternatives.append([truth])
     expected = np.logical_or.reduce([np.logical_and.reduce(terms) for terms in alternatives])
-    np.testing.assert_array_equal(select(text, COLUMNS), expected)
+    np.testing.assert_array_equal(matching_rows(text, COLUMNS), expected)
 
 
 @given(st.text(max_size=60))
 @settings(max_examples=150, deadline=None)
 def test_any_text_is_a_condition_or_a_goal_error(text):
     try:
-        found = select(text, COLUMNS)
+        found = matching_rows(text, COLUMNS)
     except GoalError:
         return
     assert (found.dtype, found.shape) == (bool, (6,))
@@ -241,7 +241,7 @@ REFUSED = [
 def test_everything_else_is_refused_and_nothing_is_run(expression, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GoalError):
-        select(expression, COLUMNS)
+        matching_rows(expression, COLUMNS)
     assert not any(Path().iterdir())
     assert capsys.readouterr().out == ""
 
@@ -249,7 +249,7 @@ def test_everything_else_is_refused_and_nothing_is_run(expression, tmp_path, mon
 @pytest.mark.parametrize("expression", ["lable == 3", "flag and lable in [3]", "label == three", "print", "True_"])
 def test_unknown_name_lists_the_columns(expression):
     with pytest.raises(GoalError, match=r"no metadata column .*there are flag, group, label, other, score"):
-        select(expression, COLUMNS)
+        matching_rows(expression, COLUMNS)
 
 
 HUGE = {
@@ -268,4 +268,4 @@ HUGE = {
 @pytest.mark.parametrize("kind", HUGE)
 def test_huge_or_deep_text_is_a_goal_error(kind):
     with pytest.raises(GoalError):
-        select(HUGE[kind], COLUMNS)
+        matching_rows(HUGE[kind], COLUMNS)

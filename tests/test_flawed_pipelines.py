@@ -359,7 +359,7 @@ class TestFlaws:
 def edited(task, pipeline, tmp_path):
     """The model of a pipeline with the edit that a ready task makes, from its weights on disk."""
     study = pipeline.study()
-    run = coar.collect(study, tmp_path / "run.zarr", masks=0, probes=96, device="cpu", progress=False)
+    run = coar.collect(study, tmp_path / "run.zarr", masks=0, gradients=96, device="cpu", progress=False)
     common = (coar.fit(run, progress=False), study.model, study.examples, pipeline.judge())
     options = {"choosing": pipeline.choosing(), "goal": pipeline.GOAL, "device": "cpu", "progress": False}
     result = task(*common, precision="bf16", **options)

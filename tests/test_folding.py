@@ -13,9 +13,11 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchvision.models import resnet18
 
 import coar
-from coar.ablation import Gates, fold, following_batch_norms
-from coar.components import Component
+from coar.components.table import Component
 from coar.errors import ComponentError, EditError
+from coar.gates.batch_norms import following_batch_norms
+from coar.gates.folding import fold
+from coar.gates.gates import Gates
 from tests import nets, oracles, tiny
 
 

@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 import coar
-from coar.ablation import Gates
 from coar.errors import AblationError, ComponentError
+from coar.gates.gates import Gates
 from tests import nets, oracles
 
 
@@ -50,7 +50,7 @@ NORMS = {"depthwise": "norm"}
 FINDERS = {
     "filters": (coar.conv_filters, {}),
     "neurons": (coar.neurons, {}),
-    "through outputs": (coar.conv_filters, {"through_outputs": True}),
+    "through outputs": (coar.conv_filters, {"use_hooks": True}),
     "with a batch norm": (coar.conv_filters, {"batch_norms": NORMS}),
     "slices": (lambda model: coar.parameter_slices(model, ["*.weight", "grouped.bias"]), {}),
 }
@@ -76,29 +76,29 @@ def test_the_model_is_bit_identical_afterwards(planar, way, interrupted):
     assert torch.equal(oracles.forward(model, x), base)
 
 
-@pytest.mark.parametrize("through_outputs", [False, True])
+@pytest.mark.parametrize("use_hooks", [False, True])
 @pytest.mark.parametrize(
     ("make", "shape"),
     [(nets.PlanarNet, (6, 4, 8, 8)), (nets.LineAndVolumeNet, (6, 3, 16))],
     ids=["planar", "line and volume"],
 )
-def test_gates_overwrite_outputs_with_any_constants(make, shape, through_outputs):
+def test_gates_overwrite_outputs_with_any_constants(make, shape, use_hooks):
     model, x = oracles.rough(make()), torch.randn(*shape)
     components = coar.conv_filters(model) + coar.neurons(model)
     values = constants_for(components)
     for keep in random_masks(4, len(components)):
-        y = gated(model, x, components, keep, values, through_outputs=through_outputs)
+        y = gated(model, x, components, keep, values, use_hooks=use_hooks)
         torch.testing.assert_close(y, overwritten(model, x, components, keep, values), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("through_outputs", [False, True])
-def test_layers_without_bias_get_the_right_constants(planar, through_outputs):
+@pytest.mark.parametrize("use_hooks", [False, True])
+def test_layers_without_bias_get_the_right_constants(planar, use_hooks):
     model, x = planar
     sites = ["depthwise", "bare", "bare_up"]
     components = coar.conv_filters(model, include=sites)
     constants, outputs = constants_for(components), {}
     for keep in (torch.zeros(len(components), dtype=torch.bool), random_masks(1, len(components))[0]):
-        with Gates(model, components, constants, through_outputs=through_outputs) as gates, torch.no_grad():
+        with Gates(model, components, constants, use_hooks=use_hooks) as gates, torch.no_grad():
             gates.set(keep)
             handles = [  # registered after the gates' own hooks, so that they see what gates let through
                 model.get_submodule(site).register_forward_hook(lambda _m, _a, y, site=site: outputs.update({site: y}))
@@ -170,7 +170,7 @@ def test_gates_on_outputs_equal_gates_on_weights_also_per_row(pipeline, mean, re
     values = study.ablation.replacements(model, components, batch_size=250)
     masks = random_masks(len(x), len(components), kept=0.9)
     by_weight = torch.stack([gated(model, x, components, keep, values) for keep in masks])  # (masks, rows, classes)
-    settings = {"through_outputs": True}
+    settings = {"use_hooks": True}
     by_output = torch.stack([gated(model, x, components, keep, values, **settings) for keep in masks])
     torch.testing.assert_close(by_output, by_weight, rtol=0, atol=1e-4)
     per_row = gated(model, x, components, masks, values, **settings)
@@ -181,7 +181,7 @@ def test_one_mask_per_row_reaches_neurons_behind_further_axes():
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     x, components = torch.randn(5, 7, 4), coar.neurons(model)  # (rows, tokens, features)
     masks, values = random_masks(5, len(components)), constants_for(components)
-    per_row = gated(model, x, components, masks, values, through_outputs=True)
+    per_row = gated(model, x, components, masks, values, use_hooks=True)
     for i, keep in enumerate(masks):
         expected = overwritten(model, x[i : i + 1], components, keep, values)
         torch.testing.assert_close(per_row[i : i + 1], expected, rtol=0, atol=1e-6)
@@ -193,7 +193,7 @@ def test_gradient_of_the_mask_agrees_with_finite_differences(planar):
     values = constants_for(components).double()
     keep = torch.rand(len(x), len(components), dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     weights = torch.randn(len(x), 5, dtype=torch.float64)
-    with Gates(model, components, values, through_outputs=True) as gates:
+    with Gates(model, components, values, use_hooks=True) as gates:
 
         def scalar(mask):
             gates.set(mask)
@@ -221,7 +221,7 @@ def test_own_hooks_stay_and_fire(planar):
     model.up.register_forward_pre_hook(lambda _module, _args: fired.append("before"))
     model.last.weight.register_hook(lambda _gradient: fired.append("backward"))
     components = coar.conv_filters(model)
-    for settings in ({}, {"through_outputs": True}):
+    for settings in ({}, {"use_hooks": True}):
         gated(model, x, components, torch.ones(len(components)), torch.zeros(len(components)), **settings)
     assert fired == ["before", "after"] * 2
     model(x).sum().backward()
@@ -236,7 +236,7 @@ class Kept(nn.Linear):
         return self.last
 
 
-@pytest.mark.parametrize("settings", [{"through_outputs": True}, {"donors": True}])
+@pytest.mark.parametrize("settings", [{"use_hooks": True}, {"sources": True}])
 def test_what_others_hold_of_a_pass_is_not_written_over(settings):
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), Kept(6, 3))
     x, held = torch.randn(5, 4), []
@@ -245,7 +245,7 @@ def test_what_others_hold_of_a_pass_is_not_written_over(settings):
     components = coar.neurons(model, include=["0", "4"]) + coar.input_features(model, include="2")
     oracles.forward(model, x)
     with Gates(model, components, torch.zeros(len(components)), **settings) as gates, torch.inference_mode():
-        if "donors" in settings:
+        if "sources" in settings:
             gates.record(lambda: model(x.flip(0)))
         for ablated in ("2", "0", "4"):
             gates.set(torch.tensor([row.site != ablated for row in components]))
@@ -280,23 +280,23 @@ class Twice(nn.Module):
         return self.last(self.relu(self.conv(x)).sum((2, 3)))
 
 
-@pytest.mark.parametrize("through_outputs", [False, True])
-def test_a_module_used_twice_is_gated_both_times_also_before_in_place_layers(through_outputs):
+@pytest.mark.parametrize("use_hooks", [False, True])
+def test_a_module_used_twice_is_gated_both_times_also_before_in_place_layers(use_hooks):
     model, x = oracles.rough(Twice()), torch.randn(4, 3, 5, 5)
     components = coar.conv_filters(model)
     values = constants_for(components)
     for keep in (torch.tensor([True, False, True]), torch.tensor([False, False, True])):
-        y = gated(model, x, components, keep, values, through_outputs=through_outputs)
+        y = gated(model, x, components, keep, values, use_hooks=use_hooks)
         torch.testing.assert_close(y, overwritten(model, x, components, keep, values), rtol=0, atol=1e-5)
         zero = coar.ZeroWeight().replacements(model, components, batch_size=4)
         rows = [("conv", i) for i in range(3) if not keep[i]]
         expected = oracles.forward(oracles.zeroed(model, rows), x)
-        y = gated(model, x, components, keep, zero, through_outputs=through_outputs)
+        y = gated(model, x, components, keep, zero, use_hooks=use_hooks)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("through_outputs", [False, True])
-def test_tied_weights_are_gated_only_where_the_component_lies(through_outputs):
+@pytest.mark.parametrize("use_hooks", [False, True])
+def test_tied_weights_are_gated_only_where_the_component_lies(use_hooks):
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     model[2].weight = model[0].weight
     x, both = torch.randn(5, 4), coar.neurons(model, exclude="4")
@@ -306,14 +306,14 @@ def test_tied_weights_are_gated_only_where_the_component_lies(through_outputs):
         for keep in random_masks(4, len(components), kept=0.5):
             rows = [(row.site, row.position) for row, kept in zip(components, keep, strict=True) if not kept]
             expected = oracles.forward(oracles.zeroed(model, rows), x)
-            y = gated(model, x, components, keep, values, through_outputs=through_outputs)
+            y = gated(model, x, components, keep, values, use_hooks=use_hooks)
             torch.testing.assert_close(y, expected, rtol=0, atol=1e-6)
     assert model[2].weight is model[0].weight
 
 
 @pytest.mark.parametrize("computed", ["weight", "bias"])
-@pytest.mark.parametrize("through_outputs", [False, True])
-def test_weights_and_biases_computed_from_others_are_gated(computed, through_outputs):
+@pytest.mark.parametrize("use_hooks", [False, True])
+def test_weights_and_biases_computed_from_others_are_gated(computed, use_hooks):
     class Doubled(nn.Module):
         def forward(self, value):
             return 2 * value
@@ -325,19 +325,19 @@ def test_weights_and_biases_computed_from_others_are_gated(computed, through_out
         parametrize.register_parametrization(model[0], "bias", Doubled())
     x, components = torch.randn(5, 2, 4, 4), coar.conv_filters(model)
     values, keep = constants_for(components), torch.tensor([True, False, False, True])
-    y = gated(model, x, components, keep, values, through_outputs=through_outputs)
+    y = gated(model, x, components, keep, values, use_hooks=use_hooks)
     torch.testing.assert_close(y, overwritten(model, x, components, keep, values), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("through_outputs", [False, True])
-def test_layers_whose_weights_are_read_without_a_call_are_gated_too(through_outputs):
+@pytest.mark.parametrize("use_hooks", [False, True])
+def test_layers_whose_weights_are_read_without_a_call_are_gated_too(use_hooks):
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     x, components = torch.randn(3, 5, 8), coar.neurons(model)
     values = coar.ZeroWeight().replacements(model, components, batch_size=8)
     for keep in random_masks(3, len(components)):
         rows = [(row.site, row.position) for row, kept in zip(components, keep, strict=True) if not kept]
         expected = oracles.forward(oracles.zeroed(model, rows), x)
-        y = gated(model, x, components, keep, values, through_outputs=through_outputs)
+        y = gated(model, x, components, keep, values, use_hooks=use_hooks)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
 
 
@@ -346,7 +346,7 @@ def test_a_module_never_called_is_an_error_through_outputs(planar):
     model.spare = nn.Conv2d(1, 2, 3)
     components = coar.conv_filters(model)
     with pytest.raises(AblationError, match="spare"):
-        gated(model, x, components, torch.ones(len(components)), torch.zeros(len(components)), through_outputs=True)
+        gated(model, x, components, torch.ones(len(components)), torch.zeros(len(components)), use_hooks=True)
 
 
 @pytest.mark.parametrize("site", ["grouped", "up", "grouped_up"])
@@ -375,18 +375,18 @@ def test_masks_that_a_gate_cannot_take_are_errors(planar):
         with gates, pytest.raises(AblationError, match="one mask"):
             gates.set(torch.ones(len(x), len(components), dtype=torch.bool))
     with pytest.raises(AblationError, match="parameter slice"):
-        Gates(model, slices, torch.zeros(len(slices)), through_outputs=True)
+        Gates(model, slices, torch.zeros(len(slices)), use_hooks=True)
     other = nn.Sequential(nn.Conv2d(1, 2, 3))
     with pytest.raises(ComponentError, match="belong to another model"):
         Gates(other, filters, torch.zeros(len(filters)))
 
 
-@pytest.mark.parametrize("through_outputs", [False, True])
+@pytest.mark.parametrize("use_hooks", [False, True])
 @pytest.mark.parametrize("length", [-1, 1])
-def test_masks_of_another_length_are_errors(planar, length, through_outputs):
+def test_masks_of_another_length_are_errors(planar, length, use_hooks):
     model, _ = planar
     components = coar.conv_filters(model)
-    gates = Gates(model, components, torch.zeros(len(components)), through_outputs=through_outputs)
+    gates = Gates(model, components, torch.zeros(len(components)), use_hooks=use_hooks)
     with gates, pytest.raises(AblationError):
         gates.set(torch.ones(len(components) + length))
 
@@ -403,7 +403,7 @@ def test_outputs_without_a_batch_axis_are_an_error():
     model = nn.Sequential(nn.Conv2d(1, 3, 3))
     components = coar.conv_filters(model)
     with pytest.raises(AblationError, match="batch axis"):
-        gated(model, torch.randn(1, 8, 8), components, torch.ones(3), torch.zeros(3), through_outputs=True)
+        gated(model, torch.randn(1, 8, 8), components, torch.ones(3), torch.zeros(3), use_hooks=True)
 
 
 def test_gates_in_gates_undo_themselves_in_order(planar):

@@ -66,7 +66,7 @@ def test_a_run_on_a_model_and_a_text_of_ones_own(own, reduction, tmp_path):
     study = gpt2.study(ablation="zero", reduction=reduction)
     assert set(study.components.kinds) == {"input feature"}
     assert len(study.components) == FEATURES[own]
-    run = coar.collect(study, tmp_path / "run.zarr", masks=1, probes=4, device="cpu", progress=False)
+    run = coar.collect(study, tmp_path / "run.zarr", masks=1, gradients=4, device="cpu", progress=False)
     plain = MODELS[own]().from_pretrained(tmp_path / "model").eval()
     gone = [(c.site, c.position) for c, kept in zip(study.components, run.masks(0, 1)[0], strict=True) if not kept]
     for net, stored in ((plain, "base_output"), (oracles.features_zeroed(plain, gone), "outputs")):
@@ -140,7 +140,7 @@ def test_text_that_cannot_be_used(own, tmp_path, damage):
 
 def test_without_the_extra_a_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(PipelineError, match=r"needs transformers, .* pip install 'coar\[text\]'"):
+    with pytest.raises(PipelineError, match=r"needs transformers, .* pip install 'coar-attribution\[text\]'"):
         load_pipeline(FILE)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import coar
-from coar.ablation import Gates
 from coar.errors import AblationError, OutputError, SettingsError
+from coar.gates.gates import Gates
 from tests import coverage, oracles, tiny
 
 EXAMPLES, CLASSES = 12, 4
@@ -88,10 +88,10 @@ def test_wrapped_models_give_what_the_model_inside_gives(wrapper, tmp_path):
     wrapped = WRAPPERS[wrapper]()
     what = study(wrapped, ablation=coar.Resample())
     assert what.fingerprint() == study(net(), ablation=coar.Resample()).fingerprint()
-    run = collect(study(wrapped), tmp_path / "r.zarr", probes=8)
+    run = collect(study(wrapped), tmp_path / "r.zarr", gradients=8)
     np.testing.assert_allclose(outputs(run), expected(net(), run, pictures()), atol=1e-4)
-    plain = collect(study(net()), tmp_path / "plain.zarr", probes=8)
-    np.testing.assert_array_equal(run.array("probe_kept")[:], plain.array("probe_kept")[:])
+    plain = collect(study(net()), tmp_path / "plain.zarr", gradients=8)
+    np.testing.assert_array_equal(run.array("gradient_kept")[:], plain.array("gradient_kept")[:])
     goal = coar.EditGoal(targets="label == 1", references="label != 1", direction="decrease")
     edit = coar.edit(coar.fit(run, progress=False), goal, budget=2)
     x = pictures().inputs
@@ -105,7 +105,7 @@ def test_models_of_low_precision_are_near_their_own_kind(dtype, label, tmp_path)
     low, exact = net().to(dtype), net().to(dtype).double()
     ablation = coar.choose_ablation(label, calibration=pictures(dtype))
     what = study(low, examples=pictures(dtype), ablation=ablation)
-    run = collect(what, tmp_path / "r.zarr", probes=8)
+    run = collect(what, tmp_path / "r.zarr", gradients=8)
     constants = [0.0] * len(what.components)
     if label == "mean":
         constants = oracles.channel_means(exact, pictures(dtype).inputs.double(), "conv")
@@ -115,15 +115,15 @@ def test_models_of_low_precision_are_near_their_own_kind(dtype, label, tmp_path)
     if label == "optimal":
         constants = run.replacements.tolist()
         assert np.isfinite(constants).all()
-    x, donors = pictures(dtype).inputs.double(), ablation.donors(EXAMPLES)
+    x, sources = pictures(dtype).inputs.double(), ablation.sources(EXAMPLES)
     masks = run.plan.masks(run.sampler, run.n_components, 0, 6)
-    held = None if donors is None else oracles.held(exact, x[donors], [("conv", "output")])["conv", "output"]
+    held = None if sources is None else oracles.held(exact, x[sources], [("conv", "output")])["conv", "output"]
     for mask, row in zip(masks, outputs(run), strict=True):
         patches = [("conv", "output", 1, i, i + 1, held or constants[i]) for i in np.flatnonzero(~mask)]
         logits = oracles.patched(exact, x, patches)
         margins = oracles.read_outputs(logits, pictures().targets, "logsumexp")
         np.testing.assert_allclose(row, margins, atol=0.15 if dtype == torch.bfloat16 else 0.02)
-    assert np.isfinite(run.array("probe_outputs")[:, :2]).all()
+    assert np.isfinite(run.array("gradient_outputs")[:, :2]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -147,7 +147,7 @@ def test_transformers_of_low_precision_are_near_those_of_full_precision(name, la
             ablation=ablation,
             sampler=coar.BernoulliSampler(ablated_fraction=0.4),
         )
-        found.append(outputs(collect(what, tmp_path / f"{kind}.zarr", probes=8)))
+        found.append(outputs(collect(what, tmp_path / f"{kind}.zarr", gradients=8)))
     exact, low = found
     if label == "peak":  # the fullest bin may be another one
         assert np.isfinite(low).all()
@@ -189,7 +189,7 @@ PACKAGES = {
 @pytest.mark.parametrize("package", PACKAGES)
 def test_logits_are_read_from_any_usual_package(package, tmp_path):
     model = net(package=PACKAGES[package])
-    run = collect(study(model), tmp_path / "r.zarr", probes=8)
+    run = collect(study(model), tmp_path / "r.zarr", gradients=8)
     np.testing.assert_allclose(outputs(run), expected(net(), run, pictures()), atol=1e-4)
 
 
@@ -233,7 +233,7 @@ def test_padded_texts_given_by_name_are_as_each_without_its_padding(bert, tmp_pa
         components=components,
         sampler=coar.BernoulliSampler(ablated_fraction=0.4),
     )
-    run = collect(what, tmp_path / "r.zarr", probes=8)
+    run = collect(what, tmp_path / "r.zarr", gradients=8)
     masks = run.plan.masks(run.sampler, run.n_components, 0, 6)
     for mask, row in zip(masks, outputs(run), strict=True):
         left_out = [components[i] for i in np.flatnonzero(~mask)]
@@ -247,7 +247,7 @@ def test_padded_texts_given_by_name_are_as_each_without_its_padding(bert, tmp_pa
 
 def test_resampling_texts_of_several_lengths_needs_one_shape(bert):
     components = coar.attention_heads(bert)
-    with Gates(bert, components, torch.zeros(components.width), donors=True) as gates, torch.no_grad():
+    with Gates(bert, components, torch.zeros(components.width), sources=True) as gates, torch.no_grad():
         gates.record(lambda: bert(tiny.sentences([4, 4]).inputs["input_ids"]))
         gates.set(torch.ones(len(components)))
         with pytest.raises(AblationError, match="pad all examples alike"):
@@ -267,7 +267,7 @@ def test_whole_modules_that_return_no_tensor_are_errors():
 def test_a_module_is_zero_for_whom_it_is_ablated(tmp_path):
     model = net()
     what = study(model, components=coar.modules(model, ["conv", "norm"]), ablation=coar.ZeroActivation())
-    run = collect(replace(what, sampler=coar.BernoulliSampler(ablated_fraction=0.5)), tmp_path / "r.zarr", probes=8)
+    run = collect(replace(what, sampler=coar.BernoulliSampler(ablated_fraction=0.5)), tmp_path / "r.zarr", gradients=8)
     masks = run.plan.masks(run.sampler, 2, 0, 6)
     assert len({tuple(mask) for mask in masks}) > 2
     for mask, row in zip(masks, outputs(run), strict=True):

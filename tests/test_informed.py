@@ -8,19 +8,20 @@ import pytest
 
 import coar
 from coar.errors import RegressionError, SettingsError
-from coar.regression import informed as informed_fits
-from coar.regression import shared
-from coar.store import Probes, fits
-from coar.store import probes as probing
-from tests.synthetic import FRACTION, Pairwise, add_probes, fit, make, pairwise
+from coar.regression.informed import fit as informed_fits
+from coar.regression.informed import shared_model as shared
+from coar.store import fits
+from coar.store import gradients as probing
+from coar.store.gradients import MaskGradients
+from tests.synthetic import FRACTION, Pairwise, add_gradients, fit, make, pairwise
 
 KEPT = 1 - FRACTION
 VARIANCE = FRACTION * KEPT
 
 
-def run_of(path, truth, *, probes=64, slots=10, masks=0, test_masks=100, **settings):
+def run_of(path, truth, *, gradients=64, mask_groups=10, masks=0, test_masks=100, **settings):
     run = make(path, truth.outputs, components=truth.effect.shape[1], masks=masks, test_masks=test_masks, **settings)
-    return add_probes(run, truth, probes, slots=slots) if probes else run
+    return add_gradients(run, truth, gradients, mask_groups=mask_groups) if gradients else run
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def truth():
 
 @pytest.fixture(scope="module")
 def run(truth, tmp_path_factory):
-    """64 probes and 400 masks of 60 examples and 32 components, read only for those who fit under their own name."""
+    """64 mask gradients and 400 masks of 60 examples and 32 components, read only for those who fit under their own name."""
     return run_of(tmp_path_factory.mktemp("run") / "r.zarr", truth, masks=400)
 
 
@@ -45,9 +46,9 @@ def correlations(run, names):
     return dict(zip(table["fit"], table["pearson"], strict=True))
 
 
-def test_weights_approach_the_truth_as_probes_are_added(truth, tmp_path):
-    run = run_of(tmp_path / "r.zarr", truth, probes=16)
-    few, more, many = (off(fit(add_probes(run, truth, count), method="informed"), truth) for count in (16, 64, 256))
+def test_weights_approach_the_truth_as_mask_gradients_are_added(truth, tmp_path):
+    run = run_of(tmp_path / "r.zarr", truth, gradients=16)
+    few, more, many = (off(fit(add_gradients(run, truth, count), method="informed"), truth) for count in (16, 64, 256))
     assert few < 0.04
     assert more < 0.5 * few
     assert many < 0.5 * more
@@ -97,17 +98,17 @@ def test_informed_beats_ridge_from_the_same_masks(run, masks):
     assert alone.facts["fit"]["masks"] == 0
 
 
-def test_digits_from_64_probes_beat_ridge_from_500_masks(digits, tmp_path):
+def test_digits_from_64_mask_gradients_beat_ridge_from_500_masks(digits, tmp_path):
     whole = digits.study()
     what = replace(whole, examples=whole.examples.subset(range(60)))
     options = {"device": "cpu", "progress": False}
-    run = coar.collect(what, tmp_path / "r.zarr", probes=64, masks=500, test_masks=150, **options)
-    fit(run, method="informed", masks=0, name="probes")
+    run = coar.collect(what, tmp_path / "r.zarr", gradients=64, masks=500, test_masks=150, **options)
+    fit(run, method="informed", masks=0, name="gradients")
     fit(run, method="informed")
     fit(run, method="ridge")
-    scores = correlations(run, ["probes", "informed", "ridge"])
-    assert scores["probes"] > scores["ridge"] + 0.02, scores
-    assert scores["informed"] > scores["probes"], scores
+    scores = correlations(run, ["gradients", "informed", "ridge"])
+    assert scores["gradients"] > scores["ridge"] + 0.02, scores
+    assert scores["informed"] > scores["gradients"], scores
 
 
 def test_blocks_of_examples_of_any_size_give_the_same(truth, tmp_path, monkeypatch):
@@ -126,7 +127,7 @@ def test_blocks_of_examples_of_any_size_give_the_same(truth, tmp_path, monkeypat
 
 
 def spread_of(run):
-    outputs = Probes(run).outputs(len(Probes(run).rounds), slice(0, run.n_examples))
+    outputs = MaskGradients(run).outputs(len(MaskGradients(run).rounds), slice(0, run.n_examples))
     return outputs.std(0, ddof=1).astype(float)
 
 
@@ -154,7 +155,7 @@ def by_hand(run, prior, masks):
 
 
 @pytest.mark.parametrize("masks", [20, 32, 33, 100])
-def test_correction_by_masks_is_ridge_on_what_the_probes_leave(run, masks):
+def test_correction_by_masks_is_ridge_on_what_the_mask_gradients_leave(run, masks):
     prior = fit(run, method="informed", masks=0, name="prior").weights().astype(float)
     found = fit(run, method="informed", masks=masks, name=f"corrected-{masks}")
     weights, penalty = by_hand(run, prior, masks)
@@ -165,10 +166,12 @@ def test_correction_by_masks_is_ridge_on_what_the_probes_leave(run, masks):
 @pytest.mark.parametrize("masks", [0, 50])
 def test_intercept_makes_the_mean_right(run, masks):
     found = fit(run, method="informed", masks=masks, name=f"mean-{masks}")
-    probes, rows = Probes(run), run.plan.rows("train", FRACTION)[:masks]
-    own = np.concatenate([probes.masks(i) for i in range(4)])[:, probes.slot_of(slice(0, 60))]  # (probes, n, d)
+    mask_gradients, rows = MaskGradients(run), run.plan.rows("train", FRACTION)[:masks]
+    own = np.concatenate([mask_gradients.masks(i) for i in range(4)])[
+        :, mask_gradients.group_of(slice(0, 60))
+    ]  # (mask gradients, n, d)
     predicted = (own * found.weights()).sum(2) + found.intercept
-    outputs = [probes.outputs(4, slice(0, 60))]
+    outputs = [mask_gradients.outputs(4, slice(0, 60))]
     if masks:
         outputs.append(run.outputs_at(rows, slice(0, 60)))
         predicted = np.concatenate([predicted, found.predict(run.masks_at(rows))])
@@ -184,7 +187,9 @@ def trials(tmp_path_factory):
     found = []
     for seed in SEEDS:
         truth = pairwise(100, 24, pairs=0.5, seed=seed)
-        made = run_of(tmp_path_factory.mktemp("run") / "r.zarr", truth, slots=64, masks=60, test_masks=0, seed=seed)
+        made = run_of(
+            tmp_path_factory.mktemp("run") / "r.zarr", truth, mask_groups=64, masks=60, test_masks=0, seed=seed
+        )
         found.append([truth, fit(made, method="informed", masks=0, name="alone"), fit(made, method="informed")])
     return found
 
@@ -220,7 +225,7 @@ def test_intervals_cover_the_truth(trials):
 
 
 def test_gradients_do_not_explain_the_outputs_that_came_with_them(tmp_path):
-    """Where the best linear model is none, each probe's gradients still go with its own output."""
+    """Where the best linear model is none, each mask gradient's gradients still go with its own output."""
     mixed = pairwise(100, 24, pairs=0.5)
     truth = Pairwise(-KEPT * mixed.pair.sum(2), mixed.pair, mixed.ends)
     np.testing.assert_allclose(truth.best(), 0, atol=1e-12)
@@ -229,13 +234,13 @@ def test_gradients_do_not_explain_the_outputs_that_came_with_them(tmp_path):
     assert abs(quality["explained"]) < 0.02
     assert abs(quality["error"]) < 4 * quality["deviation"]
     masks = np.random.default_rng(0).random((50, 100, 24)) > FRACTION
-    outputs, gradients = truth.probe(masks.astype(float))
-    own = (gradients * (masks - KEPT)).sum(2)  # what each probe's gradients say of its output
+    outputs, gradients = truth.mask_gradients(masks.astype(float))
+    own = (gradients * (masks - KEPT)).sum(2)  # what each mask gradient's gradients say of its output
     assert np.corrcoef(own.flatten(), (outputs - outputs.mean(0)).flatten())[0, 1] > 0.9
 
 
 def test_many_masks_lead_to_least_squares(truth, tmp_path):
-    run = run_of(tmp_path / "r.zarr", truth, probes=16, masks=4000)
+    run = run_of(tmp_path / "r.zarr", truth, gradients=16, masks=4000)
     apart = []
     for masks in (100, 600, 4000):
         pair = [fit(run, method=method, masks=masks, name=f"{method}-{masks}") for method in ("informed", "ols")]
@@ -253,9 +258,9 @@ def test_dead_components_and_constant_outputs(run, truth, tmp_path):
     truth.effect[[3, 40]] = 0
     truth.pair[[3, 40]] = 0
     still = run_of(tmp_path / "still.zarr", truth, masks=100)
-    for name in ("probe_outputs", "outputs"):
+    for name in ("gradient_outputs", "outputs"):
         values = still.array(name)[...]
-        values[..., 40] += np.float32(0.1)  # whose mean over the probes is not quite itself
+        values[..., 40] += np.float32(0.1)  # whose mean over the mask gradients is not quite itself
         still.array(name)[...] = values
     found = fit(still, method="informed")
     assert np.abs(found.weights()[[3, 40]]).max() < 1e-6
@@ -269,48 +274,50 @@ def test_dead_components_and_constant_outputs(run, truth, tmp_path):
 
 def test_learning_from_some_of_the_examples_is_nearly_as_good(tmp_path, monkeypatch):
     truth = pairwise(600, 16)
-    run = run_of(tmp_path / "r.zarr", truth, slots=64, blocks=(16, 600))
+    run = run_of(tmp_path / "r.zarr", truth, mask_groups=64, blocks=(16, 600))
     whole = off(fit(run, method="informed", name="whole"), truth)
     monkeypatch.setattr(informed_fits, "LEARNING_NUMBERS", 16 * 160)  # every fourth example would meet 16 slots
     chosen = np.arange(600)[informed_fits._spread_out(run)]
     assert len(chosen) == 120
-    assert set(Probes(run).slot_of(slice(None))[chosen]) == set(range(64))
+    assert set(MaskGradients(run).group_of(slice(None))[chosen]) == set(range(64))
     assert off(fit(run, method="informed", name="part"), truth) < 1.6 * whole
 
 
-def test_probes_are_used_by_whole_rounds(truth, tmp_path):
-    long = add_probes(run_of(tmp_path / "long.zarr", truth, probes=32), truth, 64)
-    for probes in (32, 64):
-        short = fit(run_of(tmp_path / f"{probes}.zarr", truth, probes=probes), method="informed")
-        part = fit(long, method="informed", probes=probes, name=f"part-{probes}")
-        assert part.facts["fit"]["probes"] == probes
-        assert off(part, truth) == pytest.approx(off(short, truth), rel=0.25)  # the same probes, other rounds
-    with pytest.raises(SettingsError, match=r"63 probes .* choose one of 0, 8, 16, 24, 32, 40, 48, 56, 64"):
-        fit(long, method="informed", probes=63)
+def test_mask_gradients_are_used_by_whole_rounds(truth, tmp_path):
+    long = add_gradients(run_of(tmp_path / "long.zarr", truth, gradients=32), truth, 64)
+    for mask_gradients in (32, 64):
+        short = fit(run_of(tmp_path / f"{mask_gradients}.zarr", truth, gradients=mask_gradients), method="informed")
+        part = fit(long, method="informed", gradients=mask_gradients, name=f"part-{mask_gradients}")
+        assert part.facts["fit"]["gradients"] == mask_gradients
+        assert off(part, truth) == pytest.approx(off(short, truth), rel=0.25)  # the same mask gradients, other rounds
+    with pytest.raises(SettingsError, match=r"63 mask gradients .* choose one of 0, 8, 16, 24, 32, 40, 48, 56, 64"):
+        fit(long, method="informed", gradients=63)
 
 
-def test_a_fit_is_made_again_only_when_asked_or_when_probes_were_added(truth, tmp_path):
-    run = run_of(tmp_path / "r.zarr", truth, probes=16, masks=20)
+def test_a_fit_is_made_again_only_when_asked_or_when_mask_gradients_were_added(truth, tmp_path):
+    run = run_of(tmp_path / "r.zarr", truth, gradients=16, masks=20)
     first = fit(run, method="informed").weights()
-    assert fit(run, method="informed", refit=True).facts["fit"]["probes"] == 16
+    assert fit(run, method="informed", refit=True).facts["fit"]["gradients"] == 16
     np.testing.assert_array_equal(fit(run, method="informed").weights(), first)
-    grown = fit(add_probes(run, truth, 32), method="informed")
-    assert grown.facts["fit"]["probes"] == 32
+    grown = fit(add_gradients(run, truth, 32), method="informed")
+    assert grown.facts["fit"]["gradients"] == 32
     assert not np.array_equal(grown.weights(), first)
 
 
-def test_too_few_probes(truth, tmp_path):
-    run = run_of(tmp_path / "r.zarr", truth, probes=0, masks=20)
-    with pytest.raises(RegressionError, match=r"needs probes and .* has none; collect with --probes"):
+def test_too_few_mask_gradients(truth, tmp_path):
+    run = run_of(tmp_path / "r.zarr", truth, gradients=0, masks=20)
+    with pytest.raises(RegressionError, match=r"needs mask gradients and .* has none; collect with --gradients"):
         fit(run, method="informed")
     assert fit(run).facts["fit"]["method"] == "ridge"
-    add_probes(run, truth, 7)
-    with pytest.raises(RegressionError, match=r"at least 8 probes, in 4 rounds .* would use 7 in 4 .* --probes"):
+    add_gradients(run, truth, 7)
+    with pytest.raises(
+        RegressionError, match=r"at least 8 mask gradients, in 4 rounds .* would use 7 in 4 .* --gradients"
+    ):
         fit(run, method="informed")
     with pytest.raises(RegressionError, match="would use 0 in 0"):
-        fit(run, method="informed", probes=0)
-    assert fit(run, probes=0).facts["fit"]["method"] == "ridge"
-    assert fit(add_probes(run, truth, 9), method="informed").facts["fit"]["probes"] == 9
+        fit(run, method="informed", gradients=0)
+    assert fit(run, gradients=0).facts["fit"]["method"] == "ridge"
+    assert fit(add_gradients(run, truth, 9), method="informed").facts["fit"]["gradients"] == 9
 
 
 def test_gradients_that_are_all_zero(truth, tmp_path):
@@ -321,7 +328,7 @@ def test_gradients_that_are_all_zero(truth, tmp_path):
     assert fit(run, method="ridge").facts["fit"]["masks"] == 20
 
 
-def test_probes_alone_give_attributions_that_do_everything(truth, tmp_path):
+def test_mask_gradients_alone_give_attributions_that_do_everything(truth, tmp_path):
     run = run_of(tmp_path / "r.zarr", truth, masks=0, test_masks=0)
     assert len(run.plan) == 0
     found = fit(run)
@@ -342,7 +349,7 @@ def test_probes_alone_give_attributions_that_do_everything(truth, tmp_path):
     judged = run_of(tmp_path / "judged.zarr", truth)
     assert fit(judged).facts["fit"]["masks"] == 0
     row = coar.evaluate(judged).table.iloc[0]
-    assert (row["fit"], row["masks"], row["probes"]) == ("informed", 0, 64)
+    assert (row["fit"], row["masks"], row["gradients"]) == ("informed", 0, 64)
     assert row["pearson"] > 0.9
 
 

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import coar
-from coar.ablation import Gates, called_sites
-from coar.components import Component, Components
+from coar.components.table import Component, Components
 from coar.errors import AblationError
+from coar.gates.gates import Gates, called_sites
 from tests import oracles, tiny
 
 
@@ -46,28 +46,28 @@ def gated(model, x, components, keep, values, **settings):
     return y
 
 
-@pytest.mark.parametrize("through_outputs", [False, True])
+@pytest.mark.parametrize("use_hooks", [False, True])
 @pytest.mark.parametrize("kind", tiny.MODELS)
-def test_zero_weight_zeroes_columns(kind, through_outputs):
+def test_zero_weight_zeroes_columns(kind, use_hooks):
     model, x = tiny.model(kind), tiny.inputs(kind)
     components = some_parts(model, kind)
     zero = coar.ZeroWeight().replacements(model, components, batch_size=2)
     assert not zero.any()
     for keep in random_masks(3, len(components)):
         expected = oracles.forward(oracles.features_zeroed(model, features(components, keep)), x)
-        y = gated(model, x, components, keep, zero, through_outputs=through_outputs)
+        y = gated(model, x, components, keep, zero, use_hooks=use_hooks)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-4)
         assert (expected - oracles.forward(model, x)).abs().mean() > 0.05
 
 
-@pytest.mark.parametrize("through_outputs", [False, True])
+@pytest.mark.parametrize("use_hooks", [False, True])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_any_constants_replace_inputs(kind, through_outputs):
+def test_any_constants_replace_inputs(kind, use_hooks):
     model, x = tiny.model(kind), tiny.inputs(kind)  # llama's layers have no biases
     components = some_parts(model, kind)
     values = constants_for(components)
     for keep in random_masks(3, len(components)):
-        y = gated(model, x, components, keep, values, through_outputs=through_outputs)
+        y = gated(model, x, components, keep, values, use_hooks=use_hooks)
         torch.testing.assert_close(y, rewritten(model, x, components, keep, values), rtol=0, atol=1e-4)
 
 
@@ -76,7 +76,7 @@ def test_one_mask_per_row_gives_what_each_gives_alone(kind):
     model, x = tiny.model(kind), tiny.inputs(kind)
     components = some_parts(model, kind)
     masks, values = random_masks(len(x), len(components)), constants_for(components)
-    per_row = gated(model, x, components, masks, values, through_outputs=True)
+    per_row = gated(model, x, components, masks, values, use_hooks=True)
     alone = [gated(model, x[i : i + 1], components, keep, values) for i, keep in enumerate(masks)]
     torch.testing.assert_close(per_row, torch.cat(alone), rtol=0, atol=1e-4)
 
@@ -98,7 +98,7 @@ def test_one_mask_per_row_reaches_all_entries_of_a_row(find):
     components = find(model, "clip")
     pairs = Components(row._replace(site=f"inner.{row.site}") for row in components)
     masks, values = random_masks(3, len(components)), constants_for(components)
-    y = gated(Pairs(model), x, pairs, masks, values, through_outputs=True)
+    y = gated(Pairs(model), x, pairs, masks, values, use_hooks=True)
     for i, keep in enumerate(masks):
         expected = gated(model, x[i], components, keep, values)
         torch.testing.assert_close(y[i], expected, rtol=0, atol=1e-4)
@@ -110,7 +110,7 @@ def test_rows_that_masks_cannot_be_laid_on_are_an_error(find, masks, shape):
     model = nn.Sequential(nn.Linear(4, 4))
     components = find(model)
     with pytest.raises(AblationError, match=rf"{masks} masks .* of '0' has shape \({shape[0]}.* multiple of {masks}"):
-        gated(model, torch.randn(shape), components, torch.ones(masks, 4), torch.zeros(4), through_outputs=True)
+        gated(model, torch.randn(shape), components, torch.ones(masks, 4), torch.zeros(4), use_hooks=True)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])  # the others round to float32 inside
@@ -121,7 +121,7 @@ def test_gradients_by_masks_of_single_rows_agree_with_finite_differences(kind):
     generator = torch.Generator().manual_seed(4)
     keep = torch.rand(len(x), len(components), dtype=torch.float64, generator=generator)
     weights = torch.randn(len(x), tiny.WIDTH, dtype=torch.float64, generator=generator)
-    with Gates(model, components, values, through_outputs=True) as gates:
+    with Gates(model, components, values, use_hooks=True) as gates:
 
         def scalar(mask):
             gates.set(mask)
@@ -151,7 +151,7 @@ BOTH = [
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("settings", [{}, {"through_outputs": True}, {"batch_norms": {"0": "1"}}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"use_hooks": True}, {"batch_norms": {"0": "1"}}], ids=str)
 def test_one_module_may_hold_both_inputs_and_outputs(settings, bias):
     model = oracles.rough(nn.Sequential(nn.Linear(5, 6, bias=bias), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)))
     x, components = torch.randn(7, 5), Components(BOTH)
@@ -190,12 +190,12 @@ class Named(nn.Module):
         return self.layer(x=x, factor=2.0) + self.layer(x, factor=1.0)
 
 
-@pytest.mark.parametrize("through_outputs", [False, True])
-def test_inputs_given_by_name_are_gated_and_other_arguments_kept(through_outputs):
+@pytest.mark.parametrize("use_hooks", [False, True])
+def test_inputs_given_by_name_are_gated_and_other_arguments_kept(use_hooks):
     model, x = Named(), torch.randn(5, 4)
     components = coar.input_features(model)
     keep, values = torch.tensor([True, False, True, False]), constants_for(components)
-    y = gated(model, x, components, keep, values, through_outputs=through_outputs)
+    y = gated(model, x, components, keep, values, use_hooks=use_hooks)
     replaced = torch.where(keep, x, values)
     torch.testing.assert_close(y, oracles.forward(model, replaced), rtol=0, atol=1e-6)
     mean = coar.Mean(calibration=coar.Examples(inputs=x, targets=torch.zeros(5))).replacements
@@ -203,8 +203,8 @@ def test_inputs_given_by_name_are_gated_and_other_arguments_kept(through_outputs
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-@pytest.mark.parametrize("through_outputs", [False, True])
-def test_the_model_is_bit_identical_afterwards(through_outputs, interrupted):
+@pytest.mark.parametrize("use_hooks", [False, True])
+def test_the_model_is_bit_identical_afterwards(use_hooks, interrupted):
     model, x = tiny.model("gpt2"), tiny.inputs("gpt2")
     components = some_parts(model, "gpt2")
     fired = []
@@ -212,7 +212,7 @@ def test_the_model_is_bit_identical_afterwards(through_outputs, interrupted):
     site.register_forward_pre_hook(lambda _module, _args, kwargs: fired.append("before"), with_kwargs=True)
     before, base = oracles.snapshot(model), oracles.forward(model, x)
     expected = pytest.raises(IndexError) if interrupted else contextlib.nullcontext()
-    gates = Gates(model, components, constants_for(components), through_outputs=through_outputs)
+    gates = Gates(model, components, constants_for(components), use_hooks=use_hooks)
     with expected, gates, torch.no_grad():
         for mask in random_masks(2, len(components)):
             gates.set(mask)
@@ -237,8 +237,8 @@ def test_computed_weights_are_gated_in_hooks():
     torch.testing.assert_close(y, rewritten(model, x, components, keep, values), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("through_outputs", [False, True])
-def test_layers_that_are_read_without_a_call_are_gated_too(through_outputs):
+@pytest.mark.parametrize("use_hooks", [False, True])
+def test_layers_that_are_read_without_a_call_are_gated_too(use_hooks):
     model = oracles.rough(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
     x, components = torch.randn(3, 5, 8), coar.input_features(model)
     assert "self_attn.out_proj" in {row.site for row in components}
@@ -246,7 +246,7 @@ def test_layers_that_are_read_without_a_call_are_gated_too(through_outputs):
     keep = random_masks(1, len(components))[0]
     before = oracles.snapshot(model)
     expected = oracles.forward(oracles.features_zeroed(model, features(components, keep)), x)
-    y = gated(model, x, components, keep, zero, through_outputs=through_outputs)
+    y = gated(model, x, components, keep, zero, use_hooks=use_hooks)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
     oracles.assert_same(before, oracles.snapshot(model))
     assert called_sites(model, components, run=lambda net: net(x)) == {row.site for row in components}
@@ -283,7 +283,7 @@ def test_masks_that_a_gate_cannot_take_are_errors():
         gates.set(torch.ones(5, len(heads)))  # weights are gated, also those of a Conv1D
     model = nn.Sequential(nn.Linear(4, 3))
     components = coar.input_features(model)
-    with Gates(model, components, torch.zeros(4), through_outputs=True) as gates:
+    with Gates(model, components, torch.zeros(4), use_hooks=True) as gates:
         gates.set(torch.ones(4))
         with pytest.raises(AblationError, match=r"input of '0' has shape \(5, 3\); 4 channels"):
             model(torch.randn(5, 3))

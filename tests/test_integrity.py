@@ -8,7 +8,8 @@ import pytest
 
 import coar
 from coar.errors import CorruptRunError, IncompleteRunError, RunError
-from coar.store import Problem, arrays, repair, verify
+from coar.store import arrays
+from coar.store.integrity import Problem, repair, verify
 from tests.faults import helpers
 
 ASKED = {"masks": 100, "test_masks": 20}

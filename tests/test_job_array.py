@@ -11,11 +11,14 @@ import yaml
 from typer.testing import CliRunner
 
 import coar
-from coar.cli import app
-from coar.engines.units import dealt
+import coar.store.copying
+from coar.cli.common import app
+from coar.cli.watching import RunStatus, watched, write_metrics
+from coar.collection.ray_engine import WORKER_LOST
+from coar.collection.units import dealt
 from coar.errors import MismatchError, RunError, SettingsError
-from coar.store import Probes, verify
-from coar.store.watching import WORKER_LOST, Glance, watched, write_metrics
+from coar.store.gradients import MaskGradients
+from coar.store.integrity import verify
 from tests import buckets
 from tests.faults import helpers
 from tests.faults.shares import ASKED
@@ -73,8 +76,8 @@ def test_workers_at_once_in_an_object_store(run, tmp_path, monkeypatch):
         for code, said in map(finished, [start(address, number, 3) for number in (1, 2, 3)]):
             assert code == 0, said
         made = coar.Run.open(address)
-        assert made.missing_units() == Probes(made).missing_units() == []
-        coar.store.copy(made, tmp_path / "copy.zarr")
+        assert made.missing_units() == MaskGradients(made).missing_units() == []
+        coar.store.copying.copy(made, tmp_path / "copy.zarr")
     assert helpers.differing(helpers.files(tmp_path / "copy.zarr"), helpers.files(run.path)) == []
 
 
@@ -146,16 +149,18 @@ def test_watching_follows_a_run_to_its_end(run, tmp_path):
         if gone:
             name, content = gone.popitem()
             (part.path / name).write_bytes(content)
-    total = 24 + len(Probes(run).units())
+    total = 24 + len(MaskGradients(run).units())
     assert seen == [(total - 2, total), (total - 1, total), (total, total)]
     assert [glance.done for glance in watched(part.path, every=None)] == [total]
 
 
 def test_what_watching_says(tmp_path):
-    assert str(Glance(3, 10, None)) == "3 of 10 units"
-    assert Glance(4, 10, 0.5).seconds_left == 12
-    assert re.fullmatch(r"4 of 10 units, 30\.0 a minute, done about \d\d \w+ \d\d:\d\d:\d\d", str(Glance(4, 10, 0.5)))
-    write_metrics(Glance(4, 10, 0.5), tmp_path / "m" / "coar.prom")
+    assert str(RunStatus(3, 10, None)) == "3 of 10 units"
+    assert RunStatus(4, 10, 0.5).seconds_left == 12
+    assert re.fullmatch(
+        r"4 of 10 units, 30\.0 a minute, done about \d\d \w+ \d\d:\d\d:\d\d", str(RunStatus(4, 10, 0.5))
+    )
+    write_metrics(RunStatus(4, 10, 0.5), tmp_path / "m" / "coar.prom")
     lines = [line for line in (tmp_path / "m" / "coar.prom").read_text().splitlines() if not line.startswith("#")]
     assert lines == ["coar_units_stored 4", "coar_units_planned 10", "coar_units_per_second 0.5"]
 

@@ -10,7 +10,7 @@ from sklearn.linear_model import Lasso
 from typer.testing import CliRunner
 
 import coar
-from coar.cli import app
+from coar.cli.common import app
 from coar.errors import RegressionError, RunError
 from coar.regression import lasso, sums
 from coar.regression.sums import Gram, Moments

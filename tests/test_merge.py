@@ -7,15 +7,17 @@ import pytest
 
 import coar
 from coar.errors import CorruptRunError, MismatchError, RunError, SettingsError
-from coar.store import Probes, copy, merge, verify
+from coar.store.copying import copy, merge
+from coar.store.gradients import MaskGradients
+from coar.store.integrity import verify
 from tests.faults import helpers
 
-ASKED = {"masks": 100, "test_masks": 20, "probes": 8}
+ASKED = {"masks": 100, "test_masks": 20, "gradients": 8}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """120 rows, 8 probes and 20 examples of the tiny net, in one go, read only."""
+    """120 rows, 8 mask gradients and 20 examples of the tiny net, in one go, read only."""
     return helpers.collect(helpers.study(), tmp_path_factory.mktemp("run") / "whole.zarr", **ASKED)
 
 
@@ -40,7 +42,7 @@ def test_shares_of_a_job_array_become_the_run(run, parts, tmp_path):
 def test_what_no_part_has_is_left_to_collect(run, parts, tmp_path):
     made = merge(paths(parts[:2]), into=tmp_path / "m.zarr")
     assert len(made.missing_units()) == 8
-    assert len(Probes(made).missing_units()) == len(Probes(made).units()) // 3
+    assert len(MaskGradients(made).missing_units()) == len(MaskGradients(made).units()) // 3
     helpers.collect(helpers.study(), made.path, **ASKED)
     assert helpers.differing(helpers.files(made.path), helpers.files(run.path)) == []
 
@@ -76,7 +78,7 @@ def other_blocks(tmp_path):
 
 
 def other_rounds(tmp_path):
-    return helpers.collect(helpers.study(), tmp_path / "o", **(ASKED | {"probes": 3}))
+    return helpers.collect(helpers.study(), tmp_path / "o", **(ASKED | {"gradients": 3}))
 
 
 def other_outputs(tmp_path):
@@ -88,7 +90,7 @@ def other_outputs(tmp_path):
 OTHERS = {
     "study": (other_study, "examples: the run has"),
     "blocks": (other_blocks, r"units of \(16, 8\) and \(8, 8\)"),
-    "rounds": (other_rounds, "rounds of probes"),
+    "rounds": (other_rounds, "rounds of mask gradients"),
     "outputs": (other_outputs, "other outputs .* by 0.1"),
 }
 

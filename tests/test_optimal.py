@@ -6,8 +6,8 @@ from torch import nn
 
 import coar
 from coar.errors import AblationError, ExamplesError, OutputError, SettingsError
-from coar.outputs import Output
-from coar.worker import Worker
+from coar.forward.runner import FastRunner
+from coar.outputs.base import Output
 from tests.contract import Contract, parts, pictures
 
 
@@ -64,7 +64,7 @@ class TestOptimal(Contract):
             for kind in ("mean", "zero", "zero_activation")
         }
         for kind, constants in others.items():
-            worker = Worker(copy, study.components, constants, coar.CrossEntropy())
+            worker = FastRunner(copy, study.components, constants, coar.CrossEntropy())
             block = worker.load(held_out, 0, 50)
             losses[kind] = worker.outputs(block, study.sampler.masks("test", range(40), len(study.components))).mean()
         assert losses["optimal"] < losses["mean"] < losses["zero"]

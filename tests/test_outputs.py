@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import coar
 from coar.errors import OutputError, SettingsError
-from coar.outputs import Output
+from coar.outputs.base import Output
 from tests import oracles
 
 FUNCTIONS = {
@@ -273,7 +273,7 @@ class Own(Output):
         return OWN[self.kind](result)
 
 
-@pytest.mark.parametrize("passes", ["masks", "probes"])
+@pytest.mark.parametrize("passes", ["masks", "gradients"])
 @pytest.mark.parametrize("kind", OWN)
 def test_what_is_not_one_number_per_example_is_an_error_and_no_run(kind, passes, tmp_path):
     net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))

@@ -102,7 +102,7 @@ def test_stored_outputs_are_those_of_single_texts(gpt2, side, tmp_path):
     examples = coar.token_examples(padded(TEXTS, side))
     features = coar.input_features(gpt2, exclude="lm_head")
     study = coar.Study(model=gpt2, examples=examples, components=features, output=coar.TokenMargin())
-    run = coar.collect(study, tmp_path / "run.zarr", masks=2, probes=4, device="cpu", progress=False)
+    run = coar.collect(study, tmp_path / "run.zarr", masks=2, gradients=4, device="cpu", progress=False)
     for row in range(2):
         mask, stored = run.masks(row, row + 1)[0], run.array("outputs")[row]
         gone = [(c.site, c.position) for c, kept in zip(features, mask, strict=True) if not kept]

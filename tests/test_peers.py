@@ -10,7 +10,7 @@ from torch import nn
 
 import coar
 from benchmarks import peers
-from coar.components import Component, Components
+from coar.components.table import Component, Components
 from coar.errors import AblationError, ExamplesError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}

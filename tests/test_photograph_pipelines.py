@@ -361,7 +361,7 @@ def test_clip_pairs(photos):
 
 
 def test_clip_run(photos):
-    run = coar.collect(clip.study(), photos / "run.zarr", masks=4, probes=4, device="cpu", progress=False)
+    run = coar.collect(clip.study(), photos / "run.zarr", masks=4, gradients=4, device="cpu", progress=False)
     assert run.fingerprint["ablation"]["name"] == "Mean"
     assert np.isfinite(run.array("base_output")[:]).all()
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from coar.errors import SettingsError
 from coar.sampling import BernoulliSampler, FixedSizeSampler
-from coar.store import Plan, Segment
-from coar.store.plan import ROW_SPLITS
+from coar.store.plan import ROW_SPLITS, Plan, Segment
 
 FRACTIONS = (0.05, 0.1, 0.5)
 KEYS = st.tuples(st.sampled_from(ROW_SPLITS), st.sampled_from(FRACTIONS))

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import coar
-from coar.ablation import Gates, fold
 from coar.errors import AblationError, EditError
+from coar.gates.folding import fold
+from coar.gates.gates import Gates
 from tests import oracles, tiny
 from tests.contract import Contract
 
@@ -148,7 +149,7 @@ def expected(what, constants, masks):
 
 def test_a_run_is_the_oracles_and_makes_no_edits(tmp_path):
     what = study()
-    run = coar.collect(what, tmp_path / "r.zarr", masks=5, probes=8, device="cpu", progress=False)
+    run = coar.collect(what, tmp_path / "r.zarr", masks=5, gradients=8, device="cpu", progress=False)
     again = coar.collect(what, tmp_path / "r.zarr", masks=9, device="cpu", progress=False)
     constants = torch.from_numpy(run.replacements)
     own = what.ablation.replacements(what.model, what.components, batch_size=3)

@@ -14,16 +14,15 @@ import pytest
 import torch
 
 import coar
-from coar.engines import RayCluster
-from coar.engines.ray import AHEAD, Crew
+from coar.cluster import RayCluster
+from coar.collection.ray_engine import AHEAD, WORKER_LOST, ActorPool
 from coar.errors import CoarError, EngineError, MismatchError, OutputError, PipelineError, SettingsError
 from coar.pipeline import load_pipeline
-from coar.store import verify
-from coar.store.watching import WORKER_LOST
+from coar.store.integrity import verify
 from tests.buckets import free_port
 from tests.faults import helpers
 
-ASKED = {"masks": 100, "test_masks": 20, "probes": 8}
+ASKED = {"masks": 100, "test_masks": 20, "gradients": 8}
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra coar[ray]")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
@@ -98,25 +97,25 @@ def test_the_same_run_byte_for_byte(session, run, tmp_path):
 @needs_ray
 @pytest.mark.slow
 def test_one_bar_for_all_workers_and_two_units_in_hand_of_each(session, tmp_path, monkeypatch, capsys):
-    in_hand, finished = [], Crew._finished
+    in_hand, finished = [], ActorPool._finished
 
     def counted(crew):
         in_hand.append(sum(unit is not None for _, unit in crew._doing.values()))
         return finished(crew)
 
-    monkeypatch.setattr(Crew, "_finished", counted)
+    monkeypatch.setattr(ActorPool, "_finished", counted)
     cluster = RayCluster(study=study_slowly, workers=2)
     helpers.collect(helpers.study(), tmp_path / "r.zarr", **ASKED, cluster=cluster, progress=True)
     assert max(in_hand) == 2 * AHEAD == 4
     said = capsys.readouterr().err
-    assert said.count("collect masks: 100%") == said.count("collect probes: 100%") == 1
+    assert said.count("collect masks: 100%") == said.count("collect mask gradients: 100%") == 1
 
 
 @needs_ray
 @pytest.mark.slow
 def test_a_run_is_gone_on_with(session, run, tmp_path):
     made = helpers.copied(run, tmp_path / "r.zarr")
-    for name in ("outputs/c/2/1", "probe_outputs/c/1/0/0"):
+    for name in ("outputs/c/2/1", "gradient_outputs/c/1/0/0"):
         (made.path / name).unlink()
     before = helpers.stamps(made.path)
     on_cluster(made.path)
@@ -193,7 +192,7 @@ def test_what_workers_cannot_do_is_told(session, tmp_path, build, kind, message)
 @needs_ray
 @pytest.mark.slow
 def test_no_room_for_any_worker(session, tmp_path, monkeypatch):
-    monkeypatch.setattr("coar.engines.ray.STARTING", 2.0)
+    monkeypatch.setattr("coar.collection.ray_engine.STARTING", 2.0)
     with pytest.raises(EngineError, match="no worker was ready after 2 s: each asks for 64 processors and 0 GPUs"):
         on_cluster(tmp_path / "r.zarr", cpus_per_worker=64)
 
@@ -212,9 +211,9 @@ from pathlib import Path
 
 import ray
 
-from coar.engines import RayCluster
-from coar.engines.ray import AHEAD, Crew
-from coar.engines.ray import connected
+from coar.cluster import RayCluster
+from coar.collection.ray_engine import AHEAD, Crew
+from coar.collection.ray_engine import connected
 
 
 def parent(pid):
@@ -263,7 +262,7 @@ def test_a_cluster_of_ones_own_is_reached_from_this_machine_alone():
 
 def test_without_ray(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(EngineError, match=r"pip install 'coar\[ray\]'"):
+    with pytest.raises(EngineError, match=r"pip install 'coar-attribution\[ray\]'"):
         on_cluster(tmp_path / "r.zarr")
 
 

@@ -13,7 +13,9 @@ import zarr
 
 import coar
 from coar.errors import CorruptRunError, IncompleteRunError, RunError
-from coar.store import Unit, arrays, verify
+from coar.store import arrays
+from coar.store.integrity import verify
+from coar.store.plan import Unit
 from tests.faults import helpers
 
 FLOAT = {"float32": "NaN", "float64": "NaN"}
@@ -109,7 +111,7 @@ def test_example_and_component_columns_are_the_study(run):
 
 def test_run_says_what_it_is(run):
     manifest = description(run, "")["attributes"]["coar"]
-    assert (manifest["format"], manifest["state"]) == (1, "ready")
+    assert (manifest["format"], manifest["state"]) == (2, "ready")
     assert manifest["fingerprint"] == helpers.study().fingerprint() == run.fingerprint
     assert manifest["plan"] == {"segments": [["test", 0.1, 0, 20], ["train", 0.1, 0, 100]], "extents": [120]}
     assert (run.n_examples, run.blocks, len(run.plan)) == (20, (16, 8), 120)

@@ -23,7 +23,7 @@ repeatable = settings(deadline=None, derandomize=True, database=None, max_exampl
 
 def raw_words(seed, split, index, count):
     """Philox words, straight from numpy, as the format fixes them."""
-    key = np.array([seed, ("train", "validation", "test", "probe").index(split)], dtype=np.uint64)
+    key = np.array([seed, ("train", "validation", "test", "gradient").index(split)], dtype=np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, index, 0, 0], dtype=np.uint64)).random_raw(count)
 
 
@@ -49,8 +49,8 @@ def test_masks_are_those_that_philox_gives_by_hand(split, count):
 @pytest.mark.parametrize("indices", [range(4, 5), range(10), range(3, 64, 7)])
 def test_stratified_masks_are_those_of_ranks_by_hand(sampler, indices):
     count, seed, size = 9, 5, len(indices)
-    drawn = [numbers(seed, "probe", index, 2 * count) for index in indices]
-    masks = sampler(ablated_fraction=0.3, seed=seed).stratified("probe", indices, count)
+    drawn = [numbers(seed, "gradient", index, 2 * count) for index in indices]
+    masks = sampler(ablated_fraction=0.3, seed=seed).stratified("gradient", indices, count)
     for row in range(size):
         own = []
         for i in range(count):
@@ -66,7 +66,7 @@ def test_stratified_masks_are_those_of_ranks_by_hand(sampler, indices):
 def test_stratified_masks_share_out_a_components_ablations_and_nothing_else(fraction, size):
     sampler, count = coar.BernoulliSampler(ablated_fraction=fraction, seed=1), 400
     groups = np.stack(
-        [sampler.stratified("probe", range(first, first + size), count) for first in range(0, 40 * size, size)]
+        [sampler.stratified("gradient", range(first, first + size), count) for first in range(0, 40 * size, size)]
     )
     times = (~groups).sum(1)  # (groups, components)
     assert set(np.unique(times)) <= {int(np.floor(size * fraction)), int(np.ceil(size * fraction))}

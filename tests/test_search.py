@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 
 import coar
-from coar.editing import search, selection
+from coar.editing import search
+from coar.editing import select as selection
+from coar.editing.evaluator import GatedEvaluator
+from coar.editing.objective import Objective
 from coar.editing.search import PENALTY, Search
-from coar.editing.tradeoff import Objective
-from coar.editing.trials import Trials
 from tests import test_selection
 from tests.test_selection import NEURONS, N, goal, judged, margins
 
@@ -17,7 +18,7 @@ case = test_selection.case
 
 def test_components_are_dropped_again_when_that_helps(case):
     study, attributions, more = case
-    trials = Trials(attributions, study.model, more, device="cpu")
+    trials = GatedEvaluator(attributions, study.model, more, device="cpu")
     base = trials.margins(trials.gates([])[None])[0]
     columns = {"label": more.targets.numpy()}
     objective = Objective.of(goal(), columns, base, tradeoff=coar.TradeOff(), bound=coar.Bound(mean=1, group=1))
@@ -32,7 +33,7 @@ def test_components_are_dropped_again_when_that_helps(case):
 
 def test_breaking_the_bound_grows_dearer_until_it_holds(case):
     study, attributions, more = case
-    trials = Trials(attributions, study.model, more, device="cpu")
+    trials = GatedEvaluator(attributions, study.model, more, device="cpu")
     base = trials.margins(trials.gates([])[None])[0]
     parts = {"tradeoff": coar.TradeOff(harm=1e-6), "bound": coar.Bound(mean=0, group=0)}
     objective = Objective.of(goal(), {"label": more.targets.numpy()}, base, **parts)
@@ -41,24 +42,24 @@ def test_breaking_the_bound_grows_dearer_until_it_holds(case):
     cheap.try_out([start[0]], start[1])
     cheap.improve(np.arange(NEURONS))
     assert cheap.leading.outcome.excess > 0
-    assert cheap.care == search.DEARER**search.ROUNDS
-    np.testing.assert_allclose(cheap.penalty, 1e-9 * cheap.care)
+    assert cheap.harm_weight == search.DEARER**search.ROUNDS
+    np.testing.assert_allclose(cheap.penalty, 1e-9 * cheap.harm_weight)
     dear = Search(trials, objective, NEURONS, penalty=1e3)
     dear.try_out([start[0]], start[1])
     dear.improve(np.arange(NEURONS))
     assert dear.leading.outcome.excess == 0
     assert dear.penalty == 1e3
     cheap.start_again(NEURONS)
-    assert (cheap.penalty, cheap.care, cheap.since) == (PENALTY, 1, len(cheap.tried))
+    assert (cheap.penalty, cheap.harm_weight, cheap.since) == (PENALTY, 1, len(cheap.tried))
 
 
 def test_references_far_from_the_edge_count_as_unchanged(case):
     study, attributions, more = case
-    trials = Trials(attributions, study.model, more, device="cpu")
+    trials = GatedEvaluator(attributions, study.model, more, device="cpu")
     base = trials.margins(trials.gates([])[None])[0]
     labels = more.targets.numpy()
     objective = Objective.of(goal(), {"label": labels}, base, tradeoff=coar.TradeOff(), bound=coar.Bound())
-    (found,) = Search(trials, objective, NEURONS, near=5).try_out([(0, 3)], trials.constants)
+    (found,) = Search(trials, objective, NEURONS, n_boundary_references=5).try_out([(0, 3)], trials.constants)
     others = np.flatnonzero(labels != 1)
     far = others[np.argsort(base[others])][5:]
     np.testing.assert_array_equal(found.margins[far], base[far])
@@ -69,7 +70,7 @@ def test_references_far_from_the_edge_count_as_unchanged(case):
 def test_a_choice_that_breaks_the_bound_on_all_examples_is_mended_there(case):
     """The search took a set to be within the bound, as trials in low precision may; on all examples it is not."""
     study, attributions, more = case
-    ground = selection.Ground.of(attributions, study.model, study.examples, choosing=more, device="cpu")
+    ground = selection.SelectionContext.of(attributions, study.model, study.examples, choosing=more, device="cpu")
     columns = {"label": np.concatenate([study.examples.targets, more.targets])}
     bound = coar.Bound(mean=0.1, group=0.2)
     objective = Objective.of(goal(), columns, ground.base, tradeoff=coar.TradeOff(), bound=bound)
@@ -78,7 +79,7 @@ def test_a_choice_that_breaks_the_bound_on_all_examples_is_mended_there(case):
     (broken,) = search.try_out([everything], ground.plain.constants)
     assert broken.outcome.excess > 0
     search.tried[-1] = replace(broken, outcome=replace(broken.outcome, excess=0.0, value=-1.0))  # the best by far
-    search.near = N  # so that the choice is confirmed by a search of its own
+    search.n_boundary_references = N  # so that the choice is confirmed by a search of its own
     free = np.arange(NEURONS)
     mended = selection._confirmed(search, ground.plain, free).best
     assert 0 < len(mended.ablated) < NEURONS
@@ -91,7 +92,7 @@ def test_a_choice_that_breaks_the_bound_on_all_examples_is_mended_there(case):
         (one for one in alone if one.outcome.value < search.tried[0].outcome.value), key=lambda one: one.outcome.value
     )
     search.tried[2:] = [poor]
-    assert objective.open(poor.outcome) > objective.open(broken.outcome) + selection.OPEN
+    assert objective.unmet_fraction(poor.outcome) > objective.unmet_fraction(broken.outcome) + selection.OPEN
     alone, mended = (selection._confirmed(search, ground.plain, some) for some in (free[:0], free))
     assert alone.best.ablated == poor.ablated  # what holds is of use, but leaves more targets than was hoped for
     assert len(mended.tried) > len(alone.tried) == 3

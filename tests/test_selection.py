@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import coar
-from coar.editing import selection
-from coar.editing.tradeoff import Objective
-from coar.editing.trials import Trials
+from coar.editing import select as selection
+from coar.editing.evaluator import GatedEvaluator
+from coar.editing.objective import Objective
 from coar.errors import GoalError, SettingsError
 
 NEURONS, N = 8, 90
@@ -139,7 +139,7 @@ def test_penalty_of_a_broken_bound_is_how_far_it_is_broken():
     assert (outcome.targets, outcome.lost, outcome.worst) == (0.5, 0.0, 0.5)  # class 1 lost one, class 2 gained one
     error = math.sqrt(0.25 / 2 + 0.25 / 2) / 2  # each class changes in one of two examples
     np.testing.assert_allclose(outcome.excess, (0.0 + error - 0.1) + (0.5 - 0.2))
-    assert objective.open(outcome) == 0.5
+    assert objective.unmet_fraction(outcome) == 0.5
     step = 1e-6
     for i in (2, 3, 4, 5):  # references
         moved = now.copy()
@@ -184,7 +184,7 @@ def test_passes_are_those_of_the_model(case, monkeypatch):
         return forward(layer, x)
 
     monkeypatch.setattr(nn.Linear, "forward", counted)
-    trials = Trials(attributions, study.model, more, device="cpu")
+    trials = GatedEvaluator(attributions, study.model, more, device="cpu")
     masks = ~np.eye(4, NEURONS, dtype=bool)  # which differ in the first layer already, so that no start is shared
     trials.margins(masks)
     trials.margins(masks[:2], np.arange(7))
@@ -196,7 +196,7 @@ def test_passes_are_those_of_the_model(case, monkeypatch):
 @pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
 def test_slopes_are_differences_of_outputs_at_partial_gates(case, level):
     study, attributions, more = case
-    trials = Trials(attributions, study.model, more, device="cpu")
+    trials = GatedEvaluator(attributions, study.model, more, device="cpu")
     gates = np.linspace(0.2, 1, NEURONS)
     gates[3] = level
     rows = np.array([5, 2, 40])
@@ -236,7 +236,7 @@ def test_search_widens_where_targets_are_left_unchanged(case, monkeypatch):
 def test_sets_tried_near_the_edge_are_checked_on_all_examples(case):
     study, _, more = case
     parts = (study.examples, more)
-    found = select(case, goal(), bound=coar.Bound(mean=1, group=1), near=20, constants="run")
+    found = select(case, goal(), bound=coar.Bound(mean=1, group=1), n_boundary_references=20, constants="run")
     value, accuracy, lost, _ = judged(study.model, parts, chosen(found, study))
     np.testing.assert_allclose(
         [found.after.value, found.after.targets, found.after.lost, found.after.worst],
@@ -247,7 +247,7 @@ def test_sets_tried_near_the_edge_are_checked_on_all_examples(case):
 
 def test_goals_share_examples(case):
     study, attributions, more = case
-    ground = selection.Ground.of(attributions, study.model, study.examples, choosing=more, device="cpu")
+    ground = selection.SelectionContext.of(attributions, study.model, study.examples, choosing=more, device="cpu")
     start = ground.passes
     assert start == N + 60  # one pass of each, whatever the number of goals
     for label in (0, 1):

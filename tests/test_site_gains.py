@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from coar.regression.rows import Rows, Slot
-from coar.regression.site_gains import gains_by_site
+from coar.regression.informed.rows import MaskGroup, Rows
+from coar.regression.informed.site_gains import gains_by_site
 
-D, SITES_COUNT, N, ROUNDS, PROBES = 24, 8, 6, 5, 6
+D, SITES_COUNT, N, ROUNDS, GRADIENTS_COUNT = 24, 8, 6, 5, 6
 SITES = torch.arange(D) // (D // SITES_COUNT)
 
 
@@ -15,19 +15,19 @@ def problem(gains, noise, rounds=ROUNDS, seed=0):
     """Rows whose outputs are what (2, sites) gains on two random features predict, plus noise."""
     rng = np.random.default_rng(seed)
     features = torch.tensor(rng.standard_normal((2, 1, N, D)), dtype=torch.float32)
-    masks = torch.tensor(rng.random((rounds * PROBES, D)) > 0.3)
+    masks = torch.tensor(rng.random((rounds * GRADIENTS_COUNT, D)) > 0.3)
     mean = masks.float().mean(0)
     weights = torch.einsum("kd,knd->nd", torch.tensor(gains, dtype=torch.float32)[:, SITES], features[:, 0])
     outputs = (masks.float() - mean) @ weights.T
     outputs = outputs + noise * torch.tensor(rng.standard_normal(outputs.shape), dtype=torch.float32)
-    numbers = torch.arange(rounds).repeat_interleave(PROBES)
-    return Rows((Slot(masks, mean, outputs, torch.arange(N), 0, numbers),), (1, N, D), 0.7), features
+    numbers = torch.arange(rounds).repeat_interleave(GRADIENTS_COUNT)
+    return Rows((MaskGroup(masks, mean, outputs, torch.arange(N), 0, numbers),), (1, N, D), 0.7), features
 
 
 def apart(rows, features):
     """Ordinary least squares, each site for itself, row by row and component by component."""
-    (slot,) = rows.slots
-    design = slot.masks.double().numpy() - slot.mean.double().numpy()
+    (mask_group,) = rows.mask_groups
+    design = mask_group.masks.double().numpy() - mask_group.mean.double().numpy()
     table, y = [], []
     for row in range(len(design)):
         for example in range(N):
@@ -35,7 +35,7 @@ def apart(rows, features):
             for component in range(D):
                 values[:, SITES[component]] += design[row, component] * features[:, 0, example, component].numpy()
             table.append(values.ravel())
-            y.append(float(slot.outputs[row, example]))
+            y.append(float(mask_group.outputs[row, example]))
     return np.linalg.lstsq(np.array(table), np.array(y), rcond=None)[0].reshape(2, SITES_COUNT)
 
 

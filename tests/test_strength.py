@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import coar
-from coar.ablation import Gates, fold
-from coar.editing import effect_curve
-from coar.editing.selection import Ground
+from coar.editing.context import SelectionContext
+from coar.editing.judge import effect_curve
+from coar.editing.objective import Objective
 from coar.editing.strength import least_strengths
-from coar.editing.tradeoff import Objective
 from coar.errors import EditError, SettingsError
+from coar.gates.folding import fold
+from coar.gates.gates import Gates
 from tests import coverage, oracles
 from tests import test_edit_constants as constants_tests
 from tests import test_edit_undo as undo_tests
@@ -85,7 +86,7 @@ def test_other_kinds_fade_as_their_gates_say(model, kind):
     gates, edited = torch.ones(len(components)), deepcopy(net)
     gates[rows] -= torch.tensor(strengths)
     fold(edited, [components[i] for i in rows], values, batch_norms={}, strengths=strengths)
-    with Gates(net, components, constants, through_outputs=kind != "parameter slices") as gated:
+    with Gates(net, components, constants, use_hooks=kind != "parameter slices") as gated:
         gated.set(gates)
         expected = oracles.forward(net, x)
     torch.testing.assert_close(oracles.forward(edited, x), expected, rtol=0, atol=1e-5)
@@ -177,7 +178,7 @@ def scanned(net, one, constants, examples, strengths):
 def test_least_strengths_are_those_of_a_scan(case, direction, targets):
     study, attributions, _ = case
     labels = study.examples.targets.numpy()
-    ground = Ground.of(attributions, study.model, study.examples, device="cpu")
+    ground = SelectionContext.of(attributions, study.model, study.examples, device="cpu")
     sign = -1 if direction == "decrease" else 1  # a target is as wanted where sign * margin > 0
     open_ones = np.flatnonzero((labels == 1) & (sign * ground.base < 0))
     rows = open_ones[np.argsort(-sign * ground.base[open_ones])][:targets]
@@ -231,7 +232,7 @@ def test_a_correction_in_part_does_less_to_the_others(case):
     plain = constants_tests.margins(study.model, study.model.state_dict(), more)
     options = {"bound": coar.Bound(mean=0.5, group=1), "constants": "run", "tradeoff": coar.TradeOff(harm=0.1)}
     options |= {"choosing": more, "device": "cpu", "progress": False}
-    moved = {"whole": [], "least": []}
+    moved = {"full": [], "minimal": []}
     for goal in wrong_ones(study)[:4]:
         for strength, sizes in moved.items():
             found = coar.select(attributions, study.model, study.examples, goal, strength=strength, **options)
@@ -240,11 +241,11 @@ def test_a_correction_in_part_does_less_to_the_others(case):
             assert margin > 0
             assert found.after.targets == 1
             sizes.append(np.abs(constants_tests.margins(study.model, state, more) - plain).mean())
-            if strength == "least":
+            if strength == "minimal":
                 assert 0.2 - 1e-3 <= margin < 0.4  # a fifth of the usual scale, and little more
                 assert max(found.edit.strengths) < 1
-    assert len(moved["least"]) >= 2
-    assert np.less(moved["least"], moved["whole"]).all()
+    assert len(moved["minimal"]) >= 2
+    assert np.less(moved["minimal"], moved["full"]).all()
 
 
 def test_whole_ablations_alone_are_predicted(case):
@@ -257,11 +258,13 @@ def test_whole_ablations_alone_are_predicted(case):
 
 def test_unknown_strength_is_refused(case):
     study, attributions, _ = case
-    with pytest.raises(SettingsError, match="unknown strength 'most'; choose whole, least or own"):
+    with pytest.raises(SettingsError, match="unknown strength 'most'; choose full, minimal or per_component"):
         coar.select(attributions, study.model, study.examples, GOALS["decrease"], strength="most")
 
 
 def test_strengths_of_their_own_are_not_for_rankings(case):
     study, attributions, _ = case
     with pytest.raises(SettingsError, match="trained by the rule verified"):
-        coar.select(attributions, study.model, study.examples, GOALS["decrease"], strength="own", rule="welch")
+        coar.select(
+            attributions, study.model, study.examples, GOALS["decrease"], strength="per_component", rule="welch"
+        )

@@ -10,9 +10,10 @@ import xarray
 from torch import nn
 
 import coar
-from coar.ablation import Gates, fold
-from coar.components import Components
+from coar.components.table import Components
 from coar.errors import AblationError, ComponentError, CorruptRunError, EditError
+from coar.gates.folding import fold
+from coar.gates.gates import Gates
 from coar.store import arrays
 from tests import oracles, tiny
 
@@ -42,7 +43,7 @@ def study(model, ablation):
 
 
 def collect(what, path, **settings):
-    return coar.collect(what, path, **{"masks": 12, "probes": 8, "device": "cpu", "progress": False, **settings})
+    return coar.collect(what, path, **{"masks": 12, "gradients": 8, "device": "cpu", "progress": False, **settings})
 
 
 def passed(model, row):
@@ -137,7 +138,7 @@ def test_gradients_by_gates_with_constants_are_finite_differences(bert):
     values = torch.randn(table.width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     texts = tiny.sentences(STUDIED, seed=8).inputs
     keep = torch.rand(4, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    with Gates(double, table, values, through_outputs=True) as gates:
+    with Gates(double, table, values, use_hooks=True) as gates:
 
         def scalar(mask):
             gates.set(mask)
@@ -158,7 +159,7 @@ def test_gradients_by_gates_with_constants_are_finite_differences(bert):
 
 
 def test_runs_and_edits_of_older_versions_have_one_constant_for_a_whole_head(bert, tmp_path):
-    run = collect(study(bert, coar.ZeroActivation()), tmp_path / "r.zarr", probes=0)
+    run = collect(study(bert, coar.ZeroActivation()), tmp_path / "r.zarr", gradients=0)
     for constants, expected in (([0.5, 0, 0, -1.0], [0.5] * 8 + [0] * 24 + [-1.0] * 16), ([1.0, 2.0], None)):
         arrays.write_all(run.group, "component/replacement", np.array(constants, dtype=np.float32), "component")
         if expected:

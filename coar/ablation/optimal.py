@@ -8,12 +8,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from coar.ablation.gates import Gates
-from coar.ablation.replacements import Calibrated, ZeroWeight, call
-from coar.ablation.statistics import moments
-from coar.components import Components
+from coar.ablation.base import Calibrated
+from coar.ablation.calibration import activation_moments
+from coar.ablation.zero import ZeroWeight
+from coar.components.table import Components
 from coar.errors import AblationError, ExamplesError
-from coar.outputs import CrossEntropy, Output
+from coar.examples import call_model
+from coar.gates.gates import Gates
+from coar.outputs.base import Output
+from coar.outputs.classification import CrossEntropy
 from coar.sampling import BernoulliSampler, Split
 
 log = logging.getLogger(__name__)
@@ -60,7 +63,7 @@ class Optimal(Calibrated):
             ExamplesError: When there are too few calibration examples to hold some out.
         """
         size = self.examples_per_step
-        means, spread = moments(model, components, self.calibration, batch_size=size)
+        means, spread = activation_moments(model, components, self.calibration, batch_size=size)
         starts = [means, torch.zeros_like(means)]
         if all(row.side != "module" for row in components):  # a module has no bias of its own
             starts.append(ZeroWeight().replacements(model, components, batch_size=size))
@@ -104,7 +107,7 @@ class _Trial:
         self._draw = torch.Generator().manual_seed(ablation.seed)
         order = torch.randperm(n, generator=self._draw)
         self._held, self._trained_on = order[:held], order[held:]
-        self.gates = Gates(model, components, torch.zeros(components.width), through_outputs=True)
+        self.gates = Gates(model, components, torch.zeros(components.width), use_hooks=True)
 
     def held_out_loss(self, constants: Tensor) -> float:
         """Return the mean loss of the held-out examples, each under the same few masks every time."""
@@ -139,7 +142,7 @@ class _Trial:
         masks = self._sampler.masks(split, range(first, first + len(rows)), self._count)
         self.gates.replace(constants)
         self.gates.set(torch.from_numpy(masks).to(self._device))
-        losses = self._ablation.loss.read(call(self._model, inputs), targets.to(self._device))
+        losses = self._ablation.loss.read(call_model(self._model, inputs), targets.to(self._device))
         self.gates.confirm()
         return losses.float()
 

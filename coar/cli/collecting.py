@@ -14,24 +14,24 @@ from coar.cli.common import (
     app,
     cluster,
     log_into,
+    report_errors,
     share,
-    told,
 )
 from coar.errors import SettingsError
 
 if TYPE_CHECKING:
-    from coar.planning import Progress
-    from coar.store import Run
+    from coar.collection.quality import RunQuality
+    from coar.store.run import Run
     from coar.study import Study
 
 
 @app.command(epilog="Example: coar collect pipelines/digits.py --ablation zero --masks 4000 --precision auto")
-@told
+@report_errors
 def collect(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A pipeline file.")],
     run: Annotated[Path | None, typer.Option(help="The run [default: runs/<pipeline>-<ablation>.zarr].")] = None,
     masks: Annotated[int | None, typer.Option(help="Training masks [default: the pipeline's].")] = None,
-    probes: Annotated[int, typer.Option(help="Probes, for informed attributions.")] = 0,
+    gradients: Annotated[int, typer.Option(help="Mask gradients, for informed attributions.")] = 0,
     until: Annotated[float | None, typer.Option(help="Go on until validation masks are predicted so well.")] = None,
     until_flat: Annotated[bool, typer.Option("--until-flat", help="Go on until more passes promise little.")] = False,
     test_masks: Annotated[int | None, typer.Option(help="Held-out masks [default: the pipeline's].")] = None,
@@ -58,7 +58,7 @@ def collect(
     gpus_per_worker: Annotated[float, typer.Option(help="GPUs, or a share of one, for each.")] = 0.0,
 ) -> None:
     """Record the model's outputs under random masks. Run it again to go on, or with more masks to extend the run."""
-    from coar.engines import collect as collect_run
+    from coar.collection.collect import collect as collect_run
     from coar.pipeline import load_pipeline
 
     if log_file is not None:
@@ -82,22 +82,24 @@ def collect(
         "example_block": example_block,
     }
     if until is not None or until_flat:
-        if (until is not None and until_flat) or masks is not None or probes or worker:
-            raise SettingsError("--until and --until-flat choose masks and probes themselves; give one of them alone")
+        if (until is not None and until_flat) or masks is not None or gradients or worker:
+            raise SettingsError(
+                "--until and --until-flat choose masks and mask gradients themselves; give one of them alone"
+            )
         _tell(_until(study, path, until, {"validation_masks": validation_masks, **options}))
         return
-    count = (0 if probes else loaded.masks) if masks is None else masks
-    _tell(collect_run(study, path, masks=count, probes=probes, validation_masks=validation_masks, **options))
+    count = (0 if gradients else loaded.masks) if masks is None else masks
+    _tell(collect_run(study, path, masks=count, gradients=gradients, validation_masks=validation_masks, **options))
 
 
-@app.command(epilog="Example: coar plan pipelines/cifar10.py --masks 4000 --probes 128 --workers 8")
-@told
+@app.command(epilog="Example: coar plan pipelines/cifar10.py --masks 4000 --gradients 128 --workers 8")
+@report_errors
 def plan(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A pipeline file.")],
     masks: Annotated[
-        int | None, typer.Option(help="Training masks [default: the pipeline's, or 0 with probes].")
+        int | None, typer.Option(help="Training masks [default: the pipeline's, or 0 with mask gradients].")
     ] = None,
-    probes: Annotated[int, typer.Option(help="Probes, for informed attributions.")] = 0,
+    gradients: Annotated[int, typer.Option(help="Mask gradients, for informed attributions.")] = 0,
     workers: Annotated[int, typer.Option(help="Machines like this one that share the work.")] = 1,
     ablation: Annotated[str | None, typer.Option(help="Label, such as mean [default: the pipeline's].")] = None,
     device: DeviceOption = "auto",
@@ -105,16 +107,16 @@ def plan(
     batch_size: Annotated[int | None, typer.Option(help="Most examples per forward pass.")] = None,
 ) -> None:
     """Time a few passes and make a small pilot run; say what a run would cost before anything is spent."""
+    from coar.collection.cost import estimate
     from coar.pipeline import load_pipeline
-    from coar.planning import estimate
     from coar.report import describe_estimate
 
     loaded = load_pipeline(pipeline)
     study = loaded.study(ablation=ablation)
     found = estimate(
         study,
-        masks=(0 if probes else loaded.masks) if masks is None else masks,
-        probes=probes,
+        masks=(0 if gradients else loaded.masks) if masks is None else masks,
+        gradients=gradients,
         test_masks=loaded.test_masks * len({study.sampler.ablated_fraction, *loaded.test_fractions}),
         workers=workers,
         device=device,
@@ -125,12 +127,13 @@ def plan(
         typer.echo(f"{heading:16} {words}")
 
 
-def _step(now: "Progress") -> None:
-    typer.echo(f"{now.probes} probes, {now.masks} masks: correlation {now.correlation:.3f}; {now.ceiling()}")
+def _step(now: "RunQuality") -> None:
+    typer.echo(f"{now.gradients} mask gradients, {now.masks} masks: correlation {now.correlation:.3f}; {now.ceiling()}")
 
 
 def _until(study: "Study", path: Path, correlation: float | None, options: dict[str, Any]) -> "Run":
-    from coar.planning import VALIDATION_MASKS, collect_until
+    from coar.collection.adaptive import collect_until
+    from coar.collection.quality import VALIDATION_MASKS
 
     options["validation_masks"] = options["validation_masks"] or VALIDATION_MASKS
     finished, why = collect_until(study, path, correlation=correlation, report=_step, **options)
@@ -140,11 +143,11 @@ def _until(study: "Study", path: Path, correlation: float | None, options: dict[
 
 def _tell(run: "Run") -> None:
     """Say what the run has."""
-    from coar.store import Probes
+    from coar.store.gradients import MaskGradients
 
-    probes = Probes(run)
-    also = f" and {probes.count} probes" if probes.count else ""
-    missing = len(run.missing_units()) + len(probes.missing_units())
+    mask_gradients = MaskGradients(run)
+    also = f" and {mask_gradients.count} mask gradients" if mask_gradients.count else ""
+    missing = len(run.missing_units()) + len(mask_gradients.missing_units())
     far = f"{missing} units left to other workers" if missing else "complete"
     typer.echo(f"{run.path}: {len(run.plan)} masks{also} x {run.n_examples} examples, {far}")
 

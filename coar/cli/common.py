@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from coar.errors import CoarError, SettingsError
-from coar.store.refusals import storage_errors
+from coar.store.storage_errors import storage_errors
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from coar.engines import RayCluster
+    from coar.cluster import RayCluster
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,7 +40,7 @@ WorkersOption = Annotated[int, typer.Option(help="Workers on the Ray cluster.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write to [default: reports/<run>].")]
 
 
-def told(command: Callable[P, T]) -> Callable[P, T]:
+def report_errors(command: Callable[P, T]) -> Callable[P, T]:
     """Print a user's mistake as one message, and an interruption as what to do next."""
 
     @functools.wraps(command)
@@ -71,7 +71,7 @@ def share(text: str | None) -> tuple[int, int] | None:
 
 def cluster(engine: str, address: str | None, **settings: Any) -> "RayCluster | None":
     """Return the cluster that options name; None for this process."""
-    from coar.engines import RayCluster
+    from coar.cluster import RayCluster
 
     if engine not in ("local", "ray"):
         raise SettingsError(f"unknown engine {engine!r}; choose local or ray")

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coar.cli.common import DeviceOption, OutOption, RunArgument, app, reports, show, told, written
+from coar.cli.common import DeviceOption, OutOption, RunArgument, app, report_errors, reports, show, written
 from coar.errors import SettingsError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from coar.attributions import Attributions
-    from coar.editing import EditGoal, TaskResult
+    from coar.editing.goal import EditGoal
+    from coar.editing.tasks import TaskResult
 
 RULES = ("verified", "welch", "predicted")
 
@@ -22,7 +23,7 @@ RULES = ("verified", "welch", "predicted")
     epilog="Examples: coar edit runs/digits-mean.zarr --pipeline pipelines/digits.py --task forget --label 3; "
     "coar edit runs/digits-mean.zarr --targets 'label == 3' --references 'label != 3' --direction decrease --budget 20"
 )
-@told
+@report_errors
 def edit(
     run: RunArgument,
     targets: Annotated[str | None, typer.Option(help="Condition over metadata columns: what to change.")] = None,
@@ -57,7 +58,7 @@ def edit(
 ) -> None:
     """Choose components to ablate for good; with a pipeline, try them out, apply the edit and judge it."""
     from coar.attributions import load
-    from coar.editing import EditGoal
+    from coar.editing.goal import EditGoal
 
     _check_options(task, targets, references, name, label, rule)
     attributions = load(run, fit_name)
@@ -81,14 +82,14 @@ def edit(
     epilog="Example: coar undo reports/digits-mean/forget-3/edit.safetensors "
     "--edit reports/digits-mean/forget-3/edit.json --out original.safetensors"
 )
-@told
+@report_errors
 def undo(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The edited weights.")],
     made_by: Annotated[Path, typer.Option("--edit", help="The edit that made them, as JSON.")],
     out: Annotated[Path, typer.Option("--out", help="Where to write the original weights, as safetensors.")],
 ) -> None:
     """Put back what an edit took out of a checkpoint, bit for bit."""
-    from coar.editing import Edit
+    from coar.editing.edit import Edit
     from coar.weights import read_state, save_state
 
     made = Edit.load(made_by)
@@ -109,7 +110,7 @@ class _Asked:
 def _check_options(
     task: str | None, targets: str | None, references: str | None, name: str, label: int | None, rule: str | None
 ) -> None:
-    from coar.editing import TASKS
+    from coar.editing.tasks import TASKS
 
     if rule is not None and rule not in RULES:
         raise SettingsError(f"unknown rule {rule!r}; choose {', '.join(RULES)}")
@@ -127,7 +128,7 @@ def _check_options(
 
 def _bound(harm: float | None, group_harm: float | None) -> dict[str, Any]:
     """Return the bound as an option, where the user sets one."""
-    from coar.editing import Bound
+    from coar.editing.objective import Bound
 
     given = {"mean": harm, "group": group_harm}
     settings = {key: value / 100 for key, value in given.items() if value is not None}
@@ -138,8 +139,8 @@ def _without_trying(
     attributions: "Attributions", goal: "EditGoal | None", rule: str, budget: int | None, file: Path | None
 ) -> None:
     """Choose by attributions alone, and say what they predict."""
-    from coar.editing import edit as published
-    from coar.editing import predict_edit, predicted_edit
+    from coar.editing.edit import edit as published
+    from coar.editing.predict import predict_edit, predicted_edit
 
     if rule == "verified" or goal is None or budget is None:
         raise SettingsError(
@@ -162,15 +163,15 @@ def _without_trying(
 def _run_task(
     run: Path, pipeline: Path, attributions: "Attributions", asked: _Asked, options: dict[str, Any]
 ) -> "tuple[TaskResult, nn.Module]":
-    from coar.editing import TASKS, reach_goal
+    from coar.editing.tasks import TASKS, reach_goal
     from coar.pipeline import load_pipeline
-    from coar.store import Run
+    from coar.store.run import Run
 
     loaded = load_pipeline(pipeline)
     study = loaded.study_of(Run.open(run))
     common = (attributions, study.model, study.examples, loaded.judge())
     options["choosing"] = loaded.choosing()
-    if study.output.tells_right:
+    if study.output.sign_means_correct:
         options["output"] = study.output
     if asked.goal is not None:
         return reach_goal(*common, goal=asked.goal, name=asked.name, **options), study.model

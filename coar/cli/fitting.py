@@ -14,22 +14,22 @@ from coar.cli.common import (
     WorkersOption,
     app,
     cluster,
+    report_errors,
     reports,
     share,
     show,
-    told,
     written,
 )
 from coar.errors import SettingsError
 
 
 @app.command(epilog="Example: coar fit runs/digits-mean.zarr --method ols")
-@told
+@report_errors
 def fit(
     run: RunArgument,
     method: Annotated[str, typer.Option(help="auto, informed, ridge, lasso or ols.")] = "auto",
     masks: Annotated[int | None, typer.Option(help="Use only the first so many training masks.")] = None,
-    probes: Annotated[int | None, typer.Option(help="Use only the first so many probes.")] = None,
+    gradients: Annotated[int | None, typer.Option(help="Use only the first so many mask gradients.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the fit [default: the method].")] = None,
     refit: Annotated[bool, typer.Option("--refit", help="Fit again even when it is there.")] = False,
     worker: Annotated[str | None, typer.Option(help="Make one share of the sums, as in 3/64, and stop there.")] = None,
@@ -39,33 +39,33 @@ def fit(
     workers: WorkersOption = 2,
 ) -> None:
     """Fit attributions to a collected run and write them into it."""
-    from coar.regression import fit as fit_run
-    from coar.regression import fit_share
-    from coar.store import Run
+    from coar.regression.fitting import fit as fit_run
+    from coar.regression.fitting import fit_share
+    from coar.store.run import Run
 
     one, crew = share(worker), cluster(engine, address, workers=workers)
     if (one is not None) + merge + (crew is not None) > 1:
         raise SettingsError("--worker, --merge and --engine ray each say who does the work; give one of them")
     if one is not None:
-        if probes is not None or refit:
-            raise SettingsError("--worker makes sums over masks; give --refit and --probes with --merge")
+        if gradients is not None or refit:
+            raise SettingsError("--worker makes sums over masks; give --refit and --gradients with --merge")
         fit_share(Run.open(run), one, method=method, masks=masks, name=name)
         typer.echo(f"{run}: sums of worker {worker} made; once all are, run the same with --merge")
         return
-    options: dict[str, Any] = {"method": method, "masks": masks, "probes": probes, "name": name, "refit": refit}
+    options: dict[str, Any] = {"method": method, "masks": masks, "gradients": gradients, "name": name, "refit": refit}
     attributions = fit_run(Run.open(run), **options, merge=merge, cluster=crew)
     facts = attributions.facts["fit"]
-    probed = f" and {facts['probes']} probes" if "probes" in facts else ""
-    typer.echo(f"{run}: {attributions!r}, fitted on {facts['masks']} masks{probed}")
+    with_gradients = f" and {facts['gradients']} mask gradients" if "gradients" in facts else ""
+    typer.echo(f"{run}: {attributions!r}, fitted on {facts['masks']} masks{with_gradients}")
 
 
 @app.command(epilog="Example: coar baselines runs/digits-mean.zarr --pipeline pipelines/digits.py")
-@told
+@report_errors
 def baselines(run: RunArgument, pipeline: PipelineOption, device: DeviceOption = "auto") -> None:
     """Compute leave-one-out and gradient x gate attributions, to compare with."""
     from coar.baselines import BASELINES
     from coar.pipeline import load_pipeline
-    from coar.store import Run
+    from coar.store.run import Run
 
     opened = Run.open(run)
     study = load_pipeline(pipeline).study_of(opened)
@@ -78,12 +78,12 @@ def baselines(run: RunArgument, pipeline: PipelineOption, device: DeviceOption =
 
 
 @app.command(epilog="Example: coar evaluate runs/digits-mean.zarr")
-@told
+@report_errors
 def evaluate(run: RunArgument, out: OutOption = None) -> None:
     """Score the run's fits and baselines on masks that no fit has seen."""
     from coar.evaluation import evaluate as evaluate_run
     from coar.report import compact, write_evaluation
-    from coar.store import Run
+    from coar.store.run import Run
 
     evaluation = evaluate_run(Run.open(run))
     show(compact(evaluation.table))

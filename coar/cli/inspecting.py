@@ -5,21 +5,21 @@ from typing import Annotated
 
 import typer
 
-from coar.cli.common import OutOption, RunArgument, app, reports, told, written
+from coar.cli.common import OutOption, RunArgument, app, report_errors, reports, written
 
 
 @app.command(epilog="Example: coar report runs/digits-mean.zarr")
-@told
+@report_errors
 def report(run: RunArgument, out: OutOption = None) -> None:
     """Gather what evaluate and edit wrote on one HTML page."""
     from coar.report import write_page
-    from coar.store import Run
+    from coar.store.run import Run
 
     written([write_page(Run.open(run), out or reports(run))])
 
 
 @app.command(epilog="Example: coar info runs/digits-mean.zarr --watch 10")
-@told
+@report_errors
 def info(
     run: RunArgument,
     watch: Annotated[float | None, typer.Option(help="Look again every so many seconds until complete.")] = None,
@@ -27,10 +27,10 @@ def info(
     log_file: Annotated[Path | None, typer.Option(help="Count lost workers in collect's log of events.")] = None,
 ) -> None:
     """Say what a run holds and how far it is."""
+    from coar.cli.watching import watched, write_metrics
     from coar.report import describe
-    from coar.store import Run
     from coar.store.fits import fit_names
-    from coar.store.watching import watched, write_metrics
+    from coar.store.run import Run
 
     opened = Run.open(run)
     for heading, words in {**describe(opened), "fits": ", ".join(fit_names(opened)) or "none"}.items():
@@ -43,15 +43,15 @@ def info(
 
 
 @app.command(epilog="Example: coar verify runs/digits-mean.zarr --repair")
-@told
+@report_errors
 def verify(
     run: RunArgument,
     repair: Annotated[bool, typer.Option("--repair", help="Delete what is damaged and can be made again.")] = False,
 ) -> None:
     """Read every chunk of a run and name what is missing or damaged; exit with 1 when anything is."""
-    from coar.store import Run
-    from coar.store import repair as repair_run
-    from coar.store import verify as verify_run
+    from coar.store.integrity import repair as repair_run
+    from coar.store.integrity import verify as verify_run
+    from coar.store.run import Run
 
     opened = Run.open(run)
     problems = verify_run(opened)
@@ -72,25 +72,25 @@ def verify(
 
 
 @app.command(epilog="Example: coar copy runs/digits-mean.zarr s3://bucket/digits-mean.zarr")
-@told
+@report_errors
 def copy(
     run: RunArgument, destination: Annotated[Path, typer.Argument(metavar="DEST", help="A path or an address.")]
 ) -> None:
     """Copy a run, and check every chunk of it here and there."""
-    from coar.store import Run
-    from coar.store import copy as copy_run
+    from coar.store.copying import copy as copy_run
+    from coar.store.run import Run
 
     typer.echo(f"{copy_run(Run.open(run), destination).path}: every chunk that was there is there and whole")
 
 
 @app.command(epilog="Example: coar merge runs/part-1.zarr runs/part-2.zarr --into runs/whole.zarr")
-@told
+@report_errors
 def merge(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Runs of one study.")],
     into: Annotated[Path, typer.Option(help="The new run.")],
 ) -> None:
-    """Make one run of several that were collected for one study, each with some of the masks, probes or units."""
-    from coar.store import merge as merge_runs
+    """Make one run of several that were collected for one study, each with some of the masks, mask gradients or units."""
+    from coar.store.copying import merge as merge_runs
 
     made = merge_runs(runs, into=into)
     missing = len(made.missing_units())

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from coar.editing.descent import Adam, Batches
-from coar.editing.tradeoff import Objective
-from coar.editing.trials import Trials
+from coar.editing.descent import Adam, ExampleDraws
+from coar.editing.evaluator import GatedEvaluator
+from coar.editing.objective import Objective
 
 STEPS = 40
 RATE = 0.2  # of the first steps, in standard deviations of a channel; the last are a tenth as long
@@ -12,7 +12,7 @@ PULL = 0.01  # towards where the constants started: slope of the trade-off per s
 
 
 def train(
-    trials: Trials,
+    trials: GatedEvaluator,
     objective: Objective,
     ablated: tuple[int, ...],
     *,
@@ -40,7 +40,7 @@ def train(
     open_to_it = [i for i in ablated if trials.table[i].side != "expert"]
     if not open_to_it:
         return start.copy()
-    draw = Batches(objective, seed, among)
+    draw = ExampleDraws(objective, seed, among)
     channels = trials.table.channels_of(open_to_it)
     spread = trials.spread[channels]
     moved, total = np.zeros(len(channels)), np.zeros(len(channels))  # in standard deviations
@@ -53,7 +53,7 @@ def train(
         def slopes(margins: np.ndarray, rows: np.ndarray = rows, shares: np.ndarray = shares) -> np.ndarray:
             return np.asarray(shares * objective.slopes(margins, rows))
 
-        gradient = trials.pulls(gates, rows, constants=constants, slopes=slopes)[0][channels]
+        gradient = trials.weighted_gradients(gates, rows, constants=constants, slopes=slopes)[0][channels]
         moved += RATE * (1 - 0.9 * step / STEPS) * adam.step(spread * gradient + PULL * moved)
         constants[channels] = start[channels] + spread * moved
         if step >= STEPS // 2:

@@ -1,17 +1,17 @@
-"""A descent over gates between open and closed: candidates for an edit, all of them moved at once by probes."""
+"""A descent over gates between open and closed: candidates for an edit, all of them moved at once by mask gradients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from coar.editing.tradeoff import Objective
-from coar.editing.trials import Trials
+from coar.editing.evaluator import GatedEvaluator
+from coar.editing.objective import Objective
 
 STEPS = 120
-BATCH = (48, 112)  # targets and references per probe
+BATCH = (48, 112)  # targets and references per mask gradient
 RATE = 0.05  # of the first steps; the last are a tenth as long
-COST = 0.002  # of each closed gate, in units of the trade-off, unless told otherwise
+COST = 0.002  # of each closed gate, in units of the trade-off, unless on_step otherwise
 PUSH = 0.02  # towards open or closed at the last steps; nothing in the first quarter
 DECAY = (0.8, 0.99)  # of the running means of slopes and of their squares (Adam, Kingma and Ba 2015)
 
@@ -35,7 +35,7 @@ class Adam:
 
 
 def descend(
-    trials: Trials,
+    trials: GatedEvaluator,
     objective: Objective,
     free: np.ndarray,
     *,
@@ -43,25 +43,25 @@ def descend(
     steps: int = STEPS,
     cost: float = COST,
     seed: int = 0,
-    told: Callable[[], object] = lambda: None,
+    on_step: Callable[[], object] = lambda: None,
 ) -> np.ndarray:
     """Return (components,) gates, near 0 for those that an edit should ablate and 1 for those it should keep.
 
-    Each step is one probe of a few examples at the present gates: its gradient says at once for every component how
+    Each step is one mask gradient of a few examples at the present gates: its gradient says at once for every component how
     the trade-off would move. Gates may stand in between on the way, so that components are tried together, given up
     and taken back; towards the end they are pushed to either side.
 
     Args:
-        trials: Where probes are made.
+        trials: Where mask gradients are made.
         objective: The trade-off.
         free: Components whose gates may move.
         budget: How many may be closed; gates become dearer while there are more.
-        steps: Number of probes.
+        steps: Number of mask gradients.
         cost: What a closed gate costs, in units of the trade-off.
         seed: Which examples are drawn.
-        told: Called after each step.
+        on_step: Called after each step.
     """
-    draw = Batches(objective, seed)
+    draw = ExampleDraws(objective, seed)
     gates, adam = np.ones(trials.components), Adam(np.zeros(len(free)), np.zeros(len(free)))
     least = cost
     for step in range(steps):
@@ -75,11 +75,11 @@ def descend(
             cost = max(cost, least)
         moved = adam.step(slopes - cost + push * (1 - 2 * now))
         gates[free] = np.clip(now + RATE * (1 - 0.9 * step / steps) * moved, 0, 1)
-        told()
+        on_step()
     return gates
 
 
-class Batches:
+class ExampleDraws:
     """Draws targets and references for one step after another, each with the share of the trade-off it stands for.
 
     Args:

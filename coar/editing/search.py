@@ -6,22 +6,22 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from coar.editing.constants import train
+from coar.editing.evaluator import GatedEvaluator
+from coar.editing.objective import Objective, Outcome
 from coar.editing.strength import least_strengths
-from coar.editing.tradeoff import Objective, Outcome
-from coar.editing.trials import Trials
 
 SCREEN = (150, 300)  # targets and references on which sets are tried first
 FULL, JOINED = 3, 4  # sets that are then tried on all examples, and single steps that are also taken together
 FLIPS, PATH = 12, 12  # additions and drops per round, sets along a path
 ROUNDS = 14  # of additions and drops, and of training, at most
-OPEN = 0.1  # share of targets that may be left unchanged before a search is widened
+MAX_UNMET = 0.1  # share of targets that may be left unchanged before a search is widened
 PENALTY = 20.0  # of a broken bound in the first rounds, in units of the trade-off per unit of accuracy
 SHARES = (1.0, 0.6, 0.3)  # of the way to trained constants that are tried
 DEARER = 1.5  # by how much the penalty and the care for harm grow with every round that breaks the bound
 
 
 @dataclass(frozen=True)
-class Tried:
+class EvaluatedSet:
     """A set of components that was tried on all choosing examples.
 
     Attributes:
@@ -48,7 +48,7 @@ class Search:
         objective: The trade-off and the bound.
         budget: The most components of a set.
         tried: Every set tried on all examples; the first is the empty one.
-        told: Called after each set of trials.
+        on_step: Called after each set of trials.
         penalty: What breaking the bound costs.
         since: From which of the sets tried the search goes on; a new stage does not go back to those before it.
         care: How much more harm weighs when constants are trained.
@@ -57,29 +57,29 @@ class Search:
         least: Try every set at the least strength that does to targets what whole ablations do.
     """
 
-    trials: Trials
+    trials: GatedEvaluator
     objective: Objective
     budget: int
-    tried: list[Tried] = field(default_factory=list)
-    told: Callable[[], object] = lambda: None
+    tried: list[EvaluatedSet] = field(default_factory=list)
+    on_step: Callable[[], object] = lambda: None
     penalty: float = PENALTY
     since: int = 0
-    care: float = 1.0
-    near: int | None = None
+    harm_weight: float = 1.0
+    n_boundary_references: int | None = None
     least: bool = False
 
     def __post_init__(self) -> None:
-        self._rows = self._nearest(self.objective.base, len(self.objective.targets), self.near)
+        self._rows = self._nearest(self.objective.base, len(self.objective.targets), self.n_boundary_references)
         outcome = self.objective.outcome(self.objective.base)
-        self.tried.append(Tried((), self.objective.base, outcome, self.trials.constants, np.ones(0)))
+        self.tried.append(EvaluatedSet((), self.objective.base, outcome, self.trials.constants, np.ones(0)))
 
     @property
-    def best(self) -> Tried:
+    def best(self) -> EvaluatedSet:
         """The best set within the bound."""
         return min((one for one in self.tried if one.outcome.excess == 0), key=lambda one: one.outcome.value)
 
     @property
-    def leading(self) -> Tried:
+    def leading(self) -> EvaluatedSet:
         """The best set when a broken bound only costs a penalty."""
         return min(self.tried[self.since :] or self.tried, key=lambda one: self.cost(one.outcome))
 
@@ -89,17 +89,17 @@ class Search:
 
     def try_out(
         self, sets: Sequence[tuple[int, ...]], constants: np.ndarray, strengths: Sequence[np.ndarray] | None = None
-    ) -> list[Tried]:
+    ) -> list[EvaluatedSet]:
         """Try sets on all examples, with constants in their place, and with strengths where these are given."""
         if not sets:
             return []
         margins, strengths = self._margins(sets, self._rows, self.objective.base, constants, strengths)
         found = [
-            Tried(one, row, self.objective.outcome(row), constants, how)
+            EvaluatedSet(one, row, self.objective.outcome(row), constants, how)
             for one, row, how in zip(sets, margins, strengths, strict=True)
         ]
         self.tried += found
-        self.told()
+        self.on_step()
         return found
 
     def follow(self, order: Sequence[int] | np.ndarray, *, least: int = 1) -> None:
@@ -113,13 +113,13 @@ class Search:
 
     def start_again(self, budget: int) -> None:
         """Forget what leads, and what breaking the bound has come to cost; what was tried stays to be chosen from."""
-        self.budget, self.since, self.penalty, self.care = budget, len(self.tried), PENALTY, 1.0
+        self.budget, self.since, self.penalty, self.harm_weight = budget, len(self.tried), PENALTY, 1.0
 
     def improve(self, free: np.ndarray, *, seed: int | None = None) -> None:
         """Add and drop components around the leading set, and train its constants, as long as that pays beyond chance.
 
         While the bound is broken, breaking it costs ever more, and harm weighs ever more when constants are trained.
-        Candidates are ranked anew in every round, by a probe of the model as it then is. With a `seed`, constants are
+        Candidates are ranked anew in every round, by a mask gradient of the model as it then is. With a `seed`, constants are
         trained, from the second round on.
         """
         for number in range(ROUNDS):
@@ -133,14 +133,14 @@ class Search:
                 return
             if broken:
                 self.penalty *= DEARER
-                self.care *= DEARER
+                self.harm_weight *= DEARER
 
-    def _tailor(self, seed: int) -> list[Tried]:
+    def _tailor(self, seed: int) -> list[EvaluatedSet]:
         """Train the constants of the leading set, and try what is found and parts of the way there."""
         now = self.leading
         if not now.ablated:
             return []
-        objective = self.objective.careful(self.care)
+        objective = self.objective.with_harm_weight(self.harm_weight)
         parts = self.trials, objective, now.ablated
         trained = train(*parts, start=now.constants, strengths=now.strengths, among=self._rows, seed=seed)
         return [
@@ -149,7 +149,7 @@ class Search:
             for one in self.try_out([now.ablated], now.constants + np.float32(share) * (trained - now.constants))
         ]
 
-    def _step(self, now: Tried, free: np.ndarray) -> list[Tried]:
+    def _step(self, now: EvaluatedSet, free: np.ndarray) -> list[EvaluatedSet]:
         """Try each promising flip of a component on few examples, and the best, alone and together, on all."""
         rows = self._screen()
         flips = self._flips(now, free, rows)
@@ -158,13 +158,13 @@ class Search:
         together = [_flipped(now.ablated, best[:count]) for count in range(1, len(best) + 1)]
         return self._try_best([*together, *(_flipped(now.ablated, [flip]) for flip in best[1:])], now, rows)
 
-    def _try_best(self, sets: Sequence[tuple[int, ...]], now: Tried, rows: np.ndarray) -> list[Tried]:
+    def _try_best(self, sets: Sequence[tuple[int, ...]], now: EvaluatedSet, rows: np.ndarray) -> list[EvaluatedSet]:
         """Try sets on few examples, and those that did best there on all."""
         allowed = [one for one in sets if 0 < len(one) <= self.budget]
         costs = self._costs(allowed, now, rows)
         return self.try_out([allowed[i] for i in np.sort(np.argsort(costs, kind="stable")[:FULL])], now.constants)
 
-    def _costs(self, sets: Sequence[tuple[int, ...]], now: Tried, rows: np.ndarray) -> list[float]:
+    def _costs(self, sets: Sequence[tuple[int, ...]], now: EvaluatedSet, rows: np.ndarray) -> list[float]:
         """Return the cost of each set, tried on few examples; the others stay as they are now."""
         margins, _ = self._margins(sets, rows, now.margins, now.constants)
         return [self.cost(self.objective.outcome(row)) for row in margins]
@@ -187,7 +187,7 @@ class Search:
             margins[:, rows] = self.trials.margins(gates, rows, constants=constants)
         return margins, strengths
 
-    def _pays(self, new: Tried, old: Tried) -> bool:
+    def _pays(self, new: EvaluatedSet, old: EvaluatedSet) -> bool:
         """Say whether a set is better by more than a standard error of the difference over examples."""
         gain = self.cost(old.outcome) - self.cost(new.outcome)
         if gain <= 0:
@@ -196,8 +196,8 @@ class Search:
         parts = self.objective.weights * (np.tanh(new.margins / scale / 2) - np.tanh(old.margins / scale / 2)) / 2
         return gain > self.objective.error(parts)
 
-    def _flips(self, now: Tried, free: np.ndarray, rows: np.ndarray) -> list[int]:
-        """Return the components that, by a probe at the present set, it would pay most to ablate or to take back."""
+    def _flips(self, now: EvaluatedSet, free: np.ndarray, rows: np.ndarray) -> list[int]:
+        """Return the components that, by a mask gradient at the present set, it would pay most to ablate or to take back."""
         few = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).round().astype(int)]
         gates = self.trials.gates(now.ablated, now.strengths)
         _, slopes = self.trials.slopes(gates, few, constants=now.constants)
@@ -216,14 +216,18 @@ class Search:
     def _screen(self) -> np.ndarray:
         """Return the examples that tell sets apart: targets, and references near the edge under the leading set."""
         targets, references = SCREEN
-        few = references if self.near is None else min(references, max(self.near // 4, 1))
+        few = (
+            references
+            if self.n_boundary_references is None
+            else min(references, max(self.n_boundary_references // 4, 1))
+        )
         return self._nearest(np.minimum(self.leading.margins, self.objective.base), targets, few)
 
     def _nearest(self, margins: np.ndarray, targets: int, references: int | None) -> np.ndarray:
         """Return the first targets and those references, of all that are tried, whose margins are smallest."""
         others = self.objective.references
-        near = others[np.argsort(margins[others], kind="stable")[:references]]
-        return np.sort(np.concatenate([self.objective.targets[:targets], near]))
+        n_boundary_references = others[np.argsort(margins[others], kind="stable")[:references]]
+        return np.sort(np.concatenate([self.objective.targets[:targets], n_boundary_references]))
 
 
 def _flipped(ablated: tuple[int, ...], flips: Sequence[int]) -> tuple[int, ...]:

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from coar.editing.tradeoff import Objective
-from coar.editing.trials import Trials
+from coar.editing.evaluator import GatedEvaluator
+from coar.editing.objective import Objective
 
 CLEAR = 0.2  # margin beyond which a target counts as changed for sure, in units of the trade-off's scale
 ROUNDS = 6  # of looking between a strength that is too little and one that is enough
 
 
 def least_strengths(
-    trials: Trials, objective: Objective, sets: Sequence[tuple[int, ...]], constants: np.ndarray
+    trials: GatedEvaluator, objective: Objective, sets: Sequence[tuple[int, ...]], constants: np.ndarray
 ) -> np.ndarray:
     """Return the (sets,) least strengths at which sets of components have the effect on targets of whole ablations.
 

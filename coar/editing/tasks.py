@@ -8,18 +8,18 @@ import numpy as np
 from torch import nn
 
 from coar.attributions import Attributions
-from coar.editing.choosing import columns
-from coar.editing.edits import Edit
-from coar.editing.goals import EditGoal
-from coar.editing.judging import effect_curve, judge_edit, margins
-from coar.editing.selection import Ground, Selection, choose, select
-from coar.editing.selection import Options as Choice
-from coar.editing.tradeoff import Bound, TradeOff
+from coar.editing.context import SelectionContext, columns
+from coar.editing.edit import Edit
+from coar.editing.goal import EditGoal
+from coar.editing.judge import effect_curve, judge_edit, margins
+from coar.editing.objective import Bound, TradeOff
+from coar.editing.select import Selection, choose, select
+from coar.editing.select import SelectionOptions as Choice
 from coar.errors import BoundError, GoalError
 from coar.examples import Examples
-from coar.outputs import Output
+from coar.forward.runner import Precision
+from coar.outputs.base import Output
 from coar.progress import progress_bar
-from coar.worker import Precision
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,33 +27,33 @@ if TYPE_CHECKING:
 PRESETS: dict[str, Choice] = {
     # half of the mean for the standard error, as with some 3,000 references; trained constants harm no less here
     "forget": {"bound": Bound(mean=0.006, group=0.03), "constants": "run"},
-    # one target needs few probes, and moves few references that are far from the edge; that it is moved no further than
+    # one target needs few mask gradients, and moves few references that are far from the edge; that it is moved no further than
     # it must, and that references keep their margins too, is what spares examples that the choice has not seen
     "fix": {
         "bound": Bound(mean=0.005, group=0.05),
-        "strength": "least",
+        "strength": "minimal",
         "tradeoff": TradeOff(target_scale=0.5, reference_scale=3.0),
         "steps": 40,
-        "near": 600,
+        "n_boundary_references": 600,
     },
     "group": {"bound": Bound(mean=0.01, group=0.05)},
     # what was put in shares its components with what it was put into, and comes out of many of them in part
     "backdoor": {
         "bound": Bound(mean=0.005, group=0.05),
-        "strength": "own",
+        "strength": "per_component",
         "tradeoff": TradeOff(harm=4.0, reference_scale=4.0),
         "steps": 600,
     },
     # reading is spread over many components, each of them of use to seeing
     "typographic": {
         "bound": Bound(mean=0.005, group=0.05),
-        "strength": "own",
+        "strength": "per_component",
         "tradeoff": TradeOff(harm=16.0, reference_scale=4.0),
     },
 }
 
 
-class Options(Choice, total=False):
+class TaskOptions(Choice, total=False):
     """What every task passes on to `select`, see there."""
 
     choosing: Examples | None
@@ -94,7 +94,7 @@ def reach_goal(
     *,
     goal: EditGoal,
     name: str,
-    **options: Unpack[Options],
+    **options: Unpack[TaskOptions],
 ) -> TaskResult:
     """Edit the model for a goal, and judge it on other examples.
 
@@ -127,7 +127,7 @@ def forget_class(
     judge: Examples,
     *,
     label: int,
-    **options: Unpack[Options],
+    **options: Unpack[TaskOptions],
 ) -> TaskResult:
     """Make the model fail on one class and leave the others as they are: `reach_goal` with the class as targets.
 
@@ -158,7 +158,7 @@ def strengthen_group(
     *,
     group: str | int | None = None,
     goal: EditGoal | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[TaskOptions],
 ) -> TaskResult:
     """Raise a subpopulation's accuracy: the values of the metadata column `group`, by default the worst of them.
 
@@ -193,7 +193,7 @@ def remove_backdoor(
     judge: Examples,
     *,
     goal: EditGoal | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[TaskOptions],
 ) -> TaskResult:
     """Get triggered examples right: those with 1 in the column `triggered`, each paired by `pair` with a clean one.
 
@@ -223,7 +223,7 @@ def resist_typographic(
     judge: Examples,
     *,
     goal: EditGoal | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[TaskOptions],
 ) -> TaskResult:
     """Get attacked examples right: those with 1 in the column `attacked`, each paired by `pair` with a clean one.
 
@@ -246,7 +246,7 @@ def resist_typographic(
 
 
 def fix_errors(
-    attributions: Attributions, model: nn.Module, studied: Examples, judge: Examples, **options: Unpack[Options]
+    attributions: Attributions, model: nn.Module, studied: Examples, judge: Examples, **options: Unpack[TaskOptions]
 ) -> TaskResult:
     """Correct each misclassified studied example in turn, each by an edit of its own, if the bound allows one.
 
@@ -275,7 +275,7 @@ def fix_errors(
     if not len(wrong):
         raise GoalError(f"the model classifies all {len(studied)} studied examples correctly; there is nothing to fix")
     settings["progress"] = False  # one bar is enough
-    ground = Ground.of(attributions, model, studied, **where)
+    ground = SelectionContext.of(attributions, model, studied, **where)
     rows, chosen, curves = [], [], []
     for i in progress_bar(wrong.tolist(), desc="fix", unit="error", shown=shown):
         goal = EditGoal(targets=(i,), references=tuple(right.tolist()), direction="increase")
@@ -301,7 +301,7 @@ TASKS: dict[str, Callable[..., TaskResult]] = {
 }
 
 
-def _reached(ground: Ground, goal: EditGoal, **settings: Unpack[Choice]) -> Selection | None:
+def _reached(ground: SelectionContext, goal: EditGoal, **settings: Unpack[Choice]) -> Selection | None:
     """Return a choice that gets all targets right, None where there is none within the bound."""
     try:
         found = choose(ground, goal, **settings)
@@ -317,17 +317,17 @@ def _pairs(column: str, studied: Examples) -> EditGoal:
     return EditGoal(targets=f"{column} == 1", references=f"{column} == 0", direction="increase", pairs="pair")
 
 
-def preset(task: str, options: Options) -> Options:
+def preset(task: str, options: TaskOptions) -> TaskOptions:
     """Return the options of a task, with its own settings for those that are missing or None.
 
     The published ranking ablates wholly, unless the options say other.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    published = {"strength": "whole"} if given.get("rule") == "welch" else {}
-    return cast(Options, {**PRESETS[task], **published, **given})
+    published = {"strength": "full"} if given.get("rule") == "welch" else {}
+    return cast(TaskOptions, {**PRESETS[task], **published, **given})
 
 
-def _judging(options: Options) -> _Judging:
+def _judging(options: TaskOptions) -> _Judging:
     return {"device": options.get("device", "auto"), "output": options.get("output")}
 
 

@@ -41,7 +41,7 @@ class Output(Settings):
         return None
 
     @property
-    def tells_right(self) -> bool:
+    def sign_means_correct(self) -> bool:
         """Whether the output is a margin that, taken against the largest other offer, is positive exactly where right.
 
         Edits are tried out and judged by such outputs; they have the setting `against`.

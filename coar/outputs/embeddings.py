@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from coar.errors import OutputError
 from coar.outputs.base import Output
-from coar.outputs.classes import Against, class_logits, margins
+from coar.outputs.classification import Against, class_logits, margins
 
 
 class CosineSimilarity(Output):
@@ -52,7 +52,7 @@ class ZeroShotMargin(Output):
     against: Against = "logsumexp"
 
     @property
-    def tells_right(self) -> bool:
+    def sign_means_correct(self) -> bool:
         """True: the margin against the largest other offer is positive where the example is right."""
         return True
 

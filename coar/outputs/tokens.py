@@ -16,7 +16,7 @@ from torch.nn import functional
 from coar.errors import OutputError, SettingsError
 from coar.examples import UNREAD
 from coar.outputs.base import Output, find_logits, whole_numbers
-from coar.outputs.classes import Against, margins
+from coar.outputs.classification import Against, margins
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TokenMargin(Output):
     against: Against = "logsumexp"
 
     @property
-    def tells_right(self) -> bool:
+    def sign_means_correct(self) -> bool:
         """Whether one token is read, the last: a mean over several says nothing of any."""
         return self.reduction == "last"
 
@@ -105,7 +105,7 @@ class ChoiceMargin(Output):
     against: Against = "largest"
 
     @property
-    def tells_right(self) -> bool:
+    def sign_means_correct(self) -> bool:
         """True: the margin against the largest other offer is positive where the example is right."""
         return True
 

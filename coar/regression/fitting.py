@@ -7,20 +7,21 @@ from typing import Any
 import numpy as np
 
 from coar.attributions import Attributions
-from coar.engines.ray import RayCluster, connected
-from coar.engines.units import check_worker
+from coar.cluster import RayCluster, connected
+from coar.collection.units import check_worker
 from coar.errors import IncompleteRunError, RegressionError, SettingsError
 from coar.evaluation import score
 from coar.progress import progress_bar
-from coar.regression.cluster import ClusterFit
+from coar.regression.distributed.cluster import ClusterFit
+from coar.regression.distributed.partial_sums import PartialSums
 from coar.regression.lasso import SparseFit
 from coar.regression.ridge import LinearFit
-from coar.regression.shares import Shares
 from coar.regression.solvers import METHODS, solver_of, takes_moments
-from coar.regression.sums import Block, Streamed, Sums
-from coar.store import Probes, Run
+from coar.regression.sums import FitBlock, Streamed, Sums
 from coar.store.fits import FitWriter, add_fit_facts, blocks_of, check_name, chunk_rows, fit_facts
+from coar.store.gradients import MaskGradients
 from coar.store.lock import worker_lock
+from coar.store.run import Run
 
 
 def fit(
@@ -28,7 +29,7 @@ def fit(
     *,
     method: str = "auto",
     masks: int | None = None,
-    probes: int | None = None,
+    gradients: int | None = None,
     name: str | None = None,
     refit: bool = False,
     merge: bool = False,
@@ -40,11 +41,11 @@ def fit(
     Args:
         run: A complete run; its test masks are not read.
         method: `ridge`, with a penalty per example chosen by generalised cross-validation; `ols`; `lasso`, with sparse
-            weights, its penalties chosen likewise; `informed`, which starts from probes and corrects by masks, if there
-            are any; or `auto`: `ridge` where there are no probes, else `informed`, and where the run has validation
+            weights, its penalties chosen likewise; `informed`, which starts from mask gradients and corrects by masks, if there
+            are any; or `auto`: `ridge` where there are no mask gradients, else `informed`, and where the run has validation
             masks whichever of the two predicts those better.
         masks: Use only the first so many training masks.
-        probes: Use only the first so many probes, a whole number of the rounds in which they were collected.
+        gradients: Use only the first so many mask gradients, a whole number of the rounds in which they were collected.
         name: Name of the fit in the run; by default the method.
         refit: Fit again even when the run already holds this fit.
         merge: Solve from the sums that all workers of a job array have made by `fit_share`.
@@ -57,14 +58,14 @@ def fit(
     Raises:
         IncompleteRunError: When units are missing, or workers' sums.
         EngineError: When the cluster cannot be reached, or its workers cannot do the work.
-        RegressionError: When there are fewer than two masks, or too few for least squares, or too few probes; when
+        RegressionError: When there are fewer than two masks, or too few for least squares, or too few mask gradients; when
             lasso does not converge, or this machine has no room for its Gram matrix.
     """
     if method not in (*METHODS, "auto"):
         raise SettingsError(f"unknown method {method!r}; choose auto or one of {', '.join(METHODS)}")
-    if len(run.plan) or not Probes(run).count:
+    if len(run.plan) or not MaskGradients(run).count:
         run.require_complete()
-    rounds = _rounds(run, probes, method)
+    rounds = _rounds(run, gradients, method)
     rows = _rows(run, masks, none_will_do=rounds > 0)
     common: dict[str, Any] = {"refit": refit, "progress": progress, "merge": merge, "cluster": cluster}
     if merge:
@@ -105,7 +106,7 @@ def fit_share(
         raise SettingsError(f"unknown method {method!r}; choose auto or one of {', '.join(METHODS)}")
     rows = _rows(run, masks, none_will_do=False)
     method = _summed_method(method, _rounds(run, None, method), rows, run)
-    shares = Shares(run, check_name(name or method), rows, chunk_rows(run))
+    shares = PartialSums(run, check_name(name or method), rows, chunk_rows(run))
     with worker_lock(run.path, prepared=shares.prepared) as lock:
         if lock.alone:
             shares.lay_out(among[1])
@@ -130,20 +131,22 @@ def _rows(run: Run, masks: int | None, *, none_will_do: bool) -> np.ndarray:
     return rows[:masks]
 
 
-def _rounds(run: Run, probes: int | None, method: str) -> int:
-    """Return how many rounds of probes to use, all of them collected."""
-    found = Probes(run)
+def _rounds(run: Run, gradients: int | None, method: str) -> int:
+    """Return how many rounds of mask gradients to use, all of them collected."""
+    found = MaskGradients(run)
     if method not in ("informed", "auto"):
         return 0
     missing = found.missing_units()
     if missing:
         raise IncompleteRunError(
-            f"{len(missing)} of {len(found.units())} units of probes of {run.path} have not been collected; run 'coar "
+            f"{len(missing)} of {len(found.units())} units of mask gradients of {run.path} have not been collected; run 'coar "
             f"collect' again to finish the run"
         )
     if method == "informed" and not found.count:
-        raise RegressionError(f"an informed fit needs probes and {run.path} has none; collect with --probes, 64 or so")
-    return found.whole_rounds(probes)
+        raise RegressionError(
+            f"an informed fit needs mask gradients and {run.path} has none; collect with --gradients, 64 or so"
+        )
+    return found.whole_rounds(gradients)
 
 
 def _fit(
@@ -165,7 +168,7 @@ def _fit(
     label = check_name(name)
     facts: dict[str, Any] = {"method": method, "masks": len(rows), "ablated_fraction": run.sampler.ablated_fraction}
     if method == "informed":
-        facts["probes"] = sum(Probes(run).rounds[:rounds])
+        facts["gradients"] = sum(MaskGradients(run).rounds[:rounds])
     known = fit_facts(run, label)
     if refit or {key: known.get(key) for key in facts} != facts or known.get("state") != "ready":
         with run.lock():
@@ -182,7 +185,7 @@ def _fit_here(
 ) -> None:
     """Solve in this process, block by block, and write the fit."""
     method, step = facts["method"], chunk_rows(run)
-    shares = Shares(run, label, rows, step) if merge else None
+    shares = PartialSums(run, label, rows, step) if merge else None
     if shares is not None:
         shares.require()
     learned, solutions = _solutions(run, rows, rounds, method, sums=shares or Streamed(run, rows, step))
@@ -227,6 +230,6 @@ def _solutions(
     summed = takes_moments(method, len(rows), run.n_components)
     solver = solver_of(run, rows, rounds, method=method, gram=sums.gram() if summed else None)
     return solver.learned(), (
-        (examples, solver.solve(Block(run, rows, examples, sums.moments(examples) if summed else None)))
+        (examples, solver.solve(FitBlock(run, rows, examples, sums.moments(examples) if summed else None)))
         for examples in blocks_of(run)
     )

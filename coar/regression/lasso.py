@@ -127,7 +127,7 @@ def solve(design: Design, product: Tensor, *, mean: Tensor, variation: Tensor, f
     target = (product / design.count / spread).where(spread > 0, 0)  # as if every output had a mean square of 1
     labels = torch.arange(first, first + len(mean))
     penalty, weight = follow(design, target, labels=labels)
-    weight, product = descend(design, target, penalty=penalty, start=weight, tolerance=TOLERANCE, labels=labels)
+    weight, product = minimise(design, target, penalty=penalty, start=weight, tolerance=TOLERANCE, labels=labels)
     weight = (refined(design, target, weight=weight, product=product, penalty=penalty) * spread).T
     return SparseFit(weight, mean - weight @ (design.total / design.count), penalty * spread)
 
@@ -155,7 +155,7 @@ def follow(design: Design, target: Tensor, *, labels: Tensor) -> tuple[Tensor, T
     for share in PATH:
         at = share * highest[going]
         goal = single[:, going]
-        weight, product = descend(
+        weight, product = minimise(
             design, goal, penalty=at, start=weight, tolerance=PATH_TOLERANCE, labels=labels[going]
         )
         score = cross_validation_score(residual(goal, weight, product), (weight != 0).sum(0), design.count)
@@ -205,7 +205,7 @@ def duality_gap(target: Tensor, weight: Tensor, product: Tensor, penalty: Tensor
     return square / 2 + penalty * magnitude - scale * along + scale**2 * square / 2
 
 
-def descend(
+def minimise(
     design: Design, target: Tensor, *, penalty: Tensor, start: Tensor, tolerance: float, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Minimise w'Gw / 2 - w'c + penalty |w| for every example by FISTA (Beck and Teboulle 2009).

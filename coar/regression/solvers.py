@@ -1,4 +1,4 @@
-"""Solvers: what a method makes of masks and probes once for all examples, and then of every block of examples."""
+"""Solvers: what a method makes of masks and mask gradients once for all examples, and then of every block of examples."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coar.regression.informed import Informed
+from coar.regression.informed.fit import Informed
 from coar.regression.lasso import Design, SparseFit, check_memory, solve_sparse
 from coar.regression.ridge import LinearFit, Spectrum, check_solvable, solve_from_moments, solve_from_outputs
-from coar.regression.sums import Block, Gram
-from coar.store import Run
+from coar.regression.sums import FitBlock, Gram
+from coar.store.run import Run
 
 METHODS = {  # and the arrays that their fits have
     "ridge": ("weight", "intercept", "standard_error", "penalty"),
@@ -28,7 +28,7 @@ class Solver(Protocol):
         """Return what was learned for all examples, in plain numbers."""
         ...
 
-    def solve(self, block: Block) -> LinearFit | SparseFit:
+    def solve(self, block: FitBlock) -> LinearFit | SparseFit:
         """Fit a block of examples."""
         ...
 
@@ -45,7 +45,7 @@ class FromMoments:
         """Return nothing."""
         return {}
 
-    def solve(self, block: Block) -> LinearFit:
+    def solve(self, block: FitBlock) -> LinearFit:
         """Fit a block of examples."""
         return solve_from_moments(self.spectrum, self.total, block.moments(), method=self.method)
 
@@ -62,7 +62,7 @@ class FromOutputs:
         """Return nothing."""
         return {}
 
-    def solve(self, block: Block) -> LinearFit:
+    def solve(self, block: FitBlock) -> LinearFit:
         """Read the outputs of a block of examples and fit them."""
         outputs = torch.from_numpy(block.run.outputs_at(block.rows, block.examples))
         return solve_from_outputs(self.spectrum, self.left, outputs, method=self.method)
@@ -82,7 +82,7 @@ class Sparse:
         """Return nothing."""
         return {}
 
-    def solve(self, block: Block) -> SparseFit:
+    def solve(self, block: FitBlock) -> SparseFit:
         """Fit a block of examples."""
         return solve_sparse(self.design, block.moments(), first=block.examples.start)
 
@@ -98,12 +98,12 @@ def solver_of(run: Run, rows: np.ndarray, rounds: int, *, method: str, gram: Gra
     Args:
         run: A complete run.
         rows: Row numbers of the training masks to use; may be empty for `informed`.
-        rounds: How many rounds of probes to use.
+        rounds: How many rounds of mask gradients to use.
         method: One of `METHODS`.
         gram: The sums over these masks; by default they are made here where the method takes them.
 
     Raises:
-        RegressionError: When the masks or the probes do not support the fit, or this machine has no room for it.
+        RegressionError: When the masks or the mask gradients do not support the fit, or this machine has no room for it.
     """
     if method == "informed":
         return Informed.of(run, rows, rounds, gram=gram)

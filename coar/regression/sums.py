@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coar.store import Run
 from coar.store.layout import PANEL
+from coar.store.run import Run
 
 BATCH = 4096  # rows per matrix product: float32 products over so few rows, summed up in float64
 MOMENT_BYTES = 256 * 2**20  # of X'Y held at a time; more examples than fit take another reading of the masks
@@ -221,7 +221,7 @@ def moments_of(run: Run, rows: np.ndarray, examples: slice) -> Moments:
 
 
 @dataclass(frozen=True)
-class Block:
+class FitBlock:
     """A block of examples to fit.
 
     Attributes:

@@ -11,16 +11,16 @@ from zarr.core.buffer import default_buffer_prototype
 
 from coar.errors import CorruptRunError, MismatchError, RunError, SettingsError
 from coar.store import arrays
-from coar.store import probes as probing
+from coar.store import gradients as probing
+from coar.store.gradients import MaskGradients
 from coar.store.integrity import verify
 from coar.store.lock import write_lock
 from coar.store.places import Address, locate, open_store
 from coar.store.plan import Plan, Unit
-from coar.store.probes import Probes
-from coar.store.refusals import insist, storage_errors
 from coar.store.run import Run, stretches
 from coar.store.sealed import ROOT, wait
 from coar.store.state import begin, end, state_of
+from coar.store.storage_errors import insist, storage_errors
 
 AT_ONCE = 16  # objects that are copied side by side
 TOLERANCE = 1e-3  # of the largest output, by which two runs may differ in an entry that both have
@@ -49,13 +49,13 @@ def copy(run: Run, path: str | Path | Address) -> Run:
 
 
 def merge(sources: Sequence[str | Path | Address], *, into: str | Path | Address) -> Run:
-    """Make one run of several that were collected for one study, each with some of the masks, probes or units.
+    """Make one run of several that were collected for one study, each with some of the masks, mask gradients or units.
 
     The new run has every row that any of them has; what none has is left for a collect. Fits are not taken over.
 
     Raises:
         SettingsError: When fewer than two runs are given.
-        MismatchError: When they are of different studies, precisions, constants, rounds of probes or sizes of units, or
+        MismatchError: When they are of different studies, precisions, constants, rounds of mask gradients or sizes of units, or
             have different outputs where both have one.
         RunError: When there is something at the destination.
         CorruptRunError: When a chunk of a source is damaged.
@@ -66,7 +66,7 @@ def merge(sources: Sequence[str | Path | Address], *, into: str | Path | Address
     first, place = runs[0], locate(into)
     for other in runs[1:]:
         _check_alike(first, other)
-    rounds = max((Probes(run).rounds for run in runs), key=len)
+    rounds = max((MaskGradients(run).rounds for run in runs), key=len)
     plan = Plan()
     for run in runs:
         counts = {(s.split, s.ablated_fraction): run.plan.count(s.split, s.ablated_fraction) for s in run.plan.segments}
@@ -84,18 +84,18 @@ def merge(sources: Sequence[str | Path | Address], *, into: str | Path | Address
         )
         for unit in made.units():
             _merge_unit(made, runs, unit)
-        _merge_probes(Probes(made), [Probes(run) for run in runs], rounds)
+        _merge_gradients(MaskGradients(made), [MaskGradients(run) for run in runs], rounds)
     return made
 
 
 def _check_alike(one: Run, other: Run) -> None:
     other.check(one.fingerprint)
     precisions = [run.facts["precision"]["name"] for run in (one, other)]
-    rounds = sorted((Probes(run).rounds for run in (one, other)), key=len)
+    rounds = sorted((MaskGradients(run).rounds for run in (one, other)), key=len)
     problems = {
         f"precisions {precisions}": precisions[0] != precisions[1],
         f"units of {one.blocks} and {other.blocks} masks and examples": one.blocks != other.blocks,
-        f"rounds of probes {rounds}": rounds[1][: len(rounds[0])] != rounds[0],
+        f"rounds of mask gradients {rounds}": rounds[1][: len(rounds[0])] != rounds[0],
         "constants": not np.allclose(one.replacements, other.replacements, rtol=1e-4, atol=1e-6),
     }
     if wrong := [what for what, differ in problems.items() if differ]:
@@ -145,11 +145,15 @@ def _fill(values: np.ndarray, more: np.ndarray, run: Run) -> None:
     np.copyto(values, more, where=~np.isfinite(values))
 
 
-def _merge_probes(made: Probes, sources: list[Probes], rounds: tuple[int, ...]) -> None:
+def _merge_gradients(made: MaskGradients, sources: list[MaskGradients], rounds: tuple[int, ...]) -> None:
     made.lay_out(rounds)
     for unit in made.units():
         examples = made.examples_of(unit)
-        have = [probes for probes in sources if unit in probes.units() and unit not in probes.missing_units()]
+        have = [
+            mask_gradients
+            for mask_gradients in sources
+            if unit in mask_gradients.units() and unit not in mask_gradients.missing_units()
+        ]
         if have:
             run = have[0].run
             number = slice(unit.round, unit.round + 1)

@@ -21,7 +21,7 @@ NUMBER = (int, float)
 NEEDED: dict[str, Kind] = {"method": str, "masks": int}  # facts of a finished fit, and their types
 ALLOWED: dict[str, Kind] = {
     "ablated_fraction": NUMBER,
-    "probes": int,
+    "gradients": int,
     "validation": NUMBER,
     "validation_masks": int,
     "prior_quality": dict,

@@ -9,13 +9,13 @@ import zarr
 
 from coar.errors import CorruptRunError
 from coar.store import arrays
-from coar.store import probes as probing
+from coar.store import gradients as probing
 from coar.store.disk import sweep
+from coar.store.gradients import MaskGradients
 from coar.store.layout import SUMS
-from coar.store.probes import Probes
-from coar.store.refusals import storage_errors
 from coar.store.run import ROW_COLUMNS, Run
 from coar.store.sealed import MovedChunkError
+from coar.store.storage_errors import storage_errors
 
 REMADE_BY_COLLECT = ("outputs", "masks", "base_output", *probing.ARRAYS)
 
@@ -45,20 +45,20 @@ def verify(run: Run) -> list[Problem]:
         CorruptRunError: When the description of an array is damaged, so that its chunks cannot be read at all.
     """
     problems: list[Problem] = []
-    probes = Probes(run)
-    expected = probing.ARRAYS if probes.rounds else ()
+    mask_gradients = MaskGradients(run)
+    expected = probing.ARRAYS if mask_gradients.rounds else ()
     for name in sorted({*arrays.array_names(run.group), *expected}):
         try:
-            array = run.array(name, rounds=len(probes.rounds))
+            array = run.array(name, rounds=len(mask_gradients.rounds))
         except CorruptRunError:
             if not name.startswith("attributions/"):
                 raise
             problems.append(Problem(name, f"{name}/zarr.json", "damaged", _mended_by(name)))
             continue
         stored = arrays.stored_chunks(array)
-        wanted = _collected(run, probes, name) if name in REMADE_BY_COLLECT else set(arrays.all_chunks(array))
+        wanted = _collected(run, mask_gradients, name) if name in REMADE_BY_COLLECT else set(arrays.all_chunks(array))
         for key in sorted(stored | wanted):
-            what = _look(run, probes, array, name, key) if key in stored else "missing"
+            what = _look(run, mask_gradients, array, name, key) if key in stored else "missing"
             if what:
                 problems.append(Problem(name, arrays.chunk_path(array, key), what, _mended_by(name)))
     if not run.rows_intact() and not any(problem.array in ROW_COLUMNS for problem in problems):
@@ -66,13 +66,13 @@ def verify(run: Run) -> list[Problem]:
     return problems
 
 
-def _collected(run: Run, probes: Probes, name: str) -> set[arrays.Chunk]:
+def _collected(run: Run, mask_gradients: MaskGradients, name: str) -> set[arrays.Chunk]:
     """Return the chunks that a complete run has of an array; of what goes with outputs, as far as those are there."""
     if name in probing.GRADIENTS:
-        done = arrays.stored_chunks(run.array(probing.OUTPUTS)) & probes.chunks(probing.OUTPUTS)
+        done = arrays.stored_chunks(run.array(probing.OUTPUTS)) & mask_gradients.chunks(probing.OUTPUTS)
         return {(number, block, 0) for number, _, block in done}
     if name == probing.OUTPUTS:
-        return probes.chunks(name)
+        return mask_gradients.chunks(name)
     outputs = {tuple(unit) for unit in run.units()}
     if name == "outputs":
         return outputs
@@ -121,7 +121,7 @@ def _mended_by(name: str) -> str:
     return "coar verify --repair" if name in ROW_COLUMNS else ""
 
 
-def _look(run: Run, probes: Probes, array: zarr.Array[Any], name: str, key: arrays.Chunk) -> str:
+def _look(run: Run, mask_gradients: MaskGradients, array: zarr.Array[Any], name: str, key: arrays.Chunk) -> str:
     """Return what is wrong with a stored chunk, or an empty string."""
     region = [slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(key, array.chunks, array.shape, strict=True)]
     try:
@@ -130,7 +130,7 @@ def _look(run: Run, probes: Probes, array: zarr.Array[Any], name: str, key: arra
         return "from elsewhere" if isinstance(error.__cause__, MovedChunkError) else "damaged"
     rows = region[0]
     if name in probing.ARRAYS:
-        return _look_at_probes(probes, name, key[0], region[-1 if name == probing.OUTPUTS else 1], values)
+        return _look_at_gradients(mask_gradients, name, key[0], region[-1 if name == probing.OUTPUTS else 1], values)
     if name in ("masks", "outputs"):
         return _look_at_rows(run, name, rows.start, values[: len(run.plan) - rows.start])
     if name == "base_output" and not np.isfinite(values).all():
@@ -154,18 +154,20 @@ def _look_at_rows(run: Run, name: str, start: int, values: np.ndarray) -> str:
     return "not finite" if planned is None else "not from its seed"
 
 
-def _look_at_probes(probes: Probes, name: str, number: int, examples: slice, values: np.ndarray) -> str:
+def _look_at_gradients(
+    mask_gradients: MaskGradients, name: str, number: int, examples: slice, values: np.ndarray
+) -> str:
     """Return what is wrong with one round's outputs or mean gradients, or an empty string."""
-    if number >= len(probes.rounds):
+    if number >= len(mask_gradients.rounds):
         return "not as planned"
     values = values[0]
     if name == probing.OUTPUTS:
-        planned = np.repeat(np.arange(len(values))[:, None] < probes.rounds[number], values.shape[1], axis=1)
+        planned = np.repeat(np.arange(len(values))[:, None] < mask_gradients.rounds[number], values.shape[1], axis=1)
     else:
-        planned = probes.counts(number, examples)[probing.GRADIENTS.index(name)] > 0
+        planned = mask_gradients.counts(number, examples)[probing.GRADIENTS.index(name)] > 0
     if not np.isfinite(values[planned]).all():
         return "not finite"
-    return "" if np.isnan(values[~planned]).all() else "not as planned"  # a mean of no probes is not a number
+    return "" if np.isnan(values[~planned]).all() else "not as planned"  # a mean of no mask gradients is not a number
 
 
 def _blank(values: np.ndarray) -> bool:

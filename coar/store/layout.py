@@ -8,7 +8,7 @@ import zarr
 
 from coar.errors import CorruptRunError
 
-ROUND = 32  # probes per round at most
+ROUND = 32  # mask gradients per round at most
 PANEL = 256  # examples whose sums a fit makes at once
 GROWING = ("mask", "round", "worker", "panel", "channel")  # axes whose lengths are not those of the run
 SUMS = "sums"  # the group of what workers add up for a fit
@@ -17,7 +17,7 @@ COLUMNS |= {f"component/{name}": "string" for name in ("name", "kind", "site", "
 COLUMNS |= {f"component/{name}": "int64" for name in ("axis", "position", "size")}
 
 
-class Form(NamedTuple):
+class ArraySpec(NamedTuple):
     """How an array is laid out.
 
     Attributes:
@@ -53,21 +53,21 @@ class Sizes:
     def lengths(self) -> dict[str, int]:
         """Return the length of every axis that does not grow."""
         d = self.components
-        lengths = {"example": self.examples, "component": d, "byte": self.bytes, "probe": ROUND}
+        lengths = {"example": self.examples, "component": d, "byte": self.bytes, "gradient": ROUND}
         return lengths | {"mask or sum": d + 1, "sum": d + 3, "place": PANEL}
 
 
-def unit_forms(sizes: Sizes) -> dict[str, Form]:
+def unit_specs(sizes: Sizes) -> dict[str, ArraySpec]:
     """Return how the arrays that units are stored in are laid out, by name."""
     masks, examples = sizes.blocks
-    gradients = Form(("round", "example", "component"), (1, "some", sizes.components), "float32")
+    gradients = ArraySpec(("round", "example", "component"), (1, "some", sizes.components), "float32")
     return {
-        "outputs": Form(("mask", "example"), (masks, examples), "float32"),
-        "masks": Form(("mask", "byte"), (masks, sizes.bytes), "uint8"),
-        "base_output": Form(("example",), (examples,), "float32"),
-        "probe_kept": gradients,
-        "probe_ablated": gradients,
-        "probe_outputs": Form(("round", "probe", "example"), (1, ROUND, "some"), "float32"),
+        "outputs": ArraySpec(("mask", "example"), (masks, examples), "float32"),
+        "masks": ArraySpec(("mask", "byte"), (masks, sizes.bytes), "uint8"),
+        "base_output": ArraySpec(("example",), (examples,), "float32"),
+        "gradient_kept": gradients,
+        "gradient_ablated": gradients,
+        "gradient_outputs": ArraySpec(("round", "gradient", "example"), (1, ROUND, "some"), "float32"),
     }
 
 
@@ -77,23 +77,23 @@ def is_group(name: str) -> bool:
     return (first in ("component", "example") and not rest) or (first in ("attributions", SUMS) and len(rest) < 2)
 
 
-def form_of(name: str, sizes: Sizes) -> Form | None:
+def spec_of(name: str, sizes: Sizes) -> ArraySpec | None:
     """Return how the array of a name is laid out; None for a name that no array of a run has."""
     d, parts = sizes.components, name.split("/")
-    wide = Form(("example", "component"), ("some", d), "float32")
-    narrow = Form(("example",), ("some",), "float32")
-    forms = unit_forms(sizes) | {
-        "example/*": Form(("example",), ("all",), ""),
+    wide = ArraySpec(("example", "component"), ("some", d), "float32")
+    narrow = ArraySpec(("example",), ("some",), "float32")
+    forms = unit_specs(sizes) | {
+        "example/*": ArraySpec(("example",), ("all",), ""),
         "attributions/*/weight": wide,
         "attributions/*/standard_error": wide,
         "attributions/*/intercept": narrow,
         "attributions/*/penalty": narrow,
-        f"{SUMS}/*/gram": Form(("worker", "mask or sum", "component"), (1, "some", d), "float64"),
-        f"{SUMS}/*/moments": Form(("panel", "sum", "place"), (1, d + 3, PANEL), "float64"),
+        f"{SUMS}/*/gram": ArraySpec(("worker", "mask or sum", "component"), (1, "some", d), "float64"),
+        f"{SUMS}/*/moments": ArraySpec(("panel", "sum", "place"), (1, d + 3, PANEL), "float64"),
     }
     for column, dtype in COLUMNS.items():
-        forms[column] = Form(("component" if "/" in column else "mask",), ("all",), dtype)
-    forms["component/replacement"] = Form(("channel",), ("all",), COLUMNS["component/replacement"])
+        forms[column] = ArraySpec(("component" if "/" in column else "mask",), ("all",), dtype)
+    forms["component/replacement"] = ArraySpec(("channel",), ("all",), COLUMNS["component/replacement"])
     if len(parts) == 3 or parts[0] == "example":
         parts[1] = "*"
     return forms.get("/".join(parts))
@@ -114,7 +114,7 @@ def sizes_of(
     return sizes
 
 
-def laid_out(form: Form, sizes: Sizes, *, growing: int, some: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def laid_out(form: ArraySpec, sizes: Sizes, *, growing: int, some: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shape and the chunks of an array, given the length of its growing axis and what `some` is."""
     lengths = sizes.lengths()
     shape = tuple(lengths.get(axis, growing) for axis in form.dimensions)
@@ -131,7 +131,7 @@ def check(array: zarr.Array[Any], name: str, sizes: Sizes, *, least: dict[str, i
         sizes: Those of the run.
         least: Lengths that growing axes have at least.
     """
-    form = form_of(name, sizes)
+    form = spec_of(name, sizes)
     if form is None:
         raise CorruptRunError(f"{name!r} of {array.store} is no array of a run; take it away, or restore a copy")
     if len(form.dimensions) != array.ndim:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from coar.errors import RunError
 from coar.store.places import Address
-from coar.store.refusals import storage_errors
 from coar.store.sealed import create_object, read_object, remove_object
+from coar.store.storage_errors import storage_errors
 
 log = logging.getLogger(__name__)
 UNSUPPORTED = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)

@@ -83,7 +83,11 @@ def open_store(place: Path | Address) -> Store:
             return FsspecStore.from_url(place.url)
         from obstore.store import from_url
     except (ImportError, ValueError) as error:
-        needed = "pip install 'coar[s3]'" if scheme in OBSTORE else f"install the fsspec file system for {scheme}://"
+        needed = (
+            "pip install 'coar-attribution[s3]'"
+            if scheme in OBSTORE
+            else f"install the fsspec file system for {scheme}://"
+        )
         raise SettingsError(f"{place} cannot be opened ({error}); {needed}, or give a path on a disk") from None
     return ObjectStore(
         from_url(

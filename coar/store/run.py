@@ -12,7 +12,7 @@ import zarr
 from zarr.core.group import AsyncGroup, GroupMetadata
 from zarr.storage import StorePath
 
-from coar.components import Component, Components, read_component
+from coar.components.table import Component, Components, read_component
 from coar.errors import CorruptRunError, IncompleteRunError, MismatchError, RunError
 from coar.sampling import Sampler, sampler_from_settings
 from coar.store import arrays, layout
@@ -23,7 +23,7 @@ from coar.store.plan import Plan, Unit
 from coar.store.sealed import RunStore
 from coar.store.state import ATTRIBUTE, begin, describe, end, read_manifest, state_of
 
-FORMAT = 1
+FORMAT = 2
 COMPONENT_FIELDS = Component._fields
 ROW_COLUMNS = ("split", "ablated_fraction")
 
@@ -118,6 +118,11 @@ class Run:
             raise RunError(f"{place} holds {state}, not a run; check the path")
         manifest = read_manifest(place)
         try:
+            if int(manifest["format"]) < FORMAT:
+                raise RunError(
+                    f"the run at {place} has format {manifest['format']}, and this version reads format {FORMAT}, which "
+                    f"names mask gradients anew; it stays as it is: read it with version 0.1.0, or collect it again"
+                )
             if int(manifest["format"]) > FORMAT:
                 raise RunError(
                     f"the run at {place} has format {manifest['format']}, and this version reads up to {FORMAT}; "
@@ -197,7 +202,7 @@ class Run:
         return self.sizes.blocks
 
     def array(self, name: str, *, rounds: int = 0) -> zarr.Array[Any]:
-        """Return one of the run's arrays, with at least so many rounds of probes where it has such an axis.
+        """Return one of the run's arrays, with at least so many rounds of mask gradients where it has such an axis.
 
         Raises:
             CorruptRunError: When it is missing, or is described otherwise than the rest of the run needs it.
@@ -375,7 +380,7 @@ def _write_row_columns(group: zarr.Group, plan: Plan) -> None:
 
 def _create_arrays(group: zarr.Group, sizes: Sizes, rows: int) -> None:
     for name in ("outputs", "masks", "base_output"):
-        form = layout.unit_forms(sizes)[name]
+        form = layout.unit_specs(sizes)[name]
         shape, chunks = layout.laid_out(form, sizes, growing=rows)
         arrays.create_array(
             group, name, shape=shape, chunks=chunks, dtype=form.dtype, dimensions=form.dimensions, overwrite=True

@@ -15,7 +15,7 @@ from zarr.storage import WrapperStore
 
 from coar.store.disk import is_stray
 from coar.store.places import Address, open_store
-from coar.store.refusals import insist, storage_errors
+from coar.store.storage_errors import insist, storage_errors
 
 T = TypeVar("T")
 ROOT = "zarr.json"

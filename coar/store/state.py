@@ -10,8 +10,8 @@ from zarr.core.group import GroupMetadata
 
 from coar.errors import MismatchError
 from coar.store.places import Address
-from coar.store.refusals import storage_errors
 from coar.store.sealed import ROOT, create_object, digest, names, read_object, remove_object
+from coar.store.storage_errors import storage_errors
 
 ATTRIBUTE = "coar"
 MARKER = "creating.json"  # there from before the first array until the run is described, and only then

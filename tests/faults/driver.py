@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import coar
-from coar.engines import RayCluster
-from coar.regression import cluster as fitting
+from coar.cluster import RayCluster
+from coar.regression.distributed import cluster as fitting
 from tests.faults.helpers import collect, study
 from tests.test_ray_engine import ASKED, study_slowly
 

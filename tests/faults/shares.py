@@ -7,7 +7,7 @@ import sys
 
 from tests.faults.helpers import collect, study
 
-ASKED = {"masks": 100, "test_masks": 20, "probes": 8}
+ASKED = {"masks": 100, "test_masks": 20, "gradients": 8}
 
 
 def main() -> None:

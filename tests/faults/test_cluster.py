@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import coar
-from coar.devices import device_copy
-from coar.engines import RayCluster
-from coar.engines.preparing import Batches, runner_of
-from coar.store import Unit, verify
+from coar.cluster import RayCluster
+from coar.collection.preparation import BatchSettings, unit_runner
+from coar.forward.devices import device_copy
+from coar.store.integrity import verify
+from coar.store.plan import Unit
 from tests.faults import helpers
 from tests.faults.server import stored_units, until
 from tests.test_ray_engine import ASKED, study_slowly
@@ -121,7 +122,7 @@ def test_a_unit_done_twice_at_once(reference, tmp_path):
 
     def work(study):
         model = device_copy(study.model, torch.device("cpu"))
-        runner = runner_of(study, coar.Run.open(run.path), model, Batches(128, 128, tune=False, compiled=False))
+        runner = unit_runner(study, coar.Run.open(run.path), model, BatchSettings(128, 128, tune=False, compiled=False))
         barrier.wait()
         runner.do(Unit(2, 1))
         ended.append(time.monotonic())

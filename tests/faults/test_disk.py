@@ -8,7 +8,7 @@ import pytest
 
 import coar
 from coar.errors import StorageError
-from coar.store import repair, verify
+from coar.store.integrity import repair, verify
 from tests.faults.helpers import collect, differing, files, fill, mount, resize, study, whole
 
 ASKED = {"masks": 140, "test_masks": 20, "mask_block": 4}  # 120 units, each a file, and a file takes 4 kB at least

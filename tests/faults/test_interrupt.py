@@ -3,7 +3,7 @@
 import re
 import signal
 
-from coar.store import Run
+from coar.store.run import Run
 from tests.faults.helpers import differing, files
 from tests.faults.server import stored_units, until
 

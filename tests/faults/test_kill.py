@@ -8,9 +8,10 @@ import time
 
 import pytest
 
+from coar.cli.watching import watched
 from coar.errors import CoarError, RunError
-from coar.store import Run, verify
-from coar.store.watching import watched
+from coar.store.integrity import verify
+from coar.store.run import Run
 from tests.faults.helpers import collect, differing, digits_study, files
 from tests.faults.server import BLOCKS, EXAMPLES, stored_units, until
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import coar
-from coar.store import disk, verify
+from coar.store import disk
+from coar.store.integrity import verify
 from tests.faults.helpers import collect, differing, files, study
 
-ASKED = {"masks": 60, "test_masks": 20, "probes": 8}
+ASKED = {"masks": 60, "test_masks": 20, "gradients": 8}
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import coar
+from coar.editing.expressions import matching_rows
 from coar.errors import CoarError
-from coar.expressions import select
-from coar.store import Probes, verify
 from coar.store.fits import fit_names
+from coar.store.gradients import MaskGradients
+from coar.store.integrity import verify
 from tests.faults import helpers
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -35,7 +36,7 @@ VALUES = st.recursive(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     made = helpers.collect(
-        helpers.study(), tmp_path_factory.mktemp("run") / "r.zarr", masks=30, test_masks=10, probes=8
+        helpers.study(), tmp_path_factory.mktemp("run") / "r.zarr", masks=30, test_masks=10, gradients=8
     )
     coar.fit(made, progress=False)
     return made
@@ -99,9 +100,9 @@ STEPS = [
     verify,
     coar.Run.missing_units,
     coar.Run.rows_intact,
-    lambda run: Probes(run).missing_units(),
-    lambda run: Probes(run).outputs(len(Probes(run).rounds), slice(0, 8)),
-    lambda run: Probes(run).gradients(range(len(Probes(run).rounds)), slice(0, 8)),
+    lambda run: MaskGradients(run).missing_units(),
+    lambda run: MaskGradients(run).outputs(len(MaskGradients(run).rounds), slice(0, 8)),
+    lambda run: MaskGradients(run).means(range(len(MaskGradients(run).rounds)), slice(0, 8)),
     lambda run: run.components,
     lambda run: run.metadata,
     lambda run: run.replacements,
@@ -122,7 +123,7 @@ NODES = [
     "component/name",
     "example/id",
     "attributions/ridge",
-    "probe_kept",
+    "gradient_kept",
 ]
 
 
@@ -251,7 +252,7 @@ COLUMNS = {"label": np.arange(6) % 3, "group": np.array(["land", "water"] * 3)}
 @MANY
 @given(st.text(max_size=60) | st.lists(st.sampled_from(WORDS), max_size=14).map(" ".join))
 def test_expressions(text):
-    only_own_errors(select, text, COLUMNS)
+    only_own_errors(matching_rows, text, COLUMNS)
 
 
 def test_nothing_outside_the_run_is_written(run, tmp_path):

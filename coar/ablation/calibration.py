@@ -1,0 +1,182 @@
+"""Constants that say what a component usually computes: its mean and its peak over calibration examples."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coar.ablation.padding import tokens_of, without_padding
+from coar.components.table import Components, Side
+from coar.errors import AblationError
+from coar.examples import Examples, call_model
+from coar.gates.experts import Routing, check_weighed
+from coar.gates.hook import check_features, hook
+from coar.gates.projections import called_projections
+
+Place = tuple[str, Side, int]  # a site, which side of it, and where the first channel is: 0 but for experts
+Visit = Callable[[Place, Tensor], None]  # takes (values, channels), as often as a module is called
+Take = Callable[[Place, Tensor, Tensor | None], Tensor]  # makes values of (..., channels) and of what is no padding
+
+
+def activation_moments(
+    model: nn.Module, components: Components, calibration: Examples, *, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return (components.width,) means and standard deviations over examples and positions.
+
+    Raises:
+        AblationError: When a component has no activations, or its module is never called.
+    """
+    sums: dict[Place, Tensor] = {}  # (3, channels): how many values, their sum, and that of their squares
+
+    def add(place: Place, values: Tensor) -> None:
+        wide = values.double()
+        here = torch.stack([torch.full_like(wide[0], len(wide)), wide.sum(0), wide.square().sum(0)])
+        sums[place] = sums[place] + here if place in sums else here
+
+    walk(model, components, calibration, batch_size=batch_size, visit=add)
+    means = {place: total / count for place, (count, total, _) in sums.items()}
+    squares = {place: square / count for place, (count, _, square) in sums.items()}
+    spread = {place: (squares[place] - means[place].square()).clamp_min(0).sqrt() for place in sums}
+    return _spread(components, means), _spread(components, spread)
+
+
+def _without_padding(_place: Place, y: Tensor, tokens: Tensor | None) -> Tensor:
+    return without_padding(y, tokens)
+
+
+def walk(
+    model: nn.Module,
+    components: Components,
+    examples: Examples,
+    *,
+    batch_size: int,
+    visit: Visit,
+    take: Take = _without_padding,
+) -> None:
+    """Run examples through the model and show what its gated sites return or are given.
+
+    Args:
+        model: The model in evaluation mode.
+        components: The components, none of them a slice of a parameter.
+        examples: The examples.
+        batch_size: Most examples per forward pass.
+        visit: Called with the place and (values, channels) at every call of a module.
+        take: Makes these values; by default all but those of padding.
+
+    Raises:
+        AblationError: When a component has no activations, its module is never called, or padding cannot be told.
+    """
+    _check_featured(components)
+    watch, sites = _Watch(components, visit, take), components.sites()
+    with ExitStack() as stack, torch.inference_mode():
+        stack.enter_context(called_projections(model, [site for site, _, _ in sites]))
+        for (site, side, axis), rows in sites.items():
+            module = model.get_submodule(site)
+            if side == "expert":
+                handle = module.register_forward_pre_hook(watch.routes(site, rows), with_kwargs=True)
+            elif side != "parameter":
+                handle = hook(module, side, watch.tensors((site, side, 0), axis, components[rows[0]].size))
+            stack.callback(handle.remove)
+        for start in range(0, len(examples), batch_size):
+            inputs = examples.block(start, start + batch_size)[0]
+            watch.tokens = tokens_of(model, inputs)
+            call_model(model, inputs)
+    watch.confirm()
+
+
+class _Watch:
+    """Shows what passes the sites of components, without padding, and knows which of them were called.
+
+    Attributes:
+        tokens: (texts, positions) truth values of the batch that passes, False at padding; None where there is none.
+    """
+
+    def __init__(self, components: Components, visit: Visit, take: Take) -> None:
+        self.tokens: Tensor | None = None
+        self._components, self._visit, self._take = components, visit, take
+        self._called: set[Place] = set()
+
+    def tensors(self, place: Place, axis: int, features: int) -> Callable[[Tensor], Tensor]:
+        """Return what shows a tensor, whose features lie along an axis, and hands it on."""
+
+        def show(y: Tensor) -> Tensor:
+            if place[1] == "module":
+                check_features(y, place[0], axis, features)
+            self._see(place, self._take(place, y.detach().movedim(axis, -1), self.tokens))
+            return y
+
+        return show
+
+    def routes(self, site: str, rows: list[int]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        """Return what shows, before a mixture is called, what each expert will return for the tokens sent to it."""
+
+        def show(mixture: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            routes = Routing.of(mixture, site, args, kwargs)
+            check_weighed(mixture.forward, site, routes)
+            returned = without_padding(routes.returned(mixture.forward), self.tokens)
+            experts = without_padding(routes.experts, self.tokens).flatten()
+            for component in (self._components[i] for i in rows):
+                own = returned[experts == component.position // component.size]
+                self._see((site, "expert", component.position), own)
+
+        return show
+
+    def _see(self, place: Place, values: Tensor) -> None:
+        if not values.isfinite().all():
+            raise AblationError(
+                f"{place[0]!r} has activations that are not finite while the calibration examples pass through the "
+                f"model, so no constant can be taken from them; leave such examples out, or use float32"
+            )
+        if len(values):  # an expert may be sent no token of a batch
+            self._called.add(place)
+            self._visit(place, values)
+
+    def confirm(self) -> None:
+        """Raise `AblationError` for the first component of which nothing was seen."""
+        for place, rows in places(self._components).items():
+            if place in self._called:
+                continue
+            site, side, _ = place
+            if side == "expert":
+                raise AblationError(
+                    f"{self._components[rows[0]].name!r} was sent none of the calibration examples' tokens, so nothing "
+                    f"is known of what it returns; give more calibration examples, or leave it out of the components"
+                )
+            raise AblationError(
+                f"module {site!r} was never called while the calibration examples passed through the model, so nothing "
+                f"is known of its {side}s; exclude it from the components"
+            )
+
+
+def places(components: Components) -> dict[Place, list[int]]:
+    """Group row numbers by what is seen at one place: a side of a site, or an expert."""
+    groups: dict[Place, list[int]] = {}
+    for i, row in enumerate(components):
+        groups.setdefault((row.site, row.side, row.position if row.side == "expert" else 0), []).append(i)
+    return groups
+
+
+def _spread(components: Components, by_place: dict[Place, Tensor]) -> Tensor:
+    """Return (components.width,) float32 values on the CPU from (channels,) values by place."""
+    values = torch.zeros(components.width)
+    for place, rows in places(components).items():
+        own = by_place[place].float().cpu()
+        values[components.channels_of(rows)] = own[components.positions_of(rows) - place[2]]
+    return values
+
+
+def _check_featured(components: Components) -> None:
+    """Raise `AblationError` for the first component whose channels have no constants of their own."""
+    for row in components:
+        if row.side == "parameter":
+            raise AblationError(
+                f"{row.name!r} is a slice of a parameter and has no activations to take a constant from; use "
+                f"ZeroWeight(), or components found by conv_filters, neurons or input_features"
+            )
+        if row.side == "module" and row.axis == 0:
+            raise AblationError(
+                f"{row.name!r} is a whole module, and nothing is known of where its features lie; find it with "
+                f"modules(..., axis=, size=), or use ZeroActivation() or Resample()"
+            )

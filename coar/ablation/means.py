@@ -1,0 +1,124 @@
+"""Constants that say what a component usually computes: its mean, its mean by position, and its peak."""
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from coar.ablation.base import Calibrated
+from coar.ablation.calibration import Place, _spread, activation_moments, places, walk
+from coar.components.table import Components
+from coar.errors import AblationError
+from coar.gates.hook import _without_positions
+
+
+class Mean(Calibrated):
+    """Replace each channel of a component by its mean over calibration examples and positions.
+
+    Positions are pixels or tokens; those where an `attention_mask` among the inputs is 0 are padding, and do not count.
+    """
+
+    label: ClassVar[str] = "mean"
+
+    def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:
+        """Return each channel's mean; raise `AblationError` where there are no activations to take it from."""
+        means, _ = activation_moments(model, components, self.calibration, batch_size=batch_size)
+        return means
+
+
+class Peak(Calibrated):
+    """Replace each channel of a component by the peak of its distribution over calibration examples and positions.
+
+    That is what it computes most often (Pochinkov et al. 2024, "Investigating neuron ablation in attention heads: the
+    case for peak activation centering"). Two passes over the examples fill a histogram of each channel between its
+    smallest and its largest activation; the constant is the mean of those in the fullest bin, the lowest of several.
+
+    Attributes:
+        bins: Bins of a histogram, so its resolution is the range of the activations over their number.
+    """
+
+    label: ClassVar[str] = "peak"
+
+    bins: int = Field(default=128, ge=2)
+
+    def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:
+        """Return each channel's peak; raise `AblationError` where there are no activations to take it from."""
+        ends: dict[Place, tuple[Tensor, Tensor]] = {}
+
+        def widen(place: Place, values: Tensor) -> None:
+            low, high = values.amin(0).double(), values.amax(0).double()
+            if place in ends:
+                low, high = torch.minimum(low, ends[place][0]), torch.maximum(high, ends[place][1])
+            ends[place] = low, high
+
+        sums: dict[Place, Tensor] = {}  # (2, bins x channels): how many values, and their sum
+
+        def count(place: Place, values: Tensor) -> None:
+            low, high = ends[place]
+            wide = values.double()  # half precision does not tell bins apart
+            share = (wide - low) / torch.where(high > low, high - low, 1)  # of the range, (values, channels)
+            bins = (share * self.bins).long().clamp(0, self.bins - 1)
+            flat = (bins * len(low) + torch.arange(len(low), device=low.device)).flatten()
+            both = torch.stack([torch.ones_like(wide), wide]).flatten(1)
+            if place not in sums:
+                sums[place] = both.new_zeros(2, self.bins * len(low))
+            sums[place].index_add_(1, flat, both)
+
+        walk(model, components, self.calibration, batch_size=batch_size, visit=widen)
+        walk(model, components, self.calibration, batch_size=batch_size, visit=count)
+        return _spread(components, {place: _peaks(both, len(ends[place][0])) for place, both in sums.items()})
+
+
+def _peaks(both: Tensor, channels: int) -> Tensor:
+    """Return each channel's mean in its fullest bin, from counts and sums by bin and channel."""
+    counts, sums = both.view(2, -1, channels)
+    fullest = counts.argmax(0, keepdim=True)  # the first of equals
+    peaks: Tensor = sums.gather(0, fullest)[0] / counts.gather(0, fullest)[0]
+    return peaks
+
+
+class PositionMean(Calibrated):
+    """Replace each channel of a component, at each position of a sequence, by its mean there over calibration examples.
+
+    So an ablated component still tells where a token stands, but not what any text says there (Wang et al. 2023,
+    "Interpretability in the wild"). Positions are counted along the inputs, padding included; a text does not count
+    where it has padding. Such means are for sequences that are alike position by position, and no longer than those of
+    the calibration examples. They cannot become permanent in the weights.
+    """
+
+    label: ClassVar[str] = "position_mean"
+
+    def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:
+        """Return (positions, components.width) means, NaN where no calibration example has a token.
+
+        Raises:
+            AblationError: When there are no activations to take means from, or they have no positions.
+        """
+        for row in components:
+            if row.side == "expert":
+                raise AblationError(
+                    f"{row.name!r} is an expert, and the tokens sent to it come without their positions; use "
+                    f"Mean(calibration=...)"
+                )
+        sums: dict[Place, Tensor] = {}  # (positions, channels + 1): sums over texts, and the number of these
+
+        def add(place: Place, values: Tensor) -> None:
+            total = values.double().sum(0)
+            if place in sums and sums[place].shape != total.shape:
+                raise _without_positions(place[0], f"{len(sums[place])} and then {len(total)} positions")
+            sums[place] = sums[place] + total if place in sums else total
+
+        def take(place: Place, y: Tensor, tokens: Tensor | None) -> Tensor:
+            if y.ndim != 3 or (tokens is not None and tokens.shape != y.shape[:2]):
+                raise _without_positions(place[0], f"{tuple(y.shape)} entries, features last")
+            there = y.new_ones(y.shape[:2]) if tokens is None else tokens.to(y)
+            there = there[..., None]
+            return torch.cat([y.masked_fill(there == 0, 0), there], dim=-1)
+
+        walk(model, components, self.calibration, batch_size=batch_size, visit=add, take=take)
+        means = torch.full((max(map(len, sums.values())), components.width), torch.nan)
+        for place, rows in places(components).items():
+            own = (sums[place][:, :-1] / sums[place][:, -1:]).float().cpu()
+            means[: len(own), components.channels_of(rows)] = own[:, components.positions_of(rows)]
+        return means

@@ -1,0 +1,139 @@
+"""How far a run is, how fast it grows, when it will be done, and how many workers were lost on the way."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from coar.collection.ray_engine import WORKER_LOST
+from coar.errors import SettingsError
+from coar.store.fits import fit_facts, fit_names
+from coar.store.gradients import MaskGradients
+from coar.store.places import Address
+from coar.store.run import Run
+from coar.store.storage_errors import storage_errors
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How far a run is at one moment.
+
+    Attributes:
+        done: Units that are stored, of masks and of mask gradients.
+        units: Units it shall have.
+        rate: Units per second since the first glance; None at that, and while nothing has been stored since.
+        correlation: Mean correlation of the best of the run's fits with outputs under masks that none was fitted on,
+            as fitting measured it on validation masks; None where there are none.
+        lost: Workers lost so far by the log of the collecting command; None without a log.
+    """
+
+    done: int
+    units: int
+    rate: float | None
+    correlation: float | None = None
+    lost: int | None = None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds to the end at this rate; None where there is none."""
+        return None if self.rate is None else (self.units - self.done) / self.rate
+
+    def __str__(self) -> str:
+        share = f"{self.done} of {self.units} units"
+        if self.correlation is not None:
+            share += f", held-out correlation {self.correlation:.3f}"
+        if self.lost is not None:
+            share += f", {self.lost} workers lost"
+        if self.seconds_left is None or self.rate is None or self.done == self.units:
+            return share
+        ending = time.strftime("%d %b %H:%M:%S", time.localtime(time.time() + self.seconds_left))
+        return f"{share}, {60 * self.rate:.1f} a minute, done about {ending}"
+
+
+def watched(place: Path | Address, *, every: float | None, log_file: Path | None = None) -> Iterator[RunStatus]:
+    """Yield how far a run is: once, or every so many seconds until it is complete.
+
+    Args:
+        place: Where the run is.
+        every: Seconds between glances; None for a single one.
+        log_file: What `coar collect --log-file` writes, if lost workers shall be counted.
+
+    Raises:
+        SettingsError: When the pause is not above 0, or the log is not there or holds something else.
+    """
+    if every is not None and not every > 0:
+        raise SettingsError(f"a pause of {every:g} s was given; give seconds above 0")
+    began, first, glance = time.monotonic(), _glance(place, log_file, None), None
+    while glance is None or (every is not None and glance.done < glance.units):
+        if glance is not None and every is not None:
+            time.sleep(every)
+        glance = _glance(place, log_file, (first.done, began)) if glance else first
+        yield glance
+
+
+def write_metrics(glance: RunStatus, path: Path) -> None:
+    """Write a glance in Prometheus' text format, whole or not at all, as its node exporter reads it from a folder.
+
+    Raises:
+        StorageError: When the disk refuses.
+    """
+    lines = [
+        "# HELP coar_units_stored Units of the run that are stored.",
+        "# TYPE coar_units_stored gauge",
+        f"coar_units_stored {glance.done}",
+        "# HELP coar_units_planned Units that the run shall have.",
+        "# TYPE coar_units_planned gauge",
+        f"coar_units_planned {glance.units}",
+    ]
+    if glance.rate is not None:
+        lines += [
+            "# HELP coar_units_per_second Units stored per second since watching began.",
+            "# TYPE coar_units_per_second gauge",
+            f"coar_units_per_second {glance.rate:.6g}",
+        ]
+    if glance.correlation is not None:
+        lines += [
+            "# HELP coar_held_out_correlation Mean correlation of the best fit on validation masks.",
+            "# TYPE coar_held_out_correlation gauge",
+            f"coar_held_out_correlation {glance.correlation:.6g}",
+        ]
+    if glance.lost is not None:
+        lines += [
+            "# HELP coar_workers_lost Workers lost so far, by the log of the collecting command.",
+            "# TYPE coar_workers_lost gauge",
+            f"coar_workers_lost {glance.lost}",
+        ]
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("\n".join(lines) + "\n")
+        partial.replace(path)
+
+
+def workers_lost(log_file: Path) -> int:
+    """Count the workers that a log of events names as lost; its last line may be half written.
+
+    Raises:
+        SettingsError: When the log is not there or holds something else.
+    """
+    try:
+        lines = log_file.read_text(encoding="utf-8").split("\n")[:-1]
+        return sum(json.loads(line).get("event") == WORKER_LOST for line in lines)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise SettingsError(
+            f"{log_file} cannot be read as a log of events ({error}); give the file of 'coar collect --log-file'"
+        ) from None
+
+
+def _glance(place: Path | Address, log_file: Path | None, since: tuple[int, float] | None) -> RunStatus:
+    run = Run.open(place)
+    mask_gradients = MaskGradients(run)
+    units = len(run.units()) + len(mask_gradients.units())
+    done = units - len(run.missing_units()) - len(mask_gradients.missing_units())
+    grown = done - since[0] if since else 0
+    rate = grown / (time.monotonic() - since[1]) if since and grown > 0 else None
+    known = (fit_facts(run, name).get("validation") for name in fit_names(run))
+    best = max((value for value in known if value is not None), default=None)
+    return RunStatus(done, units, rate, best, None if log_file is None else workers_lost(log_file))

@@ -1,0 +1,1 @@
+"""Recording outputs under masks: preparation, units of work, engines, cost and stopping."""

@@ -1,0 +1,100 @@
+"""Before and while money is spent: what a run will cost, what more passes would buy, and when to stop."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from coar.collection.collect import collect
+from coar.collection.cost import has_gradients, measure
+from coar.collection.quality import FIRST_GRADIENTS, FIRST_MASKS, VALIDATION_MASKS, RunQuality, quality_of
+from coar.errors import SettingsError
+from coar.regression.fitting import fit
+from coar.store.gradients import MaskGradients
+from coar.store.run import Run
+from coar.study import Study
+
+log = logging.getLogger(__name__)
+
+GROWTH = 1.5  # of the passes from one round to the next
+FLAT = 0.005  # least rise in correlation that half as many passes again must promise
+STEPS = 20
+
+
+def collect_until(
+    study: Study,
+    path: str | Path,
+    *,
+    correlation: float | None = None,
+    validation_masks: int = VALIDATION_MASKS,
+    report: Callable[[RunQuality], None] | None = None,
+    **options: Any,
+) -> tuple[Run, str]:
+    """Collect until validation masks are predicted well enough, or until more passes promise little.
+
+    Each round spends half as many passes again as before, on mask gradients or on masks, whichever promises more per pass. It
+    ends when the correlation is reached, when the best promise is under 0.005, or when the linear model's estimated
+    ceiling lies below the correlation by more than two standard errors.
+
+    Args:
+        study: What is examined.
+        path: The run, new or old.
+        correlation: Mean correlation on validation masks to reach; None to go on until it is flat.
+        validation_masks: Masks to judge by.
+        report: Called after each round.
+        options: As for `coar.collect`.
+
+    Returns:
+        The run, and in words why collecting ended.
+
+    Raises:
+        SettingsError: When the correlation is outside (0, 1), or there are fewer than 16 validation masks.
+    """
+    if correlation is not None and not 0 < correlation < 1:
+        raise SettingsError(f"a correlation of {correlation} was asked for; give a number between 0 and 1")
+    if validation_masks < 16:
+        raise SettingsError(f"{validation_masks} validation masks judge nothing; give 16 or more, 64 is usual")
+    gradients, ratio = has_gradients(study, device=options.get("device", "auto")), 1.0
+    mask_gradients, masks = (FIRST_GRADIENTS, 0) if gradients else (0, FIRST_MASKS)
+    before: RunQuality | None = None
+    for _ in range(STEPS):
+        run = collect(study, path, gradients=mask_gradients, masks=masks, validation_masks=validation_masks, **options)
+        mask_gradients, masks = MaskGradients(run).count, run.plan.count("train", study.sampler.ablated_fraction)
+        now = quality_of(fit(run, progress=False), mask_gradients, masks, before)
+        if report:
+            report(now)
+        if correlation is not None and now.correlation >= correlation:
+            return run, f"reached {now.correlation:.3f}, and {correlation} was asked for"
+        if before is None and gradients:
+            per_mask, per_gradient = measure(study, run, **_where(options))
+            ratio = per_gradient / per_mask
+        more = _next(now, gradients, run.n_components, ratio)
+        promise = now.rise(*more, run.n_components)
+        if (
+            correlation is not None
+            and now.gradients >= 2 * FIRST_GRADIENTS
+            and now.reachable + 2 * now.deviation < correlation
+        ):
+            return run, f"stopped at {now.correlation:.3f} short of {correlation}: {now.ceiling()}"
+        if promise < FLAT:
+            short = (
+                f"stopped at {now.correlation:.3f} short of {correlation}"
+                if correlation
+                else f"flat at {now.correlation:.3f}"
+            )
+            return run, f"{short}: half as many passes again promise {promise:+.4f}; {now.ceiling()}"
+        mask_gradients, masks, before = mask_gradients + more[0], masks + more[1], now
+    return run, f"stopped at {now.correlation:.3f} after {STEPS} rounds"
+
+
+def _where(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("device", "batch_size") if name in options}
+
+
+def _next(now: RunQuality, gradients: bool, components: int, ratio: float) -> tuple[int, int]:
+    """Return the mask gradients and the masks of the next round: all of one kind, whichever promises more per pass."""
+    spend = (GROWTH - 1) * (ratio * now.gradients + now.masks)
+    masks = max(int(spend), 64)
+    mask_gradients = max(int(spend / ratio), 8) if gradients else 0
+    better = now.rise(mask_gradients, 0, components) >= now.rise(0, masks, components) if gradients else False
+    return (mask_gradients, 0) if better else (0, masks)

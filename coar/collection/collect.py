@@ -1,0 +1,195 @@
+"""The call that collects a run: checks what is asked for, prepares the run, and has its units done."""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from coar.cluster import RayCluster
+from coar.collection.preparation import BatchSettings, RunRequest, check_same, prepare, set_plan, unit_runner
+from coar.collection.ray_engine import collect_on_cluster
+from coar.collection.units import Stage, UnitProgress, UnitRunner, check_worker, gradient_stage, interrupts, mask_stage
+from coar.errors import SettingsError
+from coar.forward.devices import choose_device, device_copy
+from coar.forward.malloc import memory_kept
+from coar.forward.runner import CHOICES
+from coar.sampling import Split
+from coar.store.gradients import check_count
+from coar.store.lock import Lock, worker_lock, write_lock
+from coar.store.places import Address, locate
+from coar.store.plan import Unit
+from coar.store.run import Run
+from coar.study import Study
+
+MASK_BLOCK = 64  # masks per unit: seconds of work, so that an interruption costs little
+EXAMPLE_BLOCK = 512  # examples per unit at most
+MOST_UNITS = 2**17  # beyond which blocks grow: each unit is an object to list and a task to hand out
+LARGEST = 4096  # masks per unit, and examples, however many there are
+
+
+def collect(
+    study: Study,
+    path: str | Path | Address,
+    *,
+    masks: int = 0,
+    gradients: int = 0,
+    test_masks: int = 0,
+    validation_masks: int = 0,
+    test_fractions: Sequence[float] = (),
+    device: str = "auto",
+    precision: str = "float32",
+    precision_tolerance: float = 0.05,
+    batch_size: int | None = None,
+    mask_block: int | None = None,
+    example_block: int | None = None,
+    memory_limit: int | str | None = None,
+    compile: bool = False,  # noqa: A002
+    worker: tuple[int, int] = (1, 1),
+    cluster: RayCluster | None = None,
+    progress: bool = True,
+) -> Run:
+    """Record outputs under random masks, and gradients under mask gradients; go on with, or extend, the run when it exists.
+
+    Args:
+        study: What is examined.
+        path: The run: a path that does not exist yet, or a run of the same study; or the address of such in an object
+            store, as in `s3://bucket/digits.zarr`.
+        masks: Training masks the run shall have; those it already has count.
+        gradients: Mask gradients the run shall have, for informed attributions: forward and backward passes that give the output's
+            gradient by every gate, each example under masks of its own.
+        test_masks: Held-out masks at the sampler's fraction, for `coar.evaluate`.
+        validation_masks: Masks kept apart for choices made along the way.
+        test_fractions: Further ablated fractions, at each of which `test_masks` held-out masks are drawn.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        precision: `float32`, `bf16` (automatic mixed precision), or `auto`, which takes bfloat16 when it is faster and
+            within the tolerance on the first unit.
+        precision_tolerance: Largest root mean square difference that bfloat16 may make, in units of the outputs'
+            standard deviation over masks.
+        batch_size: Most examples per forward pass; by default at most 128 on a CPU, 512 on CUDA, 256 on MPS, and what
+            is measured to be fastest, which may be several masks per forward pass.
+        mask_block: Masks per unit of work; fixed when the run is created; by default 64, and more in a run that would
+            have more than 131,072 units.
+        example_block: Examples per unit of work; fixed when the run is created; by default at most 512, or more as
+            above.
+        memory_limit: Bytes, or text such as `4GiB`, that activations may take, measured on some examples; by default
+            80 % of what is free on a CUDA device, and no limit elsewhere. Give this or a batch size.
+        compile: Compile the model, if that is faster on the first unit; a warning says why where it fails.
+        worker: k and n: do the k-th of n equal shares of the units, while other processes do the others. Each is given
+            the same settings; whoever comes first creates or extends the run.
+        cluster: Do the units on a Ray cluster instead of in this process.
+        progress: Show a progress bar.
+
+    Returns:
+        The run: complete, unless this was one worker of several.
+
+    Raises:
+        SettingsError: When a setting is out of range, or one example does not fit into the memory limit.
+        MismatchError: When the run was made for another study.
+        AblationError: When mask gradients are asked of components or of an output that have no gradient, and nothing is made
+            then; or when two ways of ablating disagree.
+        OutputError: When an output is not finite; it names the mask and the example, and the unit is not stored.
+        StorageError: When the disk or the object store refuses; what was stored before stays.
+        RunError: When another process is writing to the run.
+        EngineError: When the cluster cannot be reached, or its workers cannot do the work.
+        KeyboardInterrupt: After Ctrl-C, once the current unit is stored.
+    """
+    sizes = {"batch size": batch_size, "mask block": mask_block, "example block": example_block}
+    _check_settings(masks or gradients or test_masks or validation_masks, precision, precision_tolerance, sizes)
+    if batch_size is not None and memory_limit is not None:
+        raise SettingsError(f"batch size {batch_size} and memory limit {memory_limit} both bound a batch; give one")
+    if cluster is not None and worker != (1, 1):
+        raise SettingsError("a worker of a job array and a cluster were given; a cluster shares the units out itself")
+    if cluster is not None and cluster.study is None:
+        raise SettingsError("the cluster has no study for its workers; give RayCluster(study=...) what builds it")
+    place, among = locate(path), check_worker(worker)
+    wanted = _wanted(study.sampler.ablated_fraction, masks, test_masks, validation_masks, test_fractions)
+    total = sum(count for count in wanted.values() if isinstance(count, int))  # `Plan` refuses what is no number
+    order = RunRequest(
+        wanted=wanted,
+        gradients=check_count(gradients),
+        blocks=blocks_of(total, len(study.examples), mask_block, example_block),
+        precision=precision,
+        tolerance=precision_tolerance,
+    )
+    target = choose_device(device)
+    with _hold(place, among, order) as lock, memory_kept():
+        model = device_copy(study.model, target)
+        limits: dict[str, Any] = {"batch_size": batch_size, "memory_limit": memory_limit, "compiled": compile}
+        batches = BatchSettings.choose(study, model, gradients=bool(gradients), **limits)
+        if lock.alone:
+            run = prepare(study, place, model, order, batches)
+        else:
+            run = Run.open(place)
+            check_same(run, study.fingerprint(), precision)
+        if among != (1, 1):
+            lock.share()
+        if cluster is not None:
+            collect_on_cluster(cluster, run, device=device, limits=limits, progress=progress)
+        else:
+            _collect_here(study, run, model, batches, among, progress=progress)
+    return run
+
+
+def _hold(place: Path | Address, worker: tuple[int, int], order: RunRequest) -> AbstractContextManager[Lock]:
+    """Hold the run alone, or beside the other workers once it is as ordered."""
+    return write_lock(place) if worker == (1, 1) else worker_lock(place, prepared=lambda: order.is_met(place))
+
+
+def _collect_here(
+    study: Study, run: Run, model: nn.Module, batches: BatchSettings, worker: tuple[int, int], *, progress: bool
+) -> None:
+    """Do a worker's missing units in this process, one after another."""
+    runner = unit_runner(study, run, model, batches)
+    mask_gradients, masks = gradient_stage(run, worker), mask_stage(run, worker)
+    _work_off(runner, mask_gradients, run, progress=progress, more=bool(masks.missing))
+    missing = [unit for unit in masks.missing if isinstance(unit, Unit)]
+    set_plan(study, run, runner.masks, model, missing, batches)
+    _work_off(runner, masks, run, progress=progress)
+
+
+def _work_off(runner: UnitRunner, stage: Stage, run: Run, *, progress: bool, more: bool = False) -> None:
+    """Do a stage's missing units; `more` says whether other work follows, so that an interruption leaves some."""
+    if not stage.share:
+        return
+    with interrupts() as stopped, UnitProgress(stage, shown=progress) as tally:
+        for unit in stage.missing:
+            runner.do(unit)
+            tally.add(unit)
+            if stopped.is_set() and (tally.left or more):
+                raise tally.interrupted(run)
+
+
+def blocks_of(masks: int, examples: int, mask_block: int | None, example_block: int | None) -> tuple[int, int]:
+    """Return masks and examples per unit: as given, else as usual, else so many that units do not get too many."""
+    width, height = EXAMPLE_BLOCK, MASK_BLOCK
+    while math.ceil(masks / height) * math.ceil(examples / width) > MOST_UNITS and (height, width) != (LARGEST,) * 2:
+        if height <= width and height < LARGEST:
+            height *= 2
+        else:
+            width *= 2
+    return mask_block or height, example_block or math.ceil(examples / math.ceil(examples / width))
+
+
+def _wanted(
+    fraction: float, masks: int, test_masks: int, validation_masks: int, test_fractions: Sequence[float]
+) -> dict[tuple[Split, float], int]:
+    """Return how many masks a run shall have by split and ablated fraction, in the order in which they are done."""
+    wanted: dict[tuple[Split, float], int] = {("test", at): test_masks for at in sorted({fraction, *test_fractions})}
+    return wanted | {("validation", fraction): validation_masks, ("train", fraction): masks}
+
+
+def _check_settings(masks: int, precision: str, tolerance: float, sizes: dict[str, int | None]) -> None:
+    if masks == 0:
+        raise SettingsError(
+            "zero masks and zero mask gradients were asked for; ask for at least 2 masks, better several thousand, or 32 mask gradients"
+        )
+    if precision not in CHOICES:
+        raise SettingsError(f"unknown precision {precision!r}; choose one of {', '.join(CHOICES)}")
+    if not tolerance > 0:
+        raise SettingsError(f"precision tolerance {tolerance} is not above 0; 0.05 is usual")
+    for name, size in sizes.items():
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise SettingsError(f"{name} {size} is no size; give a whole number above 0")

@@ -1,0 +1,175 @@
+"""What a run will cost, from timing a few passes and a small pilot run."""
+
+import dataclasses
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coar.collection.collect import collect
+from coar.collection.preparation import check_gradients, fast_runner
+from coar.collection.quality import FIRST_GRADIENTS, FIRST_MASKS, VALIDATION_MASKS, RunQuality, quality_of
+from coar.errors import AblationError, SettingsError
+from coar.forward.devices import choose_device, device_copy
+from coar.forward.malloc import memory_kept
+from coar.regression.fitting import fit
+from coar.store.gradients import ROUNDS, MaskGradients
+from coar.store.layout import ROUND
+from coar.store.run import Run
+from coar.study import Study
+
+log = logging.getLogger(__name__)
+
+PILOT_EXAMPLES = 64
+
+
+TIMED_MASKS, TIMED_GRADIENTS, REPETITIONS = 8, 4, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a run would cost.
+
+    Attributes:
+        seconds_per_mask, seconds_per_probe: For all examples, on one worker; the second is NaN without gradients.
+        passes: Forward passes over all examples, a mask gradient counted by its measured time.
+        hours: On all workers.
+        disk_bytes: Size of the run with one fit.
+        fit_bytes: Memory that fitting takes.
+        pilot: What a small run of some examples reached, None when none was made.
+        passes_per_hundredth: Passes that raise the correlation by another 0.01 after the pilot; infinite where the
+            linear model's ceiling is nearer.
+    """
+
+    seconds_per_mask: float
+    seconds_per_gradient: float
+    passes: float
+    hours: float
+    disk_bytes: float
+    fit_bytes: float
+    pilot: RunQuality | None = None
+    passes_per_hundredth: float = math.nan
+
+
+def has_gradients(study: Study, *, device: str = "auto") -> bool:
+    """Say whether mask gradients can be had: parameter slices have no gate that a gradient could pass, some outputs detach."""
+    try:
+        check_gradients(study, device_copy(study.model, choose_device(device)))
+    except AblationError as error:
+        log.info("without mask gradients: %s", error)
+        return False
+    return True
+
+
+@memory_kept()
+def measure(study: Study, run: Run, *, device: str = "auto", batch_size: int | None = None) -> tuple[float, float]:
+    """Return the seconds that one mask and one mask gradient take over all examples, NaN for a mask gradient without gradients."""
+    worker = fast_runner(study, run, device_copy(study.model, choose_device(device)), batch_size=batch_size)
+    examples = min(run.blocks[1], len(study.examples))
+    block = worker.load(study.examples, 0, examples)
+    scale = len(study.examples) / examples
+    masks = run.sampler.masks("train", range(TIMED_MASKS), run.n_components)
+    seconds = _timed(lambda: worker.outputs(block, masks)) / TIMED_MASKS * scale
+    if not has_gradients(study, device=device):
+        return seconds, math.nan
+    mask_groups = np.arange(examples) % TIMED_GRADIENTS
+    mask_gradients = run.sampler.masks("gradient", range(TIMED_GRADIENTS**2), run.n_components)
+    mask_gradients = mask_gradients.reshape(TIMED_GRADIENTS, TIMED_GRADIENTS, -1)
+    return seconds, _timed(lambda: worker.mask_gradients(block, mask_gradients, mask_groups)) / TIMED_GRADIENTS * scale
+
+
+def estimate(
+    study: Study,
+    *,
+    masks: int,
+    gradients: int = 0,
+    test_masks: int = 0,
+    workers: int = 1,
+    device: str = "auto",
+    precision: str = "float32",
+    batch_size: int | None = None,
+) -> Estimate:
+    """Say what a run will cost, from timing a few passes and a pilot on some of the examples.
+
+    Args:
+        study: What will be examined.
+        masks: Training masks.
+        gradients: Mask gradients.
+        test_masks: Held-out masks.
+        workers: How many machines like this one share the work.
+        device: Where to compute.
+        precision: `float32`, `bf16` or `auto`.
+        batch_size: Most examples per forward pass.
+
+    Raises:
+        SettingsError: When a number is out of range.
+        AblationError: When mask gradients are asked of components or of an output that have no gradient.
+    """
+    counts = (masks, gradients, test_masks, workers)
+    whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
+    if not whole or not workers or not masks + gradients:
+        raise SettingsError(
+            f"{masks} masks, {gradients} mask gradients, {test_masks} test masks on {workers} workers make no run; ask for masks "
+            f"or mask gradients, and one worker or more"
+        )
+    if gradients:
+        check_gradients(study, device_copy(study.model, choose_device(device)))
+    n, d = len(study.examples), len(study.components)
+    few = np.unique(np.linspace(0, n - 1, min(n, PILOT_EXAMPLES)).astype(int))
+    small = dataclasses.replace(study, examples=study.examples.subset(few))
+    where: dict[str, Any] = {"device": device, "batch_size": batch_size}
+    gradients, half = has_gradients(study, device=device), FIRST_MASKS // 2
+    with tempfile.TemporaryDirectory() as folder:
+        run = collect(
+            small,
+            Path(folder) / "pilot.zarr",
+            gradients=FIRST_GRADIENTS if gradients else 0,
+            masks=0 if gradients else FIRST_MASKS,
+            validation_masks=VALIDATION_MASKS,
+            precision=precision,
+            **where,
+        )
+        per_mask, per_gradient = measure(study, run, **where)
+        before = None if gradients else quality_of(fit(run, masks=half, name="half", progress=False), 0, half, None)
+        pilot = quality_of(fit(run, progress=False), MaskGradients(run).count, 0 if gradients else FIRST_MASKS, before)
+    seconds = per_mask * (masks + test_masks) + (per_gradient * gradients if gradients else 0.0)
+    rounds = max(-(-gradients // ROUND), min(ROUNDS, gradients))
+    return Estimate(
+        seconds_per_mask=per_mask,
+        seconds_per_gradient=per_gradient,
+        passes=seconds / per_mask,
+        hours=seconds / workers / 3600,
+        disk_bytes=4 * n * (masks + test_masks + gradients) + (masks + test_masks) * d / 8 + 8 * n * d * (rounds + 1),
+        fit_bytes=float(
+            3 * 8 * min(masks, d) ** 2 + 4 * min(masks, 4096) * d + 8 * d * min(n, 2**28 // (8 * d)) + 2**28
+        ),
+        pilot=pilot,
+        passes_per_hundredth=_passes_for(0.01, pilot, d, per_gradient / per_mask),
+    )
+
+
+def _passes_for(rise: float, now: RunQuality, components: int, ratio: float) -> float:
+    """Return the fewest passes that promise a rise, doubling until they do; infinite beyond what is reachable."""
+    passes = 1.0
+    while passes < 1e7:
+        by_gradients = now.rise(int(passes / ratio), 0, components) if now.gradients else 0.0
+        if max(by_gradients, now.rise(0, int(passes), components)) >= rise:
+            return passes
+        passes *= 1.1
+    return math.inf
+
+
+def _timed(work: Callable[[], object]) -> float:
+    """Return the seconds of the fastest of a few calls, after one that also pays for kernels to be chosen."""
+    work()
+    seconds = []
+    for _ in range(REPETITIONS):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

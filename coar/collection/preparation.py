@@ -1,0 +1,249 @@
+"""From a study and a path to a run that is ready to be worked on, and a copy of the model that works on it."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coar.collection.units import UnitRunner
+from coar.errors import MismatchError
+from coar.forward.autotune import choose_plan
+from coar.forward.memory_limit import batch_sizes
+from coar.forward.precision import choose_precision, compare_precisions
+from coar.forward.preflight import compare_rows, compare_with_hooks, gate_tolerance, warn_of_overlap
+from coar.forward.runner import FastRunner, ModelRunner
+from coar.gates.batch_norms import following_batch_norms
+from coar.gates.gates import called_sites
+from coar.sampling import Split
+from coar.store.disk import sweep
+from coar.store.gradients import MaskGradients
+from coar.store.lock import extension_lock
+from coar.store.places import Address
+from coar.store.plan import Plan, Unit
+from coar.store.run import Run
+from coar.store.state import end, state_of
+from coar.store.storage_errors import storage_errors
+from coar.study import Study
+
+log = logging.getLogger(__name__)
+CHECK_MASKS = 16  # masks on which precisions are compared
+CHECK_EXAMPLES = 32  # examples on which batch norms are told to follow a site
+CHECK_ROWS = 8  # examples on which a mask per row is compared with one mask for all
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What a run shall have when work on it is done.
+
+    Attributes:
+        wanted: Masks by split and ablated fraction.
+        gradients: Mask gradients.
+        blocks: Masks and examples per unit, for a run that is created.
+        precision: `float32`, `bf16` or `auto`.
+        tolerance: Largest difference that bfloat16 may make.
+    """
+
+    wanted: dict[tuple[Split, float], int]
+    gradients: int
+    blocks: tuple[int, int]
+    precision: str
+    tolerance: float
+
+    def is_met(self, place: Path | Address) -> bool:
+        """Say whether there is a run that has all rows and rounds, so that nothing but units is missing."""
+        return state_of(place) == "ready" and self.is_met_by(Run.open(place))
+
+    def is_met_by(self, run: Run) -> bool:
+        """Say whether a run has all rows and rounds."""
+        return (
+            run.plan.extended(self.wanted) == run.plan
+            and run.rows_intact()
+            and MaskGradients(run).count >= self.gradients
+        )
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How examples are cut into batches.
+
+    Attributes:
+        masks: Most rows per forward pass of masks; None leaves it to the device.
+        gradients: The same for mask gradients.
+        tune: Whether the pace is measured on the first unit.
+        compiled: Whether the model is compiled if that is faster.
+    """
+
+    masks: int | None
+    gradients: int | None
+    tune: bool
+    compiled: bool
+
+    @classmethod
+    def choose(
+        cls,
+        study: Study,
+        model: nn.Module,
+        *,
+        batch_size: int | None,
+        memory_limit: int | str | None,
+        gradients: bool,
+        compiled: bool,
+    ) -> "BatchSettings":
+        """Take the batch size that was given, or measure what fits into memory."""
+        if batch_size is not None:
+            return cls(batch_size, batch_size, tune=False, compiled=compiled)
+        return cls(
+            *batch_sizes(study, model, memory_limit=memory_limit, gradients=gradients), tune=True, compiled=compiled
+        )
+
+
+def prepare(study: Study, place: Path | Address, model: nn.Module, order: RunRequest, batches: BatchSettings) -> Run:
+    """Create or extend a run so that nothing but units is missing; the caller holds it alone."""
+    fingerprint = study.fingerprint()
+    if order.gradients:
+        check_gradients(study, model, batch_size=batches.gradients)
+    if state_of(place) in ("nothing", "creating"):
+        run = _create(study, place, model, fingerprint, order, batches.masks)
+    else:
+        run = Run.open(place)
+        end(place)  # of a creation that was cut short at its very end
+    check_same(run, fingerprint, order.precision)
+    if isinstance(place, Path):
+        with storage_errors(place):
+            for stray in sweep(place):
+                log.info("removed %s, left by a writer that was killed", stray)
+    return run if order.is_met_by(run) else _extended(place, order)
+
+
+def _extended(place: Path | Address, order: RunRequest) -> Run:
+    """Open a run and give it what is asked for, beyond what others may just have given it."""
+    with extension_lock(place):
+        run = Run.open(place)
+        plan = run.plan.extended(order.wanted)
+        if plan != run.plan or not run.rows_intact():
+            run.extend(plan)
+        MaskGradients(run).extend(order.gradients)
+        return run
+
+
+def unit_runner(study: Study, run: Run, model: nn.Module, batches: BatchSettings) -> UnitRunner:
+    """Return what does units of a run on a copy of the model made by `device_copy`."""
+    return UnitRunner(
+        study,
+        run,
+        masks=fast_runner(study, run, model, batch_size=batches.masks),
+        gradients=fast_runner(study, run, model, batch_size=batches.gradients),
+    )
+
+
+def fast_runner(study: Study, run: Run, model: nn.Module, *, batch_size: int | None = None) -> FastRunner:
+    """Return a worker that computes as the run does, on a copy of the model made by `device_copy`."""
+    return FastRunner(
+        model,
+        run.components,
+        torch.from_numpy(run.replacements),
+        study.output,
+        batch_norms=run.facts["batch_norms"],
+        sources=study.ablation.sources,
+        precision=run.facts["precision"]["name"],
+        batch_size=batch_size,
+    )
+
+
+def check_gradients(study: Study, model: nn.Module, *, batch_size: int | None = None) -> None:
+    """Probe a few examples on a copy of the model; raise `AblationError` when there is no gradient to be had."""
+    nothing = torch.zeros(study.components.width)
+    worker = FastRunner(model, study.components, nothing, study.output, use_hooks=True, batch_size=batch_size)
+    block = worker.load(study.examples, 0, CHECK_ROWS)
+    masks = study.sampler.masks("gradient", range(block.size), len(study.components))
+    compare_rows(worker, block, masks, tolerance=gate_tolerance(model))
+
+
+def set_plan(
+    study: Study, run: Run, worker: FastRunner, model: nn.Module, missing: Sequence[Unit], batches: BatchSettings
+) -> None:
+    """Choose batch size and masks per forward on the first missing unit, and check them against plain hooks there."""
+    if not missing or not (batches.tune or batches.compiled):
+        return
+    spans = [run.rows_of(unit) for unit in missing]
+    rows, span = spans[0]
+    examples = study.examples.subset(range(span.start, span.stop))
+    masks = run.plan.masks(run.sampler, run.n_components, rows.start, rows.stop)
+    work = sum((r.stop - r.start) * (e.stop - e.start) for r, e in spans) / len(examples)
+    pace = choose_plan(worker, examples, masks, work=work, tune=batches.tune, compiled=batches.compiled)
+    log.info("pace: %s", pace)
+    if pace.masks_per_forward > 1:
+        parts = (model, run.components, torch.from_numpy(run.replacements), study.output)
+        shared = {"batch_norms": run.facts["batch_norms"], "sources": study.ablation.sources}
+        exact = FastRunner(*parts, **shared, batch_size=pace.batch_size)
+        exact.masks_per_forward = pace.masks_per_forward
+        compare_with_hooks(
+            exact, parts, examples, masks[: pace.masks_per_forward], {row.site for row in run.components}
+        )
+
+
+def _create(
+    study: Study,
+    place: Path | Address,
+    model: nn.Module,
+    fingerprint: dict[str, Any],
+    order: RunRequest,
+    batch_size: int | None,
+) -> Run:
+    """Measure what a run keeps for good (constants, precision, batch norms), then create it."""
+    warn_of_overlap(study)
+    plan, blocks = Plan().extended(order.wanted), order.blocks
+    runner = ModelRunner(model, study.output, batch_size=batch_size)
+    constants = study.ablation.replacements(model, study.components, batch_size=runner.batch_size)
+    parts = (model, study.components, constants, study.output)
+    first = study.examples.subset(range(min(CHECK_EXAMPLES, len(study.examples))))
+    few = runner.load(first, 0, len(first))
+
+    def outputs(variant: nn.Module) -> Tensor:
+        return torch.from_numpy(ModelRunner(variant, study.output).base_output(few))
+
+    norms = following_batch_norms(model, study.components, run=outputs)
+    shared: dict[str, Any] = {"batch_norms": norms, "sources": study.ablation.sources, "batch_size": batch_size}
+    fast = FastRunner(*parts, **shared)
+    masks = plan.masks(study.sampler, len(study.components), 0, min(CHECK_MASKS, blocks[0]))
+    if not len(masks):  # nothing but mask gradients is asked for
+        masks = study.sampler.masks("gradient", range(CHECK_MASKS), len(study.components))
+    called = called_sites(model, study.components, run=outputs)
+    facts: dict[str, Any] = {
+        "batch_norms": norms,
+        "gate_error": compare_with_hooks(fast, parts, first, masks[:2], called),
+        "precision": {"name": "float32"},
+    }
+    if order.precision != "float32":
+        block = fast.load(study.examples, 0, min(blocks[1], len(study.examples)))
+        low = FastRunner(*parts, **shared, precision="bf16")
+        check = compare_precisions(fast, low, block, masks, order.tolerance)
+        facts["precision"] = {"name": choose_precision(order.precision, check), **dataclasses.asdict(check)}
+        log.info("precision %s: %s", facts["precision"]["name"], check)
+    return Run.create(
+        place,
+        components=study.components,
+        metadata={name: np.asarray(column) for name, column in study.examples.metadata.items()},
+        replacements=constants.numpy(),
+        fingerprint=fingerprint,
+        facts=facts,
+        blocks=blocks,
+        plan=plan,
+    )
+
+
+def check_same(run: Run, fingerprint: dict[str, Any], precision: str) -> None:
+    """Raise `MismatchError` unless the run was made for this study, and in this precision."""
+    run.check(fingerprint)
+    kept = run.facts["precision"]["name"]
+    if precision not in ("auto", kept):
+        raise MismatchError(
+            f"the run at {run.path} was collected in {kept}, now {precision} is asked for; use {kept} or auto to go "
+            f"on, or collect into a new path"
+        )

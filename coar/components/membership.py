@@ -1,0 +1,45 @@
+"""Whether a table of components fits a model."""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from coar.components.layers import input_channels, output_channels, stack_of, unwrapped
+from coar.components.table import Components, Side
+from coar.errors import ComponentError
+
+if TYPE_CHECKING:
+    pass
+
+
+def check_components(model: nn.Module, components: Components) -> None:
+    """Raise `ComponentError`, naming the first culprit, unless every component is a part of this model."""
+    model = unwrapped(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for (site, side, axis), indices in components.sites().items():
+        found = parameters.get(site) if side == "parameter" else modules.get(site)
+        if found is None:
+            raise ComponentError(
+                f"component {components[indices[0]].name!r} lies in {site!r}, which this {type(model).__name__} does "
+                f"not have; the components belong to another model: find them again on this one"
+            )
+        if side == "module":
+            continue
+        length = _length(found, side, axis)
+        last = max(components[i].position + components[i].size for i in indices)
+        if last > length:
+            noun = "input features" if side == "input" else "rows"
+            raise ComponentError(
+                f"{site!r} has {length} {noun} in this model, but the component table reaches number {last - 1}; "
+                f"the components belong to another model: find them again on this one"
+            )
+
+
+def _length(found: nn.Module | nn.Parameter, side: Side, axis: int) -> int:
+    if isinstance(found, nn.Module) and side == "expert":
+        stack = stack_of(found)
+        return len(stack.weight) * stack.features if stack else 0
+    if isinstance(found, nn.Module):
+        return input_channels(found) if side == "input" else output_channels(found)
+    return found.shape[axis] if axis < found.ndim else 0

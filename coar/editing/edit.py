@@ -1,0 +1,338 @@
+"""An edit: components to ablate for good, applied, undone, joined, and kept on disk."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from torch import nn
+
+from coar.attributions import Attributions
+from coar.components.layers import unwrapped
+from coar.components.table import Component, read_component
+from coar.editing.goal import EditGoal
+from coar.editing.originals import Originals
+from coar.editing.rank import ranking, welch_t
+from coar.errors import EditError, SettingsError, StorageError, WeightsError
+from coar.gates.folding import Constant, check_permanent, fold
+from coar.weights import read_state, save_state, weights_fingerprint
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = 3
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Components to ablate for good, and what replaces them.
+
+    Attributes:
+        components: The chosen components, most important first.
+        replacements: The constants of each component: one number, or as many as it has channels.
+        scores: The score each was chosen by.
+        goal: What the edit is for; None for edits joined that had different goals.
+        ablation: Name of the ablation that the attributions were made with.
+        batch_norms: Path of the batch norm that takes the constants of a site without bias.
+        weights: SHA-256 of the weights that the edit was made for.
+        originals: What it takes out of the weights, see `keep`; None before the weights were seen.
+        strengths: How far each component goes towards its constants: with a strength s an activation y with constant c
+            becomes (1 - s) y + s c, so that 1, the default, ablates it.
+
+    Raises:
+        EditError: When there are not as many strengths as components, or one is not above 0 and at most 1.
+    """
+
+    components: tuple[Component, ...]
+    replacements: tuple[Constant, ...]
+    scores: tuple[float, ...]
+    goal: EditGoal | None
+    ablation: str
+    batch_norms: dict[str, str]
+    weights: str
+    originals: Originals | None = field(default=None, repr=False)
+    strengths: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.strengths:
+            object.__setattr__(self, "strengths", (1.0,) * len(self.components))
+        if len(self.strengths) != len(self.components) or not all(0 < one <= 1 for one in self.strengths):
+            raise EditError(
+                f"an edit of {len(self.components)} components was given the strengths {list(self.strengths)}; give "
+                f"one for each, above 0 and at most 1"
+            )
+
+    def __len__(self) -> int:
+        return len(self.components)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Return an edited copy, a plain module of the same class; the one inside a compiled or parallel model.
+
+        Its state dict has the same keys wherever a layer has a bias or is followed by a batch norm.
+
+        Raises:
+            EditError: When the model's weights are not the ones that the edit was made for.
+        """
+        model = unwrapped(model)
+        if weights_fingerprint(model) != self.weights:
+            raise EditError(
+                f"this edit was made for weights {self.weights[:12]}..., and this {type(model).__name__} has others; "
+                f"load the weights that the attributions were collected with"
+            )
+        edited = deepcopy(model)
+        fold(edited, self.components, self.replacements, batch_norms=self.batch_norms, strengths=self.strengths)
+        return edited
+
+    def constants(self, attributions: Attributions) -> np.ndarray:
+        """Return the (components.width,) constants of attributions, with this edit's for its own components.
+
+        Raises:
+            ComponentError: When the edit has a component that the attributions do not know.
+        """
+        table = attributions.components
+        flat = np.array(attributions.facts["replacements"], dtype=np.float32)
+        for component, value in zip(self.components, self.replacements, strict=True):
+            flat[table.channels_of([table.index(component.name)])] = value
+        return flat
+
+    def gates(self, attributions: Attributions) -> np.ndarray:
+        """Return (components,) gates that do what this edit does: 1 less the strength of each of its own components.
+
+        Raises:
+            ComponentError: When the edit has a component that the attributions do not know.
+        """
+        found = np.ones(len(attributions.components), dtype=np.float32)
+        found[[attributions.components.index(component.name) for component in self.components]] -= self.strengths
+        return found
+
+    def keep(self, model: nn.Module) -> "Edit":
+        """Return this edit with the numbers that it takes out of the model's weights, so that it can be undone.
+
+        Raises:
+            EditError: When the model's weights are not the ones that the edit was made for.
+        """
+        return replace(self, originals=Originals.between(model.state_dict(), self.apply(model).state_dict()))
+
+    def undo(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the edited model with the original weights, bit for bit.
+
+        Raises:
+            EditError: When the edit keeps no original weights, or did not make this model's.
+        """
+        restored = deepcopy(model)
+        state = self.kept().restore(model.state_dict(), original=self.weights)
+        for name in self.kept().added:
+            site, _, parameter = name.rpartition(".")
+            setattr(restored.get_submodule(site), parameter, None)
+        restored.load_state_dict(state)
+        return restored
+
+    def kept(self) -> Originals:
+        """Return the originals; raise `EditError` when there are none."""
+        if self.originals is None:
+            raise EditError(
+                "this edit keeps no original weights, so it cannot be undone; call edit.keep(model) with the model it "
+                "was made for, or load those weights again"
+            )
+        return self.originals
+
+    def __add__(self, other: "Edit") -> "Edit":
+        """Return one edit that does what both do; a component in both must have the same constant and strength.
+
+        Original weights are not carried over; `keep` takes them again.
+
+        Raises:
+            EditError: When the edits are for different weights or disagree on a constant or a strength.
+        """
+        if self.weights != other.weights:
+            raise EditError(
+                f"one edit is for weights {self.weights[:12]}..., the other for {other.weights[:12]}...; join edits of "
+                f"one model only"
+            )
+        mine = {component: how for component, _, *how in self._rows()}
+        more = []
+        for component, score, *how in other._rows():
+            if component not in mine:
+                more.append((component, score, *how))
+            elif mine[component] != how:
+                (value, strength), (its_value, its_strength) = mine[component], how
+                raise EditError(
+                    f"{component.name!r} is replaced by {value} at a strength of {strength:g} in one edit and by "
+                    f"{its_value} at {its_strength:g} in the other; take it out of one, or make both with the same "
+                    f"ablation, constants='run' and full strength"
+                )
+        parts = zip(*more, strict=True) if more else ((), (), (), ())
+        components, scores, values, strengths = (tuple(part) for part in parts)
+        return Edit(
+            self.components + components,
+            self.replacements + values,
+            self.scores + scores,
+            self.goal if self.goal == other.goal else None,
+            self.ablation if self.ablation == other.ablation else f"{self.ablation} and {other.ablation}",
+            {**self.batch_norms, **other.batch_norms},
+            self.weights,
+            strengths=self.strengths + strengths,
+        )
+
+    def _rows(self) -> Iterator[tuple[Component, float, Constant, float]]:
+        """Yield each component with its score, constants and strength."""
+        yield from zip(self.components, self.scores, self.replacements, self.strengths, strict=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the edit as JSON, whole or not at all, and before it what it keeps as safetensors beside it.
+
+        Raises:
+            StorageError: When the disk refuses the write.
+        """
+        file = Path(path)
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        content = {
+            "format": FORMAT,
+            "goal": self.goal.model_dump(mode="json") if self.goal else None,
+            "ablation": self.ablation,
+            "weights": self.weights,
+            "batch_norms": self.batch_norms,
+            "components": [
+                {**component._asdict(), "replacement": value, "score": score, "strength": strength}
+                for component, score, value, strength in self._rows()
+            ],
+            "originals": self.originals
+            and {
+                "file": _beside(file).name,
+                "sha256": self.originals.fingerprint(),
+                "added": list(self.originals.added),
+                "edited": self.originals.edited,
+            },
+        }
+        if self.originals:
+            save_state(self.originals.tensors, _beside(file))
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(partial, file)
+        except OSError as error:
+            raise StorageError(f"cannot write the edit to {file}: {error}; choose another path") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read an edit written by `save`; raise `EditError` for any other file."""
+        file = Path(path)
+        try:
+            content: dict[str, Any] = json.loads(file.read_text())
+            if content["format"] > FORMAT:
+                raise EditError(f"{file} has format {content['format']}, this version reads {FORMAT}; update coar")
+            rows: list[dict[str, Any]] = content["components"]
+            if not isinstance(rows, list):
+                raise TypeError("components is not a list")
+            return cls(
+                tuple(read_component([row[field] for field in Component._fields]) for row in rows),
+                tuple(_constant(row["replacement"]) for row in rows),
+                tuple(float(row["score"]) for row in rows),
+                None if content["goal"] is None else EditGoal(**content["goal"]),
+                str(content["ablation"]),
+                {str(site): str(name) for site, name in content["batch_norms"].items()},
+                str(content["weights"]),
+                _read_originals(file, content.get("originals")),
+                tuple(float(row.get("strength", 1)) for row in rows),
+            )
+        except EditError:
+            raise
+        except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise EditError(f"{file} does not hold an edit ({error!r}); write it again with Edit.save") from None
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return a frame with one row per component: name, score, replacement, strength."""
+        import pandas as pd
+
+        names = [component.name for component in self.components]
+        columns = {"score": self.scores, "replacement": self.replacements, "strength": self.strengths}
+        return pd.DataFrame({"name": names, **columns})
+
+
+def edit(attributions: Attributions, goal: EditGoal, *, budget: int) -> Edit:
+    """Choose components by Welch's t between targets' and references' attributions, as published (COAR-Edit).
+
+    Args:
+        attributions: The attributions of the examples that the goal speaks of.
+        goal: Targets, references and direction.
+        budget: How many components to ablate.
+
+    Raises:
+        GoalError: When the goal selects no targets, no or too few references, or overlapping ones.
+        SettingsError: When the budget is not between 1 and the number of components.
+    """
+    count = check_budget(budget, len(attributions.components))
+    scores = welch_t(attributions, goal)
+    return edit_of(attributions, goal, ranking(scores, goal)[:count], scores)
+
+
+def edit_of(
+    attributions: Attributions,
+    goal: EditGoal,
+    indices: Sequence[int] | np.ndarray,
+    scores: np.ndarray,
+    *,
+    constants: np.ndarray | None = None,
+    strengths: np.ndarray | None = None,
+) -> Edit:
+    """Return the edit that ablates these components, in this order, by default with the run's constants and wholly.
+
+    Raises:
+        EditError: When a component has no constant, as under resampling.
+    """
+    facts, table = attributions.facts, attributions.components
+    flat = facts["replacements"] if constants is None else constants.tolist()
+    components = tuple(table[int(i)] for i in indices)
+    values = tuple(_constant([flat[n] for n in table.channels_of([int(i)])]) for i in indices)
+    for component, value in zip(components, values, strict=True):
+        check_permanent(component, value)
+    sites = {component.site for component in components}
+    return Edit(
+        components,
+        values,
+        tuple(float(scores[int(i)]) for i in indices),
+        goal,
+        str(facts["fingerprint"]["ablation"]["name"]),
+        {site: name for site, name in facts["batch_norms"].items() if site in sites},
+        str(facts["fingerprint"]["weights"]),
+        strengths=() if strengths is None else tuple(strengths.tolist()),
+    )
+
+
+def _constant(values: float | Sequence[float]) -> Constant:
+    """Return the constants of a component, a number where it has one; raise `ValueError` or `TypeError` for others."""
+    if not isinstance(values, list):
+        return float(values)  # type: ignore[arg-type]
+    return float(values[0]) if len(values) == 1 else tuple(float(value) for value in values)
+
+
+def check_budget(budget: int, components: int) -> int:
+    """Return the budget, or raise `SettingsError` when it is not between 1 and the number of components."""
+    if not 1 <= budget <= components:
+        raise SettingsError(f"a budget of {budget} was given; choose 1 to {components}, the components there are")
+    return budget
+
+
+def _beside(file: Path) -> Path:
+    return file.with_name(f"{file.stem}.originals.safetensors")
+
+
+def _read_originals(file: Path, about: dict[str, Any] | None) -> Originals | None:
+    """Read what an edit keeps; raise `EditError` when it is not what was written with the edit."""
+    if about is None:
+        return None
+    beside = file.with_name(Path(str(about["file"])).name)
+    try:
+        tensors = read_state(beside)
+    except WeightsError as error:
+        raise EditError(f"{file} keeps original weights in {beside}, which cannot be read: {error}") from None
+    originals = Originals(tensors, tuple(str(name) for name in about["added"]), str(about["edited"]))
+    if originals.fingerprint() != about["sha256"]:
+        raise EditError(
+            f"{beside} is not the file that was written with {file}; get both again, or make the edit again"
+        )
+    return originals

@@ -1,0 +1,136 @@
+"""What an edit does to examples: before and after, and as components are ablated one after another."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from coar.attributions import Attributions
+from coar.editing.context import columns
+from coar.editing.edit import Edit
+from coar.editing.goal import EditGoal
+from coar.errors import GoalError
+from coar.examples import Examples
+from coar.forward.devices import choose_device, device_copy
+from coar.forward.runner import FastRunner, ModelRunner
+from coar.outputs.base import Output
+from coar.outputs.classification import CorrectClassMargin, sides
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def effect_curve(
+    model: nn.Module,
+    attributions: Attributions,
+    order: Sequence[int] | np.ndarray,
+    examples: Examples,
+    *,
+    counts: Sequence[int],
+    constants: np.ndarray | None = None,
+    strengths: Sequence[float] | None = None,
+    device: str = "auto",
+    output: Output | None = None,
+) -> np.ndarray:
+    """Return (counts, examples) margins against the largest other offer as components are ablated in an order.
+
+    A margin above zero is a correct prediction. The model is gated, not edited, once per count.
+
+    Args:
+        model: The model that the attributions were collected from.
+        attributions: They know the components and their replacements.
+        order: Component indices, the first to ablate in front.
+        examples: The examples to run.
+        counts: How many of them to ablate, 0 for none.
+        constants: (components.width,) constants that replace them, such as `edit.constants(attributions)`; by default
+            those of the attributions.
+        strengths: How far each of `order` goes towards its constants, such as `edit.strengths`; by default 1.
+        device: Where to compute.
+        output: The margin; by default that of classes.
+    """
+    rows, kept = np.asarray(order), 0.0 if strengths is None else 1 - np.asarray(strengths)
+    gates = np.ones((len(counts), len(attributions.components)), dtype=np.float32)
+    for row, count in enumerate(counts):
+        gates[row, rows[:count]] = np.broadcast_to(kept, rows.shape)[:count]
+    replacements = torch.tensor(
+        attributions.facts["replacements"] if constants is None else constants, dtype=torch.float32
+    )
+    copy, (largest, _) = device_copy(model, choose_device(device)), sides(output or CorrectClassMargin())
+    worker = FastRunner(
+        copy, attributions.components, replacements, largest, batch_norms=attributions.facts["batch_norms"]
+    )
+    return worker.outputs(worker.load(examples, 0, len(examples)), gates)
+
+
+def judge_edit(
+    edit: Edit,
+    model: nn.Module,
+    examples: Examples,
+    *,
+    goal: EditGoal | None = None,
+    device: str = "auto",
+    output: Output | None = None,
+) -> "pd.DataFrame":
+    """Compare the model with its edited copy on targets, references, and groups of references.
+
+    Args:
+        edit: The edit to judge.
+        model: The model it was made for.
+        examples: The examples to judge on, best ones that no choice has seen.
+        goal: Which of these are targets and references; by default the edit's own goal, which must then be written as
+            conditions, not as positions.
+        device: Where to compute.
+        output: The margin that says what is right; by default that of classes.
+
+    Raises:
+        GoalError: When the edit's goal names examples by position, or it has none, and no other is given.
+
+    Returns:
+        A row for targets and one for references: number of examples and of components, accuracy and mean margin
+        (against the largest other offer) before and after, and the change of accuracy in points. Where references have
+        several groups, a row for the average over these, and one for the group whose accuracy fell most.
+    """
+    import pandas as pd
+
+    goal = goal or edit.goal
+    if goal is None or (goal is edit.goal and not goal.general):
+        raise GoalError(
+            "the edit's goal names examples by position, or there is none, which says nothing of these examples; give "
+            "goal= with conditions"
+        )
+    targets, references = goal.resolve(columns(examples))
+    before, after = (margins(net, examples, device=device, output=output) for net in (model, edit.apply(model)))
+
+    def row(name: str, chosen: np.ndarray) -> dict[str, object]:
+        old, new = before[chosen], after[chosen]
+        return {
+            "group": name,
+            "examples": len(chosen),
+            "components": len(edit),
+            "accuracy_before": float((old > 0).mean()),
+            "accuracy_after": float((new > 0).mean()),
+            "points": 100 * float((new > 0).mean() - (old > 0).mean()),
+            "margin_before": float(old.mean()),
+            "margin_after": float(new.mean()),
+        }
+
+    table = pd.DataFrame([row("targets", targets), row("references", references)])
+    of = goal.groups_of(columns(examples), references)
+    names = np.unique(of)
+    if len(names) == 1:
+        return table
+    groups = pd.DataFrame([row(f"most harmed: {name}", references[of == name]) for name in names])
+    average = (
+        groups.drop(columns="group").mean().to_frame().T.assign(group="average of groups", examples=len(references))
+    )
+    return pd.concat([table, average, groups.nsmallest(1, "points")], ignore_index=True).astype(dict(table.dtypes))
+
+
+def margins(model: nn.Module, examples: Examples, *, device: str = "auto", output: Output | None = None) -> np.ndarray:
+    """Return (examples,) margins of what is right, by default the class, against the largest other offer."""
+    runner = ModelRunner(device_copy(model, choose_device(device)), sides(output or CorrectClassMargin())[0])
+    step = runner.batch_size
+    blocks = (runner.load(examples, start, start + step) for start in range(0, len(examples), step))
+    return np.concatenate([runner.base_output(block) for block in blocks])

@@ -1,0 +1,315 @@
+"""Forward passes that begin where masks begin to differ: what came before is run once and held.
+
+A pass is cut at calls of modules. Before a given module is called for the first time, others have been called and have
+returned; what the outermost of these returned is held, and a later pass is handed it back instead of running them.
+Everything else, the model's own code between modules included, is run as ever.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as trees
+
+from coar.components.table import Components
+from coar.errors import AblationError
+from coar.examples import Inputs, rows_of
+from coar.gates.gates import Gates
+
+log = logging.getLogger(__name__)
+
+FEW = 8  # components in which a mask may differ from most others, on average, for a look at where
+SAVED = 0.1  # share of the calls that must be saved
+NOTED = 2  # examples on which calls are noted
+TOLERANCE = 1e-5  # of the largest output, between a pass that begins late and a plain one
+OTHERWISE = "the model does not call its modules in the order in which it did at first"
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module in a forward pass.
+
+    Attributes:
+        module: The module.
+        start: How many calls had begun or ended before.
+        end: The same at its end.
+        changed: Whether what it returned is changed in place afterwards.
+    """
+
+    module: nn.Module
+    start: int
+    end: int
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Calls:
+    """All calls of modules in a forward pass, in the order in which they begin."""
+
+    calls: tuple[Call, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, run: Callable[[], object]) -> Self:
+        """Note the calls of a plain forward pass, which must not be in inference mode."""
+        spans: list[tuple[nn.Module, int, int, list[tuple[Tensor, int]]]] = []
+        clock = 0
+
+        def timed(module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+            nonlocal clock
+            start, clock = clock, clock + 1
+            value = forward(*args, **kwargs)
+            spans.append((module, start, clock, [(one, one._version) for one in _tensors(value)]))
+            clock += 1
+            return value
+
+        with _through(model.modules(), timed), torch.no_grad():
+            run()
+        calls = [
+            Call(module, start, end, any(one._version != version for one, version in returned))
+            for module, start, end, returned in spans
+        ]
+        return cls(tuple(sorted(calls, key=lambda call: call.start)))
+
+    def first(self, module: nn.Module) -> int:
+        """Return when a module is called first; 0, the start of all, where it is not."""
+        return next((call.start for call in self.calls if call.module is module), 0)
+
+    def ended(self, by: int) -> list[Call]:
+        """Return the outermost calls that have ended by a time."""
+        found: list[Call] = []
+        for call in self.calls:
+            if call.end < by and (not found or call.start > found[-1].end):
+                found.append(call)
+        return found
+
+
+class SharedStart:
+    """Holds what modules returned in a pass up to a time, and runs passes that go on from there.
+
+    Args:
+        calls: The calls of the model's forward pass.
+
+    Attributes:
+        time: The time.
+    """
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls, self.time = calls, 0
+        self._held: dict[int, Any] = {}
+
+    def advance(self, time: int, run: Callable[[], object]) -> None:
+        """Run from what is held up to the call that begins at a later time, and hold what was returned by then.
+
+        Raises:
+            AblationError: When that call is not reached, since the model calls its modules otherwise each time.
+        """
+        if time == self.time:
+            return
+        wanted = self._calls.ended(time)
+        stop = next(call.module for call in self._calls.calls if call.start == time)
+        with self._passing(wanted, stop) as found, suppress(_ReachedError):
+            run()
+        if len(found) < len(wanted):
+            raise AblationError(OTHERWISE)
+        self._held, self.time = found, time
+
+    def run(self, run: Callable[[], Tensor]) -> Tensor:
+        """Run a whole pass, of which what is held is not run again.
+
+        Raises:
+            AblationError: When the model does not call a module of which something is held.
+        """
+        with self._passing([], None):
+            return run()
+
+    @contextmanager
+    def _passing(self, wanted: list[Call], stop: nn.Module | None) -> Iterator[dict[int, Any]]:
+        """Give back what is held, note what the wanted calls return, and stop before the first call of a module."""
+        known, noted = deque(self._calls.ended(self.time)), deque(wanted)
+        found: dict[int, Any] = {}
+        inside = False  # of a call that is noted
+
+        def passed(module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if module is stop and not noted and not inside:
+                raise _ReachedError
+            note = noted.popleft() if noted and not inside and noted[0].module is module else None
+            if known and known[0].module is module:
+                call = known.popleft()
+                value = _own(self._held[call.start], call)
+            else:
+                inside = inside or note is not None
+                value = forward(*args, **kwargs)
+                inside = inside and note is None
+            if note is not None:
+                found[note.start] = _own(value, note)
+            return value
+
+        modules = dict.fromkeys([*(call.module for call in (*known, *noted)), *([stop] if stop else [])])
+        with _through(modules, passed):
+            yield found
+        if known and stop is None:
+            raise AblationError(OTHERWISE)
+
+
+class _ReachedError(BaseException):
+    """A pass has come to where it shall stop; no model's own handlers are to catch it."""
+
+
+@contextmanager
+def _through(modules: Iterable[nn.Module], passed: Callable[..., Any]) -> Iterator[None]:
+    """Let modules be called through a function that is given the module, its own forward, and what that was given."""
+    before = {module: module.__dict__.get("forward") for module in modules}
+    for module in before:
+        module.__dict__["forward"] = partial(passed, module, module.forward)
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = own
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    leaves = trees.tree_leaves(value)
+    return [one for one in leaves if isinstance(one, Tensor) and not one.is_inference()]  # these have no version
+
+
+def _own(value: Any, call: Call) -> Any:
+    """Return a value as it is, or a copy where it is going to be changed in place."""
+    return trees.tree_map_only(Tensor, torch.clone, value) if call.changed else value
+
+
+@dataclass(frozen=True)
+class Starts:
+    """When components come in for the first time in a forward pass.
+
+    Attributes:
+        calls: The pass.
+        times: (components,) when each component's module is called first; 0 where that is not known.
+    """
+
+    calls: Calls
+    times: np.ndarray
+
+    @classmethod
+    def of(cls, model: nn.Module, components: Components, run: Callable[[], object]) -> Self:
+        """Note a plain pass of a few examples."""
+        with torch.inference_mode(False):
+            calls = Calls.of(model, run)
+        times = np.zeros(len(components), dtype=np.int64)
+        for (site, side, _), indices in components.sites().items():
+            if side != "parameter":
+                times[indices] = calls.first(model.get_submodule(site))
+        return cls(calls, times)
+
+    def differing(self, differs: np.ndarray) -> np.ndarray:
+        """Return the (masks,) times at which masks begin to differ, from where they do, (masks, components)."""
+        return np.asarray(np.where(differs, self.times, self.calls.calls[-1].start).min(1))
+
+    def saved(self, times: np.ndarray) -> float:
+        """Return the share of calls that have ended by these times, on average."""
+        ends = np.array([call.end for call in self.calls.calls])
+        return float((ends < times[:, None]).mean())
+
+
+class PrefixCache:
+    """Runs one mask after another, where few of them differ in early parts of the model: those run once for all.
+
+    Args:
+        model: The model.
+        components: The components a mask speaks of.
+        run: Runs the model on inputs.
+        read: Reads (examples,) outputs off what the model returns, for targets.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        components: Components,
+        run: Callable[[Inputs], Any],
+        read: Callable[[Any, Tensor], Tensor],
+    ) -> None:
+        self._model, self._components, self._run, self._read = model, components, run, read
+        self._starts: Starts | None = None
+        self._checked = self._refused = False
+
+    def fill(self, out: Tensor, batches: list[tuple[Inputs, Tensor]], masks: np.ndarray, gates: Gates) -> bool:
+        """Write (masks, examples) outputs, where that saves something; say whether it did.
+
+        The first time, the pass of which most is saved is compared with a plain one. When they differ, nothing is
+        shared from then on.
+
+        Args:
+            out: Where to write.
+            batches: Inputs and targets.
+            masks: (masks, components) boolean masks.
+            gates: The gates, entered.
+        """
+        usual = 2 * masks.sum(0) >= len(masks)
+        differs = masks != usual
+        if self._refused or len(masks) < 2 or differs.sum() > FEW * len(masks):
+            return False
+        base, keeps = (torch.from_numpy(part).to(out.device) for part in (usual, masks))
+        gates.set(base)
+        if self._starts is None:
+            few = rows_of(batches[0][0], slice(NOTED))
+            self._starts = Starts.of(self._model, self._components, partial(self._run, few))
+        times = self._starts.differing(differs)
+        if self._starts.saved(times) < SAVED:
+            return False
+        try:
+            at = 0
+            for inputs, targets in batches:
+                part = out[:, at : at + len(targets)]
+                self._fill(part, inputs, targets, times, SharedStart(self._starts.calls), gates, base, keeps)
+                at += len(targets)
+            self._check(out, batches[0], int(times.argmax()), gates, keeps)
+        except AblationError as error:
+            log.info("masks do not share the start of a pass: %s", error)
+            self._refused = True
+        return not self._refused
+
+    def _fill(
+        self,
+        out: Tensor,
+        inputs: Inputs,
+        targets: Tensor,
+        times: np.ndarray,
+        start: SharedStart,
+        gates: Gates,
+        base: Tensor,
+        keeps: Tensor,
+    ) -> None:
+        """Run a batch under each mask, in the order of when they begin to differ."""
+        run = partial(self._run, inputs)
+        for i in np.argsort(times, kind="stable"):
+            if start.time != times[i]:
+                gates.set(base)
+                start.advance(int(times[i]), run)
+            gates.set(keeps[i])
+            out[i] = self._read(start.run(run), targets)
+
+    def _check(self, out: Tensor, batch: tuple[Inputs, Tensor], latest: int, gates: Gates, keeps: Tensor) -> None:
+        """Raise `AblationError` when a gate saw no pass, or when, the first time, a plain pass gives other outputs."""
+        gates.confirm()
+        if self._checked:
+            return
+        inputs, targets = batch
+        gates.set(keeps[latest])
+        plain, found = self._read(self._run(inputs), targets).to(out), out[latest, : len(targets)]
+        largest = float(plain.nan_to_num(0, 0, 0).abs().max())
+        if not torch.allclose(plain, found, rtol=0, atol=TOLERANCE * largest, equal_nan=True):
+            raise AblationError("modules that hand back what they returned before do not lead to the same outputs")
+        self._checked = True

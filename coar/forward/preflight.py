@@ -1,0 +1,122 @@
+"""Whether numbers can be trusted: two ways to them agree, in gates, rows and precision, and they are finite."""
+
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coar.ablation.base import Calibrated
+from coar.components.table import Components
+from coar.equivalence import rounding
+from coar.errors import AblationError
+from coar.examples import Examples
+from coar.forward.batches import ExampleBlock
+from coar.forward.runner import FastRunner
+from coar.outputs.base import Output
+from coar.study import Study
+
+log = logging.getLogger(__name__)
+
+GATE_TOLERANCE = 1e-3  # of the largest output, that two ways of gating may differ by,
+ROUNDINGS = 8  # or as many roundings of the model's own precision, if that is more
+
+Parts = tuple[nn.Module, Components, Tensor, Output]
+
+
+def warn_of_overlap(study: Study) -> None:
+    """Warn when examples of the study are calibration examples of its ablation too."""
+    if not isinstance(study.ablation, Calibrated):
+        return
+    seen = set(study.ablation.calibration.input_hashes())
+    count = sum(digest in seen for digest in study.examples.input_hashes())
+    if count:
+        log.warning(
+            "%d of %d examples of the study are calibration examples too, so what replaces ablated components depends "
+            "on the examples that are examined; give %s(calibration=...) other examples",
+            count,
+            len(study.examples),
+            type(study.ablation).__name__,
+        )
+
+
+def gate_tolerance(model: nn.Module) -> float:
+    """Return how far two ways of gating may be apart, relative to the largest output, in the model's precision."""
+    return max(GATE_TOLERANCE, ROUNDINGS * rounding(model))
+
+
+def compare_gates(expected: np.ndarray, found: np.ndarray, *, tolerance: float = GATE_TOLERANCE) -> float:
+    """Return the largest difference between gated outputs and gated weights, relative to the largest output.
+
+    Raises:
+        AblationError: When they disagree, so that no run is made of numbers that depend on how a mask is applied.
+    """
+    with np.errstate(invalid="ignore"):  # of infinite outputs, which the first unit names
+        error = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
+    if error > tolerance:
+        raise AblationError(
+            f"ablating by weights and by outputs gives outputs that differ by {error:.1e} of the largest, and "
+            f"{tolerance:.1g} is allowed: some layer does not compute what its type promises; exclude it"
+        )
+    return error
+
+
+def compare_with_hooks(
+    worker: FastRunner, parts: Parts, examples: Examples, masks: np.ndarray, called: set[str]
+) -> float | None:
+    """Compare a worker with hooks that apply one mask per forward to examples as they are, padding and all.
+
+    Components that have no output are kept.
+
+    Args:
+        worker: A worker in float32.
+        parts: Its model, components, replacements and output.
+        examples: The examples.
+        masks: (masks, components) boolean masks; the first and the last are compared.
+        called: Sites whose module is called, see `called_sites`.
+
+    Returns:
+        What `compare_gates` does; None when no component has an output, or donors are in hooks either way.
+
+    Raises:
+        AblationError: When they disagree.
+    """
+    model, components, constants, output = parts
+    rows = [i for i, row in enumerate(components) if row.side != "parameter" and row.site in called]
+    block = worker.load(examples, 0, len(examples))
+    if not rows or block.sources:
+        return None
+    chosen = Components(components[i] for i in rows)
+    own = constants[..., torch.from_numpy(components.channels_of(rows))]
+    plain = FastRunner(model, chosen, own, output, use_hooks=True, batch_size=worker.batch_size)
+    shared = np.ones_like(masks)
+    shared[:, rows] = masks[:, rows]
+    ends = sorted({0, len(masks) - 1})
+    expected = plain.outputs(plain.load(examples, 0, len(examples)), masks[ends][:, rows])
+    found = worker.outputs(block, shared)[ends]
+    return compare_gates(expected, found, tolerance=gate_tolerance(model))
+
+
+def compare_rows(worker: FastRunner, block: ExampleBlock, masks: np.ndarray, *, tolerance: float) -> float:
+    """Return the largest difference that a mask per example makes to one mask for all, relative to the largest output.
+
+    Args:
+        worker: The worker.
+        block: A few examples.
+        masks: (examples, components) boolean masks, one per example.
+        tolerance: The largest difference that is allowed.
+
+    Raises:
+        AblationError: When they disagree, since an example was then given another one's mask, or when there is no
+            gradient to be had.
+    """
+    found = worker.mask_gradients(block, masks[None], np.arange(block.size))[2][0]
+    expected = worker.outputs(block, masks).diagonal()
+    error = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
+    if error > tolerance:
+        raise AblationError(
+            f"a mask for every example gives outputs that differ by {error:.1e} of the largest from those of one mask "
+            f"for all, and {tolerance:.1g} is allowed: some layer does not lay the entries of an example out side by "
+            f"side; exclude it, or collect masks instead of mask gradients"
+        )
+    return error

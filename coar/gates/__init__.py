@@ -1,0 +1,1 @@
+"""How a mask reaches the model: gates in weights, in hooks and on routers, and ablations made permanent."""

@@ -1,0 +1,110 @@
+"""Batch norms that alone follow a layer: found by a pass, and confirmed by outputs."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coar.components.layers import output_channels
+from coar.components.table import Components
+from coar.gates.folding import fold
+from coar.gates.gates import Gates
+from coar.gates.weight import reads_own_weight
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+AGREEMENT = 1e-3  # of the largest output: how near folded and gated outputs must be for a batch norm to take constants
+
+
+def following_batch_norms(
+    model: nn.Module, components: Components, *, run: Callable[[nn.Module], Tensor]
+) -> dict[str, str]:
+    """Find, for sites without a bias, the batch norm that alone consumes their output.
+
+    A batch norm is a candidate when the very tensor that the site returned is its input. Since a model may also read
+    that tensor elsewhere or change it on the way, a candidate counts only if a copy with constants folded into it, and
+    gates that fold it into the weights, both give the outputs that plain gates give, for constants of either sign.
+
+    Args:
+        model: The model in evaluation mode.
+        components: The components of the study.
+        run: Runs a model on some examples and returns its outputs, of any shape.
+
+    Returns:
+        Path of the batch norm by path of the site.
+    """
+    candidates = _candidates(model, components, run)
+    outputs = [i for i, row in enumerate(components) if row.side == "output"]
+    spread = _spread(model, components, candidates)
+
+    def agree(pairs: dict[str, str], constants: Tensor) -> bool:
+        rows = [i for i in outputs if components[i].site in pairs and components[i].position % 2 == 0]
+        keep = torch.ones(len(components), dtype=torch.bool, device=next(model.parameters()).device)
+        keep[rows] = False
+        results = []
+        for norms in ({}, pairs):
+            with Gates(model, components, constants, batch_norms=norms) as gates:
+                gates.set(keep)
+                results.append(run(model))
+        folded = deepcopy(model)
+        values = [tuple(constants[components.channels_of([i])].tolist()) for i in rows]
+        fold(folded, [components[i] for i in rows], values, batch_norms=pairs)
+        results.append(run(folded))
+        limit = AGREEMENT * results[0].abs().max()
+        return all(bool((other - results[0]).abs().max() <= limit) for other in results[1:])
+
+    def agrees(pairs: dict[str, str]) -> bool:
+        return agree(pairs, spread) and agree(pairs, -spread)
+
+    if not candidates or agrees(candidates):
+        return candidates
+    return {site: name for site, name in candidates.items() if agrees({site: name})}
+
+
+def _spread(model: nn.Module, components: Components, candidates: Mapping[str, str]) -> Tensor:
+    """Return constants that a batch norm shows clearly: a channel's mean in size plus one standard deviation."""
+    constants = torch.zeros(components.width)
+    for (site, side, _), rows in components.sites().items():
+        if side == "output" and site in candidates:
+            norm, positions = model.get_submodule(candidates[site]), components.positions_of(rows)
+            clear = norm.running_mean.abs() + norm.running_var.sqrt()  # type: ignore[operator]
+            constants[components.channels_of(rows)] = clear.float().cpu()[positions]
+    return constants
+
+
+def _candidates(model: nn.Module, components: Components, run: Callable[[nn.Module], Tensor]) -> dict[str, str]:
+    sites = {
+        site
+        for (site, side, _) in components.sites()
+        if side == "output" and reads_own_weight(layer := model.get_submodule(site)) and layer.bias is None
+    }
+    returned: list[tuple[Tensor, str]] = []  # the tensors are held, so that no other takes their identity
+    pairs: list[tuple[str, str]] = []
+
+    def record(site: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _module, _args, y: returned.append((y, site))
+
+    def fits(site: str, name: str) -> bool:
+        layer, norm = model.get_submodule(site), model.get_submodule(name)
+        return output_channels(layer) == norm.num_features
+
+    def match(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def compare(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            pairs.extend((site, name) for y, site in returned if args and args[0] is y and fits(site, name))
+
+        return compare
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name in sites:
+                stack.callback(module.register_forward_hook(record(name)).remove)
+            if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
+                stack.callback(module.register_forward_pre_hook(match(name)).remove)
+        run(model)
+    once = {site for _, site in returned if sum(other == site for _, other in returned) == 1}
+    norms = [name for _, name in pairs]
+    return {site: name for site, name in pairs if site in once and norms.count(name) == 1}

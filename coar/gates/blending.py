@@ -1,0 +1,90 @@
+"""The arithmetic of a gate: keep * (y + kept) + (1 - keep) * ablated, and its gradients, in few passes over y."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coar.gates.channels import along
+
+
+def blend(
+    y: Tensor, keep: Tensor, ablated: Tensor, difference: Tensor | None, axis: int, out: Tensor | None = None
+) -> Tensor:
+    """Return y blended channel by channel.
+
+    Args:
+        y: The activations; axis 0 is the batch.
+        keep: (channels,) mask, or (batch, channels) with one mask per entry of the batch.
+        ablated: (channels,) constants that replace what is ablated.
+        difference: (channels,) constants added to what is kept, less `ablated`; None where all are 0.
+        axis: Axis of y along which the channels lie.
+        out: Where one mask for all may write the result, which then has no gradients; y itself is possible.
+    """
+    if keep.ndim == 1:
+        shape = along(axis, y)
+        mask = keep.to(y.dtype).view(shape)
+        constant = ablated if difference is None else ablated + keep.to(ablated) * difference
+        constant = constant.to(y.dtype).view(shape)
+        if out is not None and y.stride(axis) == 1:  # else kernels are several times slower than in two passes
+            return torch.addcmul(constant, y, mask, out=out)
+        return y * mask + constant if out is None else torch.mul(y, mask, out=out).add_(constant)
+    blended: Tensor = _Blend.apply(y, keep, ablated, difference, axis)
+    return blended
+
+
+class _Blend(torch.autograd.Function):
+    """One mask per entry of the batch, with gradients by activations, mask and constants."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, keep: Tensor, ablated: Tensor, difference: Tensor | None, axis: int) -> Tensor:
+        ctx.axis, ctx.difference = axis % y.ndim, difference
+        constant = ablated if difference is None else ablated + keep.to(ablated) * difference
+        mask = keep.to(y.dtype)
+        ctx.save_for_backward(y, mask)
+        return _scale(y, mask, constant.to(y.dtype), ctx.axis)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = gradients
+        y, mask = ctx.saved_tensors
+        others = [i for i in range(1, y.ndim) if i != ctx.axis]
+        by_keep = _sum(slope * y, others)
+        by_ablated = by_difference = None
+        if ctx.difference is not None:
+            by_constant = _sum(slope, others)  # (batch, channels)
+            by_keep = by_keep + by_constant * ctx.difference
+            if ctx.needs_input_grad[2]:
+                by_ablated, by_difference = by_constant.sum(0), (by_constant * mask).sum(0)
+        by_y = _scale(slope, mask, None, ctx.axis) if ctx.needs_input_grad[0] else None
+        return by_y, by_keep, by_ablated, by_difference, None
+
+
+def _scale(y: Tensor, mask: Tensor, constant: Tensor | None, axis: int) -> Tensor:
+    """Return y * mask + constant, with (batch, channels) masks and (channels,) or (batch, channels) constants.
+
+    Where the channels lie innermost in memory and are few, mask and constant are first repeated along a row of pixels:
+    kernels run several times faster over long inner loops (ten times for 16 channels in bfloat16 on a CPU).
+    """
+    rows = len(y)
+    if constant is not None and constant.ndim == 1:
+        constant = constant.expand(1, -1)
+    if y.ndim == 4 and axis == 1 and y.is_contiguous(memory_format=torch.channels_last):
+        _, channels, height, width = y.shape
+        out = torch.empty_like(y)  # not a view of the product, or no layer that follows could write into it
+        flat, flat_out = (t.permute(0, 2, 3, 1).view(rows, height, width * channels) for t in (y, out))
+        many = mask.repeat(1, width)[:, None]
+        _affine(flat, many, None if constant is None else constant.repeat(1, width)[:, None], flat_out)
+        return out
+    shape = along(axis, y)[1:]
+    constant = None if constant is None else constant.reshape(len(constant), *shape)
+    return _affine(y, mask.view(rows, *shape), constant, None)
+
+
+def _affine(y: Tensor, mask: Tensor, constant: Tensor | None, out: Tensor | None) -> Tensor:
+    return torch.mul(y, mask, out=out) if constant is None else torch.addcmul(constant, y, mask, out=out)
+
+
+def _sum(values: Tensor, axes: list[int]) -> Tensor:
+    """Sum over all axes but batch and channels."""
+    return values.sum(axes).float() if axes else values.float()

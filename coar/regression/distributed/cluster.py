@@ -1,0 +1,154 @@
+"""A fit on a Ray cluster: sums in shares, added up pair by pair, and blocks of examples solved beside each other."""
+
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from coar.cluster import TRIES, RayCluster, unwrap
+from coar.errors import EngineError
+from coar.regression.solvers import METHODS, Solver, solver_of, takes_moments
+from coar.regression.sums import FitBlock, Gram, Moments, dealt_rows, moments_of, panels
+from coar.store.fits import write_block
+from coar.store.run import Run
+
+AHEAD = 2  # blocks of examples in hand per worker, so that sums do not pile up before they are solved
+
+
+class ClusterFit:
+    """One fit by the tasks of a cluster; each number is the one that one process gets.
+
+    Ray does a task again when the process or the machine that did it is lost, and makes lost results anew.
+
+    Args:
+        ray: The module, connected to the cluster.
+        cluster: Its settings.
+        run: A complete run, at a path that all machines reach.
+        rows: Row numbers of the training masks to use.
+        rounds: How many rounds of mask gradients to use.
+        method: `ridge`, `ols`, `lasso` or `informed`.
+    """
+
+    def __init__(
+        self, ray: ModuleType, cluster: RayCluster, run: Run, rows: np.ndarray, rounds: int, method: str
+    ) -> None:
+        self._ray, self._workers, self._run = ray, cluster.workers, run
+        self._summed = takes_moments(method, len(rows), run.n_components)
+        self._fit = Fit(
+            str(run.path.resolve() if isinstance(run.path, Path) else run.path),
+            method,
+            rounds,
+            max(1, int(cluster.cpus_per_worker)),
+        )
+        self._options = {
+            "num_cpus": cluster.cpus_per_worker,
+            "num_gpus": cluster.gpus_per_worker,
+            "max_retries": TRIES,
+        }
+        self._rows = ray.put(rows)
+        self._remote: dict[Any, Any] = {}
+
+    def prepare(self) -> dict[str, Any]:
+        """Make what all examples share; return what was learned, in plain numbers.
+
+        Raises:
+            RegressionError: When the masks or the mask gradients cannot support a fit.
+        """
+        gram = self._gram() if self._summed else None
+        learned, self._shared = self._do(_prepare, self._rows, gram, results=2)
+        facts: dict[str, Any] = self._finish(learned)
+        return facts
+
+    def solve(self, name: str, blocks: list[slice]) -> Iterator[slice]:
+        """Have every block of examples solved and written into the fit of a name; yield each once it is."""
+        waiting = deque(blocks)
+        doing: dict[Any, slice] = {}
+        while waiting or doing:
+            while waiting and len(doing) < AHEAD * self._workers:
+                block = waiting.popleft()
+                doing[self._block(name, block)] = block
+            done, _ = self._ray.wait(list(doing), num_returns=1)
+            for task in done:
+                self._finish(task)
+                yield doing.pop(task)
+
+    def _gram(self) -> Any:
+        """Add up the workers' sums over masks pair by pair, so that no machine holds more than a few."""
+        parts = [self._do(_gram, self._rows, (at, self._workers)) for at in range(self._workers)]
+        while len(parts) > 1:
+            pairs = [parts[at : at + 2] for at in range(0, len(parts), 2)]
+            parts = [self._do(_add, *pair) if len(pair) == 2 else pair[0] for pair in pairs]
+        return parts[0]
+
+    def _block(self, name: str, block: slice) -> Any:
+        """Have a block solved; where that takes moments, these are made beside each other, panel by panel."""
+        each = panels(block, block.stop - block.start) if self._summed else []
+        parts = [self._do(_moments, self._rows, panel) for panel in each]
+        return self._do(_solve, self._rows, self._shared, name, block, *parts)
+
+    def _do(self, function: Any, *arguments: Any, results: int = 1) -> Any:
+        if function not in self._remote:  # each is sent to the cluster once
+            self._remote[function] = self._ray.remote(function).options(**self._options, num_returns=results)
+        return self._remote[function].remote(self._fit, *arguments)
+
+    def _finish(self, task: Any) -> Any:
+        try:
+            return self._ray.get(task)
+        except self._ray.exceptions.RayTaskError as error:
+            raise unwrap(error, None) from None
+        except self._ray.exceptions.RayError as error:
+            raise EngineError(
+                f"a task of the fit was lost {TRIES} times ({type(error).__name__}); look at the memory of the "
+                f"cluster's machines, then run the same command again"
+            ) from error
+
+
+class Fit(NamedTuple):
+    """What every task is told.
+
+    Attributes:
+        place: The run.
+        method: `ridge`, `ols`, `lasso` or `informed`.
+        rounds: How many rounds of mask gradients to use.
+        threads: How many threads a task has.
+    """
+
+    place: str
+    method: str
+    rounds: int
+    threads: int
+
+    def open(self) -> Run:
+        """Open the run, on as many threads as the task has."""
+        torch.set_num_threads(self.threads)
+        return Run.open(self.place)
+
+
+def _gram(fit: Fit, rows: np.ndarray, share: tuple[int, int]) -> Gram:
+    run = fit.open()
+    return Gram.of(run, dealt_rows(run, rows, share))
+
+
+def _add(_fit: Fit, one: Gram, other: Gram) -> Gram:
+    return one + other
+
+
+def _moments(fit: Fit, rows: np.ndarray, panel: slice) -> Moments:
+    return moments_of(fit.open(), rows, panel)
+
+
+def _prepare(fit: Fit, rows: np.ndarray, gram: Gram | None) -> tuple[dict[str, Any], Solver]:
+    """Return what was learned, and what solves blocks."""
+    run = fit.open()
+    solver = solver_of(run, rows, fit.rounds, method=fit.method, gram=gram)
+    return solver.learned(), solver
+
+
+def _solve(fit: Fit, rows: np.ndarray, solver: Solver, name: str, block: slice, *parts: Moments) -> None:
+    run = fit.open()
+    result = solver.solve(FitBlock(run, rows, block, Moments.joined(parts) if parts else None))
+    write_block(run, name, block, **{field: getattr(result, field).numpy() for field in METHODS[fit.method]})

@@ -1,0 +1,1 @@
+"""Fits that start from mask gradients."""

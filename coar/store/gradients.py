@@ -1,0 +1,203 @@
+"""Mask gradients inside a run: gate gradients and outputs of examples that each have masks of their own, in rounds."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from coar.errors import CorruptRunError, IncompleteRunError, MismatchError, SettingsError
+from coar.store import arrays
+from coar.store.layout import ROUND, laid_out, unit_specs
+from coar.store.run import Run
+
+MASK_GROUPS = 64  # different masks per mask gradient: example n takes that of slot n modulo 64
+ROUNDS = 4  # that mask gradients are collected in at least
+CHUNK_BYTES = 64 * 2**20
+ENTRY = "gradients"
+MASKS = "stratified"  # how a round draws them
+GRADIENTS = ("gradient_kept", "gradient_ablated")
+OUTPUTS = "gradient_outputs"
+ARRAYS = (*GRADIENTS, OUTPUTS)
+
+
+class GradientUnit(NamedTuple):
+    """The smallest piece of probing: one round on one block of examples."""
+
+    round: int
+    example_block: int
+
+
+class MaskGradients:
+    """The mask gradients of a run.
+
+    A round is a few dozen mask gradients whose means are stored together and never written again, so that mask gradients can be added
+    at any time. Arrays: `gradient_kept` and `gradient_ablated` (round, example, component), mean gradients of the output by
+    each gate over the mask gradients that kept and that ablated the component, NaN where there was none; `gradient_outputs`
+    (round, mask gradient, example).
+
+    Attributes:
+        run: The run.
+        rounds: Number of mask gradients in each round.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._kept: dict[int, np.ndarray] = {}
+        kept = run.entry(ENTRY) or {"rounds": [], "slots": MASK_GROUPS, "masks": MASKS}
+        try:
+            self.rounds = tuple(int(count) for count in kept["rounds"])
+            self.mask_groups = int(kept["slots"])
+            if self.mask_groups < 1 or any(not 1 <= count <= ROUND for count in self.rounds):
+                raise ValueError(f"rounds of {self.rounds} mask gradients in {self.mask_groups} slots")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptRunError(
+                f"the mask gradients of {run.path} are described wrongly ({error!r}); restore its zarr.json from a copy"
+            ) from error
+        if kept.get("masks") != MASKS:
+            raise MismatchError(
+                f"the mask gradients of {run.path} have {kept.get('masks', 'independent')} masks, which this version does not "
+                f"make; it makes {MASKS} ones: collect them again, in a new run"
+            )
+
+    @property
+    def count(self) -> int:
+        """Number of mask gradients, collected or planned."""
+        return sum(self.rounds)
+
+    def extend(self, total: int) -> None:
+        """Give the run at least `total` mask gradients, in further rounds; arrays first, so that a cut leaves the old plan."""
+        missing = check_count(total) - self.count
+        if missing <= 0:
+            return
+        size = min(ROUND, max(-(-missing // ROUNDS), 1))
+        more = [size] * (missing // size) + [missing % size] * (missing % size > 0)
+        self.lay_out((*self.rounds, *more))
+
+    def lay_out(self, rounds: tuple[int, ...]) -> None:
+        """Give the run these rounds, of which it has the first already."""
+        if rounds == self.rounds:
+            return
+        sizes = self.run.sizes
+        block = max(1, min(sizes.blocks[1], CHUNK_BYTES // (4 * sizes.components)))
+        forms = unit_specs(sizes)
+        for name in ARRAYS:
+            form = forms[name]
+            shape, chunks = laid_out(form, sizes, growing=len(rounds), some=block)
+            if arrays.there_is(self.run.group, name):
+                self.run.array(name).resize(shape)
+            else:
+                arrays.create_beside_others(
+                    self.run.group, name, shape=shape, chunks=chunks, dtype=form.dtype, dimensions=form.dimensions
+                )
+        self.run.set_entry(ENTRY, {"rounds": list(rounds), "slots": self.mask_groups, "masks": MASKS})
+        self.rounds = rounds
+
+    def group_of(self, examples: slice) -> np.ndarray:
+        """Return the slots of a slice of examples."""
+        return np.arange(self.run.n_examples)[examples] % self.mask_groups
+
+    def masks(self, number: int) -> np.ndarray:
+        """Return the (mask gradients, slots, components) boolean masks of one round, stratified over each slot's."""
+        first, last = (sum(self.rounds[:end]) * self.mask_groups for end in (number, number + 1))
+        mask_groups = (range(first + mask_group, last, self.mask_groups) for mask_group in range(self.mask_groups))
+        return np.stack(
+            [self.run.sampler.stratified("gradient", own, self.run.n_components) for own in mask_groups], axis=1
+        )
+
+    def kept(self, number: int) -> np.ndarray:
+        """Return (slots, components) float32 how many mask gradients of a round keep each component; made once."""
+        if number not in self._kept:
+            self._kept[number] = self.masks(number).sum(0).astype(np.float32)
+        return self._kept[number]
+
+    def counts(self, number: int, examples: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many mask gradients of a round keep, and how many ablate, each component of the (examples, components)."""
+        kept = self.kept(number)[self.group_of(examples)]
+        return kept, self.rounds[number] - kept
+
+    def chunks(self, name: str) -> set[arrays.Chunk]:
+        """Return the keys of the chunks that all rounds have of an array."""
+        return {_chunk(name, unit) for unit in self.units()}
+
+    def examples_of(self, unit: GradientUnit) -> slice:
+        """Return the examples that a unit covers."""
+        block = self._array(OUTPUTS).chunks[2]
+        return slice(unit.example_block * block, min((unit.example_block + 1) * block, self.run.n_examples))
+
+    def units(self) -> list[GradientUnit]:
+        """Return all units, the rounds of one block of examples after another."""
+        if not self.rounds:
+            return []
+        block = self._array(OUTPUTS).chunks[2]
+        return [GradientUnit(i, j) for j in range(-(-self.run.n_examples // block)) for i in range(len(self.rounds))]
+
+    def missing_units(self) -> list[GradientUnit]:
+        """Return the units that are not stored whole, in the order of `units`."""
+        if not self.rounds:
+            return []
+        stored = {name: arrays.stored_chunks(self._array(name)) for name in ARRAYS}
+        return [unit for unit in self.units() if not all(_chunk(name, unit) in stored[name] for name in ARRAYS)]
+
+    def write_unit(self, unit: GradientUnit, kept: np.ndarray, ablated: np.ndarray, outputs: np.ndarray) -> None:
+        """Store one unit: (examples, components) mean gradients, and (mask gradients, examples) outputs last."""
+        examples, number = self.examples_of(unit), slice(unit.round, unit.round + 1)
+        padded = np.full((ROUND, outputs.shape[1]), np.nan, dtype=np.float32)
+        padded[: len(outputs)] = outputs
+        for name, values in zip(GRADIENTS, (kept, ablated), strict=True):
+            arrays.write(self._array(name), values[None], number, examples, slice(None))
+        arrays.write(self._array(OUTPUTS), padded[None], number, slice(None), examples)
+
+    def whole_rounds(self, gradients: int | None) -> int:
+        """Return how many rounds make up the first `gradients` mask gradients (by default all); raise when none do so exactly."""
+        totals: list[int] = np.cumsum([0, *self.rounds]).tolist()
+        if gradients is not None and gradients not in totals:
+            raise SettingsError(
+                f"{gradients} mask gradients were asked for; those of {self.run.path} were collected in rounds, so choose one of "
+                f"{', '.join(map(str, totals))}"
+            )
+        return totals.index(self.count if gradients is None else gradients)
+
+    def outputs(self, rounds: int, examples: slice) -> np.ndarray:
+        """Return the (mask gradients, examples) outputs of the first rounds."""
+        parts = [
+            arrays.read(self._array(OUTPUTS), slice(i, i + 1), slice(0, self.rounds[i]), examples)[0]
+            for i in range(rounds)
+        ]
+        values = np.concatenate(parts) if parts else np.zeros((0, len(self.group_of(examples))), np.float32)
+        if not np.isfinite(values).all():
+            raise IncompleteRunError(
+                f"mask gradients of {self.run.path} have not been collected; run 'coar collect' again"
+            )
+        return values
+
+    def means(self, rounds: Sequence[int], examples: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return (2, examples, components) mean gradients over some rounds, and how many mask gradients they are means of.
+
+        The first row is the kept end, the second the ablated one; a mean of no mask gradients is 0.
+        """
+        sums, counts = np.zeros((2, 2, len(self.group_of(examples)), self.run.n_components), np.float32)
+        for i in rounds:
+            for end, count in enumerate(self.counts(i, examples)):
+                values = arrays.read(self._array(GRADIENTS[end]), slice(i, i + 1), examples, slice(None))[0]
+                if np.isnan(values[count > 0]).any():
+                    raise IncompleteRunError(
+                        f"mask gradients of {self.run.path} have not been collected; run 'coar collect' again"
+                    )
+                sums[end] += np.where(count > 0, values, 0) * count
+                counts[end] += count
+        return sums / np.maximum(counts, 1), counts
+
+    def _array(self, name: str) -> Any:
+        return self.run.array(name, rounds=len(self.rounds))
+
+
+def check_count(total: int) -> int:
+    """Return a number of mask gradients; raise `SettingsError` when it is no whole number, 0 or more."""
+    if isinstance(total, bool) or not isinstance(total, int) or total < 0:
+        raise SettingsError(f"{total!r} mask gradients were asked for; give a whole number, 0 or more")
+    return total
+
+
+def _chunk(name: str, unit: GradientUnit) -> arrays.Chunk:
+    """Return the key of the chunk that a unit has of an array."""
+    return (unit.round, 0, unit.example_block) if name == OUTPUTS else (unit.round, unit.example_block, 0)

@@ -1,0 +1,417 @@
+"""The pace changes no output, memory limits hold, and a compiler that fails costs nothing but a warning."""
+
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import coar
+from coar.errors import AblationError, SettingsError
+from coar.forward import autotune as tuning
+from coar.forward.autotune import ExecutionPlan, choose_plan
+from coar.forward.devices import device_copy
+from coar.forward.memory_limit import batch_sizes, bytes_of, gradient_bytes, mask_bytes
+from coar.forward.runner import FastRunner, ModelRunner
+from coar.gates.batch_norms import following_batch_norms
+from tests import tiny
+from tests.faults import helpers
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+
+
+class Swapped(nn.Module):
+    """Lays both halves of an example out in the batch axis, not side by side, so that rows cannot have their masks."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.head = nn.Linear(3, 11), nn.Linear(22, 3)
+
+    def forward(self, x):
+        both = torch.tanh(self.hidden(torch.cat([x[:, :3], x[:, 3:]])))
+        return self.head(torch.cat(both.chunk(2), 1))
+
+
+def text_study(kind="bert", rows=6):
+    model = tiny.model(kind)
+    heads = coar.attention_heads(model)
+    x = tiny.inputs(kind, rows)
+    examples = coar.Examples(inputs=x, targets=torch.arange(len(x)) % tiny.WIDTH)
+    return coar.Study(model=model, examples=examples, components=heads + coar.input_features(model, exclude="*att*"))
+
+
+def worker(study, **settings):
+    """A worker as a run would have it, batch norms folded."""
+    model = device_copy(study.model, CPU)
+    runner = ModelRunner(model, study.output)
+    block = runner.load(study.examples, 0, 4)
+    norms = following_batch_norms(
+        model,
+        study.components,
+        run=lambda variant: torch.from_numpy(ModelRunner(variant, study.output).base_output(block)),
+    )
+    constants = study.ablation.replacements(model, study.components, batch_size=64)
+    return FastRunner(model, study.components, constants, study.output, batch_norms=norms, **settings)
+
+
+def masks_of(study, count=21):
+    return study.sampler.masks("train", range(count), len(study.components))
+
+
+STUDIES = {
+    "digits, zero": lambda: helpers.digits_study(6),
+    "digits, mean": lambda: replace(
+        helpers.digits_study(6), ablation=coar.Mean(calibration=helpers.digits_study(40).examples)
+    ),
+    "transformer": text_study,
+    "gpt2": lambda: text_study("gpt2"),
+    "one example": lambda: replace(helpers.study(), examples=helpers.examples().subset([3])),
+}
+
+
+@pytest.mark.parametrize("group", [2, 7, 64])
+@pytest.mark.parametrize("make", STUDIES.values(), ids=STUDIES.keys())
+def test_many_masks_per_forward_give_the_outputs_of_one(make, group, digits):
+    study = make()
+    here, masks = worker(study), masks_of(study)
+    block = here.load(study.examples, 0, len(study.examples))
+    expected = here.outputs(block, masks)
+    here.masks_per_forward = group
+    rows = []
+    here._model.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
+    np.testing.assert_allclose(here.outputs(block, masks), expected, rtol=0, atol=1e-4 * expected.std(0).min() + 1e-6)
+    together = min(group, 128 // block.size, len(masks))
+    assert len(rows) == math.ceil(len(masks) / min(group, 128 // block.size))
+    assert max(rows) == together * block.size <= here.batch_size
+
+
+def test_folded_norms_stay_folded_with_many_masks_per_forward(digits):
+    study = helpers.digits_study(6)
+    here = worker(study)
+    assert here._batch_norms
+    block = here.load(study.examples, 0, 6)
+    here.masks_per_forward, called = 4, []
+    for path in here._batch_norms.values():
+        here._model.get_submodule(path).register_forward_hook(lambda _m, args, y: called.append(y is args[0]))
+    here.outputs(block, masks_of(study, 4))
+    assert called
+    assert all(called)
+
+
+def test_a_worker_goes_on_after_an_exception():
+    study = helpers.study()
+    here, masks = worker(study), masks_of(study)
+    block = here.load(study.examples, 0, 5)
+    before = here.outputs(block, masks)
+    for group in (1, 4):
+        here.masks_per_forward = group
+        with pytest.raises(RuntimeError):
+            here.outputs(here.load(helpers.examples(inputs=torch.ones(20, 7)), 0, 5), masks)
+        np.testing.assert_allclose(here.outputs(block, masks), before, atol=1e-6)
+    assert not any(module._forward_hooks for module in here._model.modules())
+
+
+def test_gates_say_each_time_that_a_module_was_not_called():
+    study = helpers.study()
+    here = worker(study)
+    block = here.load(study.examples, 0, 5)
+    here.masks_per_forward = 4
+    here.outputs(block, masks_of(study, 4))
+    here._model.forward = lambda x: here._model.head(torch.ones(len(x), 11))
+    with pytest.raises(AblationError, match="'hidden' was not called"):
+        here.outputs(block, masks_of(study, 4))
+
+
+def gradients_of(study, examples, count=3):
+    """Masks of their own for each of some examples in a few mask gradients, and which slot each takes."""
+    masks = study.sampler.masks("gradient", range(count * examples), len(study.components))
+    return masks.reshape(count, examples, -1), np.arange(examples)
+
+
+def test_bfloat16_weights_give_what_automatic_casts_give(digits):
+    for study in (helpers.digits_study(6), text_study()):
+        low = worker(study, precision="bf16")
+        block = low.load(study.examples, 0, 6)
+        outputs = low.outputs(block, masks_of(study))
+        with_gradients = low.mask_gradients(block, *gradients_of(study, 6))
+        other = worker(study, precision="bf16")
+        other._same = lambda *_: False
+        np.testing.assert_array_equal(other.outputs(block, masks_of(study)), outputs)
+        for mine, plain in zip(with_gradients, other.mask_gradients(block, *gradients_of(study, 6)), strict=True):
+            np.testing.assert_array_equal(mine, plain)
+        layers = [module for module in low._model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        for by_hooks in (False, True):
+            with low._gates[by_hooks]:
+                assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
+            with other._gates[by_hooks]:
+                assert {layer.weight.dtype for layer in layers} == {torch.float32}
+        assert {layer.weight.dtype for layer in layers} == {torch.float32}
+
+
+class Exact(nn.Module):
+    """Runs its hidden layer without automatic casts."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = helpers.net()
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.inner(x)
+
+
+def test_layers_outside_automatic_casts_keep_float32_weights():
+    model = Exact()
+    study = helpers.study(model=model, components=coar.neurons(model, include="*hidden"))
+    low, exact = worker(study, precision="bf16"), worker(study)
+    block = low.load(study.examples, 0, 20)
+    np.testing.assert_array_equal(low.outputs(block, masks_of(study)), exact.outputs(block, masks_of(study)))
+
+
+class ExactHead(nn.Module):
+    """Runs its head without automatic casts, and its hidden layer with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.head = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        y = self.hidden(x).relu()
+        with torch.autocast("cpu", enabled=False):
+            return self.head(y.float())
+
+
+def test_one_such_layer_leaves_bfloat16_to_the_gated_ones():
+    model = ExactHead()
+    study = helpers.study(model=model, components=coar.neurons(model, include="hidden"))
+    low, other = worker(study, precision="bf16"), worker(study, precision="bf16")
+    other._same = lambda *_: False
+    block = low.load(study.examples, 0, 20)
+    np.testing.assert_array_equal(low.outputs(block, masks_of(study)), other.outputs(block, masks_of(study)))
+    with low._gates[False]:
+        assert low._model.hidden.weight.dtype == torch.bfloat16
+        assert low._model.head.weight.dtype == torch.float32
+
+
+def test_float32_is_not_rounded_in_convolutions_and_the_setting_comes_back():
+    study, seen = helpers.study(), []
+    here = worker(study)
+    here._model.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision))
+    block, before = here.load(study.examples, 0, 5), torch.backends.cudnn.conv.fp32_precision
+    here.base_output(block)
+    here.outputs(block, masks_of(study, 1))
+    here.full_model_gradients(block)
+    assert set(seen) == {"ieee"}
+    assert torch.backends.cudnn.conv.fp32_precision == before
+
+
+def paced(study, monkeypatch, speeds, **settings):
+    """The chosen pace, and all that were timed, where a pace takes the seconds that `speeds` says."""
+    here, timed = worker(study), []
+
+    def seconds(meter, block, count):
+        pace = (meter._worker.batch_size, meter._worker.masks_per_forward)
+        timed.append(pace)
+        return speeds(*pace)
+
+    monkeypatch.setattr(tuning.Benchmark, "_seconds", seconds)
+    return choose_plan(here, study.examples, masks_of(study, 64), work=1e6, **settings), here, timed
+
+
+def test_only_valid_paces_are_tried_and_the_fastest_is_kept(monkeypatch):
+    study = helpers.study()
+    found, here, timed = paced(study, monkeypatch, lambda size, group: 1.0 / group - 0.1 * (group == 4))
+    assert found == ExecutionPlan(128, 4, 1.0 / 4 - 0.1)
+    assert (here.batch_size, here.masks_per_forward) == (128, 4)
+    assert set(timed) == {(128, 1), (128, 2), (128, 4), (16, 1)}  # 6 x 20 rows is the most, 16 the least batch
+    assert paced(study, monkeypatch, lambda size, group: 1.0 * (1 - (group > 1) / 50))[0] == ExecutionPlan(128, 1, 1.0)
+    assert paced(study, monkeypatch, lambda size, group: 1.0 / group, tune=False)[0] == ExecutionPlan(128, 1, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["slices", "order"])
+def test_components_that_rows_cannot_have_for_themselves_keep_one_mask_per_forward(monkeypatch, kind):
+    model = Swapped() if kind == "order" else helpers.net()
+    neurons = coar.neurons(model, include="hidden")
+    components = neurons if kind == "order" else coar.parameter_slices(model, "hidden.weight")
+    study = helpers.study(model=model, components=components)
+    found, here, timed = paced(study, monkeypatch, lambda size, group: 1.0 / group**2)
+    assert (found.masks_per_forward, here.masks_per_forward) == (1, 1)
+    assert {group for _, group in timed} == {1}
+
+
+def test_short_work_is_not_measured_and_long_work_within_its_time(monkeypatch):
+    study = helpers.study()
+    here = worker(study)
+    assert choose_plan(here, study.examples, masks_of(study), work=1).masks_per_forward == 1
+    tried = []
+    monkeypatch.setattr(tuning.Benchmark, "_time", lambda _self, pace, _best: tried.append(pace) or pace)
+    choose_plan(here, study.examples, masks_of(study), work=1)
+    assert tried == []
+    monkeypatch.setattr(tuning.Benchmark, "_seconds", lambda *_: 10.0)  # one candidate would take too long
+    choose_plan(here, study.examples, masks_of(study), work=2)
+    assert tried == []
+
+
+def test_collect_uses_a_pace_and_checks_it(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="coar")
+    expected = helpers.collect(helpers.study(), tmp_path / "one.zarr", masks=40, batch_size=128)
+    assert "pace" not in caplog.text
+    fast = ExecutionPlan(128, 8)
+    monkeypatch.setattr(
+        "coar.collection.preparation.choose_plan",
+        lambda worker, *_, **__: setattr(worker, "masks_per_forward", 8) or fast,
+    )
+    run = helpers.collect(helpers.study(), tmp_path / "many.zarr", masks=40, batch_size=None)
+    assert "masks_per_forward=8" in caplog.text
+    np.testing.assert_allclose(helpers.whole(run, "outputs"), helpers.whole(expected, "outputs"), atol=1e-6)
+    assert run.facts == expected.facts
+    model = Swapped()
+    wrong = helpers.study(model=model, components=coar.neurons(model, include="hidden"))
+    with pytest.raises(AblationError, match="by weights and by outputs"):
+        helpers.collect(wrong, tmp_path / "wrong.zarr", masks=40, batch_size=None)
+
+
+def conv_study(*more):
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *more, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+    pictures = coar.Examples(inputs=torch.randn(40, 3, 16, 16), targets=torch.arange(40) % 4)
+    return coar.Study(model=net, examples=pictures, components=coar.conv_filters(net))
+
+
+def test_bytes_per_example_are_those_of_the_largest_module():
+    study = conv_study()
+    assert mask_bytes(study, study.model.eval()) == 2 * 8 * 16 * 16 * 4  # what the ReLU is given and returns
+    saved = gradient_bytes(study, device_copy(study.model, CPU))
+    activations = 8 * 16 * 16 * 4
+    assert 2 * activations <= saved <= 4 * activations  # the gated filters and the ReLU
+
+
+@pytest.mark.parametrize("limit", ["100kB", 50_000, "64 KiB"])
+def test_memory_limits_are_honoured(tmp_path, monkeypatch, limit):
+    study, sizes, backward = conv_study(), [], []
+
+    def measure(_module, args, y):
+        (backward if y.requires_grad else sizes).append(sum(t.numel() * t.element_size() for t in (*args, y)))
+
+    fewest = batch_sizes(study, device_copy(study.model, CPU), memory_limit=limit, gradients=True)
+
+    def measured(*args, **settings):
+        found = batch_sizes(*args, **settings)
+        sizes.clear()
+        backward.clear()
+        return found
+
+    monkeypatch.setattr("coar.collection.preparation.batch_sizes", measured)
+    handles = [module.register_forward_hook(measure) for module in study.model]
+    coar.collect(study, tmp_path / "r.zarr", masks=8, gradients=8, memory_limit=limit, device="cpu", progress=False)
+    for handle in handles:
+        handle.remove()
+    largest = 2 * 8 * 16 * 16 * 4
+    assert fewest[0] == bytes_of(limit) // largest
+    assert largest <= max(sizes) <= bytes_of(limit)
+    assert len(backward) > 0
+    assert max(backward) <= fewest[1] * largest <= bytes_of(limit)
+
+
+def test_memory_limits_that_cannot_be_kept_are_errors(tmp_path):
+    study = conv_study()
+    with pytest.raises(
+        SettingsError, match="forward pass of one example takes 16 KiB, and the memory limit is 1000 bytes"
+    ):
+        coar.collect(study, tmp_path / "r.zarr", masks=8, memory_limit=1000, device="cpu", progress=False)
+    deep = conv_study(nn.Tanh(), nn.Tanh())
+    assert batch_sizes(deep, device_copy(deep.model, CPU), memory_limit="17KiB", gradients=False) == (1, 128)
+    with pytest.raises(SettingsError, match="a mask gradient of one example takes"):
+        batch_sizes(deep, device_copy(deep.model, CPU), memory_limit="17KiB", gradients=True)
+    with pytest.raises(SettingsError, match="both bound a batch"):
+        coar.collect(study, tmp_path / "r.zarr", masks=8, memory_limit="1GB", batch_size=4, device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_are_read_as_they_are_written():
+    assert [bytes_of(text) for text in (7, "7", "1kB", "2 KiB", "1.5MB", "4GiB")] == [
+        7, 7, 1000, 2048, 1_500_000, 4 * 2**30,
+    ]  # fmt: skip
+    for wrong in (0, -1, "", "4 gibs", "many", "0GB", True, 1.5j, "nan"):
+        with pytest.raises(SettingsError, match="give bytes above 0"):
+            bytes_of(wrong)
+
+
+def compiled_in_a_process(tmp_path, compiler):
+    code = """
+        import logging, sys, warnings
+        import numpy as np
+        from coar.forward.autotune import _Meter
+        from tests.faults import helpers
+        logging.basicConfig(format="%(levelname)s %(message)s")
+        here = sys.argv[1]
+        plain = helpers.collect(helpers.study(), f"{here}/plain.zarr", masks=40, batch_size=128)
+        kept, adopt = [], _Meter.adopt
+        _Meter._seconds = lambda self, *_: 1.0 if self._worker._compiled is None else 0.5
+        _Meter.adopt = lambda self, pace: kept.append(pace) or adopt(self, pace)
+        run = helpers.collect(helpers.study(), f"{here}/c.zarr", masks=40, batch_size=128, compile=True)
+        found, expected = (helpers.whole(each, "outputs") for each in (run, plain))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+        assert len(np.unique(expected, axis=0)) > 10
+        print("compiled" if kept[-1].compiled else "eager")
+    """
+    body = "\n".join(line[8:] for line in code.splitlines())
+    settings = {
+        "CXX": compiler,
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", body, str(tmp_path)],
+        cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler, g++ or what CXX names")
+def test_a_compiled_model_reads_every_mask(tmp_path):
+    done = compiled_in_a_process(tmp_path, COMPILER)
+    assert done.stdout == "compiled\n"
+    assert "WARNING the model is not compiled" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_broken_compiler_costs_a_warning(tmp_path):
+    done = compiled_in_a_process(tmp_path, "/bin/false")
+    assert done.stdout == "eager\n"
+    assert "WARNING the model is not compiled, since that failed: InductorError: InvalidCxxCompiler" in done.stderr
+
+
+@pytest.mark.parametrize("fault", ["raises", "differs"])
+def test_a_compiled_model_that_is_no_good_is_left_out(monkeypatch, caplog, fault):
+    study = helpers.study()
+    here, masks = worker(study), masks_of(study)
+    block = here.load(study.examples, 0, 20)
+    expected = here.outputs(block, masks)
+
+    def other(model, **_):
+        def run(x):
+            if fault == "raises":
+                raise RuntimeError("no such instruction\nand many lines more")
+            return model(x) * 1.1
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", other)
+    pace = choose_plan(here, study.examples, masks, work=1, compiled=True)
+    assert not pace.compiled
+    said = {"raises": "RuntimeError: no such instruction", "differs": "AblationError: outputs differ"}[fault]
+    assert f"the model is not compiled, since that failed: {said}" in caplog.text
+    assert "many lines more" not in caplog.text
+    np.testing.assert_array_equal(here.outputs(block, masks), expected)

@@ -1,0 +1,242 @@
+"""What examples share: the linear algebra against explicit matrices, and folds that never see themselves."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from coar.regression.informed import shared_model as shared
+from coar.regression.informed.rows import MaskGroup, Rows
+from coar.regression.informed.shared_model import apart, conjugate_gradients, learn
+from coar.regression.informed.site_gains import gains_by_site
+from tests.synthetic import FRACTION, pairwise
+
+FOLDS, GRADIENTS_COUNT, MASK_GROUPS = 4, 8, 5  # mask gradients of each fold
+N, D = 40, 16
+SITES = torch.arange(D) // 4
+KEPT = 1 - FRACTION
+
+
+def parts(truth=None, seed=0):
+    """Masks, outputs and gradients of each fold: (folds, mask gradients, slots, components) and (folds, mask gradients, examples)."""
+    truth = truth or pairwise(N, D, seed=seed)
+    masks = np.random.default_rng(seed).random((FOLDS, GRADIENTS_COUNT, MASK_GROUPS, D)) > FRACTION
+    own = masks[:, :, np.arange(N) % MASK_GROUPS].astype(float)  # (folds, mask gradients, examples, components)
+    outputs, gradients = zip(*(truth.mask_gradients(fold) for fold in own), strict=True)
+    return masks, np.stack(outputs), np.stack(gradients), own
+
+
+def rows_of(masks, outputs):
+    """Rows as a fit makes them, less the means over all folds and in units of the spread."""
+    pooled = outputs.reshape(-1, N)
+    scaled = torch.tensor((outputs - pooled.mean(0)) / pooled.std(0, ddof=1), dtype=torch.float32)
+    mean = torch.tensor(masks.reshape(-1, MASK_GROUPS, D).mean(0), dtype=torch.float32)
+    mask_groups = []
+    for fold in range(FOLDS):
+        for mask_group in range(MASK_GROUPS):
+            members = torch.arange(mask_group, N, MASK_GROUPS)
+            y = scaled[fold][:, members]
+            mask_groups.append(
+                MaskGroup(
+                    torch.tensor(masks[fold, :, mask_group]),
+                    mean[mask_group],
+                    y,
+                    members,
+                    fold,
+                    torch.zeros(GRADIENTS_COUNT, dtype=torch.long),
+                )
+            )
+    return Rows(tuple(mask_groups), (FOLDS, N, D), KEPT)
+
+
+def left_out(gradients, own, outputs):
+    """(2, folds, examples, components) mean gradients at both ends over all folds but one, in units of the spread."""
+    spread = outputs.reshape(-1, N).std(0, ddof=1)[:, None]
+    ends = []
+    for chosen in (own, 1 - own):
+        means = []
+        for fold in range(FOLDS):
+            others = [i for i in range(FOLDS) if i != fold]
+            g, m = gradients[others].reshape(-1, N, D), chosen[others].reshape(-1, N, D)
+            means.append((g * m).sum(0) / np.maximum(m.sum(0), 1) / spread)
+        ends.append(np.stack(means))
+    return torch.tensor(np.stack(ends), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    masks, outputs, gradients, own = parts()
+    return rows_of(masks, outputs), left_out(gradients, own, outputs)
+
+
+@pytest.mark.parametrize("size", [1, 7, 60])
+@pytest.mark.parametrize("shift", [1.0, 1e-3])
+def test_conjugate_gradients_solve(size, shift):
+    factor = torch.randn(size, size + 3, dtype=torch.float64)
+    matrix = factor @ factor.T / size + shift * torch.eye(size, dtype=torch.float64)
+    right = torch.randn(size, dtype=torch.float64)
+    found = conjugate_gradients(lambda x: matrix @ x, right, 1 / matrix.diagonal())
+    expected = torch.linalg.solve(matrix, right)
+    assert float((found - expected).norm() / expected.norm()) < 1e-3
+
+
+def test_conjugate_gradients_keep_the_shape_and_take_any_preconditioner():
+    scale = torch.rand(3, 5) + 0.5
+    right = torch.randn(3, 5)
+    for inverse in (1 / scale, torch.ones(3, 5), torch.rand(3, 5) + 0.1):
+        found = conjugate_gradients(lambda x: scale * x, right, inverse)
+        torch.testing.assert_close(found, right / scale, rtol=1e-2, atol=5e-3)
+
+
+def test_conjugate_gradients_of_nothing_are_nothing():
+    assert not conjugate_gradients(lambda x: 2 * x, torch.zeros(4), torch.ones(4)).any()
+
+
+def test_predictions_are_centred_masks_times_the_weights_of_their_fold(problem):
+    rows, _ = problem
+    weight = torch.randn(FOLDS, N, D)
+    masks = parts()[0]
+    for mask_group, found in zip(rows.mask_groups, rows.predict(weight), strict=True):
+        number = int(mask_group.examples[0])
+        centred = masks[mask_group.fold, :, number] - masks[:, :, number].reshape(-1, D).mean(0)
+        expected = centred @ weight[mask_group.fold, number::MASK_GROUPS].numpy().T
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+def test_pull_is_the_transpose_of_predict(problem):
+    rows, _ = problem
+    for _ in range(5):
+        weight = torch.randn(FOLDS, N, D, dtype=torch.float32)
+        values = [torch.randn_like(mask_group.outputs) for mask_group in rows.mask_groups]
+        forward = sum(float((a * b).sum()) for a, b in zip(rows.predict(weight), values, strict=True))
+        assert forward == pytest.approx(float((weight * rows.adjoint(values)).sum()), rel=1e-4, abs=1e-2)
+
+
+def test_split_deals_every_row_once(problem):
+    rows, _ = problem
+    for fold in range(FOLDS):
+        others, held = rows.split(fold)
+        assert {mask_group.fold for mask_group in held.mask_groups} == {fold}
+        assert {mask_group.fold for mask_group in others.mask_groups} == set(range(FOLDS)) - {fold}
+        assert len(others.mask_groups) + len(held.mask_groups) == len(rows.mask_groups)
+        assert held.count() + others.count() == pytest.approx(rows.count())
+    assert rows.count() == FOLDS * GRADIENTS_COUNT
+
+
+def test_residuals_have_no_mean(problem):
+    """Outputs are less their means over all folds, and so are the masks: else each weight's error has a share of it."""
+    rows, gradients = problem
+    weight = learn(rows, gradients, SITES)[0].weights(gradients).mean(0, keepdim=True).expand(FOLDS, N, D)
+    sums = torch.zeros(N)
+    for mask_group, part in zip(rows.mask_groups, rows.residual(weight), strict=True):
+        sums[mask_group.examples] += part.sum(0)
+    assert float(sums.abs().max()) < 1e-3
+
+
+def test_learned_weights_predict_rows_that_were_not_learned_from(problem):
+    rows, gradients = problem
+    total = sum(float((mask_group.outputs**2).sum()) for mask_group in rows.mask_groups)
+    left = sum(held.error(weights) for held, weights in learn(rows, gradients, SITES)[1])
+    truth, (_, outputs, _, _) = pairwise(N, D), parts()
+    best = torch.tensor(truth.best() / outputs.reshape(-1, N).std(0, ddof=1)[:, None], dtype=torch.float32)
+    least = rows.error(best.expand(FOLDS, N, D))
+    assert least < left < least + 0.1 * total
+
+
+@pytest.mark.parametrize("fold", range(FOLDS))
+def test_weights_held_against_a_fold_do_not_know_its_outputs(fold):
+    """The outputs change too little to change which refinements are kept, which is chosen from all folds."""
+    uneven = replace(pairwise(N, D), ends=np.where(np.arange(D) % 2, 3.0, 0.5) * np.ones((2, 1)))
+    masks, outputs, gradients, own = parts(uneven)
+    rows, gradients = rows_of(masks, outputs), left_out(gradients, own, outputs)
+    changed = tuple(
+        MaskGroup(s.masks, s.mean, s.outputs * (1.001 if s.fold == fold else 1.0), s.examples, s.fold, s.rounds)
+        for s in rows.mask_groups
+    )
+    model, before = learn(rows, gradients, SITES)
+    other, after = learn(Rows(changed, rows.shape, rows.kept), gradients, SITES)
+    assert model.stages == other.stages
+    assert model.stages
+    for number, ((_, one), (_, two)) in enumerate(zip(before, after, strict=True)):
+        assert torch.equal(one, two) == (number == fold)
+
+
+def test_the_same_stages_again_give_the_same_weights(problem):
+    rows, gradients = problem
+    model, held = learn(rows, gradients, SITES)
+    for (_, one), (_, other) in zip(held, apart(model, rows, gradients), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_held_weights_come_with_the_rows_of_their_fold(problem):
+    rows, gradients = problem
+    held = [part for part, _ in learn(rows, gradients, SITES)[1]]
+    assert [{mask_group.fold for mask_group in part.mask_groups} for part in held] == [{fold} for fold in range(FOLDS)]
+
+
+def test_curves_are_unit_directions_of_each_site_that_hold_most_of_its_curvature(problem):
+    rows, gradients = problem
+    ratio = shared._start(rows, gradients, SITES).ratio.double().numpy()
+    curvature = (gradients[1].double().numpy() - ratio * gradients[0].double().numpy()).mean(0)
+    unit = curvature.reshape(N, -1, 4)  # (examples, sites, components of a site)
+    unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
+    start = shared._start(rows, gradients, SITES)
+    assert len(start.curves) == N // 8
+    for site in range(4):
+        found = start.curves[:4, site == SITES].double().numpy()
+        np.testing.assert_allclose(found @ found.T, np.eye(4), atol=1e-4)
+        most = np.linalg.svd(unit[:, site], compute_uv=False)[0]
+        assert np.linalg.norm(unit[:, site] @ found[0]) == pytest.approx(most, rel=1e-4)
+
+
+def test_a_curve_helps_where_few_mask_gradients_show_what_examples_share():
+    """Each site's curvature is one direction, drowned in noise at the ablated end: its curve must find it again."""
+    rng = np.random.default_rng(2)
+    kept, shape = rng.standard_normal((N, D)), rng.standard_normal(D)
+    bend = rng.standard_normal((N, 1)) * shape
+    masks = rng.random((FOLDS, GRADIENTS_COUNT, MASK_GROUPS, D)) > FRACTION
+    weights = kept + bend / 2
+    outputs = np.einsum("fpnd,nd->fpn", masks[:, :, np.arange(N) % MASK_GROUPS], weights)
+    rows, spread = rows_of(masks, outputs), outputs.reshape(-1, N).std(0, ddof=1)[:, None]
+    ends = np.stack([np.stack([kept, kept + bend + 2 * rng.standard_normal((N, D))]) for _ in range(FOLDS)], axis=1)
+    gradients = torch.tensor(ends / spread, dtype=torch.float32)
+    straight = gains_by_site(rows, gradients, SITES)
+    without = rows.error(shared._combine(straight, gradients))
+    assert rows.error(shared._start(rows, gradients, SITES).weights(gradients)) < 0.9 * without
+
+
+def test_gains_undo_whatever_factor_a_site_has(problem):
+    rows, gradients = problem
+    factors = torch.tensor([0.1, 1.0, 3.0, 10.0])[SITES]
+    plain = sum(held.error(weights) for held, weights in learn(rows, gradients, SITES)[1])
+    for end in (0, 1):
+        scaled = gradients.clone()
+        scaled[end] *= factors
+        found = sum(held.error(weights) for held, weights in learn(rows, scaled, SITES)[1])
+        assert found == pytest.approx(plain, rel=0.1)
+
+
+def test_noise_is_not_predicted():
+    masks, outputs, gradients, own = parts()
+    rows = rows_of(masks, np.random.default_rng(5).standard_normal(outputs.shape))
+    gradients = left_out(gradients, own, outputs)
+    total = rows.error(torch.zeros(FOLDS, N, D))
+    left = sum(held.error(w) for held, w in learn(rows, gradients, SITES)[1])
+    assert 0.98 * total < left < 1.2 * total
+
+
+@pytest.mark.parametrize("examples", [1, 7, 8, 40])
+def test_directions_are_few_where_examples_are_few(examples):
+    masks, outputs, gradients, own = parts()
+    rows = rows_of(masks, outputs)
+    fewer = tuple(
+        MaskGroup(
+            s.masks, s.mean, s.outputs[:, s.examples < examples], s.examples[s.examples < examples], s.fold, s.rounds
+        )
+        for s in rows.mask_groups
+    )
+    gradients = left_out(gradients, own, outputs)[:, :, :examples]
+    model = learn(Rows(fewer, (FOLDS, examples, D), KEPT), gradients, SITES)[0]
+    assert model.structure.shape == (examples // 8, D)
+    assert torch.isfinite(model.weights(gradients)).all()
