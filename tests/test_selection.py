@@ -229,7 +229,7 @@ def test_search_widens_where_targets_are_left_unchanged(case, monkeypatch):
     widened = select(case, goal(), bound=wide)
     assert len(widened.edit) > 1
     assert judged(study.model, parts, chosen(widened, study))[0] < judged(study.model, parts, chosen(narrow, study))[0]
-    monkeypatch.setattr(selection, "OPEN", 1.0)  # any share may be left
+    monkeypatch.setattr(selection, "MAX_UNMET", 1.0)  # any share may be left
     assert select(case, goal(), bound=wide).edit == narrow.edit
 
 

@@ -107,7 +107,7 @@ def test_budget_trains_the_strongest_again(case, monkeypatch):
         calls.append((set(free.tolist()), gates))
         return gates, constants
 
-    monkeypatch.setattr(selection, "fade", watched)
+    monkeypatch.setattr(selection, "train_strengths", watched)
     options = {"choosing": more, "bound": coar.Bound(mean=1, group=1), "strength": "per_component", **QUICK}
     few = coar.select(attributions, study.model, study.examples, GOAL, budget=2, **options)
     (every, first), (allowed, second) = calls
@@ -129,7 +129,7 @@ def test_harm_weighs_more_until_the_bound_holds(case, monkeypatch):
         cares.append(objective.weights[objective.references].sum())
         return plain(trials, objective, free, **options)
 
-    monkeypatch.setattr(selection, "fade", watched)
+    monkeypatch.setattr(selection, "train_strengths", watched)
     options = {"choosing": more, "strength": "per_component", "tradeoff": coar.TradeOff(harm=0.001), **QUICK}
     for bound in (1, 0.03):
         cares.clear()
