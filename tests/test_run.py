@@ -265,7 +265,7 @@ def edited(run, change):
 
 
 def test_newer_format(fresh):
-    edited(fresh, lambda manifest: manifest.update(format=2))
+    edited(fresh, lambda manifest: manifest.update(format=3))
     for attempt in (lambda: coar.Run.open(fresh.path), lambda: helpers.collect(helpers.study(), fresh.path, masks=3)):
         with pytest.raises(RunError, match="has format 3, and this version reads up to 2; update coar"):
             attempt()
