@@ -59,6 +59,7 @@ from .outputs.tokens import ChoiceMargin as ChoiceMargin
 from .outputs.tokens import TokenLogProbability as TokenLogProbability
 from .outputs.tokens import TokenMargin as TokenMargin
 from .regression.fitting import fit as fit
+from .regression.fitting import fit_share as fit_share
 from .sampling import BernoulliSampler as BernoulliSampler
 from .sampling import FixedSizeSampler as FixedSizeSampler
 from .store.integrity import Problem as Problem

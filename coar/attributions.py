@@ -188,7 +188,7 @@ class Attributions:
         return predicted
 
     def to_xarray(self) -> "xr.Dataset":
-        """Return a labelled data set over (example, component); needs the extra `coar[xarray]`."""
+        """Return a labelled data set over (example, component); needs the extra `coar-attribution[xarray]`."""
         try:
             import xarray
         except ImportError:

@@ -24,7 +24,7 @@ TRIES = 5  # workers that may be lost on one unit, or in a row before they are r
 
 
 class RayCluster(Settings):
-    """A Ray cluster whose workers do a run's units; needs the extra `coar[ray]`.
+    """A Ray cluster whose workers do a run's units; needs the extra `coar-attribution[ray]`.
 
     Attributes:
         study: Builds the study, to collect; each worker calls it once. What it imports and reads must be on every

@@ -1,6 +1,6 @@
 """Pairs of sentences and the pretrained MiniLM: 72 attention heads and 9,216 feed-forward neurons.
 
-    pip install 'coar[text]'
+    pip install 'coar-attribution[text]'
     coar collect pipelines/sentence_embeddings.py
     coar fit runs/sentence_embeddings-zero.zarr
 
@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     raise coar.errors.PipelineError(
         f"the pipeline sentence_embeddings needs {error.name}, which is not installed; install it with "
-        f"pip install 'coar[text]'"
+        f"pip install 'coar-attribution[text]'"
     ) from None
 
 MASKS = 2_000

@@ -23,7 +23,7 @@ from tests.buckets import free_port
 from tests.faults import helpers
 
 ASKED = {"masks": 100, "test_masks": 20, "gradients": 8}
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra coar[ray]")
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra coar-attribution[ray]")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
 
