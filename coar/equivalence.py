@@ -1,4 +1,4 @@
-"""Whether two ways of computing the same numbers agree: one tolerance policy, and one way to refuse a fast path.
+"""Whether two ways of computing the same numbers agree: one tolerance policy for all fast paths.
 
 The difference of two results is the largest absolute difference relative to the largest absolute expected value. Two
 ways may differ by `REORDERED` where they do the same arithmetic in another order, by `REFORMULATED` where they use
@@ -6,7 +6,6 @@ another formula for the same function, and in either case by a few roundings of 
 NaN agrees with NaN at the same place and with nothing else.
 """
 
-import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -19,15 +18,13 @@ from torch.utils import _pytree as trees
 
 from coar.components.table import Components
 
-log = logging.getLogger(__name__)
-
 REORDERED = 1e-5  # the same arithmetic in another order or in other batches
 REFORMULATED = 1e-3  # another formula: a gate in the weights instead of a hook, a folded batch norm
 ROUNDINGS = 8  # roundings of the precision by which two ways may always differ
 SMALLEST = 1e-6  # scale below which differences count as absolute
 
 
-def tolerance(kind: float, precision: float) -> float:
+def allowed_difference(kind: float, precision: float) -> float:
     """Return the largest allowed difference.
 
     Args:
@@ -56,44 +53,6 @@ def difference(expected: Tensor | np.ndarray, found: Tensor | np.ndarray) -> flo
     return float((b - a)[finite].abs().max() / a[finite].abs().max().clamp_min(SMALLEST))
 
 
-class Shortcut:
-    """A fast path that is compared with the plain way before its first use, and refused for good where they differ.
-
-    Args:
-        name: What is not done where the comparison fails, for the log, such as `computing logits only where read`.
-
-    Attributes:
-        reason: Why the fast path is refused, None as long as it is not.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.reason: str | None = None
-        self._checked = False
-
-    @property
-    def refused(self) -> bool:
-        """Whether the fast path must not be used."""
-        return self.reason is not None
-
-    def refuse(self, reason: str) -> None:
-        """Refuse the fast path from now on, and log the reason."""
-        self.reason = reason
-        log.info("not %s: %s", self.name, reason)
-
-    def allowed(self, compare: Callable[[], str]) -> bool:
-        """Return whether the fast path may be used; the first call compares it with the plain way.
-
-        Args:
-            compare: Returns the difference in words, and nothing where both ways agree.
-        """
-        if not self._checked and not self.refused:
-            self._checked = True
-            if reason := compare():
-                self.refuse(reason)
-        return not self.refused
-
-
 def compare_passes(
     model: nn.Module,
     components: Components,
@@ -118,7 +77,7 @@ def compare_passes(
     if seen != seen_fast:
         return "components receive or return tensors of other sizes"
     error = difference(expected, found)
-    if not error <= tolerance(REORDERED, rounding(model)):
+    if not error <= allowed_difference(REORDERED, rounding(model)):
         return f"outputs differ by {error:.1e} of the largest"
     return ""
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from coar.collection.units import UnitRunner
+from coar.equivalence import REFORMULATED, allowed_difference, rounding
 from coar.errors import MismatchError
 from coar.forward.autotune import choose_plan
 from coar.forward.memory_limit import batch_sizes
 from coar.forward.precision import choose_precision, compare_precisions
-from coar.forward.preflight import compare_rows, compare_with_hooks, gate_tolerance, warn_of_overlap
+from coar.forward.preflight import compare_rows, compare_with_hooks, warn_of_overlap
 from coar.forward.runner import FastRunner, ModelRunner
 from coar.gates.batch_norms import following_batch_norms
 from coar.gates.gates import called_sites
@@ -162,7 +163,7 @@ def check_gradients(study: Study, model: nn.Module, *, batch_size: int | None = 
     worker = FastRunner(model, study.components, nothing, study.output, use_hooks=True, batch_size=batch_size)
     block = worker.load(study.examples, 0, CHECK_ROWS)
     masks = study.sampler.masks("gradient", range(block.size), len(study.components))
-    compare_rows(worker, block, masks, tolerance=gate_tolerance(model))
+    compare_rows(worker, block, masks, tolerance=allowed_difference(REFORMULATED, rounding(model)))
 
 
 def set_plan(

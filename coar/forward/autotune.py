@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from coar.equivalence import difference
 from coar.errors import AblationError
 from coar.examples import Examples
 from coar.forward.batches import ExampleBlock
@@ -151,7 +152,7 @@ class Benchmark:
         start = time.perf_counter()
         found = self._worker.outputs(block, self._masks[:count])[: len(self._expected)]
         seconds = (time.perf_counter() - start) / count
-        error = np.abs(found - self._expected).max() / max(np.abs(self._expected).max(), 1e-6)
+        error = difference(self._expected, found)
         if not error <= TOLERANCE[self._worker.precision]:
             raise AblationError(f"outputs differ by {error:.1e} of the largest; collect at the usual pace instead")
         if seconds < HOPELESS * best.seconds_per_mask:

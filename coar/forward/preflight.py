@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from coar.ablation.base import Calibrated
 from coar.components.table import Components
-from coar.equivalence import rounding
+from coar.equivalence import REFORMULATED, allowed_difference, difference, rounding
 from coar.errors import AblationError
 from coar.examples import Examples
 from coar.forward.batches import ExampleBlock
@@ -17,9 +17,6 @@ from coar.outputs.base import Output
 from coar.study import Study
 
 log = logging.getLogger(__name__)
-
-GATE_TOLERANCE = 1e-3  # of the largest output, that two ways of gating may differ by,
-ROUNDINGS = 8  # or as many roundings of the model's own precision, if that is more
 
 Parts = tuple[nn.Module, Components, Tensor, Output]
 
@@ -40,20 +37,14 @@ def warn_of_overlap(study: Study) -> None:
         )
 
 
-def gate_tolerance(model: nn.Module) -> float:
-    """Return how far two ways of gating may be apart, relative to the largest output, in the model's precision."""
-    return max(GATE_TOLERANCE, ROUNDINGS * rounding(model))
-
-
-def compare_gates(expected: np.ndarray, found: np.ndarray, *, tolerance: float = GATE_TOLERANCE) -> float:
+def compare_gates(expected: np.ndarray, found: np.ndarray, *, tolerance: float) -> float:
     """Return the largest difference between gated outputs and gated weights, relative to the largest output.
 
     Raises:
         AblationError: When they disagree, so that no run is made of numbers that depend on how a mask is applied.
     """
-    with np.errstate(invalid="ignore"):  # of infinite outputs, which the first unit names
-        error = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
-    if error > tolerance:
+    error = difference(expected, found)  # outputs that are not finite in both ways are named by the first unit
+    if not error <= tolerance:
         raise AblationError(
             f"ablating by weights and by outputs gives outputs that differ by {error:.1e} of the largest, and "
             f"{tolerance:.1g} is allowed: some layer does not compute what its type promises; exclude it"
@@ -94,7 +85,7 @@ def compare_with_hooks(
     ends = sorted({0, len(masks) - 1})
     expected = plain.outputs(plain.load(examples, 0, len(examples)), masks[ends][:, rows])
     found = worker.outputs(block, shared)[ends]
-    return compare_gates(expected, found, tolerance=gate_tolerance(model))
+    return compare_gates(expected, found, tolerance=allowed_difference(REFORMULATED, rounding(model)))
 
 
 def compare_rows(worker: FastRunner, block: ExampleBlock, masks: np.ndarray, *, tolerance: float) -> float:
@@ -112,8 +103,8 @@ def compare_rows(worker: FastRunner, block: ExampleBlock, masks: np.ndarray, *, 
     """
     found = worker.mask_gradients(block, masks[None], np.arange(block.size))[2][0]
     expected = worker.outputs(block, masks).diagonal()
-    error = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
-    if error > tolerance:
+    error = difference(expected, found)
+    if not error <= tolerance:
         raise AblationError(
             f"a mask for every example gives outputs that differ by {error:.1e} of the largest from those of one mask "
             f"for all, and {tolerance:.1g} is allowed: some layer does not lay the entries of an example out side by "

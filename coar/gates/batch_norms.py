@@ -10,14 +10,12 @@ from torch import Tensor, nn
 
 from coar.components.layers import output_channels
 from coar.components.table import Components
+from coar.equivalence import REFORMULATED, difference
 from coar.gates.folding import fold
 from coar.gates.gates import Gates
 from coar.gates.weight import reads_own_weight
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
-AGREEMENT = 1e-3  # of the largest output: how near folded and gated outputs must be for a batch norm to take constants
 
 
 def following_batch_norms(
@@ -54,8 +52,7 @@ def following_batch_norms(
         values = [tuple(constants[components.channels_of([i])].tolist()) for i in rows]
         fold(folded, [components[i] for i in rows], values, batch_norms=pairs)
         results.append(run(folded))
-        limit = AGREEMENT * results[0].abs().max()
-        return all(bool((other - results[0]).abs().max() <= limit) for other in results[1:])
+        return all(difference(results[0], other) <= REFORMULATED for other in results[1:])
 
     def agrees(pairs: dict[str, str]) -> bool:
         return agree(pairs, spread) and agree(pairs, -spread)

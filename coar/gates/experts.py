@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from coar.equivalence import difference
 from coar.errors import AblationError
 from coar.gates.channels import Channels
 from coar.gates.hook import Hooked
@@ -119,7 +120,7 @@ def check_weighed(mixture: Callable[..., Tensor], site: str, routes: Routing) ->
         found = (few.returned(mixture) * few.weights[..., None]).sum(1)
     if found.shape != expected.shape:
         raise _not_weighed(site, f"shapes {tuple(found.shape)} and {tuple(expected.shape)}")
-    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)) if len(found) else 0.0
+    error = difference(expected, found)
     if not error <= (AGREEMENT if expected.dtype in (torch.float32, torch.float64) else COARSE):
         raise _not_weighed(site, f"a difference of {error:.1e} of the largest entry")
 
