@@ -11,7 +11,7 @@ from coar.editing.objective import Objective
 STEPS = 120
 BATCH = (48, 112)  # targets and references per mask gradient
 RATE = 0.05  # of the first steps; the last are a tenth as long
-COST = 0.002  # of each closed gate, in units of the trade-off, unless on_step otherwise
+COST = 0.002  # of each closed gate, in units of the trade-off, unless another cost is given
 PUSH = 0.02  # towards open or closed at the last steps; nothing in the first quarter
 DECAY = (0.8, 0.99)  # of the running means of slopes and of their squares (Adam, Kingma and Ba 2015)
 

@@ -1,4 +1,4 @@
-"""Trials: what sets of components do to choosing examples, on_step by passes through the gated model."""
+"""What sets of components do to choosing examples, measured by passes through the gated model."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property

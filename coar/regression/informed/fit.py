@@ -231,12 +231,12 @@ def _pairs(held: Rows, weights: Tensor) -> Tensor:
             held.variance()
         )  # rows of one round share out ablations
         counts = torch.unique_consecutive(mask_group.rounds, return_counts=True)[1].tolist()
-        weighted_gradients = torch.stack(
+        adjoints = torch.stack(
             [r.T @ d for r, d in zip(torch.split(residual, counts), torch.split(design, counts), strict=True)]
         )
-        own = (weighted_gradients**2).sum()  # pulls: (rounds, examples, components), sums over rows
+        own = (adjoints**2).sum()  # adjoints: (rounds, examples, components), sums over rows
         pairs = len(design) ** 2 - sum(count**2 for count in counts)
-        error = ((weighted_gradients.sum(0) ** 2).sum() - own) * len(design) / max(pairs, 1)
+        error = ((adjoints.sum(0) ** 2).sum() - own) * len(design) / max(pairs, 1)
         rows.append(torch.stack([(mask_group.outputs**2).sum(), error]))
     return torch.stack(rows)
 
