@@ -169,7 +169,7 @@ def describe_estimate(estimate: "Estimate") -> dict[str, str]:
     gradient_pass = "none: these components have no gradient" if math.isnan(ratio) else f"{ratio:.2f} masks"
     words = {
         "one mask": f"{estimate.seconds_per_mask:.3g} s over all examples",
-        "one mask gradient": gradient_pass,
+        "one gradient": gradient_pass,
         "passes": f"{estimate.passes:,.0f}",
         "time": f"{estimate.hours:.3g} h on all workers",
         "disk": f"{estimate.disk_bytes / 2**20:,.0f} MiB at most, with one fit",

@@ -221,7 +221,7 @@ def test_estimate_has_a_pilot_and_is_told_in_words(digits):
     assert 1 <= found.passes_per_hundredth < 1e6
     words = describe_estimate(found)
     assert words["passes"] == "1,000"
-    assert re.fullmatch(r"[\d.]+ masks", words["one mask gradient"])
+    assert re.fullmatch(r"[\d.]+ masks", words["one gradient"])
     assert re.fullmatch(
         r"correlation 0\.\d+ from 32 mask gradients and 0 masks .*ceiling is estimated at .*", words["pilot"]
     )
@@ -237,7 +237,7 @@ def test_estimate_without_gradients(tmp_path):
     assert (found.pilot.gradients, found.pilot.masks) == (0, 256)
     assert found.passes_per_hundredth == math.inf  # a net of one layer is linear: nothing is left to be reached
     words = describe_estimate(found)
-    assert words["one mask gradient"] == "none: these components have no gradient"
+    assert words["one gradient"] == "none: these components have no gradient"
     assert words["0.01 more"] == "beyond what is reachable"
     assert words["pilot"].endswith("masks alone do not tell what is reachable")
     with pytest.raises(AblationError, match="parameter slice"):
@@ -293,7 +293,7 @@ def test_commands_with_mask_gradients(place, tmp_path):
     assert coar.load(path).facts["fit"]["method"] == "informed"
     told = CliRunner().invoke(app, ["fit", str(path), "--gradients", "7"])
     assert (told.exit_code, "choose one of 0, 4, 8, 12, 16" in told.stderr) == (1, True)
-    assert "mask gradients      20" in works("info", path)
+    assert "gradients   20" in works("info", path)
     assert "gradients" in works("evaluate", path, "--out", tmp_path / "out")
 
 
@@ -329,7 +329,7 @@ def test_until_clashes_with_what_it_chooses_itself(place, tmp_path, options):
 def test_command_plan(place):
     said = works("plan", place / "tiny.py", "--gradients", 32, "--device", "cpu", "--workers", 2)
     words = dict(re.findall(r"^(.{16}) (.*)$", said, re.MULTILINE))
-    headings = ["one mask", "one mask gradient", "passes", "time", "disk", "memory to fit", "pilot", "0.01 more"]
+    headings = ["one mask", "one gradient", "passes", "time", "disk", "memory to fit", "pilot", "0.01 more"]
     assert [heading.strip() for heading in words] == headings
     plain = works("plan", place / "tiny.py", "--device", "cpu")
     assert re.search(r"^passes +84$", plain, re.MULTILINE)  # 60 training masks, and 12 for each of two fractions

@@ -167,7 +167,7 @@ def test_components_that_are_positions_keep_their_padding(caplog):
     )
     asked = coar.Study(**{**asked.__dict__, "model": net, "components": components})
     assert lengths(worker(asked).load(asked.examples, 0, TEXTS)) == [LENGTH]
-    assert "components are given or return other sizes" in caplog.text
+    assert "components receive or return tensors of other sizes" in caplog.text
 
 
 def test_a_model_that_reads_padding_gets_it(caplog):

@@ -163,7 +163,7 @@ class Failing(Askew):
     ("case", "said"),
     [
         ("own output", ""),
-        ("head", "components are given or return other sizes"),
+        ("head", "components receive or return tensors of other sizes"),
         (Askew, "outputs differ by"),
         (Deaf, "outputs differ by"),
         (Failing, "otherwise the model fails"),

@@ -39,7 +39,7 @@ def case(request, digits, tmp_path_factory):
     ablation, mask_groups = request.param
     what = digits_study(digits, ablation)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probing, "SLOTS", mask_groups)
+        patch.setattr(probing, "MASK_GROUPS", mask_groups)
         run = collect(what, tmp_path_factory.mktemp("run") / "r.zarr", gradients=GRADIENTS_COUNT)
     return what, run, mask_groups
 

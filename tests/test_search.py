@@ -92,7 +92,7 @@ def test_a_choice_that_breaks_the_bound_on_all_examples_is_mended_there(case):
         (one for one in alone if one.outcome.value < search.tried[0].outcome.value), key=lambda one: one.outcome.value
     )
     search.tried[2:] = [poor]
-    assert objective.unmet_fraction(poor.outcome) > objective.unmet_fraction(broken.outcome) + selection.OPEN
+    assert objective.unmet_fraction(poor.outcome) > objective.unmet_fraction(broken.outcome) + selection.MAX_UNMET
     alone, mended = (selection._confirmed(search, ground.plain, some) for some in (free[:0], free))
     assert alone.best.ablated == poor.ablated  # what holds is of use, but leaves more targets than was hoped for
     assert len(mended.tried) > len(alone.tried) == 3

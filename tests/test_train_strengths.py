@@ -100,7 +100,7 @@ def test_choice_is_what_was_judged_and_within_the_bound(case, bound, constants):
 def test_budget_trains_the_strongest_again(case, monkeypatch):
     """By themselves, so that they are not what they were in a crowd."""
     study, attributions, more = case
-    calls, plain = [], selection.fade
+    calls, plain = [], selection.train_strengths
 
     def watched(trials, objective, free, **options):
         gates, constants = plain(trials, objective, free, **options)
@@ -123,7 +123,7 @@ def test_budget_trains_the_strongest_again(case, monkeypatch):
 def test_harm_weighs_more_until_the_bound_holds(case, monkeypatch):
     study, attributions, more = case
     cares = []
-    plain = selection.fade
+    plain = selection.train_strengths
 
     def watched(trials, objective, free, **options):
         cares.append(objective.weights[objective.references].sum())

@@ -36,7 +36,7 @@ class Estimate:
     """What a run would cost.
 
     Attributes:
-        seconds_per_mask, seconds_per_probe: For all examples, on one worker; the second is NaN without gradients.
+        seconds_per_mask, seconds_per_gradient: For all examples, on one worker; the second is NaN without gradients.
         passes: Forward passes over all examples, a mask gradient counted by its measured time.
         hours: On all workers.
         disk_bytes: Size of the run with one fit.
@@ -78,9 +78,9 @@ def measure(study: Study, run: Run, *, device: str = "auto", batch_size: int | N
     if not has_gradients(study, device=device):
         return seconds, math.nan
     mask_groups = np.arange(examples) % TIMED_GRADIENTS
-    mask_gradients = run.sampler.masks("gradient", range(TIMED_GRADIENTS**2), run.n_components)
-    mask_gradients = mask_gradients.reshape(TIMED_GRADIENTS, TIMED_GRADIENTS, -1)
-    return seconds, _timed(lambda: worker.mask_gradients(block, mask_gradients, mask_groups)) / TIMED_GRADIENTS * scale
+    keeps = run.sampler.masks("gradient", range(TIMED_GRADIENTS**2), run.n_components)
+    keeps = keeps.reshape(TIMED_GRADIENTS, TIMED_GRADIENTS, -1)
+    return seconds, _timed(lambda: worker.mask_gradients(block, keeps, mask_groups)) / TIMED_GRADIENTS * scale
 
 
 def estimate(
@@ -123,20 +123,24 @@ def estimate(
     few = np.unique(np.linspace(0, n - 1, min(n, PILOT_EXAMPLES)).astype(int))
     small = dataclasses.replace(study, examples=study.examples.subset(few))
     where: dict[str, Any] = {"device": device, "batch_size": batch_size}
-    gradients, half = has_gradients(study, device=device), FIRST_MASKS // 2
+    differentiable, half = has_gradients(study, device=device), FIRST_MASKS // 2
     with tempfile.TemporaryDirectory() as folder:
         run = collect(
             small,
             Path(folder) / "pilot.zarr",
-            gradients=FIRST_GRADIENTS if gradients else 0,
-            masks=0 if gradients else FIRST_MASKS,
+            gradients=FIRST_GRADIENTS if differentiable else 0,
+            masks=0 if differentiable else FIRST_MASKS,
             validation_masks=VALIDATION_MASKS,
             precision=precision,
             **where,
         )
         per_mask, per_gradient = measure(study, run, **where)
-        before = None if gradients else quality_of(fit(run, masks=half, name="half", progress=False), 0, half, None)
-        pilot = quality_of(fit(run, progress=False), MaskGradients(run).count, 0 if gradients else FIRST_MASKS, before)
+        before = (
+            None if differentiable else quality_of(fit(run, masks=half, name="half", progress=False), 0, half, None)
+        )
+        pilot = quality_of(
+            fit(run, progress=False), MaskGradients(run).count, 0 if differentiable else FIRST_MASKS, before
+        )
     seconds = per_mask * (masks + test_masks) + (per_gradient * gradients if gradients else 0.0)
     rounds = max(-(-gradients // ROUND), min(ROUNDS, gradients))
     return Estimate(
