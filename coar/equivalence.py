@@ -42,7 +42,8 @@ def rounding(model: nn.Module) -> float:
 
 def difference(expected: Tensor | np.ndarray, found: Tensor | np.ndarray) -> float:
     """Return max |found - expected| / max |expected|; infinite where shapes, NaNs or infinities differ."""
-    a, b = (torch.as_tensor(part).detach().double().cpu() for part in (expected, found))
+    parts = (torch.tensor(part) if isinstance(part, np.ndarray) else part.detach() for part in (expected, found))
+    a, b = (part.double().cpu() for part in parts)
     if a.shape != b.shape:
         return float("inf")
     finite = a.isfinite()
