@@ -4,8 +4,8 @@
     python benchmarks/ablations.py --pipelines digits
 
 Loss is the one that optimal constants are trained on, of judging examples, which no constant has seen, under random
-masks; the trained constants are those for an ablated fraction of 0.10 throughout. Attributions are fitted on mask gradients and
-masks at that fraction and predict test masks at all fractions. Edits make the model forget one class.
+masks; the trained constants are those for an ablated fraction of 0.10 throughout. Attributions are fitted on mask
+gradients and masks at that fraction and predict test masks at all fractions. Edits make the model forget one class.
 
 Every piece of work is kept in reports/ablations, so that a benchmark that was stopped goes on.
 """

@@ -3,13 +3,13 @@
     COAR_DATA=/path/to/folder python benchmarks/accuracy_per_pass.py                        # everything: hours
     COAR_DATA=/path/to/folder python benchmarks/accuracy_per_pass.py --models digits resnet20 --seeds 0
 
-Zero weight, ablated fraction 0.10, 8,000 training masks, 512 test masks, three seeds of masks and mask gradients; 400 digits,
-256 pictures for ResNet-20 and 128 for ResNet-44, 48 pairs for MiniLM (2,000 masks, 256 test masks; leave-one-out would
-take 9,288 passes and is left out, and so is lasso, whose Gram matrix makes it take hours). Every method is judged on
-the same test masks of its seed. Cost is counted in forward passes over the examples, a mask gradient as many as it was
-measured to take on this machine in the same precision, and at 2.5 beside. Runs are kept in runs/passes/ with the times
-measured, and gone on with when they are there; tables go to stdout, and with the figures to reports/benchmarks/.
-Models may be examined apart, with `--out`, and put on one page by passes_report.py.
+Zero weight, ablated fraction 0.10, 8,000 training masks, 512 test masks, three seeds of masks and mask gradients; 400
+digits, 256 pictures for ResNet-20 and 128 for ResNet-44, 48 pairs for MiniLM (2,000 masks, 256 test masks;
+leave-one-out would take 9,288 passes and is left out, and so is lasso, whose Gram matrix makes it take hours). Every
+method is judged on the same test masks of its seed. Cost is counted in forward passes over the examples, a mask
+gradient as many as it was measured to take on this machine in the same precision, and at 2.5 beside. Runs are kept in
+runs/passes/ with the times measured, and gone on with when they are there; tables go to stdout, and with the figures to
+reports/benchmarks/. Models may be examined apart, with `--out`, and put on one page by passes_report.py.
 """
 
 import argparse

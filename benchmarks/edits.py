@@ -3,12 +3,12 @@
     COAR_DATA=/path/to/folder python benchmarks/edits.py                 # or: make edits
     python benchmarks/edits.py --pipelines digits --tasks forget --seeds 0
 
-Attributions come from mask gradients, with a mask seed each, or with a training seed each where the pipeline trains its model.
-Components are chosen on choosing examples and judged on others. On CIFAR-10 the studied examples beside the errors to
-fix, and all others that a choice is made on, are training pictures, so that all test pictures are left to judge on, but
-the one that is fixed. The rules that only rank are given the numbers of
-components that suit them best on the very examples they are judged on, the fewest with the verified choice's effect and
-the best with no more than its harm, so that the comparison errs in their favour.
+Attributions come from mask gradients, with a mask seed each, or with a training seed each where the pipeline trains its
+model. Components are chosen on choosing examples and judged on others. On CIFAR-10 the studied examples beside the
+errors to fix, and all others that a choice is made on, are training pictures, so that all test pictures are left to
+judge on, but the one that is fixed. The rules that only rank are given the numbers of components that suit them best on
+the very examples they are judged on, the fewest with the verified choice's effect and the best with no more than its
+harm, so that the comparison errs in their favour.
 
 Every piece of work is kept in reports/edits/done, so that a run that was stopped goes on; results go to reports/edits.
 """

@@ -178,7 +178,8 @@ def describe_estimate(estimate: "Estimate") -> dict[str, str]:
     if estimate.pilot:
         pilot, more = estimate.pilot, estimate.passes_per_hundredth
         words["pilot"] = (
-            f"correlation {pilot.correlation:.3f} from {pilot.gradients} mask gradients and {pilot.masks} masks on a few "
+            f"correlation {pilot.correlation:.3f} from {pilot.gradients} mask gradients and {pilot.masks} masks "
+            f"on a few "
             f"examples; {pilot.ceiling()}"
         )
         words["0.01 more"] = f"about {more:,.0f} passes" if math.isfinite(more) else "beyond what is reachable"

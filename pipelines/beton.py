@@ -62,7 +62,8 @@ def installed() -> Any:
     except ImportError as error:
         raise coar.errors.PipelineError(
             f"a .beton file is read by ffcv, which cannot be imported ({error}); install it with pip install "
-            f"'coar-attribution[ffcv]', which needs a C++ compiler, pkg-config, libturbojpeg and OpenCV with their headers, or "
+            f"'coar-attribution[ffcv]', which needs a C++ compiler, pkg-config, libturbojpeg and OpenCV with "
+            f"their headers, or "
             f"give a folder of pictures instead"
         ) from None
     return ffcv

@@ -28,7 +28,8 @@ try:
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 except ImportError as error:
     raise coar.errors.PipelineError(
-        f"the pipeline clip needs {error.name}, which is not installed; install it with pip install 'coar-attribution[text]'"
+        f"the pipeline clip needs {error.name}, which is not installed; install it with pip install "
+        f"'coar-attribution[text]'"
     ) from None
 
 MASKS = 5_000

@@ -34,7 +34,8 @@ try:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 except ImportError as error:
     raise coar.errors.PipelineError(
-        f"the pipeline gpt2 needs {error.name}, which is not installed; install it with pip install 'coar-attribution[text]'"
+        f"the pipeline gpt2 needs {error.name}, which is not installed; install it with pip install "
+        f"'coar-attribution[text]'"
     ) from None
 
 MASKS = 3_000

@@ -7,8 +7,9 @@
 
 The components are those of Shah et al. (2024): the rows of all linear layers but the last, and of the weight that makes
 queries, keys and values. Only zero has a meaning for these rows, and mask gradients cannot reach them. With
-COAR_IMAGENET_VIT_B16_COMPONENTS=heads they are the attention heads and the feed-forward blocks' neurons, which mask gradients
-do reach. `COAR_IMAGENET_VIT_B16_MODEL` names another ViT, such as vit_b_32; all else is as for imagenet_resnet50.
+COAR_IMAGENET_VIT_B16_COMPONENTS=heads they are the attention heads and the feed-forward blocks' neurons, which mask
+gradients do reach. `COAR_IMAGENET_VIT_B16_MODEL` names another ViT, such as vit_b_32; all else is as for
+imagenet_resnet50.
 """
 
 import os

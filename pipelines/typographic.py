@@ -30,7 +30,8 @@ try:
     from transformers import CLIPConfig, CLIPModel
 except ImportError as error:
     raise coar.errors.PipelineError(
-        f"the pipeline typographic needs {error.name}, which is not installed; install it with pip install 'coar-attribution[text]'"
+        f"the pipeline typographic needs {error.name}, which is not installed; install it with pip install "
+        f"'coar-attribution[text]'"
     ) from None
 
 MASKS = 3_000

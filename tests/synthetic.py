@@ -63,7 +63,7 @@ class Pairwise:
         return masks @ self.effect.T + 0.5 * np.einsum("md,nde,me->mn", masks, self.pair, masks, optimize=True)
 
     def mask_gradients(self, masks, examples=slice(None)):
-        """(mask gradients, examples) outputs and (mask gradients, examples, components) gradients under masks of their own."""
+        """(passes, examples) outputs and (passes, examples, components) gradients under masks of their own."""
         through = np.einsum("nde,pne->pnd", self.pair[examples], masks, optimize=True)
         outputs = (masks * (self.effect[examples] + 0.5 * through)).sum(2)
         seen = self.effect - self.unseen
@@ -91,7 +91,7 @@ def pairwise(examples=60, components=32, *, pairs=0.3, shared=3, own=0.5, ends=(
 
 
 def add_gradients(run, truth, count, *, mask_groups=10):
-    """Give a run mask gradients whose outputs and gradients are a `Pairwise` truth's; the number of slots stays as it was."""
+    """Give a run mask gradients whose numbers are a `Pairwise` truth's; the number of mask groups stays as it was."""
     if not run.entry("gradients"):
         run.set_entry("gradients", {"rounds": [], "slots": mask_groups, "masks": "stratified"})
     mask_gradients = MaskGradients(run)

@@ -27,7 +27,7 @@ def margins(model, examples):
 
 @pytest.fixture(scope="module")
 def case(digits, tmp_path_factory):
-    """A study of digits, its attributions from mask gradients, scans to choose on beside these, and scans to judge on."""
+    """A study of digits, its attributions from mask gradients, further scans to choose on, and scans to judge on."""
     whole = digits.study()
     wrong = np.flatnonzero(margins(whole.model, whole.examples) <= 0)
     study = replace(whole, examples=whole.examples.subset(np.union1d(np.arange(200), wrong)))

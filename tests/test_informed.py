@@ -31,7 +31,7 @@ def truth():
 
 @pytest.fixture(scope="module")
 def run(truth, tmp_path_factory):
-    """64 mask gradients and 400 masks of 60 examples and 32 components, read only for those who fit under their own name."""
+    """64 mask gradients and 400 masks of 60 examples and 32 components; each test fits under its own name."""
     return run_of(tmp_path_factory.mktemp("run") / "r.zarr", truth, masks=400)
 
 

@@ -1,4 +1,4 @@
-"""Mask gradients: outputs and gradients are the model's under each example's own mask, and rounds are never rewritten."""
+"""Mask gradients are the model's under each example's own mask, and rounds are never rewritten."""
 
 import json
 from copy import deepcopy
@@ -57,7 +57,7 @@ def fresh(run, tmp_path):
 
 
 def own_masks(what, mask_groups, gradient_pass):
-    """(examples, components) masks of one of the ten mask gradients, example n taking the one of slot n modulo the slots."""
+    """(examples, components) masks of one of the ten passes, example n taking that of group n modulo their number."""
     first = gradient_pass - gradient_pass % 3  # rounds of three
     later = min(first + 3, GRADIENTS_COUNT)
     masks = []
@@ -77,7 +77,7 @@ def gates(what, masks):
 
 
 def expected(what, run, mask_groups):
-    """(mask gradients, examples) outputs, and (mask gradients, examples, components) gradients and masks, by plain autograd."""
+    """(passes, examples) outputs, and (passes, examples, components) gradients and masks, by plain autograd."""
     x, y = what.examples.block(0, len(what.examples))
     constants = {row.site: np.zeros(what.model.get_submodule(row.site).out_channels) for row in what.components}
     for row, value in zip(what.components, helpers.whole(run, "component/replacement"), strict=True):

@@ -19,7 +19,7 @@ KEPT = 1 - FRACTION
 
 
 def parts(truth=None, seed=0):
-    """Masks, outputs and gradients of each fold: (folds, mask gradients, slots, components) and (folds, mask gradients, examples)."""
+    """Masks, outputs and gradients of each fold: (folds, passes, groups, components) and (folds, passes, examples)."""
     truth = truth or pairwise(N, D, seed=seed)
     masks = np.random.default_rng(seed).random((FOLDS, GRADIENTS_COUNT, MASK_GROUPS, D)) > FRACTION
     own = masks[:, :, np.arange(N) % MASK_GROUPS].astype(float)  # (folds, mask gradients, examples, components)

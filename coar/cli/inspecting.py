@@ -89,7 +89,7 @@ def merge(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Runs of one study.")],
     into: Annotated[Path, typer.Option(help="The new run.")],
 ) -> None:
-    """Make one run of several that were collected for one study, each with some of the masks, mask gradients or units."""
+    """Make one run of several that were collected for one study, each with some of its units."""
     from coar.store.copying import merge as merge_runs
 
     made = merge_runs(runs, into=into)

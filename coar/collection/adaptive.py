@@ -32,9 +32,9 @@ def collect_until(
 ) -> tuple[Run, str]:
     """Collect until validation masks are predicted well enough, or until more passes promise little.
 
-    Each round spends half as many passes again as before, on mask gradients or on masks, whichever promises more per pass. It
-    ends when the correlation is reached, when the best promise is under 0.005, or when the linear model's estimated
-    ceiling lies below the correlation by more than two standard errors.
+    Each round spends half as many passes again as before, on mask gradients or on masks, whichever promises more per
+    pass. It ends when the correlation is reached, when the best promise is under 0.005, or when the linear model's
+    estimated ceiling lies below the correlation by more than two standard errors.
 
     Args:
         study: What is examined.

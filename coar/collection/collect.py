@@ -51,15 +51,15 @@ def collect(
     cluster: RayCluster | None = None,
     progress: bool = True,
 ) -> Run:
-    """Record outputs under random masks, and gradients under mask gradients; go on with, or extend, the run when it exists.
+    """Record outputs under random masks, and mask gradients; resume or extend the run when it exists.
 
     Args:
         study: What is examined.
         path: The run: a path that does not exist yet, or a run of the same study; or the address of such in an object
             store, as in `s3://bucket/digits.zarr`.
         masks: Training masks the run shall have; those it already has count.
-        gradients: Mask gradients the run shall have, for informed attributions: forward and backward passes that give the output's
-            gradient by every gate, each example under masks of its own.
+        gradients: Mask gradients the run shall have, for informed attributions: forward and backward passes that give
+            the output's gradient by every gate, each example under masks of its own.
         test_masks: Held-out masks at the sampler's fraction, for `coar.evaluate`.
         validation_masks: Masks kept apart for choices made along the way.
         test_fractions: Further ablated fractions, at each of which `test_masks` held-out masks are drawn.
@@ -88,8 +88,8 @@ def collect(
     Raises:
         SettingsError: When a setting is out of range, or one example does not fit into the memory limit.
         MismatchError: When the run was made for another study.
-        AblationError: When mask gradients are asked of components or of an output that have no gradient, and nothing is made
-            then; or when two ways of ablating disagree.
+        AblationError: When mask gradients are asked of components or of an output that have no gradient, and nothing is
+            made then; or when two ways of ablating disagree.
         OutputError: When an output is not finite; it names the mask and the example, and the unit is not stored.
         StorageError: When the disk or the object store refuses; what was stored before stays.
         RunError: When another process is writing to the run.
@@ -184,7 +184,8 @@ def _wanted(
 def _check_settings(masks: int, precision: str, tolerance: float, sizes: dict[str, int | None]) -> None:
     if masks == 0:
         raise SettingsError(
-            "zero masks and zero mask gradients were asked for; ask for at least 2 masks, better several thousand, or 32 mask gradients"
+            "zero masks and zero mask gradients were asked for; ask for at least 2 masks, better several "
+            "thousand, or 32 mask gradients"
         )
     if precision not in CHOICES:
         raise SettingsError(f"unknown precision {precision!r}; choose one of {', '.join(CHOICES)}")

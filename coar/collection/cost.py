@@ -57,7 +57,7 @@ class Estimate:
 
 
 def has_gradients(study: Study, *, device: str = "auto") -> bool:
-    """Say whether mask gradients can be had: parameter slices have no gate that a gradient could pass, some outputs detach."""
+    """Return whether mask gradients exist: parameter slices have no gate to take them by, some outputs detach."""
     try:
         check_gradients(study, device_copy(study.model, choose_device(device)))
     except AblationError as error:
@@ -68,7 +68,7 @@ def has_gradients(study: Study, *, device: str = "auto") -> bool:
 
 @memory_kept()
 def measure(study: Study, run: Run, *, device: str = "auto", batch_size: int | None = None) -> tuple[float, float]:
-    """Return the seconds that one mask and one mask gradient take over all examples, NaN for a mask gradient without gradients."""
+    """Return the seconds of one mask and one mask gradient over all examples; the latter NaN where there is none."""
     worker = fast_runner(study, run, device_copy(study.model, choose_device(device)), batch_size=batch_size)
     examples = min(run.blocks[1], len(study.examples))
     block = worker.load(study.examples, 0, examples)
@@ -114,7 +114,8 @@ def estimate(
     whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
     if not whole or not workers or not masks + gradients:
         raise SettingsError(
-            f"{masks} masks, {gradients} mask gradients, {test_masks} test masks on {workers} workers make no run; ask for masks "
+            f"{masks} masks, {gradients} mask gradients, {test_masks} test masks on {workers} workers make no "
+            f"run; ask for masks "
             f"or mask gradients, and one worker or more"
         )
     if gradients:

@@ -12,7 +12,7 @@ from coar.study import Study
 def check_gradients_finite(
     study: Study, unit: GradientUnit, examples: slice, kept: np.ndarray, ablated: np.ndarray, outputs: np.ndarray
 ) -> None:
-    """Raise `OutputError`, naming round and example, when mask gradients give an output or a gradient that is not finite."""
+    """Raise `OutputError`, naming round and example, when an output or a mask gradient is not finite."""
     bad = ~np.isfinite(outputs).all(0) | np.isinf(kept).any(1) | np.isinf(ablated).any(1)
     bad |= (np.isnan(kept) & np.isnan(ablated)).any(1)  # one end without mask gradients is NaN, never both
     if bad.any():

@@ -35,8 +35,9 @@ class RunQuality:
     def rise(self, gradients: int, masks: int, components: int) -> float:
         """Predict how far more mask gradients or masks raise the correlation.
 
-        Errors from mask gradients fall as one over their number, and masks shrink them as ridge does for components alike, by
-        1 / (1 + masks * error / (components * noise)). Without mask gradients they fall as one over the number of masks.
+        Errors from mask gradients fall as one over their number, and masks shrink them as ridge does for components
+        alike, by 1 / (1 + masks * error / (components * noise)). Without mask gradients they fall as one over the
+        number of masks.
         """
         gain = self._left(self.gradients, self.masks, components)
         gain -= self._left(self.gradients + gradients, self.masks + masks, components)

@@ -47,8 +47,8 @@ def descend(
 ) -> np.ndarray:
     """Return (components,) gates, near 0 for those that an edit should ablate and 1 for those it should keep.
 
-    Each step is one mask gradient of a few examples at the present gates: its gradient says at once for every component how
-    the trade-off would move. Gates may stand in between on the way, so that components are tried together, given up
+    Each step is one mask gradient of a few examples at the present gates: its gradient says at once for every component
+    how the trade-off would move. Gates may stand in between on the way, so that components are tried together, given up
     and taken back; towards the end they are pushed to either side.
 
     Args:

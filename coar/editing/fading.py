@@ -28,10 +28,10 @@ def train_strengths(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (components,) gates and (components.width,) constants that have the best trade-off together.
 
-    Gates are 1 less the strengths, and stay between 0, ablated, and 1. Each step is one mask gradient of a few examples, whose
-    gradients by all gates and constants are followed at once. References count by how much margin they lose, and
-    targets also by how much they lack of their partner's, see `Objective.losses`. Experts of a mixture keep their
-    constants, since weights without biases could not hold others.
+    Gates are 1 less the strengths, and stay between 0, ablated, and 1. Each step is one mask gradient of a few
+    examples, whose gradients by all gates and constants are followed at once. References count by how much margin they
+    lose, and targets also by how much they lack of their partner's, see `Objective.losses`. Experts of a mixture keep
+    their constants, since weights without biases could not hold others.
 
     Args:
         trials: Where mask gradients are made.

@@ -119,8 +119,8 @@ class Search:
         """Add and drop components around the leading set, and train its constants, as long as that pays beyond chance.
 
         While the bound is broken, breaking it costs ever more, and harm weighs ever more when constants are trained.
-        Candidates are ranked anew in every round, by a mask gradient of the model as it then is. With a `seed`, constants are
-        trained, from the second round on.
+        Candidates are ranked anew in every round, by a mask gradient of the model as it then is. With a `seed`,
+        constants are trained, from the second round on.
         """
         for number in range(ROUNDS):
             now = self.leading
@@ -197,7 +197,7 @@ class Search:
         return gain > self.objective.error(parts)
 
     def _flips(self, now: EvaluatedSet, free: np.ndarray, rows: np.ndarray) -> list[int]:
-        """Return the components that, by a mask gradient at the present set, it would pay most to ablate or to take back."""
+        """Return the components that pay most to ablate or to take back, by a mask gradient at the present set."""
         few = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).round().astype(int)]
         gates = self.trials.gates(now.ablated, now.strengths)
         _, slopes = self.trials.slopes(gates, few, constants=now.constants)

@@ -81,8 +81,8 @@ class SelectionOptions(TypedDict, total=False):
         constants: `goal` to train what the components become for the goal, by the rule `verified`, and keep that where
             it is better; `run` for the constants of the attributions' run.
         strength: `full` to ablate, `minimal` to move components towards their constants only as far as it takes to get
-            as many targets as wanted as full ablations do, `per_component` to train for each, by the rule `verified`, how far it
-            moves, together with its constants, instead of a search.
+            as many targets as wanted as full ablations do, `per_component` to train for each, by the rule `verified`,
+            how far it moves, together with its constants, instead of a search.
         tradeoff: How gain and harm are weighed.
         bound: The most accuracy that references may lose on the choosing examples.
         seed: Which examples the mask gradients draw.
@@ -118,10 +118,10 @@ def select(
     """Choose components by what their ablation really does to examples, within a bound on harm.
 
     `verified` takes the components that attributions find promising, moves gates on all of them at once down the slope
-    of the trade-off by mask gradients around the partly edited model, tries the sets that this leads to, and goes on from the
-    best by adding and dropping components and by training what they become, each step tried out. Where that leaves more
-    than a tenth of the targets unchanged, it starts again with more candidates, each of which costs less. With
-    strengths of their own it trains how far all of them go instead, and their constants. `welch` tries the first
+    of the trade-off by mask gradients around the partly edited model, tries the sets that this leads to, and goes on
+    from the best by adding and dropping components and by training what they become, each step tried out. Where that
+    leaves more than a tenth of the targets unchanged, it starts again with more candidates, each of which costs less.
+    With strengths of their own it trains how far all of them go instead, and their constants. `welch` tries the first
     components of the published ranking (Shah et al. 2024, section 5) in different numbers. Of all that was tried on all
     choosing examples, what has the best trade-off within the bound is taken.
 
@@ -135,7 +135,8 @@ def select(
         precision: Precision of the search; the choice itself is checked in float32.
         output: The margin that says what is right, such as `TokenMargin(reduction="last")` for a language model; by
             default that of classes.
-        options: Any of `SelectionOptions`: budget, rule, constants, strength, tradeoff, bound, seed, steps, near, progress.
+        options: Any of `SelectionOptions`: budget, rule, constants, strength, tradeoff, bound, seed, steps, near,
+            progress.
 
     Raises:
         GoalError: When the goal does not fit the examples, or is reached already.

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 PRESETS: dict[str, Choice] = {
     # half of the mean for the standard error, as with some 3,000 references; trained constants harm no less here
     "forget": {"bound": Bound(mean=0.006, group=0.03), "constants": "run"},
-    # one target needs few mask gradients, and moves few references that are far from the edge; that it is moved no further than
-    # it must, and that references keep their margins too, is what spares examples that the choice has not seen
+    # one target needs few mask gradients, and moves few references that are far from the edge; that it is moved no
+    # further than it must, and that references keep their margins too, is what spares examples that the choice has not
+    # seen
     "fix": {
         "bound": Bound(mean=0.005, group=0.05),
         "strength": "minimal",

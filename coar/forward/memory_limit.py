@@ -40,7 +40,7 @@ def bytes_of(limit: int | str) -> int:
 
 
 def batch_sizes(study: Study, model: nn.Module, *, memory_limit: int | str | None, gradients: bool) -> tuple[int, int]:
-    """Return how many rows a forward pass of masks may have, and one of mask gradients, from bytes measured per example.
+    """Return how many rows a forward pass of masks may have, and one of mask gradients, from measured bytes.
 
     Args:
         study: What is examined.

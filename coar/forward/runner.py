@@ -277,8 +277,9 @@ class FastRunner(ModelRunner):
             mask_groups: (examples,) which slot's masks each example takes.
 
         Returns:
-            (examples, components) float32 mean gradients of the output by each gate over the mask gradients that keep the
-            component, the same over those that ablate it (NaN where there is none), and (mask gradients, examples) outputs.
+            (examples, components) float32 mean gradients of the output by each gate over the mask gradients that keep
+            the component, the same over those that ablate it (NaN where there is none), and (mask gradients, examples)
+            outputs.
 
         Raises:
             AblationError: When a component has no gate that a gradient could pass, or the output has no gradient.

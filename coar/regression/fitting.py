@@ -41,9 +41,9 @@ def fit(
     Args:
         run: A complete run; its test masks are not read.
         method: `ridge`, with a penalty per example chosen by generalised cross-validation; `ols`; `lasso`, with sparse
-            weights, its penalties chosen likewise; `informed`, which starts from mask gradients and corrects by masks, if there
-            are any; or `auto`: `ridge` where there are no mask gradients, else `informed`, and where the run has validation
-            masks whichever of the two predicts those better.
+            weights, its penalties chosen likewise; `informed`, which starts from mask gradients and corrects by masks,
+            if there are any; or `auto`: `ridge` where there are no mask gradients, else `informed`, and where the run
+            has validation masks whichever of the two predicts those better.
         masks: Use only the first so many training masks.
         gradients: Use only the first so many mask gradients, a whole number of the rounds in which they were collected.
         name: Name of the fit in the run; by default the method.
@@ -58,8 +58,8 @@ def fit(
     Raises:
         IncompleteRunError: When units are missing, or workers' sums.
         EngineError: When the cluster cannot be reached, or its workers cannot do the work.
-        RegressionError: When there are fewer than two masks, or too few for least squares, or too few mask gradients; when
-            lasso does not converge, or this machine has no room for its Gram matrix.
+        RegressionError: When there are fewer than two masks, or too few for least squares, or too few mask gradients;
+            when lasso does not converge, or this machine has no room for its Gram matrix.
     """
     if method not in (*METHODS, "auto"):
         raise SettingsError(f"unknown method {method!r}; choose auto or one of {', '.join(METHODS)}")
@@ -139,7 +139,8 @@ def _rounds(run: Run, gradients: int | None, method: str) -> int:
     missing = found.missing_units()
     if missing:
         raise IncompleteRunError(
-            f"{len(missing)} of {len(found.units())} units of mask gradients of {run.path} have not been collected; run 'coar "
+            f"{len(missing)} of {len(found.units())} units of mask gradients of {run.path} have not been "
+            f"collected; run 'coar "
             f"collect' again to finish the run"
         )
     if method == "informed" and not found.count:

@@ -1,4 +1,4 @@
-"""Solvers: what a method makes of masks and mask gradients once for all examples, and then of every block of examples."""
+"""Solvers: what a method prepares once for all examples, and how it then solves a block of them."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -103,7 +103,8 @@ def solver_of(run: Run, rows: np.ndarray, rounds: int, *, method: str, gram: Gra
         gram: The sums over these masks; by default they are made here where the method takes them.
 
     Raises:
-        RegressionError: When the masks or the mask gradients do not support the fit, or this machine has no room for it.
+        RegressionError: When the masks or the mask gradients do not support the fit, or this machine has no room for
+            it.
     """
     if method == "informed":
         return Informed.of(run, rows, rounds, gram=gram)

@@ -55,8 +55,8 @@ def merge(sources: Sequence[str | Path | Address], *, into: str | Path | Address
 
     Raises:
         SettingsError: When fewer than two runs are given.
-        MismatchError: When they are of different studies, precisions, constants, rounds of mask gradients or sizes of units, or
-            have different outputs where both have one.
+        MismatchError: When they are of different studies, precisions, constants, rounds of mask gradients or sizes of
+            units, or have different outputs where both have one.
         RunError: When there is something at the destination.
         CorruptRunError: When a chunk of a source is damaged.
     """

@@ -30,10 +30,10 @@ class GradientUnit(NamedTuple):
 class MaskGradients:
     """The mask gradients of a run.
 
-    A round is a few dozen mask gradients whose means are stored together and never written again, so that mask gradients can be added
-    at any time. Arrays: `gradient_kept` and `gradient_ablated` (round, example, component), mean gradients of the output by
-    each gate over the mask gradients that kept and that ablated the component, NaN where there was none; `gradient_outputs`
-    (round, mask gradient, example).
+    A round is a few dozen mask gradients whose means are stored together and never written again, so that mask
+    gradients can be added at any time. Arrays: `gradient_kept` and `gradient_ablated` (round, example, component), mean
+    gradients of the output by each gate over the mask gradients that kept and that ablated the component, NaN where
+    there was none; `gradient_outputs` (round, mask gradient, example).
 
     Attributes:
         run: The run.
@@ -55,7 +55,8 @@ class MaskGradients:
             ) from error
         if kept.get("masks") != MASKS:
             raise MismatchError(
-                f"the mask gradients of {run.path} have {kept.get('masks', 'independent')} masks, which this version does not "
+                f"the mask gradients of {run.path} have {kept.get('masks', 'independent')} masks, which this "
+                f"version does not "
                 f"make; it makes {MASKS} ones: collect them again, in a new run"
             )
 
@@ -65,7 +66,7 @@ class MaskGradients:
         return sum(self.rounds)
 
     def extend(self, total: int) -> None:
-        """Give the run at least `total` mask gradients, in further rounds; arrays first, so that a cut leaves the old plan."""
+        """Plan at least `total` mask gradients, in further rounds; arrays first, so that a cut leaves the old plan."""
         missing = check_count(total) - self.count
         if missing <= 0:
             return
@@ -111,7 +112,7 @@ class MaskGradients:
         return self._kept[number]
 
     def counts(self, number: int, examples: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Return how many mask gradients of a round keep, and how many ablate, each component of the (examples, components)."""
+        """Return (examples, components) numbers of a round's mask gradients that keep, and that ablate, a component."""
         kept = self.kept(number)[self.group_of(examples)]
         return kept, self.rounds[number] - kept
 
@@ -148,11 +149,12 @@ class MaskGradients:
         arrays.write(self._array(OUTPUTS), padded[None], number, slice(None), examples)
 
     def whole_rounds(self, gradients: int | None) -> int:
-        """Return how many rounds make up the first `gradients` mask gradients (by default all); raise when none do so exactly."""
+        """Return how many rounds the first `gradients` mask gradients fill, by default all; raise unless exactly."""
         totals: list[int] = np.cumsum([0, *self.rounds]).tolist()
         if gradients is not None and gradients not in totals:
             raise SettingsError(
-                f"{gradients} mask gradients were asked for; those of {self.run.path} were collected in rounds, so choose one of "
+                f"{gradients} mask gradients were asked for; those of {self.run.path} were collected in rounds, "
+                f"so choose one of "
                 f"{', '.join(map(str, totals))}"
             )
         return totals.index(self.count if gradients is None else gradients)
@@ -171,7 +173,7 @@ class MaskGradients:
         return values
 
     def means(self, rounds: Sequence[int], examples: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Return (2, examples, components) mean gradients over some rounds, and how many mask gradients they are means of.
+        """Return (2, examples, components) mean gradients over some rounds, and the numbers of terms in each.
 
         The first row is the kept end, the second the ablated one; a mean of no mask gradients is 0.
         """

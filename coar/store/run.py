@@ -120,7 +120,8 @@ class Run:
         try:
             if int(manifest["format"]) < FORMAT:
                 raise RunError(
-                    f"the run at {place} has format {manifest['format']}, and this version reads format {FORMAT}, which "
+                    f"the run at {place} has format {manifest['format']}, and this version reads format "
+                    f"{FORMAT}, which "
                     f"names mask gradients anew; it stays as it is: read it with version 0.1.0, or collect it again"
                 )
             if int(manifest["format"]) > FORMAT:

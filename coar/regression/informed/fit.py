@@ -115,14 +115,16 @@ def learn_prior(run: Run, rounds: int) -> Prior:
     count = sum(mask_gradients.rounds[:rounds])
     if count < MIN_GRADIENTS or rounds < FOLDS:
         raise RegressionError(
-            f"an informed fit needs at least {MIN_GRADIENTS} mask gradients, in {FOLDS} rounds or more; it would use {count} in "
+            f"an informed fit needs at least {MIN_GRADIENTS} mask gradients, in {FOLDS} rounds or more; it "
+            f"would use {count} in "
             f"{rounds} of {run.path}: collect more with --gradients, 64 or so"
         )
     folds = _dealt(rounds, FOLDS)
     gradients, whole, spread = _fold_gradients(mask_gradients, folds, examples)
     if not whole.any():
         raise RegressionError(
-            f"every gate gradient in {run.path} is zero, so the mask gradients say nothing; look at the output, or fit masks "
+            f"every gate gradient in {run.path} is zero, so the mask gradients say nothing; look at the output, "
+            f"or fit masks "
             f"by ridge"
         )
     rows = _rows(mask_gradients, folds, examples, spread)
@@ -210,8 +212,8 @@ def _explained(trials: list[tuple[Rows, Tensor]]) -> float:
 def _judged(explained: float, halves: list[tuple[Rows, Tensor]]) -> Quality:
     """Judge weights that explain so much by weights from half of the mask gradients, whose error pairs of rows give.
 
-    Only rows of different rounds are independent, and a fold of four has but one round where mask gradients are few; a half has
-    two. What the better weights explain more of the variance, their error is less.
+    Only rows of different rounds are independent, and a fold of four has but one round where mask gradients are few; a
+    half has two. What the better weights explain more of the variance, their error is less.
     """
     sums = torch.cat([_pairs(held, weights) for held, weights in halves]).double()  # (slots, 2)
     total, pairs = sums.sum(0).tolist()

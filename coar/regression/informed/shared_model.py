@@ -2,13 +2,14 @@
 
 An example's weights, in units of its outputs' spread, are `gain_kept * K + gain_ablated * A + curve + phi H`. K and A
 are its mean gate gradients at the kept and the ablated end, which estimate the two ends of the integral that least
-squares estimates. Few mask gradients ablate a component, so A is the noisier end; but the curvature, what A has beyond a
-multiple of K, lies near a few directions that examples share in a site, and the curve has a gain of its own for each
+squares estimates. Few mask gradients ablate a component, so A is the noisier end; but the curvature, what A has beyond
+a multiple of K, lies near a few directions that examples share in a site, and the curve has a gain of its own for each
 band of these. `phi` places the example among the others, by the leading directions of their weights, and H says what
 examples near each other have in common. Gains are learned per site first and then per component.
 
-A mask gradient's output and its gradient come from one mask, so gradients would explain the outputs of their own mask gradients too
-well. The mask gradients are dealt into folds, and the outputs of a fold only ever meet gradients of the other folds.
+A mask gradient's output and its gradient come from one mask, so gradients would explain the outputs of their own mask
+gradients too well. The mask gradients are dealt into folds, and the outputs of a fold only ever meet gradients of the
+other folds.
 """
 
 from collections.abc import Callable
