@@ -152,9 +152,9 @@ def informed(run: Run, subject: Subject, judge: Judge) -> list[dict[str, object]
 
 
 def baselines(study: coar.Study, run: Run, subject: Subject, judge: Judge, ratio: float) -> list[dict[str, object]]:
-    """Judge leave-one-out, gradient x gate, and captum's peers on some examples."""
+    """Judge leave-one-out, mask gradient, and captum's peers on some examples."""
     slopes = coar.mask_gradient(study, run, progress=False).weights(slice(None))
-    rows = [{"method": "gradient x gate", "gradients": 1, "masks": 0, "r": judge(slopes)}]
+    rows = [{"method": "mask gradient", "gradients": 1, "masks": 0, "r": judge(slopes)}]
     if subject.leave_one_out:
         drops = coar.leave_one_out(study, run, progress=False).weights(slice(None))
         rows.append(

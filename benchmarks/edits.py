@@ -77,7 +77,7 @@ class Case:
 
     def attributions(self, rule: str) -> coar.Attributions:
         """Return what a rule ranks by, made when it is missing."""
-        if rule in ("leave_one_out", "gradient_x_gate"):
+        if rule in ("leave_one_out", "mask_gradient"):
             return getattr(coar, rule)(self.study, self.run, progress=False)
         return self.fitted
 

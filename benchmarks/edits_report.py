@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-RULES = ("verified", "welch", "gradient_x_gate", "leave_one_out", "random")
+RULES = ("verified", "welch", "mask_gradient", "leave_one_out", "random")
 COLOURS = dict(zip(RULES, ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#777777"), strict=True))
 KEYS = ["task", "pipeline", "seed", "target"]
 SPREAD = ("targets", "others_points", "worst_points")  # columns told with their spread over seeds

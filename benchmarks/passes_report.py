@@ -21,7 +21,7 @@ CURVES = {
     "lasso": "#228833",
 }
 POINTS = {
-    "gradient x gate": "#000000",
+    "mask gradient": "#000000",
     "leave-one-out": "#777777",
     "conductance": "#993311",
     "internal influence": "#332288",

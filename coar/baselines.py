@@ -1,4 +1,4 @@
-"""Cheaper attributions to compare with: leave-one-out and gradient x gate, stored beside the fits."""
+"""Cheaper attributions to compare with: leave-one-out and the mask gradient, stored beside the fits."""
 
 from collections.abc import Callable
 
@@ -67,11 +67,11 @@ def mask_gradient(
         AblationError: When components are parameter slices, which have no output to gate.
     """
     if any(component.side == "parameter" for component in run.components):
-        raise AblationError("parameter slices have no output to gate, so gradient x gate cannot be had for them")
+        raise AblationError("parameter slices have no output to gate, so they have no mask gradient")
     return _store(
         study,
         run,
-        "gradient_x_gate",
+        "mask_gradient",
         lambda worker, block, _: worker.full_model_gradients(block),
         device,
         batch_size,
@@ -81,7 +81,7 @@ def mask_gradient(
 
 BASELINES: dict[str, Callable[..., Attributions]] = {
     "leave_one_out": leave_one_out,
-    "gradient_x_gate": mask_gradient,
+    "mask_gradient": mask_gradient,
 }
 
 

@@ -14,7 +14,7 @@ from coar.store.fits import fit_names
 
 ROWS = slice(0, 12)
 CLOSE = {"rtol": 1e-3, "atol": 2e-4}  # float32 sums in another order; margins are about 10
-BASELINES = {"leave_one_out": coar.leave_one_out, "gradient_x_gate": coar.mask_gradient}
+BASELINES = {"leave_one_out": coar.leave_one_out, "mask_gradient": coar.mask_gradient}
 
 
 def dozen(digits, ablation, **options):
@@ -87,7 +87,7 @@ def test_leave_one_out_is_the_loop(case, by_hand):
     np.testing.assert_allclose(found.weights(), by_hand[1], **CLOSE)
 
 
-def test_gradient_x_gate_is_activation_less_replacement_times_gradient(case, digits):
+def test_mask_gradient_is_activation_less_replacement_times_gradient(case, digits):
     study, run = case
     values, kept = constants(study, digits), {}
     model = deepcopy(study.model)
@@ -103,15 +103,15 @@ def test_gradient_x_gate_is_activation_less_replacement_times_gradient(case, dig
     order = {name: part.detach() for name, part in zip(kept, parts, strict=True)}
     expected = torch.cat([order[name] for name in sites(model)], 1)
     assert expected.abs().max() > 1
-    np.testing.assert_allclose(coar.load(run.path, "gradient_x_gate").weights(), expected, **CLOSE)
+    np.testing.assert_allclose(coar.load(run.path, "mask_gradient").weights(), expected, **CLOSE)
 
 
-def test_gradient_x_gate_is_the_slope_of_a_gated_forward(case, digits):
+def test_mask_gradient_is_the_slope_of_a_gated_forward(case, digits):
     study, run = case
     values = {name: value.double() for name, value in constants(study, digits).items()}
     x, y = study.examples.inputs.double(), study.examples.targets
     names = list(run.components.names)
-    found = coar.load(run.path, "gradient_x_gate").weights()
+    found = coar.load(run.path, "mask_gradient").weights()
     for name, channel in (("conv1", 3), ("layer1.conv2", 9), ("layer2.shortcut.0", 17), ("layer3.conv2", 40)):
         model = deepcopy(study.model).double()
         gate = [1.0]

@@ -240,7 +240,7 @@ def test_info_says_what_a_run_holds(place):
     said = works("info", place / "tiny.zarr")
     for words in ("96 conv filters", "12 test at 0.1, 12 test at 0.3, 60 train at 0.1", "Mean", "float32", "complete"):
         assert words in said
-    assert "gradient_x_gate, leave_one_out, ridge" in said
+    assert "leave_one_out, mask_gradient, ridge" in said
 
 
 def test_verify_says_so_when_all_is_well(place):

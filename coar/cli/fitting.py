@@ -62,7 +62,7 @@ def fit(
 @app.command(epilog="Example: coar baselines runs/digits-mean.zarr --pipeline pipelines/digits.py")
 @report_errors
 def baselines(run: RunArgument, pipeline: PipelineOption, device: DeviceOption = "auto") -> None:
-    """Compute leave-one-out and gradient x gate attributions, to compare with."""
+    """Compute leave-one-out and the mask gradient attributions, to compare with."""
     from coar.baselines import BASELINES
     from coar.pipeline import load_pipeline
     from coar.store.run import Run
@@ -70,7 +70,7 @@ def baselines(run: RunArgument, pipeline: PipelineOption, device: DeviceOption =
     opened = Run.open(run)
     study = load_pipeline(pipeline).study_of(opened)
     for name, baseline in BASELINES.items():
-        if name == "gradient_x_gate" and any(component.side == "parameter" for component in opened.components):
+        if name == "mask_gradient" and any(component.side == "parameter" for component in opened.components):
             typer.echo(f"{run}: {name} left out, since parameter slices have no output to gate")
             continue
         baseline(study, opened, device=device)
