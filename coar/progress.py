@@ -1,10 +1,12 @@
-"""A progress bar for people, and a line now and then where nobody watches."""
+"""Progress bars, and the names of events in logs."""
 
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
+
+WORKER_LOST = "worker lost"  # the name of this event in a log of events
 
 
 def progress_bar(items: Iterable[Any] | None = None, *, shown: bool, **settings: Any) -> "tqdm[Any]":

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,18 +11,16 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from coar._version import __version__
+from coar.description import describe
 from coar.editing.edit import Edit
 from coar.editing.tasks import TaskResult
 from coar.errors import StorageError
 from coar.evaluation import Evaluation
-from coar.store.gradients import MaskGradients
 from coar.store.run import Run
 from coar.weights import save_weights
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from coar.collection.cost import Estimate
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")  # Paul Tol's bright scheme
 STYLE = """
@@ -140,50 +137,6 @@ def compact(table: "pd.DataFrame") -> "pd.DataFrame":
     short = {"ablated_fraction": "fraction", "tenth_percentile": "p10", "explained_variance": "R2"}
     shown = table.drop(columns=["test_masks", "median"]).rename(columns=short)
     return shown if shown["undefined"].any() else shown.drop(columns="undefined")
-
-
-def describe(run: Run) -> dict[str, str]:
-    """Return what a run is, in words, by heading."""
-    plan, mask_gradients = run.plan, MaskGradients(run)
-    missing = len(run.missing_units()) + len(mask_gradients.missing_units())
-    precision = run.facts["precision"]
-    measured = f", error {precision['error']:.4f} of the spread" if "error" in precision else ""
-    counts = [f"{plan.count(s.split, s.ablated_fraction)} {s.split} at {s.ablated_fraction:g}" for s in plan.segments]
-    units = len(run.units()) + len(mask_gradients.units())
-    return {
-        "run": str(run.path),
-        "components": repr(run.components).removeprefix("Components(").removesuffix(")"),
-        "examples": str(run.n_examples),
-        "masks": ", ".join(dict.fromkeys(counts)) or "none",
-        "gradients": str(mask_gradients.count or "none"),
-        "ablation": str(run.fingerprint["ablation"]["name"]),
-        "output": ", ".join(f"{key}={value}" for key, value in run.fingerprint["output"].items()),
-        "precision": f"{precision['name']}{measured}",
-        "collected": f"{units - missing} of {units} units" + ("" if missing else ", complete"),
-    }
-
-
-def describe_estimate(estimate: "Estimate") -> dict[str, str]:
-    """Return what a run would cost, in words, by heading."""
-    ratio = estimate.seconds_per_gradient / estimate.seconds_per_mask
-    gradient_pass = "none: these components have no gradient" if math.isnan(ratio) else f"{ratio:.2f} masks"
-    words = {
-        "one mask": f"{estimate.seconds_per_mask:.3g} s over all examples",
-        "one gradient": gradient_pass,
-        "passes": f"{estimate.passes:,.0f}",
-        "time": f"{estimate.hours:.3g} h on all workers",
-        "disk": f"{estimate.disk_bytes / 2**20:,.0f} MiB at most, with one fit",
-        "memory to fit": f"{estimate.fit_bytes / 2**20:,.0f} MiB",
-    }
-    if estimate.pilot:
-        pilot, more = estimate.pilot, estimate.passes_per_hundredth
-        words["pilot"] = (
-            f"correlation {pilot.correlation:.3f} from {pilot.gradients} mask gradients and {pilot.masks} masks "
-            f"on a few "
-            f"examples; {pilot.ceiling()}"
-        )
-        words["0.01 more"] = f"about {more:,.0f} passes" if math.isfinite(more) else "beyond what is reachable"
-    return words
 
 
 def _facts(run: Run) -> str:

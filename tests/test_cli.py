@@ -243,6 +243,18 @@ def test_info_says_what_a_run_holds(place):
     assert "leave_one_out, mask_gradient, ridge" in said
 
 
+def test_info_starts_without_the_libraries_that_it_does_not_need(place):
+    code = (
+        "import sys, coar.cli\n"
+        f"sys.argv = ['coar', 'info', {str(place / 'tiny.zarr')!r}, '--watch', '1']\n"
+        "try:\n    coar.cli.main()\nexcept SystemExit as end:\n    code = end.code\n"
+        "print(code, sorted({'torch', 'scipy', 'sklearn', 'matplotlib', 'pandas', 'ray'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "96 conv filters" in done.stdout
+    assert done.stdout.endswith("\n0 []\n")
+
+
 def test_verify_says_so_when_all_is_well(place):
     assert "every chunk is there and whole" in works("verify", place / "tiny.zarr")
 

@@ -16,8 +16,8 @@ from coar.cli.common import app
 from coar.collection.adaptive import collect_until
 from coar.collection.cost import estimate, has_gradients, measure
 from coar.collection.quality import RunQuality
+from coar.description import describe_estimate
 from coar.errors import AblationError, MismatchError, SettingsError
-from coar.report import describe_estimate
 from coar.store.gradients import MaskGradients
 from coar.store.integrity import verify
 from tests.faults import helpers

@@ -14,9 +14,9 @@ import coar
 import coar.store.copying
 from coar.cli.common import app
 from coar.cli.watching import RunStatus, watched, write_metrics
-from coar.collection.ray_engine import WORKER_LOST
 from coar.collection.units import dealt
 from coar.errors import MismatchError, RunError, SettingsError
+from coar.progress import WORKER_LOST
 from coar.store.gradients import MaskGradients
 from coar.store.integrity import verify
 from tests import buckets

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import coar
+from coar.description import describe
 from coar.errors import AblationError, CorruptRunError, IncompleteRunError, MismatchError, OutputError, SettingsError
 from coar.outputs.base import Output
-from coar.report import describe
 from coar.store import gradients as probing
 from coar.store.gradients import MaskGradients
 from coar.store.integrity import verify

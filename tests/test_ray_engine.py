@@ -15,9 +15,10 @@ import torch
 
 import coar
 from coar.cluster import RayCluster
-from coar.collection.ray_engine import AHEAD, WORKER_LOST, ActorPool
+from coar.collection.ray_engine import AHEAD, ActorPool
 from coar.errors import CoarError, EngineError, MismatchError, OutputError, PipelineError, SettingsError
 from coar.pipeline import load_pipeline
+from coar.progress import WORKER_LOST
 from coar.store.integrity import verify
 from tests.buckets import free_port
 from tests.faults import helpers

@@ -13,9 +13,10 @@ from PIL import Image
 from torch import nn
 
 import coar
+from coar.description import describe
 from coar.editing.tasks import TaskResult
 from coar.errors import StorageError
-from coar.report import curve_figure, describe, evaluation_figure, write_edit, write_evaluation, write_page, write_task
+from coar.report import curve_figure, evaluation_figure, write_edit, write_evaluation, write_page, write_task
 from coar.weights import weights_fingerprint
 from tests.synthetic import fit, linear, make, weights
 

@@ -108,8 +108,8 @@ def plan(
 ) -> None:
     """Time a few passes and make a small pilot run; say what a run would cost before anything is spent."""
     from coar.collection.cost import estimate
+    from coar.description import describe_estimate
     from coar.pipeline import load_pipeline
-    from coar.report import describe_estimate
 
     loaded = load_pipeline(pipeline)
     study = loaded.study(ablation=ablation)

@@ -28,7 +28,7 @@ def info(
 ) -> None:
     """Say what a run holds and how far it is."""
     from coar.cli.watching import watched, write_metrics
-    from coar.report import describe
+    from coar.description import describe
     from coar.store.fits import fit_names
     from coar.store.run import Run
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from coar.collection.ray_engine import WORKER_LOST
 from coar.errors import SettingsError
+from coar.progress import WORKER_LOST
 from coar.store.fits import fit_facts, fit_names
 from coar.store.gradients import MaskGradients
 from coar.store.places import Address

@@ -17,6 +17,7 @@ from coar.collection.units import AnyUnit, Stage, UnitProgress, gradient_stage, 
 from coar.errors import EngineError
 from coar.forward.devices import choose_device, device_copy
 from coar.forward.malloc import memory_kept
+from coar.progress import WORKER_LOST
 from coar.store.plan import Unit
 from coar.store.run import Run
 
@@ -205,6 +206,3 @@ class ActorPool:
             f"and {self._cluster.gpus_per_worker:g} GPUs, and the cluster has {self._ray.cluster_resources()}; ask for "
             f"less, or add machines"
         )
-
-
-WORKER_LOST = "worker lost"  # how such an event is called in a log of events
