@@ -75,3 +75,15 @@ class EditError(CoarError, ValueError):
 
 class PipelineError(CoarError, ValueError):
     """A pipeline file is missing, cannot be imported, or lacks what a pipeline must define."""
+
+
+class RenamedNameError(CoarError, AttributeError):
+    """A name of an earlier version was used; the message has the new one."""
+
+
+class RenamedArgumentError(CoarError, TypeError):
+    """A keyword argument of an earlier version was given; the message has the new one."""
+
+
+class RenamedModuleError(CoarError, ModuleNotFoundError):
+    """A module of an earlier version was imported; the message says where its content is now."""

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from coar.errors import CoarError, SettingsError
+from coar.renamed import refuse_arguments, refuse_members
 
 
 class Settings(BaseModel):
@@ -14,7 +15,12 @@ class Settings(BaseModel):
 
     mistake: ClassVar[type[CoarError]] = SettingsError
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        refuse_members(cls)
+
     def __init__(self, **settings: Any) -> None:
+        refuse_arguments(type(self).__name__, settings)
         try:
             super().__init__(**settings)
         except ValidationError as error:

@@ -10,6 +10,7 @@ from coar.collection.cost import has_gradients, measure
 from coar.collection.quality import FIRST_GRADIENTS, FIRST_MASKS, VALIDATION_MASKS, RunQuality, quality_of
 from coar.errors import SettingsError
 from coar.regression.fitting import fit
+from coar.renamed import new_arguments_only
 from coar.store.gradients import MaskGradients
 from coar.store.run import Run
 from coar.study import Study
@@ -21,6 +22,7 @@ FLAT = 0.005  # least rise in correlation that half as many passes again must pr
 STEPS = 20
 
 
+@new_arguments_only
 def collect_until(
     study: Study,
     path: str | Path,

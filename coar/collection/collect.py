@@ -16,6 +16,7 @@ from coar.errors import SettingsError
 from coar.forward.devices import choose_device, device_copy
 from coar.forward.malloc import memory_kept
 from coar.forward.runner import CHOICES
+from coar.renamed import new_arguments_only
 from coar.sampling import Split
 from coar.store.gradients import check_count
 from coar.store.lock import Lock, worker_lock, write_lock
@@ -30,6 +31,7 @@ MOST_UNITS = 2**17  # beyond which blocks grow: each unit is an object to list a
 LARGEST = 4096  # masks per unit, and examples, however many there are
 
 
+@new_arguments_only
 def collect(
     study: Study,
     path: str | Path | Address,

@@ -18,6 +18,7 @@ from coar.errors import AblationError, SettingsError
 from coar.forward.devices import choose_device, device_copy
 from coar.forward.malloc import memory_kept
 from coar.regression.fitting import fit
+from coar.renamed import new_arguments_only
 from coar.store.gradients import ROUNDS, MaskGradients
 from coar.store.layout import ROUND
 from coar.store.run import Run
@@ -83,6 +84,7 @@ def measure(study: Study, run: Run, *, device: str = "auto", batch_size: int | N
     return seconds, _timed(lambda: worker.mask_gradients(block, keeps, mask_groups)) / TIMED_GRADIENTS * scale
 
 
+@new_arguments_only
 def estimate(
     study: Study,
     *,

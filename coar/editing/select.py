@@ -26,6 +26,7 @@ from coar.forward.malloc import memory_kept
 from coar.forward.runner import Precision
 from coar.outputs.base import Output
 from coar.progress import progress_bar
+from coar.renamed import refuse_arguments, refuse_value
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -249,12 +250,14 @@ def _fade(search: Search, ground: SelectionContext, goal: EditGoal, *, steps: in
 
 def _check_options(options: SelectionOptions, components: int) -> int:
     """Return the most components to ablate; raise `SettingsError` for options out of range or unknown."""
+    refuse_arguments("select", options)
+    refuse_value("strength", options.get("strength"))
     rule, budget = options.get("rule", "verified"), options.get("budget")
     for name, known in CHOICES.items():
         if (given := options.get(name, known[0])) not in known:
             raise SettingsError(f"unknown {name} {given!r}; choose {', '.join(known[:-1])} or {known[-1]}")
     if rule == "welch" and options.get("strength") == "per_component":
-        raise SettingsError("strengths of their own are trained by the rule verified; choose that, or whole or least")
+        raise SettingsError("strengths of their own are trained by the rule verified; choose that, or full or minimal")
     most = STAGES[0][1] if rule == "welch" else STAGES[-1][1]
     if options.get("strength") == "per_component":
         most = STAGES[-1][0]

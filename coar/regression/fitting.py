@@ -18,12 +18,14 @@ from coar.regression.lasso import SparseFit
 from coar.regression.ridge import LinearFit
 from coar.regression.solvers import METHODS, solver_of, takes_moments
 from coar.regression.sums import FitBlock, Streamed, Sums
+from coar.renamed import new_arguments_only
 from coar.store.fits import FitWriter, add_fit_facts, blocks_of, check_name, chunk_rows, fit_facts
 from coar.store.gradients import MaskGradients
 from coar.store.lock import worker_lock
 from coar.store.run import Run
 
 
+@new_arguments_only
 def fit(
     run: Run,
     *,

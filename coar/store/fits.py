@@ -8,6 +8,7 @@ import numpy as np
 import zarr
 
 from coar.errors import CorruptRunError, IncompleteRunError, RunError, SettingsError
+from coar.renamed import refuse_value
 from coar.store import arrays
 from coar.store.run import Run
 
@@ -87,6 +88,7 @@ def fit_fields(run: Run, name: str) -> list[str]:
 def fit_array(run: Run, name: str, array: str) -> zarr.Array[Any]:
     """Open an array of a finished fit; raise `RunError` when there is no such fit or array."""
     if fit_facts(run, name).get("state") != "ready":
+        refuse_value("fit", name)
         finished = ", ".join(fit_names(run)) or "none"
         raise RunError(f"{run.path} has no finished fit {name!r} (finished: {finished}); make it with 'coar fit'")
     key = f"{GROUP}/{name}/{array}"

@@ -1,0 +1,111 @@
+"""Old public names, each refused with the name that replaces it.
+
+A name is listed here when a released page or message offered it. Nothing is an alias: an old name raises an error that
+ends with the new one.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+from coar.errors import RenamedArgumentError, RenamedModuleError, RenamedNameError, SettingsError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+NAMES = {  # of `coar`, and of its former modules
+    "gradient_x_gate": "coar.mask_gradient",
+    "agreement": "coar.equivalence",
+    "batches": "coar.forward.batches",
+    "checks": "coar.forward.preflight",
+    "devices": "coar.forward.devices",
+    "engines": "coar.collection",
+    "expressions": "coar.editing.expressions",
+    "memory": "coar.forward.malloc",
+    "narrowing": "coar.forward.logit_positions",
+    "planning": "coar.collection",
+    "trimming": "coar.forward.length_bucketing",
+    "tuning": "coar.forward.autotune",
+    "worker": "coar.forward.runner",
+    "ablation.Gates": "coar.gates.gates.Gates",
+    "ablation.following_batch_norms": "coar.gates.batch_norms.following_batch_norms",
+    "editing.effect_curve": "coar.editing.judge.effect_curve",
+    "editing.welch_t": "coar.editing.rank.welch_t",
+    "outputs.class_logits": "coar.outputs.classification.class_logits",
+    "outputs.token_logits": "coar.outputs.tokens.token_logits",
+    "store.Probes": "coar.store.gradients.MaskGradients",
+    "store.copy": "coar.store.copying.copy",
+    "store.merge": "coar.store.copying.merge",
+}
+ARGUMENTS = {  # by function, or by class of settings
+    "collect": {"probes": "gradients="},
+    "collect_until": {"probes": "gradients="},
+    "estimate": {"probes": "gradients="},
+    "fit": {"probes": "gradients="},
+    "select": {"near": "n_boundary_references="},
+}
+MEMBERS = {"Output": {"tells_right": "sign_means_correct"}, "Ablation": {"donors": "sources"}}  # by base class
+VALUES = {  # by what the value is of
+    "strength": {"whole": "full", "least": "minimal", "own": "per_component"},
+    "fit": {"gradient_x_gate": "mask_gradient"},
+}
+OPTIONS = {"--probes": "--gradients"}  # of the command line
+
+
+def refuse_name(name: str) -> None:
+    """Raise `RenamedNameError` for an old attribute of `coar`."""
+    if name in NAMES:
+        raise RenamedNameError(f"coar.{name} does not exist any more; use {NAMES[name]}")
+
+
+def refuse_arguments(owner: str, given: Iterable[str]) -> None:
+    """Raise `RenamedArgumentError` for the first old keyword argument among those given to a function or class."""
+    old = ARGUMENTS.get(owner, {})
+    for name in given:
+        if name in old:
+            raise RenamedArgumentError(f"{owner} does not take {name}= any more; use {old[name]}")
+
+
+def refuse_value(of: str, value: object) -> None:
+    """Raise `SettingsError` for an old value of a setting."""
+    old = VALUES.get(of, {})
+    if isinstance(value, str) and value in old:
+        raise SettingsError(f"the {of} {value!r} does not exist any more; use {old[value]!r}")
+
+
+def refuse_members(made: type) -> None:
+    """Raise `RenamedNameError` for a class that defines a member under its old name, where nothing would call it."""
+    for base in made.__mro__[1:]:
+        for old, new in MEMBERS.get(base.__name__, {}).items():
+            if old in vars(made):
+                raise RenamedNameError(f"{made.__name__} defines {old}, which does not exist any more; call it {new}")
+
+
+def new_arguments_only(function: Callable[P, T]) -> Callable[P, T]:
+    """Have a function refuse its old keyword arguments by `refuse_arguments`."""
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        refuse_arguments(function.__name__, kwargs)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+class OldModules:
+    """The last of Python's finders: says where a module or a name of a subpackage is now, once no other found it."""
+
+    @staticmethod
+    def find_spec(name: str, *_: object) -> None:
+        """Raise `RenamedModuleError` for an old name of this package; find nothing else."""
+        import coar
+
+        inner = name.removeprefix("coar.")
+        if inner == name:
+            return
+        last = inner.rpartition(".")[2]
+        new = NAMES.get(inner) or (f"coar.{last}" if "." in inner and last in dir(coar) else None)
+        if new:
+            raise RenamedModuleError(
+                f"{name} does not exist any more; use {new} (public names are imported from coar itself)"
+            )
