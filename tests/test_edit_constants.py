@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import coar
-from coar.editing.constants import train
 from coar.editing.context import SelectionContext
 from coar.editing.evaluator import GatedEvaluator
 from coar.editing.objective import Objective
+from coar.editing.train import train_constants
 from coar.errors import EditError
 from tests.synthetic import fit
 
@@ -209,7 +209,7 @@ def test_the_best_constant_is_found_where_it_is_known(tmp_path):
     columns = {"label": labels}
     objective = Objective.of(goal, columns, ground.base, tradeoff=coar.TradeOff(), bound=coar.Bound())
     start = ground.plain.constants
-    trained = train(ground.plain, objective, (0,), start=start)
+    trained = train_constants(ground.plain, objective, (0,), start=start)
     assert trained[1] == start[1]  # that of a component which is kept
     np.testing.assert_allclose(trained[0], 1.0, atol=0.1)
     found = coar.select(attributions, model, examples, goal, device="cpu", progress=False)
@@ -221,6 +221,6 @@ def test_the_best_constant_is_found_where_it_is_known(tmp_path):
 def test_experts_keep_their_constants(case):
     study, attributions, more = case
     trials = GatedEvaluator(attributions, study.model, more, device="cpu")
-    trials.table = [one._replace(side="expert") for one in study.components]
-    assert train(trials, None, (1, 4), start=trials.constants).tolist() == trials.constants.tolist()
+    trials.table = type(study.components)(one._replace(side="expert") for one in study.components)
+    assert train_constants(trials, None, (1, 4), start=trials.constants).tolist() == trials.constants.tolist()
     assert trials.passes == 0

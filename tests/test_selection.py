@@ -148,9 +148,11 @@ def test_penalty_of_a_broken_bound_is_how_far_it_is_broken():
         rows = np.array([i])
         np.testing.assert_allclose(objective.weights[i] * objective.slopes(now[rows], rows), slope, rtol=1e-3)
     rows, before = np.arange(6), np.array([-1.0, 4.0, -1.9, 0.5, 9.0, 0.5])  # lost by references: 0.1, -0.5, 7 and 0
-    targets, wanted = [sigmoid(-0.5) / 2, sigmoid(2) / 2], objective.wanted(before)
-    np.testing.assert_array_equal(wanted, [np.nan, np.nan, *before[2:]])
-    np.testing.assert_allclose(objective.losses(now, wanted, rows), [*targets, -0.2 / 0.5, 0, -1 / 0.5, 0], atol=1e-12)
+    targets, required = [sigmoid(-0.5) / 2, sigmoid(2) / 2], objective.required_margins(before)
+    np.testing.assert_array_equal(required, [np.nan, np.nan, *before[2:]])
+    np.testing.assert_allclose(
+        objective.losses(now, required, rows), [*targets, -0.2 / 0.5, 0, -1 / 0.5, 0], atol=1e-12
+    )
 
 
 def test_targets_with_partners_count_by_what_they_lack_of_their_margins():
@@ -165,13 +167,13 @@ def test_targets_with_partners_count_by_what_they_lack_of_their_margins():
             bound=coar.Bound(),
         )
         np.testing.assert_array_equal(objective.partners, partners)
-    wanted = objective.wanted(base)
-    np.testing.assert_array_equal(wanted, [6, 2, 2, 6, 5])
+    required = objective.required_margins(base)
+    np.testing.assert_array_equal(required, [6, 2, 2, 6, 5])
     now = np.array([7.0, 1.0, 1.0, 0.0, 0.0])
     wrong = [1 / (1 + math.exp(margin / 2)) / 2 for margin in (1.0, 0.0)]
     lacking = [0, 1 / 4 / 4, 1 / 4 / 4, 1 / 4, 1 / 4]
     expected = [lacking[0], lacking[1] + wrong[0], lacking[2], lacking[3] + wrong[1], lacking[4]]
-    np.testing.assert_allclose(objective.losses(now, wanted, np.arange(5)), -np.array(expected), atol=1e-12)
+    np.testing.assert_allclose(objective.losses(now, required, np.arange(5)), -np.array(expected), atol=1e-12)
 
 
 def test_passes_are_those_of_the_model(case, monkeypatch):

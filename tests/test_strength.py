@@ -11,8 +11,8 @@ import torch
 import coar
 from coar.editing.context import SelectionContext
 from coar.editing.judge import effect_curve
+from coar.editing.minimal_strength import minimal_strengths
 from coar.editing.objective import Objective
-from coar.editing.strength import least_strengths
 from coar.errors import EditError, SettingsError
 from coar.gates.folding import fold
 from coar.gates.gates import Gates
@@ -175,7 +175,7 @@ def scanned(net, one, constants, examples, strengths):
 
 @pytest.mark.parametrize("targets", [1, 30])
 @pytest.mark.parametrize("direction", GOALS)
-def test_least_strengths_are_those_of_a_scan(case, direction, targets):
+def test_minimal_strengths_are_those_of_a_scan(case, direction, targets):
     study, attributions, _ = case
     labels = study.examples.targets.numpy()
     ground = SelectionContext.of(attributions, study.model, study.examples, device="cpu")
@@ -187,7 +187,7 @@ def test_least_strengths_are_those_of_a_scan(case, direction, targets):
     objective = objective_of(ground, goal, labels)
     sets = [(i,) for i in range(FILTERS)] + [(0, 3), (1, 2, 4), tuple(range(FILTERS))]
     constants, strengths = ground.plain.constants, np.linspace(0, 1, 401)
-    found = least_strengths(ground.plain, objective, sets, constants)
+    found = minimal_strengths(ground.plain, objective, sets, constants)
     partly = 0
     for one, strength in zip(sets, found, strict=True):
         signed = sign * scanned(study.model, one, constants, study.examples.subset(rows), [*strengths, strength])

@@ -8,8 +8,8 @@ from torch import nn
 import coar
 from coar.editing import select as selection
 from coar.editing.context import SelectionContext
-from coar.editing.fading import TOUCHED, train_strengths
 from coar.editing.objective import Objective
+from coar.editing.train import MIN_STRENGTH, train_strengths
 from tests import test_edit_constants as constants_tests
 from tests.synthetic import fit
 
@@ -56,9 +56,9 @@ def test_the_best_strength_and_constant_are_found_where_they_are_known(known):
     objective = Objective.of(goal, {"label": labels}, ground.base, tradeoff=light, bound=coar.Bound())
     gates, constants = train_strengths(ground.plain, objective, np.arange(3), steps=200)
     np.testing.assert_allclose(gates[0] * 4 + (1 - gates[0]) * constants[0], 1, atol=0.15)
-    assert gates[0] < 1 - TOUCHED
+    assert gates[0] < 1 - MIN_STRENGTH
     assert gates[2] == 1
-    kept, usual = train_strengths(ground.plain, objective, np.arange(3), steps=200, moves=False)
+    kept, usual = train_strengths(ground.plain, objective, np.arange(3), steps=200, with_constants=False)
     np.testing.assert_array_equal(usual, ground.plain.constants)
     np.testing.assert_allclose(kept[0], 0, atol=0.02)  # the mean, 2, is as near to 1 as it gets
     found = coar.select(attributions, study.model, study.examples, goal, strength="per_component", **QUICK)

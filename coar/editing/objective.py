@@ -131,29 +131,29 @@ class Objective:
         level = _sigmoid(margins / self.scales[rows])
         return np.asarray(level * np.where(self.group[rows] == -1, 1, 1 - level) / self.scales[rows])
 
-    def wanted(self, before: np.ndarray) -> np.ndarray:
-        """Return the (examples,) margins that examples shall have, from those they have `before`.
+    def required_margins(self, before: np.ndarray) -> np.ndarray:
+        """Return the (examples,) margins that the goal requires, from those of the unablated model.
 
-        References shall keep theirs, and targets with a partner shall come to the partner's; NaN for other targets.
+        References keep theirs, and a target with a partner gets the partner's; NaN for other targets.
         """
         found = np.where(self.group == -1, np.nan, before)
         paired = self.partners >= 0
         found[paired] = before[self.partners[paired]]
         return found
 
-    def losses(self, margins: np.ndarray, wanted: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return (examples,) directions like `slopes`, but by what examples lack of a margin that they shall have.
+    def losses(self, margins: np.ndarray, required: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return (examples,) directions like `slopes`, but by how far margins are below the required ones.
 
-        They do so up to one of the references' scale. References count in no other way: being more right than they were
-        pays nothing, which a choice with many free numbers would learn by heart. Targets count as in `slopes` too.
+        The shortfall counts up to one reference scale. References count in no other way: a larger margin than before
+        gains nothing, since a choice with many free numbers would overfit to that. Targets also count as in `slopes`.
 
         Args:
             margins: (examples,) margins.
-            wanted: (examples,) what they shall be, see `wanted`.
+            required: (examples,) required margins, see `required_margins`.
             rows: Which examples these are.
         """
         scale = self.scales[self.references[0]]
-        lacking = np.nan_to_num(np.clip((margins - wanted) / scale, 0, 1)) / scale
+        lacking = np.nan_to_num(np.clip((margins - required) / scale, 0, 1)) / scale
         wrong = _sigmoid(margins / self.scales[rows]) / self.scales[rows]
         return np.asarray(lacking + np.where(self.group[rows] == -1, wrong, 0))
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from coar.editing.constants import train
 from coar.editing.evaluator import GatedEvaluator
+from coar.editing.minimal_strength import minimal_strengths
 from coar.editing.objective import Objective, Outcome
-from coar.editing.strength import least_strengths
+from coar.editing.train import train_constants
 
 SCREEN = (150, 300)  # targets and references on which sets are tried first
 FULL, JOINED = 3, 4  # sets that are then tried on all examples, and single steps that are also taken together
@@ -142,7 +142,7 @@ class Search:
             return []
         objective = self.objective.with_harm_weight(self.harm_weight)
         parts = self.trials, objective, now.ablated
-        trained = train(*parts, start=now.constants, strengths=now.strengths, among=self._rows, seed=seed)
+        trained = train_constants(*parts, start=now.constants, strengths=now.strengths, among=self._rows, seed=seed)
         return [
             one
             for share in SHARES
@@ -180,7 +180,9 @@ class Search:
         """Return (sets, examples) margins, by trials on these rows and as given on the rest, and strengths."""
         margins = np.repeat(rest[None], len(sets), axis=0)
         if strengths is None:
-            levels = least_strengths(self.trials, self.objective, sets, constants) if self.least else np.ones(len(sets))
+            levels = (
+                minimal_strengths(self.trials, self.objective, sets, constants) if self.least else np.ones(len(sets))
+            )
             strengths = [np.full(len(one), level) for one, level in zip(sets, levels, strict=True)]
         if len(sets):
             gates = np.stack([self.trials.gates(one, how) for one, how in zip(sets, strengths, strict=True)])

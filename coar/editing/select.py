@@ -11,15 +11,13 @@ from torch import nn
 
 from coar.attributions import Attributions
 from coar.editing.context import SelectionContext, columns, widened
-from coar.editing.descent import COST, STEPS, descend
 from coar.editing.edit import Edit, check_budget, edit_of
 from coar.editing.evaluator import GatedEvaluator
-from coar.editing.fading import STEPS as FADING
-from coar.editing.fading import train_strengths
 from coar.editing.goal import EditGoal
 from coar.editing.objective import Bound, Objective, Outcome, TradeOff
 from coar.editing.rank import candidates, ranking, welch_t
 from coar.editing.search import MAX_UNMET, EvaluatedSet, Search
+from coar.editing.train import CLOSED_GATE_COST, GATES, STRENGTHS, train_gates, train_strengths
 from coar.errors import BoundError, GoalError, SettingsError
 from coar.examples import Examples
 from coar.forward.malloc import memory_kept
@@ -176,7 +174,10 @@ def choose(ground: SelectionContext, goal: EditGoal, **options: Unpack[Selection
         n_boundary_references=options.get("n_boundary_references"),
         least=strength == "minimal",
     )
-    steps, free = options.get("steps", FADING if strength == "per_component" else STEPS), np.zeros(0, dtype=np.int64)
+    steps, free = (
+        options.get("steps", (STRENGTHS if strength == "per_component" else GATES).steps),
+        np.zeros(0, dtype=np.int64),
+    )
     if options.get("rule", "verified") == "welch":
         search.follow(ranking(scores, goal))
     else:
@@ -214,13 +215,13 @@ def _explore(
     for count, most, share in STAGES:
         search.start_again(min(most, budget))
         free = np.sort(candidates(attributions, goal, count))
-        gates = descend(
+        gates = train_gates(
             search.trials,
             search.objective,
             free,
             budget=search.budget,
             steps=steps,
-            cost=share * COST,
+            cost=share * CLOSED_GATE_COST,
             seed=seed,
             on_step=search.on_step,
         )
@@ -235,7 +236,9 @@ def _explore(
 def _fade(search: Search, ground: SelectionContext, goal: EditGoal, *, steps: int, seed: int, tailored: bool) -> None:
     """Train strengths, and try them and parts of them; again with more care for harm while they break the bound."""
     free = np.sort(candidates(ground.attributions, goal, STAGES[-1][0]))
-    faded = partial(train_strengths, ground.trials, steps=steps, seed=seed, moves=tailored, on_step=search.on_step)
+    faded = partial(
+        train_strengths, ground.trials, steps=steps, seed=seed, with_constants=tailored, on_step=search.on_step
+    )
     for harm_weight in CARES:
         objective = search.objective.with_harm_weight(harm_weight)
         gates, constants = faded(objective, free)
