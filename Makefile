@@ -34,9 +34,10 @@ $(READY): pyproject.toml uv.lock
 	$(UV) sync --locked --inexact --quiet
 	@touch $@
 
-lint: $(READY) ## Check style
+lint: $(READY) ## Check style, and that imports point one way
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 type: $(READY) ## Check types
 	$(BIN)/mypy

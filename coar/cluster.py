@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import Field
 
-from coar.collection.units import AnyUnit
 from coar.errors import CoarError, EngineError
 from coar.settings import Settings
+from coar.store.gradients import AnyUnit
 from coar.study import Study
 
 REACHING = 10.0  # seconds for a cluster's address to answer

@@ -14,11 +14,11 @@ import coar
 import coar.store.copying
 from coar.cli.common import app
 from coar.cli.watching import RunStatus, watched, write_metrics
-from coar.collection.units import dealt
 from coar.errors import MismatchError, RunError, SettingsError
 from coar.progress import WORKER_LOST
 from coar.store.gradients import MaskGradients
 from coar.store.integrity import verify
+from coar.store.plan import dealt
 from tests import buckets
 from tests.faults import helpers
 from tests.faults.shares import ASKED

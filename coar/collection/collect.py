@@ -11,7 +11,7 @@ from torch import nn
 from coar.cluster import RayCluster
 from coar.collection.preparation import BatchSettings, RunRequest, check_same, prepare, set_plan, unit_runner
 from coar.collection.ray_engine import collect_on_cluster
-from coar.collection.units import Stage, UnitProgress, UnitRunner, check_worker, gradient_stage, interrupts, mask_stage
+from coar.collection.units import Stage, UnitProgress, UnitRunner, gradient_stage, interrupts, mask_stage
 from coar.errors import SettingsError
 from coar.forward.devices import choose_device, device_copy
 from coar.forward.malloc import memory_kept
@@ -21,7 +21,7 @@ from coar.sampling import Split
 from coar.store.gradients import check_count
 from coar.store.lock import Lock, worker_lock, write_lock
 from coar.store.places import Address, locate
-from coar.store.plan import Unit
+from coar.store.plan import Unit, check_worker
 from coar.store.run import Run
 from coar.study import Study
 

@@ -13,11 +13,12 @@ import torch
 
 from coar.cluster import TRIES, RayCluster, _first, connected, unwrap
 from coar.collection.preparation import BatchSettings, check_same, set_plan, unit_runner
-from coar.collection.units import AnyUnit, Stage, UnitProgress, gradient_stage, interrupts, mask_stage
+from coar.collection.units import Stage, UnitProgress, gradient_stage, interrupts, mask_stage
 from coar.errors import EngineError
 from coar.forward.devices import choose_device, device_copy
 from coar.forward.malloc import memory_kept
 from coar.progress import WORKER_LOST
+from coar.store.gradients import AnyUnit
 from coar.store.plan import Unit
 from coar.store.run import Run
 

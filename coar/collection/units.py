@@ -7,21 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Self, TypeVar
+from typing import Self
 
 from coar.collection.finite import check_finite, check_gradients_finite
-from coar.errors import SettingsError
 from coar.forward.batches import ExampleBlock
 from coar.forward.runner import FastRunner
 from coar.progress import progress_bar
-from coar.store.gradients import GradientUnit, MaskGradients
-from coar.store.plan import Unit
+from coar.store.gradients import AnyUnit, GradientUnit, MaskGradients
+from coar.store.plan import Unit, dealt
 from coar.store.run import Run
 from coar.study import Study
 
 log = logging.getLogger(__name__)
-AnyUnit = Unit | GradientUnit
-T = TypeVar("T")
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
@@ -111,20 +108,6 @@ def mask_stage(run: Run, worker: tuple[int, int]) -> Stage:
         rows, examples = run.rows_of(unit)
         share[unit] = _width(examples, run) * (rows.stop - rows.start)
     return Stage("mask", share, [unit for unit in run.missing_units() if unit in share])
-
-
-def dealt(units: list[T], worker: tuple[int, int]) -> list[T]:
-    """Return what worker k of n does, dealt one by one so that what is missing is shared evenly too."""
-    number, count = worker
-    return units[number - 1 :: count]
-
-
-def check_worker(worker: tuple[int, int]) -> tuple[int, int]:
-    """Return a worker's number and how many there are; raise `SettingsError` unless 1 <= number <= count."""
-    number, count = worker
-    if not 1 <= number <= count:
-        raise SettingsError(f"worker {number}/{count} was given; workers are counted from 1/{count} to {count}/{count}")
-    return worker
 
 
 class UnitProgress:

@@ -8,7 +8,6 @@ import numpy as np
 
 from coar.attributions import Attributions
 from coar.cluster import RayCluster, connected
-from coar.collection.units import check_worker
 from coar.errors import IncompleteRunError, RegressionError, SettingsError
 from coar.evaluation import score
 from coar.progress import progress_bar
@@ -22,6 +21,7 @@ from coar.renamed import new_arguments_only
 from coar.store.fits import FitWriter, add_fit_facts, blocks_of, check_name, chunk_rows, fit_facts
 from coar.store.gradients import MaskGradients
 from coar.store.lock import worker_lock
+from coar.store.plan import check_worker
 from coar.store.run import Run
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from coar.errors import CorruptRunError, IncompleteRunError, MismatchError, SettingsError
 from coar.store import arrays
 from coar.store.layout import ROUND, laid_out, unit_specs
+from coar.store.plan import Unit
 from coar.store.run import Run
 
 MASK_GROUPS = 64  # different masks per mask gradient: example n takes that of slot n modulo 64
@@ -25,6 +26,9 @@ class GradientUnit(NamedTuple):
 
     round: int
     example_block: int
+
+
+AnyUnit = Unit | GradientUnit
 
 
 class MaskGradients:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from coar.errors import SettingsError
 from coar.sampling import Sampler, Split, check_fraction
 
 ROW_SPLITS = ("train", "validation", "test")
+T = TypeVar("T")
 
 
 class Segment(NamedTuple):
@@ -120,3 +121,17 @@ class Plan:
         if (extents or (0,))[-1] != len(plan) or list(extents) != sorted(set(extents)):
             raise ValueError(f"extents {list(extents)} do not lead to {len(plan)} rows")
         return cls(plan.segments, extents)
+
+
+def check_worker(worker: tuple[int, int]) -> tuple[int, int]:
+    """Return a worker's number and how many there are; raise `SettingsError` unless 1 <= number <= count."""
+    number, count = worker
+    if not 1 <= number <= count:
+        raise SettingsError(f"worker {number}/{count} was given; workers are counted from 1/{count} to {count}/{count}")
+    return worker
+
+
+def dealt(units: list[T], worker: tuple[int, int]) -> list[T]:
+    """Return what worker k of n does, dealt one by one so that what is missing is shared evenly too."""
+    number, count = worker
+    return units[number - 1 :: count]
