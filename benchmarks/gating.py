@@ -100,7 +100,7 @@ def costs(name: str, repeats: int) -> dict[str, float]:
     def gated(way: str) -> Callable[[], float]:
         label = way.split(maxsplit=1)[0]
         constants = coar.choose_ablation(label, calibration=study.examples).replacements(model, table, batch_size=count)
-        hooks = {"use_hooks": "hooks" in way, "sources": label == "resample"}
+        hooks = {"use_hooks": "hooks" in way, "resample": label == "resample"}
         gates = Gates(model, table, constants, batch_norms=norms, **hooks)
 
         def pass_once() -> None:

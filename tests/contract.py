@@ -180,7 +180,7 @@ class Contract:
         x = study.examples.inputs.double()
         sources = study.ablation.sources(EXAMPLES)
         constants = study.ablation.replacements(self.net(), study.components, batch_size=5).double()
-        gates = Gates(double, study.components, constants, use_hooks=True, sources=sources is not None)
+        gates = Gates(double, study.components, constants, use_hooks=True, resample=sources is not None)
         with gates, torch.no_grad():
             if sources is not None:
                 gates.record(lambda: double(x[sources]))

@@ -315,7 +315,7 @@ def cell(name, kind, label):
     for hooks in (False, True):
         if sources is not None and not hooks:
             continue
-        gates = Gates(model, components, constants, use_hooks=hooks, sources=sources is not None)
+        gates = Gates(model, components, constants, use_hooks=hooks, resample=sources is not None)
         with gates, torch.no_grad():
             if sources is not None:
                 gates.record(lambda: model(x[sources]))

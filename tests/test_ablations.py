@@ -101,7 +101,7 @@ class TestResample(Contract):
     def other(self):
         return coar.Resample(seed=1)
 
-    def test_donors_are_others_and_depend_on_seed_and_position_alone(self):
+    def test_sources_are_others_and_depend_on_seed_and_position_alone(self):
         sources = coar.Resample(seed=5).sources(1000)
         assert (sources != np.arange(1000)).all()
         assert len(np.unique(sources)) > 550  # about 1 - 1/e of all
@@ -119,7 +119,7 @@ class TestResample(Contract):
         goal = coar.EditGoal(targets="label == 1", references="label != 1", direction="decrease")
         with pytest.raises(EditError, match=r"'.*' is replaced by what another example has"):
             coar.edit(coar.fit(run, progress=False), goal, budget=2)
-        with pytest.raises(AblationError, match="components without one constant"):
+        with pytest.raises(AblationError, match=r"have no single constant.*resample=True"):
             Gates(study.model, study.components, torch.from_numpy(run.replacements))
         with pytest.raises(AblationError, match=r"for edits collect with an ablation by constants, such as Mean"):
             coar.select(coar.fit(run, progress=False), study.model, study.examples, goal, device="cpu", progress=False)
@@ -129,23 +129,23 @@ class TestResample(Contract):
         with pytest.raises(AblationError, match=r"'bare.weight\[0\]' is a slice"):
             coar.Resample().replacements(study.model, slices, batch_size=4)
         with pytest.raises(AblationError, match="to resample"):
-            Gates(study.model, slices, torch.zeros(len(slices)), sources=True)
+            Gates(study.model, slices, torch.zeros(len(slices)), resample=True)
 
-    def test_a_pass_without_donors_or_with_others_of_another_shape_is_an_error(self, study):
+    def test_a_pass_without_sources_or_with_others_of_another_shape_is_an_error(self, study):
         model, x, d = study.model, study.examples.inputs, len(study.components)
         with (
-            Gates(model, study.components, torch.zeros(study.components.width), sources=True) as gates,
+            Gates(model, study.components, torch.zeros(study.components.width), resample=True) as gates,
             torch.no_grad(),
         ):
             gates.set(torch.ones(d))
-            with pytest.raises(AblationError, match="no donors were recorded"):
+            with pytest.raises(AblationError, match="no resample sources were recorded"):
                 model(x)
             gates.record(lambda: model(x[:3, :, :6]))
             gates.set(torch.ones(d))
             with pytest.raises(AblationError, match=r"\(10, 3, 7, 7\) for the examples and \(3, 3, 6, 7\)"):
                 model(x)
 
-    def test_mask_gradients_and_baselines_take_donors_too(self, study, tmp_path):
+    def test_mask_gradients_and_baselines_take_sources_too(self, study, tmp_path):
         run = self.collect(study, tmp_path / "r.zarr", gradients=8)
         found = coar.leave_one_out(study, run, device="cpu", batch_size=3, progress=False).weights()
         d = len(study.components)

@@ -83,7 +83,6 @@ def test_gates_on_experts_carry_gradients_and_leave_nothing_behind():
     architecture = coverage.ARCHITECTURES["GPT-OSS"]
     model, x = architecture.make().double(), architecture.inputs(1)
     model.body.config._experts_implementation = "eager"  # the faster one knows no float64
-    model.body.config._experts_implementation = "eager"  # the faster one knows no float64
     components, before = coar.experts(model), oracles.snapshot(model)
     constants = torch.randn(components.width, generator=torch.Generator().manual_seed(0)).double()
     keep = torch.rand(len(x), len(components), generator=torch.Generator().manual_seed(1)).double()
@@ -102,6 +101,15 @@ def test_gates_on_experts_carry_gradients_and_leave_nothing_behind():
             torch.testing.assert_close(gradient[:, column], (ends[0] - ends[1]) / 6e-3, rtol=1e-2, atol=2e-3)
     assert (gradient.abs() > 1e-3).any(0).all()
     oracles.assert_same(before, oracles.snapshot(model))
+
+
+def test_experts_take_no_sources_and_no_constants_by_position():
+    model = coverage.ARCHITECTURES["Mixtral"].make()
+    components = coar.experts(model)
+    with pytest.raises(AblationError, match="an expert, and the tokens of a resample source"):
+        Gates(model, components, torch.zeros(components.width), resample=True)
+    with pytest.raises(AblationError, match="an expert, and tokens are sent to it without their positions"):
+        Gates(model, components, torch.zeros(4, components.width))
 
 
 class Sorted(nn.Module):
@@ -144,7 +152,7 @@ class Weighing(nn.Module):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.randn(5, 6), torch.zeros(5, 2).long(), torch.rand(5, 2)), "not return the sum .* a difference of"),
+        ((torch.randn(5, 6), torch.zeros(5, 2).long(), torch.rand(5, 2)), "not return the weighted sum .* a difference of"),
         ((torch.randn(5, 6), torch.rand(5, 2), torch.zeros(5, 2).long()), r"called with 3 arguments, .* \(5, 2\)"),
         ((torch.randn(5, 6), torch.zeros(5).long(), torch.rand(5)), r"shapes \[\(5, 6\), \(5,\), \(5,\)\]"),
     ],

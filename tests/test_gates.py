@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 import coar
+from coar.components.table import Component, Components
 from coar.errors import AblationError, ComponentError
 from coar.gates.gates import Gates
 from tests import nets, oracles
@@ -236,7 +237,7 @@ class Kept(nn.Linear):
         return self.last
 
 
-@pytest.mark.parametrize("settings", [{"use_hooks": True}, {"sources": True}])
+@pytest.mark.parametrize("settings", [{"use_hooks": True}, {"resample": True}])
 def test_what_others_hold_of_a_pass_is_not_written_over(settings):
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), Kept(6, 3))
     x, held = torch.randn(5, 4), []
@@ -245,7 +246,7 @@ def test_what_others_hold_of_a_pass_is_not_written_over(settings):
     components = coar.neurons(model, include=["0", "4"]) + coar.input_features(model, include="2")
     oracles.forward(model, x)
     with Gates(model, components, torch.zeros(len(components)), **settings) as gates, torch.inference_mode():
-        if "sources" in settings:
+        if "resample" in settings:
             gates.record(lambda: model(x.flip(0)))
         for ablated in ("2", "0", "4"):
             gates.set(torch.tensor([row.site != ablated for row in components]))
@@ -341,7 +342,7 @@ def test_layers_whose_weights_are_read_without_a_call_are_gated_too(use_hooks):
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
 
 
-def test_a_module_never_called_is_an_error_through_outputs(planar):
+def test_a_module_never_called_is_an_error_with_hooks(planar):
     model, x = planar
     model.spare = nn.Conv2d(1, 2, 3)
     components = coar.conv_filters(model)
@@ -379,6 +380,20 @@ def test_masks_that_a_gate_cannot_take_are_errors(planar):
     other = nn.Sequential(nn.Conv2d(1, 2, 3))
     with pytest.raises(ComponentError, match="belong to another model"):
         Gates(other, filters, torch.zeros(len(filters)))
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("side", ["output", "module"])
+def test_components_of_one_side_that_gates_cannot_tell_apart_are_an_error(side, axis):
+    model = nn.Sequential(nn.Linear(4, 3))
+    table = Components(
+        Component(name, "neuron", "0", side, own, i, 1) for name, own, i in (("a", -1, 0), ("b", axis, 1))
+    )
+    if side == "output" and axis == -1:
+        Gates(model, table, torch.zeros(2))  # two rows along one axis
+        return
+    with pytest.raises(AblationError, match=r"'b' (lies along another axis|overlaps another component)"):
+        Gates(model, table, torch.zeros(2))
 
 
 @pytest.mark.parametrize("use_hooks", [False, True])

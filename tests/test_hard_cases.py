@@ -247,7 +247,7 @@ def test_padded_texts_given_by_name_are_as_each_without_its_padding(bert, tmp_pa
 
 def test_resampling_texts_of_several_lengths_needs_one_shape(bert):
     components = coar.attention_heads(bert)
-    with Gates(bert, components, torch.zeros(components.width), sources=True) as gates, torch.no_grad():
+    with Gates(bert, components, torch.zeros(components.width), resample=True) as gates, torch.no_grad():
         gates.record(lambda: bert(tiny.sentences([4, 4]).inputs["input_ids"]))
         gates.set(torch.ones(len(components)))
         with pytest.raises(AblationError, match="pad all examples alike"):

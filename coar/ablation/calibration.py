@@ -11,7 +11,7 @@ from coar.ablation.padding import tokens_of, without_padding
 from coar.components.table import Components, Side
 from coar.errors import AblationError
 from coar.examples import Examples, call_model
-from coar.gates.experts import Routing, check_weighed
+from coar.gates.experts import Routing, check_weighted
 from coar.gates.hook import check_features, hook
 from coar.gates.projections import called_projections
 
@@ -114,7 +114,7 @@ class _Watch:
 
         def show(mixture: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             routes = Routing.of(mixture, site, args, kwargs)
-            check_weighed(mixture.forward, site, routes)
+            check_weighted(mixture.forward, site, routes)
             returned = without_padding(routes.returned(mixture.forward), self.tokens)
             experts = without_padding(routes.experts, self.tokens).flatten()
             for component in (self._components[i] for i in rows):

@@ -10,7 +10,7 @@ from coar.ablation.base import Calibrated
 from coar.ablation.calibration import Place, _spread, activation_moments, places, walk
 from coar.components.table import Components
 from coar.errors import AblationError
-from coar.gates.hook import _without_positions
+from coar.gates.positions import no_positions
 
 
 class Mean(Calibrated):
@@ -106,12 +106,12 @@ class PositionMean(Calibrated):
         def add(place: Place, values: Tensor) -> None:
             total = values.double().sum(0)
             if place in sums and sums[place].shape != total.shape:
-                raise _without_positions(place[0], f"{len(sums[place])} and then {len(total)} positions")
+                raise no_positions(place[0], f"{len(sums[place])} and then {len(total)} positions")
             sums[place] = sums[place] + total if place in sums else total
 
         def take(place: Place, y: Tensor, tokens: Tensor | None) -> Tensor:
             if y.ndim != 3 or (tokens is not None and tokens.shape != y.shape[:2]):
-                raise _without_positions(place[0], f"{tuple(y.shape)} entries, features last")
+                raise no_positions(place[0], f"{tuple(y.shape)} entries, features last")
             there = y.new_ones(y.shape[:2]) if tokens is None else tokens.to(y)
             there = there[..., None]
             return torch.cat([y.masked_fill(there == 0, 0), there], dim=-1)

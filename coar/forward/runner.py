@@ -235,12 +235,12 @@ class FastRunner(ModelRunner):
         """
         hooks = hooks or bool(block.sources)
         if hooks not in self._gates:
-            how: dict[str, Any] = {"sources": True} if block.sources else {"use_hooks": hooks}
+            how: dict[str, Any] = {"resample": True} if block.sources else {"use_hooks": hooks}
             parts = (self._model, self._components, self._replacements)
             make = partial(Gates, *parts, batch_norms=self._batch_norms, **how)
             gates = make()
             if self.precision == "bf16" and not block.sources:
-                lower = (make(dtype=torch.bfloat16, others=others) for others in (True, False))
+                lower = (make(weight_dtype=torch.bfloat16, cast_ungated=every) for every in (True, False))
                 gates = next((low for low in lower if self._same(gates, low, block)), gates)
             self._gates[hooks] = gates
         return self._gates[hooks]

@@ -1,4 +1,4 @@
-"""Which component each channel of a layer belongs to, and what replaces it."""
+"""The component of each channel of a layer, and the constant that replaces it."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -16,16 +16,17 @@ class Channels:
     """The positions along one axis of a module's output or input, or of a parameter.
 
     Attributes:
-        lookup: (channels,) entries of the extended mask, which ends with a 1 for channels without a component; a whole
-            module has one, and so has an expert.
-        taken: Truth values of the same shape, whether a component takes the channel.
-        constants: (channels,) entries of the extended constants, which end with a 0 for channels without a component.
+        mask_index: (channels,) positions in the extended mask, which ends with a 1 for channels without a component; a
+            whole module has one entry, and so has an expert.
+        taken: Truth values of the same shape: whether a component takes the channel.
+        constant_index: (channels,) positions in the extended constants, which end with a 0 for channels without a
+            component.
         replacement: (channels,) constants, 0 for channels without a component; or (positions, channels) of them.
     """
 
-    lookup: Tensor
+    mask_index: Tensor
     taken: Tensor
-    constants: Tensor
+    constant_index: Tensor
     replacement: Tensor
 
     @classmethod
@@ -34,7 +35,7 @@ class Channels:
 
         Args:
             length: How many positions there are along the axis.
-            components: The table that a mask speaks of.
+            components: The table that a mask refers to.
             indices: Rows of the components that lie along this axis.
             values: (components.width,) constants, or (positions, components.width); their device is used.
 
@@ -49,30 +50,30 @@ class Channels:
             raise AblationError(
                 f"{components[int(again)].name!r} overlaps another component of the table; leave one out"
             )
-        lookup = torch.full((length,), len(components))
-        lookup[torch.from_numpy(taken)] = torch.from_numpy(owners)
-        constants = torch.full((length,), components.width)
-        constants[torch.from_numpy(taken)] = torch.from_numpy(components.channels_of(indices))
-        return cls._at(lookup, lookup < len(components), constants, values)
+        mask_index = torch.full((length,), len(components))
+        mask_index[torch.from_numpy(taken)] = torch.from_numpy(owners)
+        constant_index = torch.full((length,), components.width)
+        constant_index[torch.from_numpy(taken)] = torch.from_numpy(components.channels_of(indices))
+        return cls._at(mask_index, mask_index < len(components), constant_index, values)
 
     @classmethod
     def of_module(cls, components: Components, index: int, values: Tensor) -> Self:
         """Map a whole module, which has one mask for all its channels, to its row."""
-        constants = torch.from_numpy(components.channels_of([index]))
-        return cls._at(torch.tensor([index]), torch.tensor([True]), constants, values)
+        constant_index = torch.from_numpy(components.channels_of([index]))
+        return cls._at(torch.tensor([index]), torch.tensor([True]), constant_index, values)
 
     @classmethod
     def of_experts(cls, experts: int, components: Components, indices: list[int], values: Tensor) -> Self:
         """Map each expert of a mixture, which has one mask for all the features that it returns, to its row."""
         size = components[indices[0]].size
         every = cls.of(experts * size, components, indices, values)
-        return replace(every, lookup=every.lookup[::size], taken=every.taken[::size])
+        return replace(every, mask_index=every.mask_index[::size], taken=every.taken[::size])
 
     @classmethod
-    def _at(cls, lookup: Tensor, taken: Tensor, constants: Tensor, values: Tensor) -> Self:
-        constants = constants.to(values.device)
+    def _at(cls, mask_index: Tensor, taken: Tensor, constant_index: Tensor, values: Tensor) -> Self:
+        constant_index = constant_index.to(values.device)
         extended = torch.cat([values, values.new_zeros((*values.shape[:-1], 1))], dim=-1)
-        return cls(lookup.to(values.device), taken.to(values.device), constants, extended[..., constants])
+        return cls(mask_index.to(values.device), taken.to(values.device), constant_index, extended[..., constant_index])
 
 
 def along(axis: int, tensor: Tensor) -> tuple[int, ...]:

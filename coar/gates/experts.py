@@ -1,7 +1,7 @@
-"""Gates on the experts of a mixture that keeps them in one parameter, by way of the weights that a router gives them.
+"""Gates on the experts of a mixture that keeps them in one parameter, through the weights that its router gives them.
 
-An expert's weight multiplies all that it returns, so the mixture is called with keep * weight in its place, and
-(1 - keep) * weight * constants are added. Rows may then have masks of their own, and gradients reach the masks.
+The weight of an expert multiplies all that it returns. So the mixture is called with keep * weight instead of weight,
+and (1 - keep) * weight * constants are added. Rows may have masks of their own, and gradients reach the masks.
 """
 
 import inspect
@@ -11,22 +11,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from coar.components.layers import stack_of
 from coar.equivalence import difference
 from coar.errors import AblationError
+from coar.gates.building import GatedSite, GateKind, GateRequest
 from coar.gates.channels import Channels
-from coar.gates.hook import Hooked
+from coar.gates.hook import Hooked, HookPoint
 
-CHECKED = 32  # tokens on which a mixture is seen to weigh what its experts return
-AGREEMENT, COARSE = 1e-3, 5e-2  # of the largest entry that such a sum may be off: in float32, and in coarser numbers
+CHECKED = 32  # tokens of the check that a mixture weights what its experts return
+AGREEMENT, COARSE = 1e-3, 5e-2  # allowed error of that sum, of its largest entry: in float32, and in lower precision
 
 
 class Routing(NamedTuple):
-    """What a mixture is called with.
+    """The arguments of a call of a mixture.
 
     Attributes:
-        states: (tokens, width) what experts read.
-        experts: (tokens, chosen) the experts that each token is sent to.
-        weights: (tokens, chosen) what each of them counts.
+        states: (tokens, width) inputs of the experts.
+        experts: (tokens, chosen) numbers of the experts that each token is sent to.
+        weights: (tokens, chosen) their weights.
     """
 
     states: Tensor
@@ -35,7 +37,7 @@ class Routing(NamedTuple):
 
     @classmethod
     def of(cls, mixture: nn.Module, site: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Routing":
-        """Take the arguments of a call; raise `AblationError` when they are others than these three."""
+        """Read the arguments of a call; raise `AblationError` unless they are these three."""
         named = list(inspect.signature(type(mixture).forward).parameters)[1 + len(args) :]
         given = (*args, *(kwargs[name] for name in named if name in kwargs))
         shapes = [tuple(value.shape) for value in given if isinstance(value, Tensor)]
@@ -50,7 +52,7 @@ class Routing(NamedTuple):
         )
 
     def returned(self, mixture: Callable[..., Tensor]) -> Tensor:
-        """Return (tokens, chosen, features) what the experts return for the tokens that are sent to them."""
+        """Return the (tokens, chosen, features) outputs of the experts for the tokens that are sent to them."""
         tokens, chosen = self.experts.shape
         ones = torch.ones_like(self.weights).reshape(-1, 1)
         y = mixture(self.states.repeat_interleave(chosen, 0), self.experts.reshape(-1, 1), ones)
@@ -63,38 +65,39 @@ class ExpertGate(Hooked):
     Args:
         mixture: The mixture, which keeps the last projections of its experts in one parameter.
         site: Its path.
-        experts: How many experts it has.
-        channels: Which component each expert is.
+        experts: The number of its experts.
+        channels: The component of each expert.
     """
 
-    _weighs = False  # whether the mixture was seen to weigh what its experts return
-
     def __init__(self, mixture: nn.Module, site: str, experts: int, channels: Channels) -> None:
-        super().__init__(mixture, site, "module", -1, channels)
+        super().__init__(HookPoint(mixture, site, "module", -1, channels))
         self._experts = experts
         self._constants = channels.replacement.view(experts, -1) if channels.replacement.any() else None
+        self._weighted = False  # whether a check showed that the mixture weights what its experts return
 
     def install(self) -> None:
-        """Put another forward in the place of the mixture's."""
+        """Replace the mixture's forward."""
         self._keep, self._seen = None, False
-        self._own = {key: value for key, value in vars(self._module).items() if key == "forward"}
-        self._plain = self._module.forward
-        self._module.forward = self._routed
+        mixture = self.point.module
+        self._own = {key: value for key, value in vars(mixture).items() if key == "forward"}
+        self._plain = mixture.forward
+        mixture.forward = self._routed
 
     def restore(self) -> None:
         """Put the mixture's forward back."""
-        vars(self._module).pop("forward", None)
-        vars(self._module).update(self._own)
+        vars(self.point.module).pop("forward", None)
+        vars(self.point.module).update(self._own)
 
-    def replace(self, constants: Tensor) -> None:
+    def replace(self, constants: Sequence[Tensor]) -> None:
         """Take other (experts x features,) constants for the forwards that follow; gradients reach them."""
-        self._constants = constants.view(self._experts, -1)
+        (flat,) = constants
+        self._constants = flat.view(self._experts, -1)
 
     def _routed(self, *args: Any, **kwargs: Any) -> Tensor:
-        states, experts, weights = routes = Routing.of(self._module, self.site, args, kwargs)
-        if not self._weighs:
-            check_weighed(self._plain, self.site, routes)
-            self._weighs = True
+        states, experts, weights = routes = Routing.of(self.point.module, self.point.site, args, kwargs)
+        if not self._weighted:
+            check_weighted(self._plain, self.point.site, routes)
+            self._weighted = True
         kept = self._pass(experts).to(weights.dtype)
         if self._keep is None:
             return self._plain(states, experts, weights)  # type: ignore[no-any-return]
@@ -106,27 +109,54 @@ class ExpertGate(Hooked):
         return y + lost.to(y.dtype) @ self._constants.to(y.dtype)
 
     def _change(self, y: Tensor, keep: Tensor) -> Tensor:
-        """Return the (tokens, chosen) masks of chosen experts y; those that no parameter is of are kept."""
+        """Return the (tokens, chosen) masks of the chosen experts y; experts without a component are kept."""
         numbers = y.clamp(max=self._experts)
         extended = torch.cat([keep, keep.new_ones((*keep.shape[:-1], 1))], dim=-1)
         return extended[numbers] if keep.ndim == 1 else extended.gather(1, numbers)
 
 
-def check_weighed(mixture: Callable[..., Tensor], site: str, routes: Routing) -> None:
-    """Raise `AblationError` unless a mixture returns the weighed sum of what its experts return each by itself."""
+def check_weighted(mixture: Callable[..., Tensor], site: str, routes: Routing) -> None:
+    """Raise `AblationError` unless a mixture returns the weighted sum of its experts' outputs."""
     few = Routing(*(part[:CHECKED] for part in routes))
     with torch.no_grad():
         expected = mixture(*few)
         found = (few.returned(mixture) * few.weights[..., None]).sum(1)
     if found.shape != expected.shape:
-        raise _not_weighed(site, f"shapes {tuple(found.shape)} and {tuple(expected.shape)}")
+        raise _not_weighted(site, f"shapes {tuple(found.shape)} and {tuple(expected.shape)}")
     error = difference(expected, found)
     if not error <= (AGREEMENT if expected.dtype in (torch.float32, torch.float64) else COARSE):
-        raise _not_weighed(site, f"a difference of {error:.1e} of the largest entry")
+        raise _not_weighted(site, f"a difference of {error:.1e} of the largest entry")
 
 
-def _not_weighed(site: str, seen: str) -> AblationError:
+def _not_weighted(site: str, seen: str) -> AblationError:
     return AblationError(
-        f"the mixture {site!r} does not return the sum of what its experts return, each times its weight: {seen}; "
+        f"the mixture {site!r} does not return the weighted sum of its experts' outputs: {seen}; "
         f"exclude it, or use parameter_slices on its last projections"
     )
+
+
+def _build(request: GateRequest, sites: Sequence[GatedSite]) -> list[ExpertGate]:
+    """Return one gate for each mixture; raise `AblationError` where experts cannot be replaced as requested."""
+    gates = []
+    for gated in sites:
+        rows = list(gated.sides["expert"])
+        name = request.components[rows[0]].name
+        if request.resample:
+            raise AblationError(
+                f"{name!r} is an expert, and the tokens of a resample source are sent to other experts; use an "
+                f"ablation by constants"
+            )
+        if request.by_position:
+            raise AblationError(
+                f"{name!r} is an expert, and tokens are sent to it without their positions; use one constant for each "
+                f"channel, such as Mean(calibration=...)"
+            )
+        mixture = request.model.get_submodule(gated.site)
+        stack = stack_of(mixture)
+        experts = len(stack.weight) if stack else 0  # `check_components` refuses mixtures without a stack
+        channels = Channels.of_experts(experts, request.components, rows, request.replacements)
+        gates.append(ExpertGate(mixture, gated.site, experts, channels))
+    return gates
+
+
+EXPERT_GATES = GateKind(lambda _request, gated: "expert" in gated.sides, _build)

@@ -1,0 +1,69 @@
+"""Weights without gates, held in the type that autocast would convert them to on every forward."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from coar.components.table import Components
+from coar.gates.gate import Gate
+from coar.gates.weight import reads_own_weight
+
+USUAL = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers that alone read their weight
+
+
+class CastWeight(Gate):
+    """Replaces the weight of a layer by itself in another type.
+
+    Attributes:
+        layer: The layer.
+
+    Args:
+        layer: A layer of which `reads_own_weight` is true.
+        dtype: The type.
+    """
+
+    layer: nn.Module
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        self.layer, self._original = layer, layer.get_parameter("weight")
+        self._weight = self._original.detach().to(dtype)
+
+    def buffers(self) -> list[Tensor]:
+        """Return the weight in that type."""
+        return [self._weight]
+
+    def install(self) -> None:
+        """Put the weight of that type in place."""
+        self.layer._parameters["weight"] = self._weight  # type: ignore[assignment]
+
+    def restore(self) -> None:
+        """Put the original weight back."""
+        self.layer._parameters["weight"] = self._original
+
+    def set(self, keeps: Sequence[Tensor]) -> None:
+        """Nothing to set: no component is in this weight."""
+
+    def confirm(self) -> None:
+        """Nothing to confirm: no component is in this weight."""
+
+
+def cast_weights(
+    model: nn.Module, components: Components, gates: Sequence[Gate], dtype: torch.dtype
+) -> list[CastWeight]:
+    """Return a cast of each float32 weight of the usual layers that no gate replaces and no parameter slice cuts.
+
+    Args:
+        model: The model.
+        components: The components that are gated.
+        gates: Their gates.
+        dtype: The type.
+    """
+    gated = {gate.layer for gate in gates}
+    sliced = {id(model.get_parameter(site)) for site, side, _ in components.sites() if side == "parameter"}
+    return [
+        CastWeight(layer, dtype)
+        for layer in model.modules()
+        if type(layer) in USUAL and layer not in gated and reads_own_weight(layer)
+        if layer.weight.dtype == torch.float32 and id(layer.weight) not in sliced
+    ]
