@@ -255,6 +255,17 @@ def test_info_starts_without_the_libraries_that_it_does_not_need(place):
     assert done.stdout.endswith("\n0 []\n")
 
 
+def test_a_study_starts_without_the_compiler():
+    code = (
+        "import sys, torch, coar\n"
+        "net, examples = torch.nn.Linear(3, 2), coar.Examples(inputs=torch.eye(3), targets=torch.tensor([0, 1, 0]))\n"
+        "coar.Study(model=net, examples=examples, components=coar.neurons(net)).fingerprint()\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_verify_says_so_when_all_is_well(place):
     assert "every chunk is there and whole" in works("verify", place / "tiny.zarr")
 

@@ -1,9 +1,9 @@
 """What counts as a layer, and how many inputs and outputs it has; layers that all experts of a mixture stack."""
 
 import inspect
+import sys
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -13,10 +13,11 @@ LAST = ("down_proj", "w2", "wo", "fc2", "output_linear", "c_proj")  # what an ex
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside what `torch.compile`, `DataParallel` and `DistributedDataParallel` return."""
+    dynamo = sys.modules.get("torch._dynamo")  # imported by `torch.compile`, in seconds; without it nothing is compiled
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
+        elif dynamo is not None and isinstance(model, dynamo.OptimizedModule):
             model = model._orig_mod
         else:
             return model
