@@ -55,6 +55,11 @@ from .outputs.classification import CorrectClassMargin as CorrectClassMargin
 from .outputs.classification import CrossEntropy as CrossEntropy
 from .outputs.embeddings import CosineSimilarity as CosineSimilarity
 from .outputs.embeddings import ZeroShotMargin as ZeroShotMargin
+from .outputs.labels import BinaryMargin as BinaryMargin
+from .outputs.labels import MultiLabelMargin as MultiLabelMargin
+from .outputs.predictions import PredictedValue as PredictedValue
+from .outputs.predictions import SquaredError as SquaredError
+from .outputs.predictions import ToleranceMargin as ToleranceMargin
 from .outputs.tokens import ChoiceMargin as ChoiceMargin
 from .outputs.tokens import TokenLogProbability as TokenLogProbability
 from .outputs.tokens import TokenMargin as TokenMargin

@@ -8,11 +8,11 @@ from typing import Any, overload
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from coar.errors import ExamplesError
+from coar.inputs import Inputs, as_inputs, as_targets, batch_of
 
-Inputs = Tensor | dict[str, Tensor]
 UNREAD = -100  # the target of a position that is not read, the number that torch's cross-entropy ignores
 HASH_BLOCK = 256  # examples hashed at a time, so that a data set on disk is never held in memory whole
 
@@ -24,8 +24,9 @@ class Examples:
     Attributes:
         inputs: A tensor (examples, ...), a dict of such tensors passed to the model by name, or a torch data set
             whose items are an input, a dict of inputs, or a tuple that starts with one; a data set is read one block
-            at a time, all at once where it has `__getitems__`, as torch's own loader does.
-        targets: (examples,) class labels, or whatever the output function reads.
+            at a time, all at once where it has `__getitems__`, as torch's own loader does. Arrays and data frames
+            become tensors, float64 ones of NumPy float32; a mapping, such as a tokenizer's result, becomes a dict.
+        targets: (examples,) class labels, or whatever the output function reads; a tensor, an array or a list.
         metadata: Columns of one value per example; `id` (0, 1, ...) and `label` (integer targets) are added when
             missing.
 
@@ -38,10 +39,8 @@ class Examples:
     metadata: Mapping[str, Sequence[Any] | np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.targets, Tensor) or self.targets.ndim == 0:
-            raise ExamplesError(f"targets is a {type(self.targets).__name__}; give a tensor with one entry per example")
-        if isinstance(self.inputs, dict) and not self.inputs:
-            raise ExamplesError("inputs is an empty dict; give at least one input tensor by its name")
+        object.__setattr__(self, "inputs", as_inputs(self.inputs))
+        object.__setattr__(self, "targets", as_targets(self.targets))
         n = len(self.targets)
         if n == 0:
             raise ExamplesError("there are no examples; give at least one input with its target")
@@ -85,14 +84,7 @@ class Examples:
         rows = list(range(start, min(stop, len(self))))
         at_once = getattr(self.inputs, "__getitems__", None)
         items = at_once(rows) if at_once else [self.inputs[i] for i in rows]
-        inputs = [item[0] if isinstance(item, tuple | list) else item for item in items]
-        try:
-            return default_collate(inputs), targets
-        except RuntimeError as error:
-            raise ExamplesError(
-                f"the inputs of examples {start} to {start + len(items) - 1} do not fit into one tensor ({error}); let "
-                f"the data set give all in one shape: scale or crop pictures, pad tokens and give their attention_mask"
-            ) from None
+        return batch_of(items, f"the inputs of examples {start} to {start + len(items) - 1}"), targets
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "Examples":
         """Return the examples at these positions, in this order, or those where a boolean array is true."""

@@ -44,7 +44,10 @@ ARGUMENTS = {  # by function, or by class of settings
     "fit": {"probes": "gradients="},
     "select": {"near": "n_boundary_references="},
 }
-MEMBERS = {"Output": {"tells_right": "sign_means_correct"}, "Ablation": {"donors": "sources"}}  # by base class
+MEMBERS = {  # by base class
+    "Output": {"tells_right": "hard_and_smooth", "sign_means_correct": "hard_and_smooth"},
+    "Ablation": {"donors": "sources"},
+}
 VALUES = {  # by what the value is of
     "strength": {"whole": "full", "least": "minimal", "own": "per_component"},
     "fit": {"gradient_x_gate": "mask_gradient"},

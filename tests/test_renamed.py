@@ -101,7 +101,7 @@ def test_an_old_fit_is_refused(path):
 
 
 def test_an_old_member_of_a_subclass_is_refused():
-    with pytest.raises(RenamedNameError, match="call it sign_means_correct"):
+    with pytest.raises(RenamedNameError, match="call it hard_and_smooth"):
 
         class Mine(coar.Output):
             tells_right = True

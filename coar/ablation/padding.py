@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from coar.errors import AblationError
-from coar.examples import Inputs
+from coar.inputs import Inputs
 
 
 def tokens_of(model: nn.Module, inputs: Inputs) -> Tensor | None:

@@ -171,7 +171,7 @@ def _run_task(
     study = loaded.study_of(Run.open(run))
     common = (attributions, study.model, study.examples, loaded.judge())
     options["choosing"] = loaded.choosing()
-    if study.output.sign_means_correct:
+    if study.output.hard_and_smooth():
         options["output"] = study.output
     if asked.goal is not None:
         return reach_goal(*common, goal=asked.goal, name=asked.name, **options), study.model

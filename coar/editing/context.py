@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 import torch
 from torch import Tensor
 
-from coar.examples import Inputs
+from coar.inputs import Inputs
 
 
 @dataclass(frozen=True)

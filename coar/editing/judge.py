@@ -94,12 +94,13 @@ def judge_edit(
     """
     import pandas as pd
 
-    goal = goal or edit.goal
-    if goal is None or (goal is edit.goal and not goal.general):
-        raise GoalError(
-            "the edit's goal names examples by position, or there is none, which says nothing of these examples; give "
-            "goal= with conditions"
-        )
+    if goal is None:
+        goal = edit.goal
+        if goal is None or not goal.general:
+            raise GoalError(
+                "the edit has no goal, or its goal names examples by position, which may be others here; give goal= "
+                "with conditions, or with positions of these examples"
+            )
     targets, references = goal.resolve(columns(examples))
     before, after = (margins(net, examples, device=device, output=output) for net in (model, edit.apply(model)))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from coar.examples import Inputs
+from coar.inputs import Inputs
 
 Batch = tuple[Inputs, Tensor]  # inputs and targets of examples that pass together
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from coar.components.table import Components
 from coar.equivalence import compare_passes
-from coar.examples import UNREAD, Inputs, rows_of
+from coar.examples import UNREAD, rows_of
 from coar.forward.batches import Batch, ExampleBlock
+from coar.inputs import Inputs
 from coar.outputs.base import Output
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from coar.components.table import Components
 from coar.equivalence import compare_passes
-from coar.examples import UNREAD, Inputs
+from coar.examples import UNREAD
 from coar.forward.batches import Batch
+from coar.inputs import Inputs
 from coar.outputs.base import Output, find_logits
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,9 @@ from torch.utils import _pytree as trees
 from coar.components.table import Components
 from coar.equivalence import REORDERED, difference
 from coar.errors import AblationError
-from coar.examples import Inputs, rows_of
+from coar.examples import rows_of
 from coar.gates.gates import Gates
+from coar.inputs import Inputs
 
 log = logging.getLogger(__name__)
 

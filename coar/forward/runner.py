@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from coar.components.table import Components
 from coar.errors import AblationError
-from coar.examples import Examples, Inputs, rows_of
+from coar.examples import Examples, rows_of
 from coar.forward.batches import ExampleBlock
 from coar.forward.devices import BATCH_SIZE, full_float32
 from coar.forward.length_bucketing import Trimming
 from coar.forward.logit_positions import Narrowing
 from coar.forward.prefix_cache import PrefixCache
 from coar.gates.gates import Gates
+from coar.inputs import Inputs
 from coar.outputs.base import Output
 
 log = logging.getLogger(__name__)

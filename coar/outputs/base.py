@@ -1,13 +1,15 @@
 """What every output function is, and where the logits are in what models return."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from coar.errors import OutputError
 from coar.settings import Settings
+
+Against = Literal["logsumexp", "largest"]
 
 
 class Output(Settings):
@@ -40,17 +42,32 @@ class Output(Settings):
         """
         return None
 
-    @property
-    def sign_means_correct(self) -> bool:
-        """Whether the output is a margin that, taken against the largest other offer, is positive exactly where right.
+    def hard_and_smooth(self) -> "tuple[Output, Output] | None":
+        """Return a margin that is positive exactly where the example is correct, and one with a gradient everywhere.
 
-        Edits are tried out and judged by such outputs; they have the setting `against`.
+        Edits are chosen and judged by these two. None, unless a class says otherwise, means that the output's sign
+        does not say whether an example is correct.
         """
-        return False
+        return None
 
     def settings(self) -> dict[str, Any]:
         """Return the name and settings that identify this function in a run's fingerprint."""
         return {"name": type(self).__name__, **self.model_dump(mode="json")}
+
+
+class Margin(Output):
+    """Base of margins that are taken against several competitors.
+
+    Attributes:
+        against: The `largest` competitor, which makes the margin positive exactly where the example is correct; or the
+            `logsumexp` of all of them, which is smooth.
+    """
+
+    against: Against = "logsumexp"
+
+    def hard_and_smooth(self) -> tuple[Output, Output] | None:
+        """Return the margin against the largest competitor, and against their log-sum-exp."""
+        return self.model_copy(update={"against": "largest"}), self.model_copy(update={"against": "logsumexp"})
 
 
 def find_logits(result: Any) -> Tensor:

@@ -1,18 +1,16 @@
 """Outputs of classifiers: margin, logit and loss."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from coar.errors import OutputError
-from coar.outputs.base import Output, find_logits, whole_numbers
-
-Against = Literal["logsumexp", "largest"]
+from coar.outputs.base import Against, Margin, Output, find_logits, whole_numbers
 
 
-class CorrectClassMargin(Output):
+class CorrectClassMargin(Margin):
     """Logit of the correct class minus what the other classes offer against it.
 
     Attributes:
@@ -20,13 +18,6 @@ class CorrectClassMargin(Output):
             `largest` of them, as published (Shah et al. 2024, section 3), positive exactly where the class is
             predicted.
     """
-
-    against: Against = "logsumexp"
-
-    @property
-    def sign_means_correct(self) -> bool:
-        """True: the margin against the largest other offer is positive where the example is right."""
-        return True
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) margins."""
@@ -66,12 +57,14 @@ def sides(output: Output) -> tuple[Output, Output]:
     Raises:
         OutputError: When the output is no margin, so that its sign says nothing.
     """
-    if not output.sign_means_correct:
+    found = output.hard_and_smooth()
+    if found is None:
         raise OutputError(
             f"{output!r} does not say what is right and wrong; an edit is tried out and judged by a margin: give "
-            f"CorrectClassMargin, TokenMargin(reduction='last'), ChoiceMargin or ZeroShotMargin"
+            f"CorrectClassMargin, BinaryMargin, MultiLabelMargin, ToleranceMargin, TokenMargin(reduction='last'), "
+            f"ChoiceMargin or ZeroShotMargin"
         )
-    return output.model_copy(update={"against": "largest"}), output.model_copy(update={"against": "logsumexp"})
+    return found
 
 
 def margins(logits: Tensor, labels: Tensor, against: Against) -> Tensor:
@@ -99,6 +92,12 @@ def class_logits(result: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         raise OutputError(
             f"the model's logits have shape {tuple(logits.shape)} and the targets {tuple(targets.shape)}; "
             f"(examples, classes) and (examples,) were expected: choose another output function, or wrap the model"
+        )
+    if logits.shape[1] == 1:
+        raise OutputError(
+            f"the model has one logit per example, {tuple(logits.shape)}, and several classes were expected: read it "
+            f"with coar.BinaryMargin where it answers yes or no (targets 0 and 1), or with coar.PredictedValue, "
+            f"coar.SquaredError or coar.ToleranceMargin where it predicts a number"
         )
     labels = whole_numbers(targets)
     wrong = ((labels < 0) | (labels >= logits.shape[1])).nonzero()

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from coar.errors import OutputError
-from coar.outputs.base import Output
-from coar.outputs.classification import Against, class_logits, margins
+from coar.outputs.base import Margin, Output
+from coar.outputs.classification import class_logits, margins
 
 
 class CosineSimilarity(Output):
@@ -33,7 +33,7 @@ class CosineSimilarity(Output):
         return functional.cosine_similarity(first, second, dim=1)
 
 
-class ZeroShotMargin(Output):
+class ZeroShotMargin(Margin):
     """Margin of zero-shot classification: how near a picture is to its class's prompt.
 
     The logits are scaled cosines of the picture's embedding with the embeddings of one prompt per class (Radford et al.
@@ -49,12 +49,6 @@ class ZeroShotMargin(Output):
 
     prompts: Tensor
     scale: float = 100.0
-    against: Against = "logsumexp"
-
-    @property
-    def sign_means_correct(self) -> bool:
-        """True: the margin against the largest other offer is positive where the example is right."""
-        return True
 
     @field_validator("prompts")
     @classmethod

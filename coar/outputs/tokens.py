@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from coar.errors import OutputError, SettingsError
 from coar.examples import UNREAD
-from coar.outputs.base import Output, find_logits, whole_numbers
-from coar.outputs.classification import Against, margins
+from coar.outputs.base import Against, Margin, Output, find_logits, whole_numbers
+from coar.outputs.classification import margins
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TokensRead:
         return self.total(values) / self.counts
 
 
-class TokenMargin(Output):
+class TokenMargin(Margin):
     """Logit of the token that comes next minus what the other tokens offer against it.
 
     Attributes:
@@ -54,12 +54,10 @@ class TokenMargin(Output):
     """
 
     reduction: Literal["mean", "last"] = "mean"
-    against: Against = "logsumexp"
 
-    @property
-    def sign_means_correct(self) -> bool:
-        """Whether one token is read, the last: a mean over several says nothing of any."""
-        return self.reduction == "last"
+    def hard_and_smooth(self) -> tuple[Output, Output] | None:
+        """Return both margins of the last token; None for a mean over tokens, whose sign says nothing of any."""
+        return super().hard_and_smooth() if self.reduction == "last" else None
 
     def positions_read(self, targets: Tensor) -> Tensor | None:
         """Return (examples, length) truth values, where a token is read."""
@@ -92,7 +90,7 @@ class TokenLogProbability(Output):
         return read.total(values) if self.reduction == "sum" else read.mean(values)
 
 
-class ChoiceMargin(Output):
+class ChoiceMargin(Margin):
     """Logit of the correct answer's token minus what the other answers offer against it, after a question's last token.
 
     Attributes:
@@ -103,11 +101,6 @@ class ChoiceMargin(Output):
 
     answers: tuple[int, ...]
     against: Against = "largest"
-
-    @property
-    def sign_means_correct(self) -> bool:
-        """True: the margin against the largest other offer is positive where the example is right."""
-        return True
 
     @field_validator("answers")
     @classmethod
