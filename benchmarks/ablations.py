@@ -24,6 +24,7 @@ import torch
 import coar
 from coar.ablation.registry import ABLATIONS
 from coar.forward.devices import device_copy
+from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.runner import FastRunner
 
 FOLDER = Path("reports/ablations")
@@ -64,7 +65,8 @@ def losses(module: ModuleType, study: coar.Study, size: Size) -> dict[str, float
             wanted = model(**judge.block(0, len(judge))[0]).clone()
         judge = coar.Examples(inputs=judge.inputs, targets=wanted, metadata=judge.metadata)
     constants = study.ablation.replacements(model, study.components, batch_size=64)
-    worker = FastRunner(model, study.components, constants, loss, sources=study.ablation.sources, batch_size=64)
+    plan = ExecutionPlan(batch_size=64)
+    worker = FastRunner(model, study.components, constants, loss, plan, sources=study.ablation.sources)
     block = worker.load(judge, 0, len(judge))
     found = {"0": float(worker.base_output(block).mean())}
     for at in FRACTIONS:

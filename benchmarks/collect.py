@@ -12,7 +12,7 @@ The others, all in float32:
 - the hook loop multiplies activations by the mask in forward hooks, on one copy of the model, the examples in memory.
 
 Ours is what `coar.collect` computes, units of 64 masks by `FastRunner.outputs`, in float32 and in bfloat16, without the
-storing, at the pace that collecting measures: examples and masks per forward pass. Freed memory is kept meanwhile, as
+storing, with the plan that collecting measures: examples and masks per forward pass. Freed memory is kept meanwhile, as
 collecting does; the others have malloc as it comes. Where a unit would take too long, its time is that of its first
 mask, gates put on and taken off, plus 63 times what a further mask takes in a longer call. Masks are drawn within the
 time of whoever uses them.
@@ -51,16 +51,18 @@ from benchmarks.models import SUBJECTS
 from benchmarks.peers import layer_feature_ablation
 from coar.collection.collect import MASK_BLOCK
 from coar.components.table import Components
-from coar.forward.autotune import choose_plan
+from coar.forward.autotune import fastest_runner
 from coar.forward.batches import ExampleBlock
 from coar.forward.devices import BATCH_SIZE, device_copy
+from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.malloc import memory_kept
-from coar.forward.runner import FastRunner, ModelRunner
+from coar.forward.model_runner import ModelRunner
+from coar.forward.runner import FastRunner
 from coar.gates.batch_norms import following_batch_norms
 
 CPU = torch.device("cpu")
 BATCH = BATCH_SIZE["cpu"]  # examples per forward pass; ours starts from it, as a run does, and measures
-LONG = 2_000  # masks ahead, of which a small share goes to choosing the pace
+LONG = 2_000  # masks ahead, of which a small share goes to choosing the plan
 MOST = 512  # masks per round
 FEW = 4  # examples on which batch norms are told to follow a layer
 OURS = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -140,7 +142,7 @@ def hook_loop(study: coar.Study) -> Callable[[np.ndarray], Tensor]:
 
 @memory_kept()
 def workers(study: coar.Study) -> dict[str, tuple[FastRunner, ExampleBlock]]:
-    """Return, by precision, the worker that a long run would have, at its measured pace, and the examples."""
+    """Return, by precision, the runner that a long run would have, with its measured plan, and the examples."""
     model = device_copy(study.model, CPU)
     constants = study.ablation.replacements(model, study.components, batch_size=BATCH)
     few = ModelRunner(model, study.output).load(study.examples, 0, FEW)
@@ -151,10 +153,11 @@ def workers(study: coar.Study) -> dict[str, tuple[FastRunner, ExampleBlock]]:
     norms = following_batch_norms(model, study.components, run=outputs)
     made = {}
     for precision in OURS:
-        worker = FastRunner(model, study.components, constants, study.output, batch_norms=norms, precision=precision)
+        plan = ExecutionPlan(precision=precision)
+        runner = FastRunner(model, study.components, constants, study.output, plan, batch_norms=norms)
         masks = study.sampler.masks("train", range(MASK_BLOCK), len(study.components))
-        choose_plan(worker, study.examples, masks, work=LONG)
-        made[precision] = worker, worker.load(study.examples, 0, len(study.examples))
+        runner = fastest_runner(runner, study.examples, masks, work=LONG)
+        made[precision] = runner, runner.load(study.examples, 0, len(study.examples))
     return made
 
 

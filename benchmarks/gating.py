@@ -21,6 +21,7 @@ from torch import nn
 import coar
 from benchmarks.models import SUBJECTS
 from coar.forward.devices import device_copy
+from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.runner import FastRunner
 from coar.gates.batch_norms import following_batch_norms
 from coar.gates.gates import Gates
@@ -86,7 +87,7 @@ def costs(name: str, repeats: int) -> dict[str, float]:
     """Return the time of a pass gated in every way over that of a plain one."""
     study = study_of(name, EXAMPLES[name])
     model, table, count = device_copy(study.model, torch.device("cpu")), study.components, len(study.examples)
-    plain = FastRunner(model, table, torch.zeros(table.width), study.output, batch_size=count)
+    plain = FastRunner(model, table, torch.zeros(table.width), study.output, ExecutionPlan(batch_size=count))
     ((inputs, _),) = plain.load(study.examples, 0, count).batches
     keep = torch.from_numpy(study.sampler.masks("test", range(1), len(table))[0])
 
@@ -130,8 +131,8 @@ def saving(name: str, repeats: int) -> float:
     zero = coar.ZeroWeight().replacements(model, table, batch_size=FEW)
     timed: dict[str, Callable[[], float]] = {}
     for together in (MASKS, 1):
-        worker = FastRunner(model, table, zero, study.output, batch_size=FEW * MASKS)
-        worker.masks_per_forward = together
+        plan = ExecutionPlan(batch_size=FEW * MASKS, masks_per_forward=together)
+        worker = FastRunner(model, table, zero, study.output, plan)
         block = worker.load(study.examples, 0, FEW)
         timed[str(together)] = lambda worker=worker, block=block: seconds(lambda: worker.outputs(block, masks))
     return ratios(timed, repeats)["1"]

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import SUBJECTS
 from coar.forward.devices import device_copy
+from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.runner import FastRunner
 from coar.study import Study
 
@@ -53,7 +54,8 @@ def compare(name: str, few: bool, count: int, rounds: int, precision: str) -> st
     examples = SUBJECTS[name].examples[0 if few else 1]
     study = SUBJECTS[name].study(examples)
     model, d = device_copy(study.model, torch.device("cpu")), len(study.components)
-    worker = FastRunner(model, study.components, torch.zeros(study.components.width), study.output, precision=precision)
+    zeros, plan = torch.zeros(study.components.width), ExecutionPlan(precision=precision)
+    worker = FastRunner(model, study.components, zeros, study.output, plan)
     block = worker.load(study.examples, 0, examples)
     rows = np.linspace(0, d - 1, count).round().astype(int)
     masks = np.ones((count, d), dtype=bool)

@@ -6,8 +6,8 @@
 `minilm` is the pretrained MiniLM on pairs of sentences; `gpt2` a GPT-2 of the published size with random weights, on
 paragraphs of which the last token is read. Both texts are from the documentation that comes with Python, padded to the
 longest. The loops are in float32: the published one copies the model for every mask and zeroes the weights of ablated
-neurons, the other multiplies what layers are given by the mask in hooks. Ours is `FastRunner.outputs` at the pace that
-collecting measures, with padding and all logits (`whole`) and as collecting does it. All ways take turns in one
+neurons, the other multiplies what layers are given by the mask in hooks. Ours is `FastRunner.outputs` with the plan
+that collecting measures, with padding and all logits (`whole`) and as collecting does it. All ways take turns in one
 process, masks are drawn beforehand, and what is printed is each one's median over rounds, and the median and range of
 ratios within a round. Outputs are compared with the published loop's.
 """
@@ -17,7 +17,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -27,15 +27,16 @@ from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import coar
-from coar.forward.autotune import choose_plan
+from coar.forward.autotune import fastest_runner
 from coar.forward.devices import device_copy
+from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.malloc import memory_kept
-from coar.forward.runner import FastRunner, ModelRunner
+from coar.forward.runner import FastRunner
 from pipelines import sentence_embeddings
 
 TEXTS, LONGEST = 32, 128  # paragraphs, and the tokens that they are cut at
 FEWEST = 20  # words of a paragraph
-WORK = 2_000  # masks ahead, of which a small share goes to choosing the pace
+WORK = 2_000  # masks ahead, of which a small share goes to choosing the plan
 CPU = torch.device("cpu")
 LOOPS = ("published loop", "hook loop")
 OURS = ("float32 whole", "float32", "bf16 whole", "bf16")
@@ -107,18 +108,19 @@ def hook_loop(study: coar.Study) -> Run:
 
 
 def ours(study: coar.Study, name: str, masks: np.ndarray) -> Run:
-    """Return a way by a worker at its measured pace."""
+    """Return a way by a runner with its measured plan."""
     precision, *whole = name.split()
-    zeros = torch.zeros(study.components.width)
-    worker = FastRunner(device_copy(study.model, CPU), study.components, zeros, study.output, precision=precision)
+    zeros, plan = torch.zeros(study.components.width), ExecutionPlan(precision=precision)
+    runner = FastRunner(device_copy(study.model, CPU), study.components, zeros, study.output, plan)
     with memory_kept():
-        choose_plan(worker, study.examples, masks, work=WORK)
-    load = ModelRunner.load if whole else FastRunner.load
-    block = load(worker, study.examples, 0, len(study.examples))
+        runner = fastest_runner(runner, study.examples, masks, work=WORK)
+    if whole:
+        runner = runner.with_plan(replace(runner.plan, length_bucketing=False, logit_positions=False))
+    block = runner.load(study.examples, 0, len(study.examples))
 
     @memory_kept()
     def run(masks: np.ndarray) -> np.ndarray:
-        return worker.outputs(block, masks)
+        return runner.outputs(block, masks)
 
     return run
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import coar
 from coar.components.table import Components
+from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.runner import FastRunner
 from coar.gates.folding import fold
 from coar.gates.gates import Gates
@@ -136,9 +137,8 @@ class Contract:
         model = study.model.requires_grad_(False)
         if constants is None:
             constants = study.ablation.replacements(model, study.components, batch_size=5)
-        return FastRunner(
-            model, study.components, constants, study.output, sources=study.ablation.sources, batch_size=4
-        )
+        plan = ExecutionPlan(batch_size=4)
+        return FastRunner(model, study.components, constants, study.output, plan, sources=study.ablation.sources)
 
     def test_keeping_everything_is_the_plain_model(self, study):
         worker = self.worker(study)
@@ -150,8 +150,8 @@ class Contract:
         worker = self.worker(study)
         masks = study.sampler.masks("train", range(5), len(study.components))
         alone = worker.outputs(worker.load(study.examples, 0, EXAMPLES), masks)
-        worker.batch_size, worker.masks_per_forward = 3 * EXAMPLES, 3
-        together = worker.outputs(worker.load(study.examples, 0, EXAMPLES), masks)
+        grouped = worker.with_plan(ExecutionPlan(batch_size=3 * EXAMPLES, masks_per_forward=3))
+        together = grouped.outputs(grouped.load(study.examples, 0, EXAMPLES), masks)
         np.testing.assert_allclose(together, alone, atol=1e-5)
 
     def test_nothing_is_left_behind_also_after_an_exception(self, study):

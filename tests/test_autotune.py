@@ -1,4 +1,4 @@
-"""The pace changes no output, memory limits hold, and a compiler that fails costs nothing but a warning."""
+"""The execution plan changes no output, memory limits hold, and a compiler that fails costs nothing but a warning."""
 
 import logging
 import math
@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from torch import nn
 
 import coar
 from coar.errors import AblationError, SettingsError
-from coar.forward import autotune as tuning
-from coar.forward.autotune import ExecutionPlan, choose_plan
+from coar.forward.autotune import fastest_runner
 from coar.forward.devices import device_copy
+from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.memory_limit import batch_sizes, bytes_of, gradient_bytes, mask_bytes
-from coar.forward.runner import FastRunner, ModelRunner
+from coar.forward.model_runner import ModelRunner
+from coar.forward.runner import FastRunner
 from coar.gates.batch_norms import following_batch_norms
 from tests import tiny
 from tests.faults import helpers
@@ -50,8 +52,8 @@ def text_study(kind="bert", rows=6):
     return coar.Study(model=model, examples=examples, components=heads + coar.input_features(model, exclude="*att*"))
 
 
-def worker(study, **settings):
-    """A worker as a run would have it, batch norms folded."""
+def worker(study, **plan):
+    """A runner as a run would have it, batch norms folded."""
     model = device_copy(study.model, CPU)
     runner = ModelRunner(model, study.output)
     block = runner.load(study.examples, 0, 4)
@@ -61,7 +63,12 @@ def worker(study, **settings):
         run=lambda variant: torch.from_numpy(ModelRunner(variant, study.output).base_output(block)),
     )
     constants = study.ablation.replacements(model, study.components, batch_size=64)
-    return FastRunner(model, study.components, constants, study.output, batch_norms=norms, **settings)
+    return FastRunner(model, study.components, constants, study.output, ExecutionPlan(**plan), batch_norms=norms)
+
+
+def together(runner, count):
+    """The runner with so many masks per forward pass."""
+    return runner.with_plan(replace(runner.plan, masks_per_forward=count))
 
 
 def masks_of(study, count=21):
@@ -86,13 +93,12 @@ def test_many_masks_per_forward_give_the_outputs_of_one(make, group, digits):
     here, masks = worker(study), masks_of(study)
     block = here.load(study.examples, 0, len(study.examples))
     expected = here.outputs(block, masks)
-    here.masks_per_forward = group
-    rows = []
-    here._model.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
+    here, rows = together(here, group), []
+    here.model.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
     np.testing.assert_allclose(here.outputs(block, masks), expected, rtol=0, atol=1e-4 * expected.std(0).min() + 1e-6)
-    together = min(group, 128 // block.size, len(masks))
+    most = min(group, 128 // block.size, len(masks))
     assert len(rows) == math.ceil(len(masks) / min(group, 128 // block.size))
-    assert max(rows) == together * block.size <= here.batch_size
+    assert max(rows) == most * block.size <= here.batch_size
 
 
 def test_folded_norms_stay_folded_with_many_masks_per_forward(digits):
@@ -100,9 +106,9 @@ def test_folded_norms_stay_folded_with_many_masks_per_forward(digits):
     here = worker(study)
     assert here._batch_norms
     block = here.load(study.examples, 0, 6)
-    here.masks_per_forward, called = 4, []
+    here, called = together(here, 4), []
     for path in here._batch_norms.values():
-        here._model.get_submodule(path).register_forward_hook(lambda _m, args, y: called.append(y is args[0]))
+        here.model.get_submodule(path).register_forward_hook(lambda _m, args, y: called.append(y is args[0]))
     here.outputs(block, masks_of(study, 4))
     assert called
     assert all(called)
@@ -114,28 +120,38 @@ def test_a_worker_goes_on_after_an_exception():
     block = here.load(study.examples, 0, 5)
     before = here.outputs(block, masks)
     for group in (1, 4):
-        here.masks_per_forward = group
+        grouped = together(here, group)
         with pytest.raises(RuntimeError):
-            here.outputs(here.load(helpers.examples(inputs=torch.ones(20, 7)), 0, 5), masks)
-        np.testing.assert_allclose(here.outputs(block, masks), before, atol=1e-6)
-    assert not any(module._forward_hooks for module in here._model.modules())
+            grouped.outputs(here.load(helpers.examples(inputs=torch.ones(20, 7)), 0, 5), masks)
+        np.testing.assert_allclose(grouped.outputs(block, masks), before, atol=1e-6)
+    assert not any(module._forward_hooks for module in here.model.modules())
 
 
 def test_gates_say_each_time_that_a_module_was_not_called():
     study = helpers.study()
-    here = worker(study)
+    here = together(worker(study), 4)
     block = here.load(study.examples, 0, 5)
-    here.masks_per_forward = 4
     here.outputs(block, masks_of(study, 4))
-    here._model.forward = lambda x: here._model.head(torch.ones(len(x), 11))
+    here.model.forward = lambda x: here.model.head(torch.ones(len(x), 11))
     with pytest.raises(AblationError, match="'hidden' was not called"):
         here.outputs(block, masks_of(study, 4))
 
 
 def gradients_of(study, examples, count=3):
-    """Masks of their own for each of some examples in a few mask gradients, and which slot each takes."""
+    """Masks of their own for each of some examples in a few mask gradients, and the mask group of each."""
     masks = study.sampler.masks("gradient", range(count * examples), len(study.components))
     return masks.reshape(count, examples, -1), np.arange(examples)
+
+
+@contextmanager
+def weight_types(model, seen):
+    """Note the type of each layer's weight as the layer is called, by name."""
+    with ExitStack() as stack:
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                note = lambda layer, _args, name=name: seen.update({name: layer.weight.dtype})  # noqa: E731
+                stack.callback(layer.register_forward_pre_hook(note).remove)
+        yield
 
 
 def test_bfloat16_weights_give_what_automatic_casts_give(digits):
@@ -144,18 +160,18 @@ def test_bfloat16_weights_give_what_automatic_casts_give(digits):
         block = low.load(study.examples, 0, 6)
         outputs = low.outputs(block, masks_of(study))
         with_gradients = low.mask_gradients(block, *gradients_of(study, 6))
-        other = worker(study, precision="bf16")
-        other._same = lambda *_: False
+        other = worker(study, precision="bf16", low_weights=False)
         np.testing.assert_array_equal(other.outputs(block, masks_of(study)), outputs)
         for mine, plain in zip(with_gradients, other.mask_gradients(block, *gradients_of(study, 6)), strict=True):
             np.testing.assert_array_equal(mine, plain)
-        layers = [module for module in low._model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        for by_hooks in (False, True):
-            with low._gates[by_hooks]:
-                assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
-            with other._gates[by_hooks]:
-                assert {layer.weight.dtype for layer in layers} == {torch.float32}
-        assert {layer.weight.dtype for layer in layers} == {torch.float32}
+        for runner, kind in ((low, torch.bfloat16), (other, torch.float32)):
+            with_masks, with_groups = ({} for _ in range(2))
+            with weight_types(runner.model, with_masks):
+                runner.outputs(block, masks_of(study, 1))
+            with weight_types(runner.model, with_groups):
+                runner.mask_gradients(block, *gradients_of(study, 6))
+            assert set(with_masks.values()) == set(with_groups.values()) == {kind}
+            assert {parameter.dtype for parameter in runner.model.parameters()} == {torch.float32}
 
 
 class Exact(nn.Module):
@@ -194,19 +210,18 @@ class ExactHead(nn.Module):
 def test_one_such_layer_leaves_bfloat16_to_the_gated_ones():
     model = ExactHead()
     study = helpers.study(model=model, components=coar.neurons(model, include="hidden"))
-    low, other = worker(study, precision="bf16"), worker(study, precision="bf16")
-    other._same = lambda *_: False
+    low, other = worker(study, precision="bf16"), worker(study, precision="bf16", low_weights=False)
     block = low.load(study.examples, 0, 20)
     np.testing.assert_array_equal(low.outputs(block, masks_of(study)), other.outputs(block, masks_of(study)))
-    with low._gates[False]:
-        assert low._model.hidden.weight.dtype == torch.bfloat16
-        assert low._model.head.weight.dtype == torch.float32
+    with weight_types(low.model, seen := {}):
+        low.outputs(block, masks_of(study))
+    assert seen == {"hidden": torch.bfloat16, "head": torch.float32}
 
 
 def test_float32_is_not_rounded_in_convolutions_and_the_setting_comes_back():
     study, seen = helpers.study(), []
     here = worker(study)
-    here._model.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision))
+    here.model.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision))
     block, before = here.load(study.examples, 0, 5), torch.backends.cudnn.conv.fp32_precision
     here.base_output(block)
     here.outputs(block, masks_of(study, 1))
@@ -215,64 +230,67 @@ def test_float32_is_not_rounded_in_convolutions_and_the_setting_comes_back():
     assert torch.backends.cudnn.conv.fp32_precision == before
 
 
-def paced(study, monkeypatch, speeds, **settings):
-    """The chosen pace, and all that were timed, where a pace takes the seconds that `speeds` says."""
-    here, timed = worker(study), []
+def tuned(study, speeds, **settings):
+    """The plan that is chosen, and all that were timed, where a mask takes the seconds that `speeds` says."""
+    timed = []
 
-    def seconds(meter, block, count):
-        pace = (meter._worker.batch_size, meter._worker.masks_per_forward)
-        timed.append(pace)
-        return speeds(*pace)
+    def seconds(runner, block, masks):
+        timed.append((runner.plan.batch_size, runner.plan.masks_per_forward))
+        return speeds(*timed[-1])
 
-    monkeypatch.setattr(tuning.Benchmark, "_seconds", seconds)
-    return choose_plan(here, study.examples, masks_of(study, 64), work=1e6, **settings), here, timed
+    masks = masks_of(study, 64)
+    found = fastest_runner(worker(study), study.examples, masks, work=1e6, timer=seconds, **settings)
+    assert found.batch_size == found.plan.batch_size
+    return found.plan, timed
 
 
-def test_only_valid_paces_are_tried_and_the_fastest_is_kept(monkeypatch):
-    study = helpers.study()
-    found, here, timed = paced(study, monkeypatch, lambda size, group: 1.0 / group - 0.1 * (group == 4))
-    assert found == ExecutionPlan(128, 4, 1.0 / 4 - 0.1)
-    assert (here.batch_size, here.masks_per_forward) == (128, 4)
+def test_only_valid_plans_are_tried_and_the_fastest_is_kept():
+    study, usual = helpers.study(), ExecutionPlan(batch_size=128)
+    found, timed = tuned(study, lambda size, group: 1.0 / group - 0.1 * (group == 4))
+    assert found == replace(usual, masks_per_forward=4)
     assert set(timed) == {(128, 1), (128, 2), (128, 4), (16, 1)}  # 6 x 20 rows is the most, 16 the least batch
-    assert paced(study, monkeypatch, lambda size, group: 1.0 * (1 - (group > 1) / 50))[0] == ExecutionPlan(128, 1, 1.0)
-    assert paced(study, monkeypatch, lambda size, group: 1.0 / group, tune=False)[0] == ExecutionPlan(128, 1, 1.0)
+    assert tuned(study, lambda size, group: 1.0 * (1 - (group > 1) / 50))[0] == usual
+    assert tuned(study, lambda size, group: 1.0 / group, tune=False)[0] == usual
 
 
 @pytest.mark.parametrize("kind", ["slices", "order"])
-def test_components_that_rows_cannot_have_for_themselves_keep_one_mask_per_forward(monkeypatch, kind):
+def test_components_that_rows_cannot_have_for_themselves_keep_one_mask_per_forward(kind):
     model = Swapped() if kind == "order" else helpers.net()
     neurons = coar.neurons(model, include="hidden")
     components = neurons if kind == "order" else coar.parameter_slices(model, "hidden.weight")
     study = helpers.study(model=model, components=components)
-    found, here, timed = paced(study, monkeypatch, lambda size, group: 1.0 / group**2)
-    assert (found.masks_per_forward, here.masks_per_forward) == (1, 1)
+    found, timed = tuned(study, lambda size, group: 1.0 / group**2)
+    assert found.masks_per_forward == 1
     assert {group for _, group in timed} == {1}
 
 
-def test_short_work_is_not_measured_and_long_work_within_its_time(monkeypatch):
-    study = helpers.study()
-    here = worker(study)
-    assert choose_plan(here, study.examples, masks_of(study), work=1).masks_per_forward == 1
-    tried = []
-    monkeypatch.setattr(tuning.Benchmark, "_time", lambda _self, pace, _best: tried.append(pace) or pace)
-    choose_plan(here, study.examples, masks_of(study), work=1)
-    assert tried == []
-    monkeypatch.setattr(tuning.Benchmark, "_seconds", lambda *_: 10.0)  # one candidate would take too long
-    choose_plan(here, study.examples, masks_of(study), work=2)
-    assert tried == []
+@pytest.mark.parametrize(("seconds", "work"), [(0.01, 1), (10.0, 2)], ids=["little work", "slow masks"])
+def test_short_work_is_not_measured_and_long_work_within_its_time(seconds, work):
+    """Ten seconds per mask: one further plan would take longer than the time for measuring."""
+    study, timed = helpers.study(), []
+    here, masks = worker(study), masks_of(study)
+
+    def timer(runner, block, masks):
+        timed.append(runner.plan.masks_per_forward)
+        return seconds
+
+    found = fastest_runner(here, study.examples, masks, work=work, timer=timer)
+    assert found.plan == here.plan
+    assert set(timed) == {1}
+    assert len(timed) <= 2
 
 
-def test_collect_uses_a_pace_and_checks_it(tmp_path, monkeypatch, caplog):
+def test_collect_uses_a_plan_and_checks_it(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="coar")
-    expected = helpers.collect(helpers.study(), tmp_path / "one.zarr", masks=40, batch_size=128)
-    assert "pace" not in caplog.text
-    fast = ExecutionPlan(128, 8)
-    monkeypatch.setattr(
-        "coar.collection.preparation.choose_plan",
-        lambda worker, *_, **__: setattr(worker, "masks_per_forward", 8) or fast,
-    )
-    run = helpers.collect(helpers.study(), tmp_path / "many.zarr", masks=40, batch_size=None)
-    assert "masks_per_forward=8" in caplog.text
+    model = helpers.net()
+    study = helpers.study(model=model)
+    expected = helpers.collect(study, tmp_path / "one.zarr", masks=40, batch_size=128)
+    assert "execution plan" not in caplog.text
+    seen = []
+    model.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
+    monkeypatch.setattr("coar.collection.preparation.fastest_runner", lambda runner, *_, **__: together(runner, 8))
+    run = helpers.collect(study, tmp_path / "many.zarr", masks=40, batch_size=None)
+    assert max(seen) == 8 * 8  # a block has 8 examples
     np.testing.assert_allclose(helpers.whole(run, "outputs"), helpers.whole(expected, "outputs"), atol=1e-6)
     assert run.facts == expected.facts
     model = Swapped()
@@ -352,19 +370,20 @@ def compiled_in_a_process(tmp_path, compiler):
     code = """
         import logging, sys, warnings
         import numpy as np
-        from coar.forward.autotune import _Meter
+        from functools import partial
+        from coar.collection import preparation
         from tests.faults import helpers
         logging.basicConfig(format="%(levelname)s %(message)s")
         here = sys.argv[1]
         plain = helpers.collect(helpers.study(), f"{here}/plain.zarr", masks=40, batch_size=128)
-        kept, adopt = [], _Meter.adopt
-        _Meter._seconds = lambda self, *_: 1.0 if self._worker._compiled is None else 0.5
-        _Meter.adopt = lambda self, pace: kept.append(pace) or adopt(self, pace)
+        kept, fastest = [], preparation.fastest_runner
+        timer = lambda runner, *_: 0.5 if runner.plan.compiled else 1.0
+        preparation.fastest_runner = lambda *args, **how: kept.append(fastest(*args, **how, timer=timer)) or kept[-1]
         run = helpers.collect(helpers.study(), f"{here}/c.zarr", masks=40, batch_size=128, compile=True)
         found, expected = (helpers.whole(each, "outputs") for each in (run, plain))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
         assert len(np.unique(expected, axis=0)) > 10
-        print("compiled" if kept[-1].compiled else "eager")
+        print("compiled" if kept[-1].plan.compiled else "eager")
     """
     body = "\n".join(line[8:] for line in code.splitlines())
     settings = {
@@ -409,9 +428,35 @@ def test_a_compiled_model_that_is_no_good_is_left_out(monkeypatch, caplog, fault
         return run
 
     monkeypatch.setattr(torch, "compile", other)
-    pace = choose_plan(here, study.examples, masks, work=1, compiled=True)
-    assert not pace.compiled
+    found = fastest_runner(here, study.examples, masks, work=1, compiled=True)
+    assert not found.plan.compiled
     said = {"raises": "RuntimeError: no such instruction", "differs": "AblationError: outputs differ"}[fault]
     assert f"the model is not compiled, since that failed: {said}" in caplog.text
     assert "many lines more" not in caplog.text
-    np.testing.assert_array_equal(here.outputs(block, masks), expected)
+    np.testing.assert_array_equal(found.outputs(block, masks), expected)
+
+
+def test_a_plan_is_frozen_and_another_one_makes_another_runner():
+    study = helpers.study()
+    here = worker(study)
+    with pytest.raises(FrozenInstanceError):
+        here.plan.masks_per_forward = 2
+    other = here.with_plan(ExecutionPlan(batch_size=7, masks_per_forward=2))
+    assert (here.plan, here.batch_size) == (ExecutionPlan(batch_size=128), 128)
+    assert (other.plan.masks_per_forward, other.batch_size) == (2, 7)
+    with pytest.raises(SettingsError, match="holds weights in another precision; make another runner"):
+        here.with_plan(ExecutionPlan(precision="bf16"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"batch_size": 0}, "batch size 0 is below 1"),
+        ({"masks_per_forward": 0}, "masks per forward pass 0 is below 1"),
+        ({"precision": "auto"}, "precision 'auto' cannot be run; use float32 or bf16"),
+        ({"compiled": True, "masks_per_forward": 2}, "a compiled model reads one mask"),
+    ],
+)
+def test_plans_that_cannot_be_run_are_errors(wrong, said):
+    with pytest.raises(SettingsError, match=said):
+        ExecutionPlan(**wrong)

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import coar
 from coar.forward.length_bucketing import cut, ends_of
-from coar.forward.runner import FastRunner
+from coar.forward.runner import FastRunner, ReferenceRunner
 from coar.outputs.base import Output
 from tests.tiny import GPT2, TEXT, lively
 
@@ -77,6 +77,10 @@ def worker(study, **options):
     return FastRunner(study.model, study.components, torch.zeros(study.components.width), study.output, **options)
 
 
+def reference(study):
+    return ReferenceRunner(study.model, study.components, torch.zeros(study.components.width), study.output)
+
+
 def masks_of(study, count=4):
     return study.sampler.masks("train", range(count), len(study.components))
 
@@ -102,7 +106,7 @@ def test_every_text_gets_what_it_gets_alone(kind):
     assert len(block.batches) > 1
     assert lengths(block) == sorted(lengths(block))
     assert lengths(block)[0] < LENGTH / 2 or kind == "pairs"
-    plain = worker(asked, use_hooks=True)
+    plain = reference(asked)
     singly = [plain.load(alone(asked, one), 0, 1) for one in range(TEXTS)]
     expected = np.concatenate([plain.outputs(part, masks) for part in singly], axis=1)
     assert expected.std(0).min() > 1e-3
@@ -140,7 +144,7 @@ def test_a_run_is_that_of_padded_texts(tmp_path):
     run = coar.collect(twice, tmp_path / "run.zarr", masks=6, gradients=8, progress=False)
     outputs = run.outputs(slice(0, 6), slice(0, 2 * TEXTS))
     np.testing.assert_allclose(outputs[:, :TEXTS], outputs[:, TEXTS:], rtol=1e-4, atol=1e-5)
-    plain = worker(asked, use_hooks=True)
+    plain = reference(asked)
     expected = plain.outputs(plain.load(asked.examples, 0, TEXTS), masks_of(asked, 6))
     np.testing.assert_allclose(outputs[:, :TEXTS], expected, rtol=1e-4, atol=1e-5)
 
@@ -173,7 +177,7 @@ def test_components_that_are_positions_keep_their_padding(caplog):
 def test_a_model_that_reads_padding_gets_it(caplog):
     caplog.set_level(logging.INFO, logger="coar")
     asked = study("blind")
-    here, plain, masks = worker(asked), worker(asked, use_hooks=True), masks_of(asked)
+    here, plain, masks = worker(asked), reference(asked), masks_of(asked)
     block = here.load(asked.examples, 0, TEXTS)
     assert lengths(block) == [LENGTH]
     assert "without it outputs differ by" in caplog.text
@@ -210,7 +214,7 @@ def test_a_model_that_takes_one_length_gets_it(caplog):
     assert "without it the model fails" in caplog.text
 
 
-def test_donors_keep_texts_as_long_as_theirs():
+def test_resampled_texts_keep_their_padding():
     asked = study("texts")
     asked = coar.Study(**{**asked.__dict__, "ablation": coar.Resample(seed=0)})
     block = worker(asked, sources=asked.ablation.sources).load(asked.examples, 0, TEXTS)

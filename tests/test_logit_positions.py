@@ -10,8 +10,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import coar
 from coar.forward.devices import device_copy
-from coar.forward.logit_positions import narrow
-from coar.forward.runner import FastRunner
+from coar.forward.execution_plan import ExecutionPlan
+from coar.forward.logit_positions import select_positions
+from coar.forward.runner import FastRunner, ReferenceRunner
+from coar.gates.gates import Gates
 from coar.outputs.base import Output
 from tests.tiny import GPT2, TEXT, lively
 
@@ -58,17 +60,21 @@ def worker(study, **options):
     return FastRunner(device_copy(study.model, CPU), study.components, zeros, study.output, **options)
 
 
+def hooks(study, model):
+    return Gates(model, study.components, torch.zeros(study.components.width), use_hooks=True)
+
+
 def masks_of(study, count=5):
     return study.sampler.masks("train", range(count), len(study.components))
 
 
-def every_logit(study, worker, masks):
-    """(masks, examples) outputs read off logits of all positions, under gates that the worker puts on."""
+def every_logit(study, model, masks):
+    """(masks, examples) outputs read off logits of all positions, under gates in hooks."""
     rows = []
-    with torch.no_grad(), worker._gates_for(worker.load(study.examples, 0, 1), hooks=True) as gates:
+    with torch.no_grad(), hooks(study, model) as gates:
         for mask in torch.from_numpy(masks):
             gates.set(mask)
-            rows.append(study.output(worker._model(**study.examples.inputs), study.examples.targets))
+            rows.append(study.output(model(**study.examples.inputs), study.examples.targets))
     return torch.stack(rows).numpy()
 
 
@@ -82,38 +88,39 @@ def positions_of(block):
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_and_gradients_are_those_of_all_logits(name, kind, side):
     asked = study(name, kind, side)
-    here, masks, seen = worker(asked, batch_size=4), masks_of(asked), []
-    head = here._model.get_output_embeddings()
+    here, masks, seen = worker(asked, plan=ExecutionPlan(batch_size=4)), masks_of(asked), []
+    head = here.model.get_output_embeddings()
     block = here.load(asked.examples, 0, 6)
     assert positions_of(block) == [MOST[kind]] * 2
     head.register_forward_hook(lambda _m, args, _y: seen.append(args[0].shape[1]))
     found = here.outputs(block, masks)
     assert set(seen) == {MOST[kind]}
-    np.testing.assert_allclose(found, every_logit(asked, here, masks), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, every_logit(asked, here.model, masks), rtol=1e-4, atol=1e-5)
     assert found.std(0).min() > 1e-3
 
     kept, ablated, _ = here.mask_gradients(block, masks[:, None], np.zeros(6, dtype=np.int64))
-    with here._gates_for(block, hooks=True) as gates:
+    with hooks(asked, here.model) as gates:
         gates.set(keep := torch.ones(6, len(asked.components), requires_grad=True))
-        asked.output(here._model(**asked.examples.inputs), asked.examples.targets).sum().backward()
+        asked.output(here.model(**asked.examples.inputs), asked.examples.targets).sum().backward()
     np.testing.assert_allclose(here.full_model_gradients(block), keep.grad, rtol=1e-3, atol=1e-5)
     assert np.isfinite(kept).any()
     assert np.isfinite(ablated).any()
 
 
-def test_several_masks_in_a_pass_are_narrowed_too():
+def test_several_masks_in_a_pass_get_fewer_logits_too():
     asked = study("gpt2", "continuation", "left")
     here, masks = worker(asked), masks_of(asked)
     block = here.load(asked.examples, 0, 6)
-    expected = every_logit(asked, here, masks)
-    here.masks_per_forward = 3
+    expected = every_logit(asked, here.model, masks)
+    here = here.with_plan(ExecutionPlan(masks_per_forward=3))
     np.testing.assert_allclose(here.outputs(block, masks), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_donors_replace_is_the_same_where_fewer_logits_are_computed():
+def test_resampling_gives_the_same_where_fewer_logits_are_computed():
     asked = study("gpt2", "answer", "left")
     sources = coar.Resample(seed=1).sources
-    here, plain = worker(asked, sources=sources), worker(asked, sources=sources, use_hooks=True)
+    here, zeros = worker(asked, sources=sources), torch.zeros(asked.components.width)
+    plain = ReferenceRunner(here.model, asked.components, zeros, asked.output, sources=sources)
     block, whole = here.load(asked.examples, 0, 6), plain.load(asked.examples, 0, 6)
     assert (positions_of(block), positions_of(whole)) == ([1], [LENGTH])
     masks, zeroed = masks_of(asked), worker(asked)
@@ -179,9 +186,9 @@ def test_all_logits_are_computed_where_some_would_not_do(case, said, caplog):
     here, masks = worker(asked), masks_of(asked)
     block = here.load(asked.examples, 0, 6)
     assert positions_of(block) == [LENGTH]
-    np.testing.assert_allclose(here.outputs(block, masks), every_logit(asked, here, masks), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(here.outputs(block, masks), every_logit(asked, here.model, masks), rtol=1e-4, atol=1e-5)
     assert said in caplog.text
-    assert not any(module._forward_hooks for module in here._model.modules())
+    assert not any(module._forward_hooks for module in here.model.modules())
 
 
 def test_a_text_without_a_target_is_told_as_ever():
@@ -197,7 +204,7 @@ def test_a_text_without_a_target_is_told_as_ever():
 def test_rows_are_filled_up_with_positions_that_are_not_read():
     targets = torch.tensor([[5, -100, 7, -100], [8, -100, -100, 9]])
     read = torch.tensor([[True, False, True, False], [False, False, False, True]])
-    inputs, less = narrow({"input_ids": torch.zeros(2, 4)}, targets, read)
+    inputs, less = select_positions({"input_ids": torch.zeros(2, 4)}, targets, read)
     assert inputs["logits_to_keep"].tolist() == [[0, 2], [3, 0]]
     assert less.tolist() == [[5, 7], [9, -100]]
 

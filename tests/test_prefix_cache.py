@@ -9,7 +9,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 import coar
-from coar.forward.runner import FastRunner
+from coar.forward.execution_plan import ExecutionPlan
+from coar.forward.runner import FastRunner, ReferenceRunner
 from tests import oracles, tiny
 
 
@@ -127,7 +128,7 @@ def test_outputs_are_those_of_overwritten_copies(data, kind):
     masks = one_at_a_time(len(components))[np.random.default_rng(0).permutation(len(components))]
     masks[3, :2] = False
     masks[5] = True
-    worker = worker_for(model, components, batch_size=4)
+    worker = worker_for(model, components, plan=ExecutionPlan(batch_size=4))
     found = worker.outputs(worker.load(examples_for(*data), 0, 7), masks)
     np.testing.assert_allclose(found, expected(model, components, masks, *data), rtol=1e-4, atol=1e-5)
 
@@ -203,13 +204,16 @@ def test_outputs_that_are_not_finite_stay_so(data, monkeypatch):
     assert calls["stem"] == 1
 
 
-def test_hooks_are_the_plain_way(data, monkeypatch):
-    model = oracles.rough(Net())
-    worker = worker_for(model, coar.conv_filters(model, include=["twice"]), use_hooks=True)
-    block = worker.load(examples_for(*data), 0, 7)
+def test_neither_the_reference_nor_a_plan_without_it_uses_the_cache(data, monkeypatch):
+    model = oracles.rough(Net()).eval()
+    components = coar.conv_filters(model, include=["twice"])
+    reference = ReferenceRunner(model, components, torch.zeros(components.width), coar.CorrectClassMargin())
     found = counted(model, monkeypatch)
-    worker.outputs(block, one_at_a_time(4))
-    assert found["stem"] == 4
+    for runner in (reference, worker_for(model, components, plan=ExecutionPlan(prefix_cache=False))):
+        block = runner.load(examples_for(*data), 0, 7)
+        found.clear()
+        runner.outputs(block, one_at_a_time(4))
+        assert found["stem"] == 4
 
 
 def test_modules_are_as_before(data):

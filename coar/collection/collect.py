@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from coar.cluster import RayCluster
-from coar.collection.preparation import BatchSettings, RunRequest, check_same, prepare, set_plan, unit_runner
+from coar.collection.preparation import BatchSettings, RunRequest, check_same, prepare, tuned, unit_runner
 from coar.collection.ray_engine import collect_on_cluster
 from coar.collection.units import Stage, UnitProgress, UnitRunner, gradient_stage, interrupts, mask_stage
 from coar.errors import SettingsError
 from coar.forward.devices import choose_device, device_copy
+from coar.forward.execution_plan import PRECISIONS
 from coar.forward.malloc import memory_kept
-from coar.forward.runner import CHOICES
 from coar.renamed import new_arguments_only
 from coar.sampling import Split
 from coar.store.gradients import check_count
@@ -148,7 +148,7 @@ def _collect_here(
     mask_gradients, masks = gradient_stage(run, worker), mask_stage(run, worker)
     _work_off(runner, mask_gradients, run, progress=progress, more=bool(masks.missing))
     missing = [unit for unit in masks.missing if isinstance(unit, Unit)]
-    set_plan(study, run, runner.masks, model, missing, batches)
+    runner.masks = tuned(study, run, runner.masks, missing, batches)
     _work_off(runner, masks, run, progress=progress)
 
 
@@ -189,8 +189,8 @@ def _check_settings(masks: int, precision: str, tolerance: float, sizes: dict[st
             "zero masks and zero mask gradients were asked for; ask for at least 2 masks, better several "
             "thousand, or 32 mask gradients"
         )
-    if precision not in CHOICES:
-        raise SettingsError(f"unknown precision {precision!r}; choose one of {', '.join(CHOICES)}")
+    if precision not in PRECISIONS:
+        raise SettingsError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     if not tolerance > 0:
         raise SettingsError(f"precision tolerance {tolerance} is not above 0; 0.05 is usual")
     for name, size in sizes.items():

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from coar.collection.units import UnitRunner
 from coar.equivalence import REFORMULATED, allowed_difference, rounding
 from coar.errors import MismatchError
-from coar.forward.autotune import choose_plan
+from coar.forward.autotune import fastest_runner
+from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.memory_limit import batch_sizes
+from coar.forward.model_runner import ModelRunner
 from coar.forward.precision import choose_precision, compare_precisions
-from coar.forward.preflight import compare_rows, compare_with_hooks, warn_of_overlap
-from coar.forward.runner import FastRunner, ModelRunner
+from coar.forward.preflight import compare_rows, compare_with_reference, warn_of_overlap
+from coar.forward.runner import FastRunner, ReferenceRunner
 from coar.gates.batch_norms import following_batch_norms
 from coar.gates.gates import called_sites
 from coar.sampling import Split
@@ -76,7 +78,7 @@ class BatchSettings:
     Attributes:
         masks: Most rows per forward pass of masks; None leaves it to the device.
         gradients: The same for mask gradients.
-        tune: Whether the pace is measured on the first unit.
+        tune: Whether the execution plan is measured on the first unit.
         compiled: Whether the model is compiled if that is faster.
     """
 
@@ -150,43 +152,42 @@ def fast_runner(study: Study, run: Run, model: nn.Module, *, batch_size: int | N
         run.components,
         torch.from_numpy(run.replacements),
         study.output,
+        ExecutionPlan(precision=run.facts["precision"]["name"], batch_size=batch_size),
         batch_norms=run.facts["batch_norms"],
         sources=study.ablation.sources,
-        precision=run.facts["precision"]["name"],
-        batch_size=batch_size,
     )
 
 
 def check_gradients(study: Study, model: nn.Module, *, batch_size: int | None = None) -> None:
     """Probe a few examples on a copy of the model; raise `AblationError` when there is no gradient to be had."""
     nothing = torch.zeros(study.components.width)
-    worker = FastRunner(model, study.components, nothing, study.output, use_hooks=True, batch_size=batch_size)
-    block = worker.load(study.examples, 0, CHECK_ROWS)
+    reference = ReferenceRunner(model, study.components, nothing, study.output, batch_size=batch_size)
+    block = reference.load(study.examples, 0, CHECK_ROWS)
     masks = study.sampler.masks("gradient", range(block.size), len(study.components))
-    compare_rows(worker, block, masks, tolerance=allowed_difference(REFORMULATED, rounding(model)))
+    compare_rows(reference, block, masks, tolerance=allowed_difference(REFORMULATED, rounding(model)))
 
 
-def set_plan(
-    study: Study, run: Run, worker: FastRunner, model: nn.Module, missing: Sequence[Unit], batches: BatchSettings
-) -> None:
-    """Choose batch size and masks per forward on the first missing unit, and check them against plain hooks there."""
+def tuned(study: Study, run: Run, runner: FastRunner, missing: Sequence[Unit], batches: BatchSettings) -> FastRunner:
+    """Return the runner with the fastest plan for the first missing unit, compared with a reference runner there."""
     if not missing or not (batches.tune or batches.compiled):
-        return
+        return runner
     spans = [run.rows_of(unit) for unit in missing]
     rows, span = spans[0]
     examples = study.examples.subset(range(span.start, span.stop))
     masks = run.plan.masks(run.sampler, run.n_components, rows.start, rows.stop)
     work = sum((r.stop - r.start) * (e.stop - e.start) for r, e in spans) / len(examples)
-    pace = choose_plan(worker, examples, masks, work=work, tune=batches.tune, compiled=batches.compiled)
-    log.info("pace: %s", pace)
-    if pace.masks_per_forward > 1:
-        parts = (model, run.components, torch.from_numpy(run.replacements), study.output)
-        shared = {"batch_norms": run.facts["batch_norms"], "sources": study.ablation.sources}
-        exact = FastRunner(*parts, **shared, batch_size=pace.batch_size)
-        exact.masks_per_forward = pace.masks_per_forward
-        compare_with_hooks(
-            exact, parts, examples, masks[: pace.masks_per_forward], {row.site for row in run.components}
+    found = fastest_runner(runner, examples, masks, work=work, tune=batches.tune, compiled=batches.compiled)
+    together = found.plan.masks_per_forward
+    if together > 1:
+        parts = (runner.model, run.components, torch.from_numpy(run.replacements), study.output)
+        exact = FastRunner(
+            *parts,
+            dataclasses.replace(found.plan, precision="float32"),
+            batch_norms=run.facts["batch_norms"],
+            sources=study.ablation.sources,
         )
+        compare_with_reference(exact, parts, examples, masks[:together], {row.site for row in run.components})
+    return found
 
 
 def _create(
@@ -210,20 +211,21 @@ def _create(
         return torch.from_numpy(ModelRunner(variant, study.output).base_output(few))
 
     norms = following_batch_norms(model, study.components, run=outputs)
-    shared: dict[str, Any] = {"batch_norms": norms, "sources": study.ablation.sources, "batch_size": batch_size}
-    fast = FastRunner(*parts, **shared)
+    shared: dict[str, Any] = {"batch_norms": norms, "sources": study.ablation.sources}
+    plan32 = ExecutionPlan(batch_size=batch_size)
+    fast = FastRunner(*parts, plan32, **shared)
     masks = plan.masks(study.sampler, len(study.components), 0, min(CHECK_MASKS, blocks[0]))
     if not len(masks):  # nothing but mask gradients is asked for
         masks = study.sampler.masks("gradient", range(CHECK_MASKS), len(study.components))
     called = called_sites(model, study.components, run=outputs)
     facts: dict[str, Any] = {
         "batch_norms": norms,
-        "gate_error": compare_with_hooks(fast, parts, first, masks[:2], called),
+        "gate_error": compare_with_reference(fast, parts, first, masks[:2], called),
         "precision": {"name": "float32"},
     }
     if order.precision != "float32":
         block = fast.load(study.examples, 0, min(blocks[1], len(study.examples)))
-        low = FastRunner(*parts, **shared, precision="bf16")
+        low = FastRunner(*parts, dataclasses.replace(plan32, precision="bf16"), **shared)
         check = compare_precisions(fast, low, block, masks, order.tolerance)
         facts["precision"] = {"name": choose_precision(order.precision, check), **dataclasses.asdict(check)}
         log.info("precision %s: %s", facts["precision"]["name"], check)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from coar.cluster import TRIES, RayCluster, _first, connected, unwrap
-from coar.collection.preparation import BatchSettings, check_same, set_plan, unit_runner
+from coar.collection.preparation import BatchSettings, check_same, tuned, unit_runner
 from coar.collection.units import Stage, UnitProgress, gradient_stage, interrupts, mask_stage
 from coar.errors import EngineError
 from coar.forward.devices import choose_device, device_copy
@@ -32,7 +32,7 @@ class RayWorker:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self._job = job
-        self._paced = False
+        self._tuned = False
 
     def build(self) -> None:
         """Build the study, and see that it is the one of the run."""
@@ -45,21 +45,21 @@ class RayWorker:
         check_same(run, study.fingerprint(), "auto")
         model = device_copy(study.model, choose_device(job["device"]))
         batches = BatchSettings.choose(study, model, gradients=job["gradients"], **job["limits"])
-        self._study, self._run, self._model, self._batches = study, run, model, batches
+        self._study, self._run, self._batches = study, run, batches
         self._runner = unit_runner(study, run, model, batches)
         self._free_since = time.monotonic()
 
     @memory_kept()
     def do(self, unit: AnyUnit, missing: int) -> tuple[float, float]:
-        """Do one unit; the pace is measured on the first of masks, as for so many more.
+        """Do one unit; the first unit of masks also measures the execution plan, for so many units.
 
         Return the seconds that it took, and those for which the worker had nothing to do before.
         """
         began = time.monotonic()
         idle = began - self._free_since
-        if isinstance(unit, Unit) and not self._paced:
-            set_plan(self._study, self._run, self._runner.masks, self._model, [unit] * missing, self._batches)
-            self._paced = True
+        if isinstance(unit, Unit) and not self._tuned:
+            self._runner.masks = tuned(self._study, self._run, self._runner.masks, [unit] * missing, self._batches)
+            self._tuned = True
         self._runner.do(unit)
         self._free_since = time.monotonic()
         return self._free_since - began, idle

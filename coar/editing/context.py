@@ -11,7 +11,7 @@ from coar.editing.evaluator import GatedEvaluator
 from coar.editing.goal import EditGoal
 from coar.errors import GoalError
 from coar.examples import Examples
-from coar.forward.runner import Precision
+from coar.forward.execution_plan import Precision
 from coar.outputs.base import Output
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from coar.attributions import Attributions
 from coar.examples import Examples
 from coar.forward.batches import ExampleBlock
 from coar.forward.devices import choose_device, device_copy
-from coar.forward.runner import FastRunner, Precision
+from coar.forward.execution_plan import ExecutionPlan, Precision
+from coar.forward.runner import FastRunner
 from coar.outputs.base import Output
 from coar.outputs.classification import CorrectClassMargin, sides
 
@@ -51,7 +52,7 @@ class GatedEvaluator:
         self._facts, self.table = attributions.facts, attributions.components
         self.constants = np.array(self._facts["replacements"], dtype=np.float32)
         self._model = device_copy(model, choose_device(device))
-        self._precision, self._batch_size = precision, batch_size
+        self._plan = ExecutionPlan(precision=precision, batch_size=batch_size)
         self._largest, self._smooth = sides(output or CorrectClassMargin())
         self._workers: dict[tuple[Output, bytes], FastRunner] = {}
         inputs, targets = examples.block(0, len(examples))
@@ -139,9 +140,8 @@ class GatedEvaluator:
                 self.table,
                 torch.from_numpy(constants),
                 output,
+                self._plan,
                 batch_norms=self._facts["batch_norms"],
-                precision=self._precision,
-                batch_size=self._batch_size,
             )
         return self._workers[key]
 

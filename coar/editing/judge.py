@@ -14,7 +14,8 @@ from coar.editing.goal import EditGoal
 from coar.errors import GoalError
 from coar.examples import Examples
 from coar.forward.devices import choose_device, device_copy
-from coar.forward.runner import FastRunner, ModelRunner
+from coar.forward.model_runner import ModelRunner
+from coar.forward.runner import FastRunner
 from coar.outputs.base import Output
 from coar.outputs.classification import CorrectClassMargin, sides
 

@@ -20,8 +20,8 @@ from coar.editing.search import MAX_UNMET, EvaluatedSet, Search
 from coar.editing.train import CLOSED_GATE_COST, GATES, STRENGTHS, train_gates, train_strengths
 from coar.errors import BoundError, GoalError, SettingsError
 from coar.examples import Examples
+from coar.forward.execution_plan import Precision
 from coar.forward.malloc import memory_kept
-from coar.forward.runner import Precision
 from coar.outputs.base import Output
 from coar.progress import progress_bar
 from coar.renamed import refuse_arguments, refuse_value

@@ -17,7 +17,7 @@ from coar.editing.select import Selection, choose, select
 from coar.editing.select import SelectionOptions as Choice
 from coar.errors import BoundError, GoalError
 from coar.examples import Examples
-from coar.forward.runner import Precision
+from coar.forward.execution_plan import Precision
 from coar.outputs.base import Output
 from coar.progress import progress_bar
 

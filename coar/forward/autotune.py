@@ -1,7 +1,8 @@
-"""How masks pass fastest on this machine: examples and masks per forward, measured, within a memory limit."""
+"""The fastest execution plan on this machine: batch sizes and masks per forward pass, measured on some examples."""
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from coar.equivalence import difference
 from coar.errors import AblationError
 from coar.examples import Examples
 from coar.forward.batches import ExampleBlock
+from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.runner import FastRunner
 
 log = logging.getLogger(__name__)
@@ -18,152 +20,162 @@ log = logging.getLogger(__name__)
 SECONDS = 1.5  # that measuring may take,
 SHARE = 0.05  # or this share of the work ahead, whichever is larger
 WORTHWHILE = 3.0  # seconds of work ahead, below which nothing is measured
-GAIN = 0.95  # of the time that the best pace so far takes: what another must stay below
-HOPELESS = 1.5  # times the best pace so far: what takes as long at first sight is not measured further
+GAIN = 0.95  # of the time that the best plan so far takes: what another must stay below
+HOPELESS = 1.5  # times the best plan so far: a plan that takes as long at first sight is not measured further
 GROUPS = (2, 4, 8, 16, 32, 64)  # masks per forward; when one is hopeless, so are more, as are smaller batches
-LEAST_BATCH = 2  # examples per forward below which no batch is cut, unless memory says so
+LEAST_BATCH = 2  # examples per forward below which no batch is cut, unless memory requires it
 TIMED = 2  # repetitions, of which the faster counts
-TOLERANCE = {"float32": 1e-3, "bf16": 5e-2}  # of the largest output, between two paces
+TOLERANCE = {"float32": 1e-3, "bf16": 5e-2}  # of the largest output, between two plans
+
+Timer = Callable[[FastRunner, ExampleBlock, np.ndarray], float]
 
 
 @dataclass(frozen=True)
-class ExecutionPlan:
-    """How masks pass.
+class TimedRunner:
+    """A runner and what its plan takes.
 
     Attributes:
-        batch_size: Most rows per forward pass: examples, times the masks that share a forward.
-        masks_per_forward: 1 gates the weights; more gate by hooks, a mask for every row.
-        seconds_per_mask: What a mask takes on the block that was measured; NaN where nothing was.
-        compiled: Whether the model is compiled.
+        runner: The runner.
+        seconds: Seconds per mask on the block that was measured.
     """
 
-    batch_size: int
-    masks_per_forward: int = 1
-    seconds_per_mask: float = float("nan")
-    compiled: bool = False
+    runner: FastRunner
+    seconds: float
 
 
-def choose_plan(
-    worker: FastRunner, examples: Examples, masks: np.ndarray, *, work: float, tune: bool = True, compiled: bool = False
-) -> ExecutionPlan:
-    """Find out at which pace masks pass fastest on a block of examples, and let the worker go on at it.
+def seconds_per_mask(runner: FastRunner, block: ExampleBlock, masks: np.ndarray) -> float:
+    """Return the seconds that a mask takes, the fastest of a few calls with these masks."""
+    took = []
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        runner.outputs(block, masks)
+        took.append((time.perf_counter() - start) / len(masks))
+    return min(took)
 
-    Only a pace that gives the same outputs as the worker's own is chosen, and only one that is clearly faster.
+
+def fastest_runner(
+    runner: FastRunner,
+    examples: Examples,
+    masks: np.ndarray,
+    *,
+    work: float,
+    tune: bool = True,
+    compiled: bool = False,
+    timer: Timer = seconds_per_mask,
+) -> FastRunner:
+    """Return the runner with the plan by which masks pass fastest on a block of examples.
+
+    A plan is taken only if it gives the outputs of the runner's own plan and is clearly faster.
 
     Args:
-        worker: The worker; its batch size is the largest that is tried.
+        runner: The runner; its batch size is the largest that is tried.
         examples: The block's examples.
         masks: (masks, components) boolean masks to measure with, as many as a unit has.
-        work: Passes over such a block that lie ahead; measuring takes 1.5 seconds or 5 % of their time at most, a
-            compiler's time aside, and is left out where they take no 3 seconds.
-        tune: Try other batch sizes and masks per forward.
+        work: Passes over such a block that lie ahead. Measuring takes at most 1.5 seconds or 5 % of their time, the
+            compiler's time aside, and is left out where they take less than 3 seconds.
+        tune: Try other batch sizes and masks per forward pass.
         compiled: Try a compiled model too; where it fails, a warning says why.
+        timer: Measures the seconds per mask of a runner on a block under masks.
     """
-    meter = Benchmark(worker, examples, masks)
+    benchmark = Benchmark(runner, examples, masks, timer)
     start = time.perf_counter()
-    best = meter.first()
-    ahead = best.seconds_per_mask * work
+    best = benchmark.first()
+    ahead = best.seconds * work
     if tune and ahead >= WORTHWHILE:
-        best = meter.search(best, start + max(SECONDS, SHARE * ahead))
+        best = benchmark.search(best, start + max(SECONDS, SHARE * ahead))
     if compiled:
-        best = meter.try_compiling(best)
-    meter.adopt(best)
-    return best
+        best = benchmark.try_compiling(best)
+    log.info("execution plan: %s, %.3g s per mask", best.runner.plan, best.seconds)
+    return best.runner
 
 
 class Benchmark:
-    """Times a worker at one pace after another and compares what it gives."""
+    """Times a runner under one plan after another and compares the outputs.
 
-    def __init__(self, worker: FastRunner, examples: Examples, masks: np.ndarray) -> None:
+    Args:
+        runner: The runner.
+        examples: The examples to run.
+        masks: (masks, components) boolean masks.
+        timer: Measures the seconds per mask.
+    """
+
+    def __init__(self, runner: FastRunner, examples: Examples, masks: np.ndarray, timer: Timer) -> None:
         inputs, targets = examples.block(0, len(examples))  # a data set is read once
         self._examples = Examples(inputs=inputs, targets=targets)
-        self._worker, self._masks = worker, masks
+        self._runner, self._masks, self._timer = runner, masks, timer
         self._expected = np.empty((0, len(targets)), dtype=np.float32)
         self._few = 1
 
-    def adopt(self, pace: ExecutionPlan) -> ExampleBlock:
-        """Let the worker go on at a pace, and return the block as it cuts it."""
-        self._worker.batch_size, self._worker.masks_per_forward = pace.batch_size, pace.masks_per_forward
-        return self._worker.load(self._examples, 0, len(self._examples))
-
-    def first(self) -> ExecutionPlan:
-        """Time the worker as it is; its outputs are what others must give."""
-        pace = ExecutionPlan(self._worker.batch_size)
-        block = self.adopt(pace)
-        seconds = self._seconds(block, 1)
-        if seconds < SECONDS / 30:  # so short that gates put on and taken off would show
+    def first(self) -> TimedRunner:
+        """Time the runner with one mask per forward pass; its outputs are what other plans must give."""
+        runner = self._runner.with_plan(replace(self._runner.plan, masks_per_forward=1, compiled=False))
+        block = self._load(runner)
+        seconds = self._timer(runner, block, self._masks[:1])
+        if seconds < SECONDS / 30:  # so short that the time to enter and leave gates would show
             self._few = min(8, len(self._masks))
-            seconds = self._seconds(block, self._few)
-        self._expected = self._worker.outputs(block, self._masks[: self._few])
-        return replace(pace, seconds_per_mask=seconds)
+            seconds = self._timer(runner, block, self._masks[: self._few])
+        self._expected = runner.outputs(block, self._masks[: self._few])
+        return TimedRunner(runner, seconds)
 
-    def search(self, best: ExecutionPlan, deadline: float) -> ExecutionPlan:
-        """Return the fastest of all paces that can be timed until the deadline."""
+    def search(self, best: TimedRunner, deadline: float) -> TimedRunner:
+        """Return the fastest of all plans that can be timed until the deadline."""
         going = {True: True, False: True}  # on with more masks per forward, and with smaller batches
-        for pace in self._candidates(best):
-            needed = (1 + TIMED) * best.seconds_per_mask * self._count(pace)
-            grouped = pace.masks_per_forward > 1
+        for plan in self._candidates(best.runner):
+            needed = (1 + TIMED) * best.seconds * self._count(plan)
+            grouped = plan.masks_per_forward > 1
             if not going[grouped] or time.perf_counter() + needed > deadline:
                 continue
             try:
-                found = self._time(pace, best)
+                found = self._time(best.runner.with_plan(plan), best)
             except (AblationError, torch.OutOfMemoryError) as error:
-                log.info("not %s: %s", pace, error)
+                log.info("not %s: %s", plan, error)
                 going[grouped] = False
                 continue
-            if found.seconds_per_mask > HOPELESS * best.seconds_per_mask:
+            if found.seconds > HOPELESS * best.seconds:
                 going[grouped] = False
-            if found.seconds_per_mask < GAIN * best.seconds_per_mask:
+            if found.seconds < GAIN * best.seconds:
                 best = found
         return best
 
-    def try_compiling(self, best: ExecutionPlan) -> ExecutionPlan:
-        """Return the best pace, or that of a compiled model that is faster and agrees; warn where there is none."""
-        pace = replace(best, masks_per_forward=1, compiled=True)
-        block = self.adopt(pace)
+    def try_compiling(self, best: TimedRunner) -> TimedRunner:
+        """Return the best plan, or the same compiled where that is faster and agrees; warn where it fails."""
+        runner = best.runner.with_plan(replace(best.runner.plan, masks_per_forward=1, compiled=True))
+        block = self._load(runner)
         try:
-            self._worker.compile(block)
-            self._worker.outputs(block, self._masks[:1])
-            found = self._time(pace, best)
+            runner.outputs(block, self._masks[:1])
+            found = self._time(runner, best)
         except Exception as error:  # whatever a compiler may raise: without it nothing is lost but time
             said = next(iter(str(error).splitlines()), "")
             log.warning("the model is not compiled, since that failed: %s: %s", type(error).__name__, said)
-        else:
-            if found.seconds_per_mask < GAIN * best.seconds_per_mask:
-                return found
-            log.info("the model is not compiled, since it is no faster so: %s, without %s", found, best)
-        self._worker.stop_compiling()
+            return best
+        if found.seconds < GAIN * best.seconds:
+            return found
+        log.info("the model is not compiled, since it is no faster so: %s, without %s", found.seconds, best.seconds)
         return best
 
-    def _candidates(self, first: ExecutionPlan) -> list[ExecutionPlan]:
-        rows = len(self._examples)
-        groups = [g for g in GROUPS if g * rows <= first.batch_size and g <= len(self._masks)]
-        sizes = [first.batch_size >> i for i in range(1, 8)]
+    def _candidates(self, runner: FastRunner) -> list[ExecutionPlan]:
+        rows, plan, most = len(self._examples), runner.plan, runner.batch_size
+        groups = [g for g in GROUPS if g * rows <= most and g <= len(self._masks)]
+        sizes = [most >> i for i in range(1, 8)]
         smaller = [size for size in sizes if LEAST_BATCH <= size < rows]
-        return [replace(first, masks_per_forward=g) for g in groups] + [replace(first, batch_size=b) for b in smaller]
+        return [replace(plan, masks_per_forward=g) for g in groups] + [replace(plan, batch_size=b) for b in smaller]
 
-    def _count(self, pace: ExecutionPlan) -> int:
-        return max(self._few, pace.masks_per_forward)
+    def _load(self, runner: FastRunner) -> ExampleBlock:
+        return runner.load(self._examples, 0, len(self._examples))
 
-    def _time(self, pace: ExecutionPlan, best: ExecutionPlan) -> ExecutionPlan:
-        """Time a pace; raise `AblationError` when its outputs are others than the first one's."""
-        block, count = self.adopt(pace), self._count(pace)
-        self._worker.outputs(block, self._masks[:0])  # makes the gates, which are needed once
+    def _count(self, plan: ExecutionPlan) -> int:
+        return max(self._few, plan.masks_per_forward)
+
+    def _time(self, runner: FastRunner, best: TimedRunner) -> TimedRunner:
+        """Time a runner; raise `AblationError` when its outputs differ from the first one's."""
+        block, count = self._load(runner), self._count(runner.plan)
+        runner.outputs(block, self._masks[:0])  # builds the gates, which takes time once
         start = time.perf_counter()
-        found = self._worker.outputs(block, self._masks[:count])[: len(self._expected)]
+        found = runner.outputs(block, self._masks[:count])[: len(self._expected)]
         seconds = (time.perf_counter() - start) / count
         error = difference(self._expected, found)
-        if not error <= TOLERANCE[self._worker.precision]:
-            raise AblationError(f"outputs differ by {error:.1e} of the largest; collect at the usual pace instead")
-        if seconds < HOPELESS * best.seconds_per_mask:
-            seconds = self._seconds(block, count)
-        return replace(pace, seconds_per_mask=seconds)
-
-    def _seconds(self, block: ExampleBlock, count: int) -> float:
-        """Return the seconds that a mask takes, the fastest of a few calls with so many masks."""
-        took = []
-        for _ in range(TIMED):
-            start = time.perf_counter()
-            self._worker.outputs(block, self._masks[:count])
-            took.append((time.perf_counter() - start) / count)
-        return min(took)
+        if not error <= TOLERANCE[runner.precision]:
+            raise AblationError(f"outputs differ by {error:.1e} of the largest; collect with the usual plan instead")
+        if seconds < HOPELESS * best.seconds:
+            seconds = self._timer(runner, block, self._masks[:count])
+        return TimedRunner(runner, seconds)

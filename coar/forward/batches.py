@@ -17,7 +17,7 @@ class ExampleBlock:
     Attributes:
         batches: Inputs and targets, batch by batch.
         size: Number of examples.
-        donors: Batch by batch the inputs whose activations replace the examples'; empty where constants do.
+        sources: Batch by batch the inputs whose activations replace the examples'; empty where constants do.
         order: (examples,) which example is at each place of the batches; None where they are in order.
     """
 
@@ -35,7 +35,7 @@ class ExampleBlock:
         return values if self.order is None else values[self.order]
 
     def pieces(self) -> Iterator[tuple["ExampleBlock", slice]]:
-        """Yield blocks whose donors' activations are held at one time, with the examples of each: a batch, or all."""
+        """Yield blocks whose sources' activations are held at one time, with the examples of each: a batch, or all."""
         if not self.sources:
             yield self, slice(0, self.size)
             return

@@ -32,12 +32,12 @@ FEW = 2  # examples on which it is tried first
 Cut = tuple[Tensor, int]  # positions of examples, and the length that they need
 
 
-class Trimming:
+class LengthBucketing:
     """Cuts texts into batches without needless padding, if the model gives the same outputs then.
 
     Args:
         model: The model.
-        components: The components that masks speak of; none may be a position of a text.
+        components: The components of a mask; none may be a position of a text.
         output: What is read off the model's result.
         front: Whether positions may move forward, which they may not where constants belong to positions.
     """
@@ -46,13 +46,13 @@ class Trimming:
         self._model, self._components, self._output, self._front = model, components, output, front
         self._possible: bool | None = None
 
-    def shortened(self, block: ExampleBlock, most: int, run: Callable[[Inputs], Any]) -> ExampleBlock:
+    def bucketed(self, block: ExampleBlock, most: int, run: Callable[[Inputs], Any]) -> ExampleBlock:
         """Return a block whose batches have no needless padding, or the one given where that saves nothing.
 
         The first time, the examples with most padding are passed with it and without, and compared.
 
         Args:
-            block: A block without donors.
+            block: A block without resample sources.
             most: Examples that may pass together.
             run: Runs the model on inputs.
         """

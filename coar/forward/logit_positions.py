@@ -24,12 +24,12 @@ WORTHWHILE = 0.75  # share of a text's positions, above which leaving out the ot
 FEW = 2  # examples on which it is tried first
 
 
-class Narrowing:
+class LogitPositions:
     """Asks a model for logits only where they are read, if it gives the same ones there.
 
     Args:
         model: The model.
-        components: The components that masks speak of; their modules must be given as much as otherwise.
+        components: The components of a mask; their modules must receive as many values as without.
         output: What is read off the model's result.
     """
 
@@ -37,10 +37,10 @@ class Narrowing:
         self._model, self._components, self._output = model, components, output
         self._possible: bool | None = None if takes(model, ARGUMENT) else False
 
-    def narrowed(self, batch: Batch, run: Callable[[Inputs], Any]) -> Batch:
+    def selected(self, batch: Batch, run: Callable[[Inputs], Any]) -> Batch:
         """Return inputs and targets of the positions that are read, or those given.
 
-        The first time, what is narrowed is compared on two examples with what is not.
+        The first time, logits at these positions are compared with logits at all positions, on two examples.
 
         Args:
             batch: Inputs and (examples, length) targets, on the model's device.
@@ -52,7 +52,7 @@ class Narrowing:
         read = self._output.positions_read(targets)
         if read is None or int(read.sum(1).max()) > WORTHWHILE * read.shape[1]:
             return batch
-        less = narrow(inputs, targets, read)
+        less = select_positions(inputs, targets, read)
         if self._possible is None:
             self._possible = self._agrees({name: value[:FEW] for name, value in less[0].items()}, run)
         return less if self._possible else batch
@@ -79,7 +79,7 @@ def takes(model: nn.Module, argument: str) -> bool:
         return False
 
 
-def narrow(inputs: dict[str, Tensor], targets: Tensor, read: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def select_positions(inputs: dict[str, Tensor], targets: Tensor, read: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Return inputs that ask for logits where they are read, and the targets there.
 
     Where an example has fewer such positions than another, further ones fill up its row, whose targets are not read.

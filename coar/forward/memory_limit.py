@@ -11,18 +11,13 @@ from torch import Tensor, nn
 
 from coar.errors import SettingsError
 from coar.forward.devices import BATCH_SIZE
-from coar.forward.runner import FastRunner, ModelRunner
+from coar.forward.model_runner import ModelRunner
+from coar.forward.runner import ReferenceRunner
 from coar.study import Study
 
 FREE_SHARE = 0.8  # of a CUDA device's free memory that batches may take
-
-
 MEASURED = 2  # examples whose memory is measured
-
-
 UNITS = {"": 1, "B": 1} | {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", 1)}
-
-
 UNITS |= {f"{letter}IB": 1024**i for i, letter in enumerate("KMGT", 1)}
 
 
@@ -79,27 +74,22 @@ def mask_bytes(study: Study, model: nn.Module) -> float:
     """Return the bytes that one example takes in a forward pass.
 
     On CUDA it is the peak of what is allocated; elsewhere the largest sum of what a module without children is given
-    and returns, so products inside a larger module's own code are not seen. Where donors' activations are held, the
-    sum over all modules is added.
+    and returns, so products inside a larger module's own code are not seen. Where the activations of resample
+    sources are held, the sum over all modules is added.
     """
     components = study.components
     held = study.ablation.sources(len(study.examples)) is not None
     runner = ModelRunner(model, study.output, batch_size=MEASURED)
-    worker = FastRunner(
-        model,
-        components,
-        torch.zeros(components.width),
-        study.output,
-        use_hooks=True,
-        sources=study.ablation.sources,
-        batch_size=MEASURED,
+    zeros = torch.zeros(components.width)
+    reference = ReferenceRunner(
+        model, components, zeros, study.output, sources=study.ablation.sources, batch_size=MEASURED
     )
     everything = np.ones((1, len(components)), dtype=bool)
 
     def used(rows: int) -> float:
         if runner.device.type == "cuda" and held:
-            block = worker.load(study.examples, 0, rows)
-            return _peak(worker.device, lambda: worker.outputs(block, everything))
+            block = reference.load(study.examples, 0, rows)
+            return _peak(reference.device, lambda: reference.outputs(block, everything))
         block = runner.load(study.examples, 0, rows)
         if runner.device.type == "cuda":
             return _peak(runner.device, lambda: runner.base_output(block))
@@ -118,12 +108,12 @@ def gradient_bytes(study: Study, model: nn.Module) -> float:
     """
     components = study.components
     zeros = torch.zeros(components.width)
-    worker = FastRunner(model, components, zeros, study.output, use_hooks=True, batch_size=MEASURED)
+    reference = ReferenceRunner(model, components, zeros, study.output, batch_size=MEASURED)
 
     def used(rows: int) -> float:
-        block = worker.load(study.examples, 0, rows)
-        if worker.device.type == "cuda":
-            return _peak(worker.device, lambda: worker.full_model_gradients(block))
+        block = reference.load(study.examples, 0, rows)
+        if reference.device.type == "cuda":
+            return _peak(reference.device, lambda: reference.full_model_gradients(block))
         saved: dict[int, int] = {}  # bytes by the address of a storage
 
         def keep(tensor: Tensor) -> Tensor:
@@ -132,7 +122,7 @@ def gradient_bytes(study: Study, model: nn.Module) -> float:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            worker.full_model_gradients(block)
+            reference.full_model_gradients(block)
         return float(sum(saved.values()))
 
     return _per_row(used, len(study.examples))

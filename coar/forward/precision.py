@@ -8,7 +8,8 @@ import numpy as np
 
 from coar.errors import PrecisionError
 from coar.forward.batches import ExampleBlock
-from coar.forward.runner import FastRunner, Precision
+from coar.forward.execution_plan import Precision
+from coar.forward.runner import FastRunner
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from coar.equivalence import REFORMULATED, allowed_difference, difference, round
 from coar.errors import AblationError
 from coar.examples import Examples
 from coar.forward.batches import ExampleBlock
-from coar.forward.runner import FastRunner
+from coar.forward.model_runner import GatedRunner
+from coar.forward.runner import FastRunner, ReferenceRunner
 from coar.outputs.base import Output
 from coar.study import Study
 
@@ -52,47 +53,47 @@ def compare_gates(expected: np.ndarray, found: np.ndarray, *, tolerance: float) 
     return error
 
 
-def compare_with_hooks(
-    worker: FastRunner, parts: Parts, examples: Examples, masks: np.ndarray, called: set[str]
+def compare_with_reference(
+    fast: FastRunner, parts: Parts, examples: Examples, masks: np.ndarray, called: set[str]
 ) -> float | None:
-    """Compare a worker with hooks that apply one mask per forward to examples as they are, padding and all.
+    """Compare a fast runner with a reference runner.
 
     Components that have no output are kept.
 
     Args:
-        worker: A worker in float32.
+        fast: A fast runner in float32.
         parts: Its model, components, replacements and output.
         examples: The examples.
         masks: (masks, components) boolean masks; the first and the last are compared.
         called: Sites whose module is called, see `called_sites`.
 
     Returns:
-        What `compare_gates` does; None when no component has an output, or donors are in hooks either way.
+        What `compare_gates` does; None when no component has an output, or both runners resample in hooks.
 
     Raises:
         AblationError: When they disagree.
     """
     model, components, constants, output = parts
     rows = [i for i, row in enumerate(components) if row.side != "parameter" and row.site in called]
-    block = worker.load(examples, 0, len(examples))
+    block = fast.load(examples, 0, len(examples))
     if not rows or block.sources:
         return None
     chosen = Components(components[i] for i in rows)
     own = constants[..., torch.from_numpy(components.channels_of(rows))]
-    plain = FastRunner(model, chosen, own, output, use_hooks=True, batch_size=worker.batch_size)
+    reference = ReferenceRunner(model, chosen, own, output, batch_size=fast.batch_size)
     shared = np.ones_like(masks)
     shared[:, rows] = masks[:, rows]
     ends = sorted({0, len(masks) - 1})
-    expected = plain.outputs(plain.load(examples, 0, len(examples)), masks[ends][:, rows])
-    found = worker.outputs(block, shared)[ends]
+    expected = reference.outputs(reference.load(examples, 0, len(examples)), masks[ends][:, rows])
+    found = fast.outputs(block, shared)[ends]
     return compare_gates(expected, found, tolerance=allowed_difference(REFORMULATED, rounding(model)))
 
 
-def compare_rows(worker: FastRunner, block: ExampleBlock, masks: np.ndarray, *, tolerance: float) -> float:
+def compare_rows(runner: GatedRunner, block: ExampleBlock, masks: np.ndarray, *, tolerance: float) -> float:
     """Return the largest difference that a mask per example makes to one mask for all, relative to the largest output.
 
     Args:
-        worker: The worker.
+        runner: The runner, whose outputs under one mask are compared with its outputs under a mask per example.
         block: A few examples.
         masks: (examples, components) boolean masks, one per example.
         tolerance: The largest difference that is allowed.
@@ -101,8 +102,8 @@ def compare_rows(worker: FastRunner, block: ExampleBlock, masks: np.ndarray, *, 
         AblationError: When they disagree, since an example was then given another one's mask, or when there is no
             gradient to be had.
     """
-    found = worker.mask_gradients(block, masks[None], np.arange(block.size))[2][0]
-    expected = worker.outputs(block, masks).diagonal()
+    found = runner.mask_gradients(block, masks[None], np.arange(block.size))[2][0]
+    expected = runner.outputs(block, masks).diagonal()
     error = difference(expected, found)
     if not error <= tolerance:
         raise AblationError(
