@@ -13,15 +13,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EDIT := $(BIN)/coar edit $(RUN) --pipeline $(FILE) --task
+FAST := "not slow and not gpu and not network and not ffcv"
+FFCV_COMPILES := pkg-config --exists opencv4 libturbojpeg && command -v c++ > /dev/null
+FFCV_PACKAGES := g++ pkg-config libopencv-dev libturbojpeg0-dev
 UV := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint type test bench collect fit evaluate edit edits report clean
+.PHONY: help setup setup-ffcv ffcv-packages lint type test test-ffcv coverage bench collect fit evaluate edit edits report clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "with PIPELINE=digits ABLATION=mean|zero LABEL=3 (the class to forget) TASK=\"forget fix\", as in:"
 	@echo "make edit PIPELINE=backdoor TASK=backdoor; make edit ABLATION=zero"
 
@@ -34,6 +37,18 @@ $(READY): pyproject.toml uv.lock
 	$(UV) sync --locked --inexact --quiet
 	@touch $@
 
+setup-ffcv: $(READY) ## Install ffcv, which reads .beton files and is compiled here
+	@$(FFCV_COMPILES) || { \
+		echo "ffcv needs a C++ compiler, pkg-config, and OpenCV and libturbojpeg with their headers;"; \
+		echo "on Debian: apt-get install --no-install-recommends $(FFCV_PACKAGES)"; exit 1; \
+	} >&2
+	$(UV) sync --locked --inexact --quiet --extra ffcv
+	$(BIN)/python -W ignore -c "import ffcv.loader"
+
+ffcv-packages: ## Install what ffcv is compiled with, by apt-get as root
+	$(FFCV_COMPILES) || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $(FFCV_PACKAGES); }
+
 lint: $(READY) ## Check style, and that imports point one way
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,7 +58,16 @@ type: $(READY) ## Check types
 	$(BIN)/mypy
 
 test: $(READY) ## Run the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu and not network"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m $(FAST)
+
+test-ffcv: setup-ffcv ## Run the tests of .beton files
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m ffcv
+
+coverage: $(READY) ## Run the fast tests, then show which lines and branches of coar/ they ran
+	rm -f .coverage .coverage.*
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 -m $(FAST)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 bench: $(READY) ## Run the benchmarks that need no data from outside
 	$(BIN)/python benchmarks/fit.py
@@ -69,4 +93,4 @@ report: edit ## Gather tables and figures on one page
 	$(BIN)/coar report $(RUN)
 
 clean: ## Remove runs, reports and caches; data and .venv stay
-	rm -rf runs reports .mypy_cache .pytest_cache .ruff_cache .hypothesis docs/_build
+	rm -rf runs reports .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* docs/_build

@@ -274,7 +274,7 @@ def write_beton(root, mode, label="label"):
     return file
 
 
-@pytest.mark.slow
+@pytest.mark.ffcv
 def test_beton_of_pictures_in_the_models_size(small, monkeypatch):
     """What ffcv returns is each picture to the bit, in any order asked for."""
     pytest.importorskip("ffcv", reason="needs the extra ffcv")
@@ -293,7 +293,7 @@ def test_beton_of_pictures_in_the_models_size(small, monkeypatch):
     assert examples.fingerprint() == imagenet_resnet50.examples("judge").fingerprint()
 
 
-@pytest.mark.slow
+@pytest.mark.ffcv
 def test_beton_of_pictures_in_many_sizes(small, monkeypatch):
     """The middle is cropped and scaled; ffcv scales otherwise than Pillow, so pixels are near and not the same."""
     pytest.importorskip("ffcv", reason="needs the extra ffcv")
@@ -307,7 +307,7 @@ def test_beton_of_pictures_in_many_sizes(small, monkeypatch):
     assert torch.equal(single, found)
 
 
-@pytest.mark.slow
+@pytest.mark.ffcv
 def test_beton_that_does_not_fit(small, monkeypatch):
     pytest.importorskip("ffcv", reason="needs the extra ffcv")
     file = write_beton(small, "fitting")
