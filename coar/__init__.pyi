@@ -20,6 +20,8 @@ from .collection.adaptive import collect_until as collect_until
 from .collection.collect import collect as collect
 from .collection.cost import estimate as estimate
 from .components.attention import attention_heads as attention_heads
+from .components.edges import edges as edges
+from .components.edges import nodes as nodes
 from .components.experts import experts as experts
 from .components.finders import conv_filters as conv_filters
 from .components.finders import input_features as input_features

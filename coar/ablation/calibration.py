@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coar.ablation.padding import tokens_of, without_padding
+from coar.ablation.writers import writer_moments
 from coar.components.table import Components, Side
 from coar.errors import AblationError
 from coar.examples import Examples, call_model
@@ -25,9 +26,13 @@ def activation_moments(
 ) -> tuple[Tensor, Tensor]:
     """Return (components.width,) means and standard deviations over examples and positions.
 
+    Those of edges are their writers', without each text's first position, see `writer_moments`.
+
     Raises:
         AblationError: When a component has no activations, or its module is never called.
     """
+    if components[0].side == "edge":
+        return writer_moments(model, components, calibration, batch_size=batch_size)
     sums: dict[Place, Tensor] = {}  # (3, channels): how many values, their sum, and that of their squares
 
     def add(place: Place, values: Tensor) -> None:
@@ -76,7 +81,7 @@ def walk(
             module = model.get_submodule(site)
             if side == "expert":
                 handle = module.register_forward_pre_hook(watch.routes(site, rows), with_kwargs=True)
-            elif side != "parameter":
+            elif side != "parameter" and side != "edge":  # noqa: PLR1714 - so mypy narrows the type
                 handle = hook(module, side, watch.tensors((site, side, 0), axis, components[rows[0]].size))
             stack.callback(handle.remove)
         for start in range(0, len(examples), batch_size):
@@ -170,6 +175,11 @@ def _spread(components: Components, by_place: dict[Place, Tensor]) -> Tensor:
 def _check_featured(components: Components) -> None:
     """Raise `AblationError` for the first component whose channels have no constants of their own."""
     for row in components:
+        if row.side == "edge":
+            raise AblationError(
+                f"{row.name!r} is an edge, or a writer of edges, which takes constants of this kind from no activation "
+                f"of its own; use Mean(calibration=...), Optimal(calibration=...), ZeroActivation() or Resample()"
+            )
         if row.side == "parameter":
             raise AblationError(
                 f"{row.name!r} is a slice of a parameter and has no activations to take a constant from; use "

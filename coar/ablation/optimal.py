@@ -65,7 +65,7 @@ class Optimal(Calibrated):
         size = self.examples_per_step
         means, spread = activation_moments(model, components, self.calibration, batch_size=size)
         starts = [means, torch.zeros_like(means)]
-        if all(row.side != "module" for row in components):  # a module has no bias of its own
+        if all(row.side not in ("module", "edge") for row in components):  # which have no bias of their own
             starts.append(ZeroWeight().replacements(model, components, batch_size=size))
         trial = _Trial(self, model, components)
         with trial.gates:

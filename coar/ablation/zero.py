@@ -28,6 +28,11 @@ class ZeroWeight(Ablation):
                     f"{components[indices[0]].name!r} is a whole module, whose weights and biases are many layers'; "
                     f"use ZeroActivation() or Resample()"
                 )
+            if side == "edge":
+                raise AblationError(
+                    f"{components[indices[0]].name!r} is an edge, or a writer of edges, and has no weights of its own "
+                    f"to zero; use ZeroActivation(), Mean(calibration=...) or Resample()"
+                )
             bias = _bias(model.get_submodule(site), side) if side in ("output", "expert") else None
             if bias is not None:
                 flat = bias.detach().float().cpu().flatten()

@@ -24,7 +24,7 @@ def check_components(model: nn.Module, components: Components) -> None:
                 f"component {components[indices[0]].name!r} lies in {site!r}, which this {type(model).__name__} does "
                 f"not have; the components belong to another model: find them again on this one"
             )
-        if side == "module":
+        if side in ("module", "edge"):  # gates on edges find them in the model again
             continue
         length = _length(found, side, axis)
         last = max(components[i].position + components[i].size for i in indices)

@@ -13,7 +13,7 @@ from coar.errors import ComponentError
 if TYPE_CHECKING:
     import pandas as pd
 
-Side = Literal["output", "input", "module", "expert", "parameter"]
+Side = Literal["output", "input", "module", "expert", "parameter", "edge"]
 
 
 class Component(NamedTuple):
@@ -21,13 +21,15 @@ class Component(NamedTuple):
 
     Attributes:
         name: Unique name, such as `layer1.0.conv1[17]`.
-        kind: `conv filter`, `neuron`, `input feature`, `attention head`, `expert`, `module` or `parameter slice`.
-        site: Path of the module, or of the parameter for a slice of one.
+        kind: `conv filter`, `neuron`, `input feature`, `attention head`, `expert`, `module`, `parameter slice`, `edge`
+            or `node`.
+        site: Path of the module, or of the parameter for a slice of one; of the module that reads, for an edge.
         side: What of the site is ablated: channels of the module's `output` or `input`, all that the `module` returns,
-            what one `expert` of the module returns, or the `parameter` itself.
+            what one `expert` of the module returns, the `parameter` itself, or an `edge` between two modules.
         axis: Axis of the module's output or input, or of the parameter, along which the component lies; 0 for a whole
             module whose features lie along an axis that is not known. Experts' features count as side by side.
-        position: First index of the component along that axis.
+        position: First index of the component along that axis; for an edge, of its writer's constants among those of
+            all writers, which its other edges share.
         size: How many indices, or channels, it takes along that axis.
     """
 
@@ -70,6 +72,11 @@ class Components(Sequence[Component]):
             names = [row.name for row in self._rows]
             twice = next(name for name in names if names.count(name) > 1)
             raise ComponentError(f"component {twice!r} is in the table twice; leave one of the two out")
+        if len({row.side == "edge" for row in self._rows}) > 1:
+            raise ComponentError(
+                "edges and other components cannot be in one table, since both would gate what a module computes; "
+                "collect a run of each"
+            )
 
     @overload
     def __getitem__(self, index: int) -> Component: ...
@@ -109,13 +116,16 @@ class Components(Sequence[Component]):
 
     @property
     def width(self) -> int:
-        """How many channels all components have together."""
-        return int(self._ends[-1])
+        """How many channels all components have together; edges of one writer share its channels."""
+        return int((self._starts + self._sizes).max())
 
     def channels_of(self, rows: Sequence[int]) -> np.ndarray:
-        """Return the numbers of some components' channels, where those of all components are counted in table order."""
+        """Return the numbers of some components' channels, where those of all components are counted in table order.
+
+        Those of edges are counted in the order of writers.
+        """
         index = np.asarray(rows, dtype=np.int64)
-        return _ranges(self._ends[index] - self._sizes[index], self._sizes[index])
+        return _ranges(self._starts[index], self._sizes[index])
 
     def positions_of(self, rows: Sequence[int]) -> np.ndarray:
         """Return where the channels of some components lie along their axis, in the order of `channels_of`."""
@@ -146,8 +156,11 @@ class Components(Sequence[Component]):
         return np.array([row.size for row in self._rows])
 
     @cached_property
-    def _ends(self) -> np.ndarray:
-        return self._sizes.cumsum()
+    def _starts(self) -> np.ndarray:
+        if self._rows[0].side == "edge":
+            return np.array([row.position for row in self._rows])
+        starts: np.ndarray = self._sizes.cumsum() - self._sizes
+        return starts
 
     def index(self, name: str, *_: int) -> int:
         """Return the row number of a component by its name; raise `ComponentError` for an unknown name."""

@@ -2,6 +2,7 @@
 
 from coar.errors import AblationError
 from coar.gates.building import GatedSite, GateKind, GateRequest, sites_of
+from coar.gates.edges import EDGE_GATES
 from coar.gates.experts import EXPERT_GATES
 from coar.gates.gate import Gate
 from coar.gates.hook import HOOK_GATES
@@ -12,6 +13,7 @@ from coar.gates.weight import WEIGHT_GATES
 
 GATE_KINDS: tuple[GateKind, ...] = (  # the first that accepts a site gates it
     SLICE_GATES,
+    EDGE_GATES,
     EXPERT_GATES,
     RESAMPLE_GATES,
     POSITION_GATES,

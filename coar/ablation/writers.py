@@ -1,0 +1,72 @@
+"""Means and standard deviations of what the writers of a decoder write, the constants of its edges."""
+
+import torch
+from torch import Tensor, nn
+
+from coar.ablation.padding import tokens_of
+from coar.components.table import Components
+from coar.errors import AblationError
+from coar.examples import Examples, call_model
+from coar.gates.edges import edge_gate
+
+
+def writer_moments(
+    model: nn.Module, components: Components, calibration: Examples, *, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return (components.width,) means and standard deviations over examples and their positions from the second on.
+
+    The first token of a text is never ablated, and what is written there is unlike what is written elsewhere.
+
+    Args:
+        model: The model in evaluation mode.
+        components: Edges, or writers for all their edges.
+        calibration: The examples.
+        batch_size: Most examples per forward pass.
+
+    Raises:
+        AblationError: When there is no second position, or what is written is not finite.
+    """
+    device = next(model.parameters()).device
+    gate = edge_gate(model, components, torch.zeros(components.width, device=device))
+    count, sums = 0, torch.zeros(0)
+    gate.install()
+    try:
+        for start in range(0, len(calibration), batch_size):
+            inputs = calibration.block(start, start + batch_size)[0]
+            tokens = tokens_of(model, inputs)
+            with torch.inference_mode():
+                gate.record(True)
+                call_model(model, inputs)
+                gate.record(False)
+                written, later = gate.recorded()
+            counted = later if tokens is None else later & tokens.to(later.device)
+            count += int(counted.sum())
+            here = torch.stack([_sum(written, counted, power) for power in (1, 2)])
+            sums = here if start == 0 else sums + here
+        gate.confirm()
+    finally:
+        gate.restore()
+    _check(count, sums)
+    mean, square = (sums / count).flatten(1)[:, : components.width]
+    return mean.float().cpu(), (square - mean.square()).clamp_min(0).sqrt().float().cpu()
+
+
+def _sum(written: Tensor, counted: Tensor, power: int) -> Tensor:
+    """Return the (writers, width) float64 sum of powers of what was written at the positions that count."""
+    total = torch.zeros(written.shape[2:], dtype=torch.float64, device=written.device)
+    for row, there in zip(written, counted, strict=True):
+        total += row[there].double().pow(power).sum(0)
+    return total
+
+
+def _check(count: int, sums: Tensor) -> None:
+    if count == 0:
+        raise AblationError(
+            "no calibration text has a second token, and means of writers leave out the first one, which is never "
+            "ablated; give longer texts"
+        )
+    if not sums.isfinite().all():
+        raise AblationError(
+            "what the model writes is not finite while the calibration examples pass through it, so no constant can be "
+            "taken from it; leave such examples out, or use float32"
+        )

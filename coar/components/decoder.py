@@ -1,0 +1,325 @@
+"""The writers and readers of a decoder-only transformer, found by what its modules do in a plain pass.
+
+The residual stream of such a model is a sum. Writers add to it: the embedding, every attention head and every
+feed-forward block (MLP). Readers take it, most of them after a norm: the queries, keys and values of every head, every
+MLP, and what comes after the last layer.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from coar.components.attention import attention_heads
+from coar.components.layers import is_linear, stack_of, unwrapped
+from coar.components.ports import Block, Port, ports_of
+from coar.components.table import Component
+from coar.components.trace import Trace, is_inside, random_tokens, trace
+from coar.errors import ComponentError
+
+EXACT, COARSE = 1e-4, 5e-2  # allowed error of the sum of writers, of a token's largest entry: float32, lower precision
+ROWS, POSITIONS = 2, 5  # texts and tokens of the plain pass
+
+
+class Writer(NamedTuple):
+    """What adds to the residual stream.
+
+    Attributes:
+        label: `embed`, `L9.H6`, `L9.mlp`, or `L9.attn` for all heads of a layer under one norm.
+        site: Path of the module that returns what is written; of the first module that reads, for the embedding.
+        head: First index and number of the features of the site's input that make up a head, whose product with the
+            site's weight is what it writes; None where the whole output is written.
+    """
+
+    label: str
+    site: str
+    head: tuple[int, int] | None = None
+
+
+class Reading(NamedTuple):
+    """A module that reads the residual stream, and its readers.
+
+    Attributes:
+        site: Path of the module.
+        norm: Path of the norm between the residual stream and the module; None where there is none.
+        before: How many writers have written by then.
+        block: What reads, as a whole: `L10.attn`, `L10.mlp` or `out`.
+        labels: A label for each reader: `L10.H0.q`, `L10.mlp` or `out`; `L10.G0.k` where heads share keys and values.
+        rows: The outputs of a projection in the order of its readers, equally many for each; None where the whole
+            module is one reader.
+    """
+
+    site: str
+    norm: str | None
+    before: int
+    block: str
+    labels: tuple[str, ...]
+    rows: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The writers and readers of a decoder-only transformer; an edge is a reader and a writer before it.
+
+    Attributes:
+        path: Path of the module that is given the tokens' embeddings or numbers, and their attention mask.
+        width: Features of the residual stream.
+        writers: All writers, in the order in which they write; the embedding is the first.
+        readings: All modules that read, in the order in which they do.
+    """
+
+    path: str
+    width: int
+    writers: tuple[Writer, ...]
+    readings: tuple[Reading, ...]
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """Find the writers and readers of a decoder-only transformer.
+
+    Attention blocks and their heads are those of `attention_heads`. A layer is the part of the model's list of layers
+    in which a block lies; its MLP is what else in it has linear layers. Two passes over a few random tokens find the
+    rest: norms, what is written after a norm, parallel blocks, and the outputs of projections that are queries, keys
+    and values. The first also checks that what each module reads is the sum of what was written before.
+
+    Raises:
+        ComponentError: When the model is an encoder, has an encoder, or its residual stream is no such sum; the message
+            names the module.
+    """
+    model = unwrapped(model)
+    _check_kind(model)
+    passed = trace(model, random_tokens(model, ROWS, POSITIONS))
+    layers = _layers(model, passed)
+    blocks = [Block(layer.block, _projections(passed, layer), layer.heads) for layer in layers]
+    ports = ports_of(model, blocks)
+    draft = _Draft(passed)
+    for layer, block, own in zip(layers, blocks, ports, strict=True):
+        _add_layer(draft, layer, block, own)
+    draft.read_last()
+    return Decoder(_owner(layers), draft.width, tuple(draft.writers), tuple(draft.readings))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer: its path, the label of its number, its attention block with its heads, and its MLP, first to last."""
+
+    path: str
+    label: str
+    block: str
+    heads: tuple[Component, ...]
+    mlp: tuple[str, str] | None
+
+
+def _check_kind(model: nn.Module) -> None:
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    if any(getattr(config, "is_encoder_decoder", False) is True for config in configs):
+        raise ComponentError(
+            f"{type(model).__name__} is an encoder-decoder; edges are found in decoder-only language models, such as "
+            f"GPT-2 or Llama: use attention_heads and modules for this model"
+        )
+
+
+def _layers(model: nn.Module, passed: Trace) -> list[_Layer]:
+    """Return the layers in the order in which their attention blocks are called."""
+    heads: dict[str, list[Component]] = {}
+    for head in attention_heads(model):
+        heads.setdefault(head.name.rpartition("head[")[0].removesuffix("."), []).append(head)
+    called = sorted((block for block in heads if block in passed), key=passed.index)
+    if not called:
+        raise ComponentError(f"no attention block of {type(model).__name__} is called with token numbers alone")
+    found: list[_Layer] = []
+    for block in called:
+        path = _layer_of(model, block)
+        if any(layer.path == path for layer in found):
+            raise ComponentError(
+                f"{path!r} has two attention blocks that are called; edges are found in layers with one: use "
+                f"attention_heads and modules"
+            )
+        number = path.rpartition(".")[2]
+        label = f"L{number}" if number.isdecimal() else f"L{len(found)}"
+        found.append(_Layer(path, label, block, tuple(heads[block]), _mlp(model, passed, path, block)))
+    return found
+
+
+def _layer_of(model: nn.Module, block: str) -> str:
+    """Return the path of the part of a list of modules in which a block lies; of its parent where there is none."""
+    path = block
+    while path:
+        parent = path.rpartition(".")[0]
+        if isinstance(model.get_submodule(parent), nn.ModuleList | nn.Sequential):
+            return path
+        path = parent
+    return block.rpartition(".")[0]
+
+
+def _owner(layers: list[_Layer]) -> str:
+    """Return the path of the module that holds the list of all layers."""
+    owners = {layer.path.rpartition(".")[0].rpartition(".")[0] for layer in layers}
+    if len(owners) > 1:
+        raise ComponentError(f"attention blocks lie in several lists of layers, of {sorted(owners)}; edges need one")
+    return owners.pop()
+
+
+def _mlp(model: nn.Module, passed: Trace, path: str, block: str) -> tuple[str, str] | None:
+    """Return the first and the last called of a layer's children, besides its attention, that have linear layers."""
+    found = []
+    for name, child in model.get_submodule(path).named_children():
+        own = f"{path}.{name}" if path else name
+        holds = any(is_linear(part) or stack_of(part) is not None for part in _with_weights(child))
+        if holds and own in passed and not (block == own or is_inside(block, own)):
+            found.append(own)
+    found.sort(key=passed.index)
+    return (found[0], found[-1]) if found else None
+
+
+def _with_weights(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if part._parameters]
+
+
+def _projections(passed: Trace, layer: _Layer) -> tuple[str, ...]:
+    """Return the paths of the linear layers of a block that read what the block is given."""
+    last = layer.heads[0].site
+    linear = [c for c in passed.calls if is_linear(c.module) and is_inside(c.path, layer.block) and c.path != last]
+    for call in linear:
+        passed.index(call.path)
+        first = linear[0].values[0]
+        if call.values[0] is None or first is None or not torch.equal(call.values[0], first):
+            raise ComponentError(
+                f"{call.path!r} reads neither what {layer.block!r} is given nor its heads; low-rank projections have "
+                f"no edges here: use attention_heads and modules"
+            )
+    if not linear:
+        raise ComponentError(f"{layer.block!r} has no linear layer that computes queries, keys and values")
+    return tuple(call.path for call in linear)
+
+
+def _add_layer(draft: "_Draft", layer: _Layer, block: Block, ports: dict[str, tuple[Port, ...]]) -> None:
+    """Add a layer's readers and writers in the order in which they come."""
+    groups = sorted({port.heads for own in ports.values() for port in own if port.kind != "q"})
+    before, stream = len(draft.writers), draft.stream(block.projections[0], layer.path)
+    for path in block.projections:
+        labels: list[str] = []
+        rows: list[int] = []
+        for port in ports[path]:
+            grouped = port.kind != "q" and len(groups) < len(layer.heads)
+            name = f"G{groups.index(port.heads)}" if grouped else f"H{port.heads[0]}"
+            labels.append(f"{layer.label}.{name}.{port.kind}")
+            rows += port.rows
+        draft.read(path, layer.path, f"{layer.label}.attn", labels, tuple(rows))
+    site, normed = draft.written(layer.heads[0].site, layer.path)
+    if normed:
+        draft.write([Writer(f"{layer.label}.attn", site)], site)
+    else:
+        heads = [Writer(f"{layer.label}.H{i}", site, (h.position, h.size)) for i, h in enumerate(layer.heads)]
+        draft.write(heads, site)
+    if layer.mlp is None:
+        return
+    first, last = layer.mlp
+    parallel = stream is not None and draft.stream(first, layer.path) is stream
+    draft.read(first, layer.path, f"{layer.label}.mlp", [f"{layer.label}.mlp"], before=before if parallel else None)
+    site, _ = draft.written(last, layer.path)
+    draft.write([Writer(f"{layer.label}.mlp", site)], site)
+
+
+class _Draft:
+    """Readers and writers as they are found, and the sum of what the writers so far have written.
+
+    Args:
+        passed: The plain pass.
+    """
+
+    def __init__(self, passed: Trace) -> None:
+        self.writers: list[Writer] = []
+        self.readings: list[Reading] = []
+        self.width = 0
+        self._passed = passed
+        self._sums: list[tuple[int, Tensor]] = []  # (writers, what they have written together)
+        self._last, self._since = "", "the embedding"
+
+    def stream(self, site: str, within: str) -> Tensor | None:
+        """Return the residual stream that a module reads, before its norm: the tensor of the pass."""
+        norm = self._norm(site, within)
+        return self._passed[norm or site].given
+
+    def _norm(self, site: str, within: str) -> str | None:
+        maker = self._passed.maker(self._passed[site], within)
+        if maker is None or maker.given is None or maker.returned is None:
+            return None
+        return maker.path if maker.given.numel() == maker.returned.numel() else None
+
+    def read(
+        self,
+        site: str,
+        within: str,
+        block: str,
+        labels: list[str],
+        rows: tuple[int, ...] | None = None,
+        before: int | None = None,
+    ) -> None:
+        """Add the readers of a module, after a check that what it reads is the sum of what was written before."""
+        norm = self._norm(site, within)
+        residual = self._passed[norm or site].values[0]
+        if residual is None:
+            raise ComponentError(f"{site!r} was given no tensor, so it reads no residual stream; edges need one")
+        if not self.writers:
+            self.writers.append(Writer("embed", norm or site))
+            self.width = residual.shape[-1]
+            self._sums.append((1, residual.double()))
+        count = len(self.writers) if before is None else max(before, 1)
+        total = next(total for number, total in self._sums if number == count)
+        self._check(residual, total, norm or site)
+        self.readings.append(Reading(site, norm, count, block, tuple(labels), rows))
+        self._last = site
+
+    def _check(self, residual: Tensor, total: Tensor, reader: str) -> None:
+        if residual.shape[-1] == self.width and residual.numel() == total.numel():
+            found, wanted = residual.double().reshape(-1, self.width), total.reshape(-1, self.width)
+            scale = wanted.abs().amax(1).clamp_min(1e-6)
+            error = float(((found - wanted).abs().amax(1) / scale).max())
+            allowed = EXACT if residual.dtype in (torch.float32, torch.float64) else COARSE
+            if error <= allowed:
+                return
+            seen = f"a difference of {error:.1e} of the largest entry of a token, where {allowed:.1g} is allowed"
+        else:
+            seen = f"its shape is {tuple(residual.shape)}, of {self.width} features"
+        maker = self._passed.maker(self._passed[reader], "")
+        culprit = f"{maker.path!r} returned it" if maker else f"since then {self._since} has written"
+        raise ComponentError(
+            f"what {reader!r} reads is not the sum of what was written to the residual stream before it ({seen}): the "
+            f"sum still held at {self._last!r}, and {culprit}; edges need a model whose blocks are added to a stream "
+            f"as they are: use attention_heads and modules for this one"
+        )
+
+    def written(self, site: str, within: str) -> tuple[str, bool]:
+        """Return the path of the module that returns what is written, and whether that is a norm after the site."""
+        call = self._passed[site]
+        taker = self._passed.taker(call, within)
+        width = None if call.returned is None else call.returned.numel()
+        if taker is not None and taker.returned is not None and taker.returned.numel() == width:
+            return taker.path, True
+        return site, False
+
+    def write(self, writers: list[Writer], site: str) -> None:
+        """Add writers that a module's output is the sum of, but for a bias."""
+        self.writers += writers
+        values = self._passed[site].values[1]
+        _, total = self._sums[-1]
+        if values is None or values.numel() != total.numel():
+            shape = None if values is None else tuple(values.shape)
+            raise ComponentError(
+                f"{site!r} returned {shape}, which cannot be added to a residual stream of {tuple(total.shape)}; edges "
+                f"need a model whose blocks are added to a stream: use attention_heads and modules for this one"
+            )
+        self._sums.append((len(self.writers), total + values.double().view_as(total)))
+        self._since = repr(site)
+
+    def read_last(self) -> None:
+        """Add the reader after the last layer: the first module with weights that is called after the last writer."""
+        start = self._passed.index(self.writers[-1].site) + 1
+        for call in self._passed.calls[start:]:
+            leaf = not any(True for _ in call.module.children()) and call.module._parameters
+            if leaf and call.given is not None and call.given.shape[-1] == self.width:
+                self.read(call.path, call.path, "out", ["out"])
+                return
+        raise ComponentError("no module reads the residual stream after the last layer, such as a norm or a head")

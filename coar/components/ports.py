@@ -1,0 +1,144 @@
+"""Which outputs of an attention block's projections are queries, keys and values, of which head: read off gradients.
+
+With a causal mask, what a head returns at the first position depends on that position's value alone; what it returns
+later depends on the keys and values of the first position too, and on its own queries. So gradients tell the outputs of
+projections apart, separate or fused, whatever they are called and however heads are laid out.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from coar.components.table import Component
+from coar.components.trace import random_tokens, run
+from coar.errors import ComponentError
+
+POSITIONS = 4  # tokens of the pass
+ROUNDED = 1e-4  # of an output's largest slope, below which a slope is rounding error
+
+
+class Port(NamedTuple):
+    """Outputs of a projection that only some heads read, in one role.
+
+    Attributes:
+        kind: `q`, `k` or `v`: queries, keys or values.
+        heads: The heads that read them: one, or all of a group with shared keys and values.
+        rows: Numbers of the outputs, ascending.
+    """
+
+    kind: str
+    heads: tuple[int, ...]
+    rows: tuple[int, ...]
+
+
+class Block(NamedTuple):
+    """An attention block.
+
+    Attributes:
+        path: Its path.
+        projections: Paths of the linear layers that read what the block is given.
+        heads: Its heads, slices of what its output projection reads.
+    """
+
+    path: str
+    projections: tuple[str, ...]
+    heads: tuple[Component, ...]
+
+
+def ports_of(model: nn.Module, blocks: Sequence[Block]) -> list[dict[str, tuple[Port, ...]]]:
+    """Return the ports of every block's projections by path, in the order of their rows.
+
+    Raises:
+        ComponentError: When a block is not causal, or its outputs are no queries, keys and values of heads.
+    """
+    rows = max(len(block.heads) for block in blocks)
+    tokens = random_tokens(model, 1, POSITIONS).expand(rows, -1)
+    leaves: dict[str, Tensor] = {}
+    heads: dict[str, Tensor] = {}
+    draw = torch.Generator().manual_seed(0)
+
+    def replace(path: str, result: Tensor) -> Tensor:
+        """Put random float32 outputs in the place of a projection's, from which no gradient flows back."""
+        noise = torch.randn(result.shape[1:], generator=draw).to(result.device)
+        leaves[path] = noise.expand_as(result).clone().requires_grad_()
+        return leaves[path].clone()  # blocks may write into it
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for block in blocks:
+            for path in block.projections:
+
+                def after(_module: nn.Module, _args: Any, result: Tensor, path: str = path) -> Tensor:
+                    return replace(path, result)
+
+                stack.callback(model.get_submodule(path).register_forward_hook(after).remove)
+            site = block.heads[0].site
+
+            def before(module: nn.Module, args: tuple[Any, ...], site: str = site) -> tuple[Any, ...]:
+                heads[site] = args[0]
+                return (args[0].detach().to(module.weight.dtype), *args[1:])
+
+            stack.callback(model.get_submodule(site).register_forward_pre_hook(before).remove)
+        run(model, tokens)
+        return [_of_block(block, leaves, heads[block.heads[0].site]) for block in blocks]
+
+
+def _of_block(block: Block, leaves: dict[str, Tensor], z: Tensor) -> dict[str, tuple[Port, ...]]:
+    own = [leaves[path] for path in block.projections]
+    z = z.reshape(len(own[0]), POSITIONS, -1)
+    pairs = list(zip(_slopes(block, own, z, slice(0, 1)), _slopes(block, own, z, slice(1, None)), strict=True))
+    scales = [torch.maximum(by_first, by_later).amax((0, 1)) * ROUNDED for by_first, by_later in pairs]  # of each row
+    if any((by_first[:, 1:] > scale).any() for (by_first, _), scale in zip(pairs, scales, strict=True)):
+        raise ComponentError(
+            f"{block.path!r} lets tokens see later ones, as encoders do; edges are found in decoder-only models, whose "
+            f"attention is causal: use attention_heads and modules for this one"
+        )
+    found = {}
+    for path, (by_first, by_later), scale in zip(block.projections, pairs, scales, strict=True):
+        # whether a head's first output, and its later ones, depend on the first position, and on later ones
+        parts = (by_first[:, 0] > scale, by_later[:, 0] > scale, (by_later[:, 1:] > scale).any(1))
+        found[path] = _grouped(block, path, torch.stack(parts, -1))
+    return found
+
+
+def _slopes(block: Block, leaves: list[Tensor], z: Tensor, positions: slice) -> list[Tensor]:
+    """Return (heads, positions, rows) slopes of each head's output, at some positions, by what projections return."""
+    mix = torch.zeros_like(z)
+    draw = torch.Generator().manual_seed(1)
+    for number, head in enumerate(block.heads):
+        part = mix[number, positions, head.position : head.position + head.size]
+        part.copy_(torch.randn(part.shape, generator=draw))
+    slopes = torch.autograd.grad((z * mix).sum(), leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+    count = len(block.heads)
+    return [slope[:count].abs().reshape(count, POSITIONS, -1) for slope in slopes]
+
+
+KINDS = {(True, True, True): "v", (False, True, True): "k", (False, False, True): "q"}
+
+
+def _grouped(block: Block, path: str, signs: Tensor) -> tuple[Port, ...]:
+    """Return the ports of a projection from (heads, rows, 3) truth values."""
+    rows: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for row in range(signs.shape[1]):
+        heads = tuple(signs[:, row, 2].nonzero().flatten().tolist())
+        seen = {tuple(signs[head, row].tolist()) for head in heads}
+        kind = KINDS.get(next(iter(seen))) if len(seen) == 1 else None
+        if kind is None or (kind == "q" and len(heads) > 1):
+            raise ComponentError(
+                f"output {row} of {path!r} acts on heads {list(heads)} of {block.path!r} in another way than a query "
+                f"of one head, or a key or a value of a group; such attention (gates, low-rank projections, norms over "
+                f"all heads) has no edges here: use attention_heads and modules"
+            )
+        rows.setdefault((kind, heads), []).append(row)
+    ports = [Port(kind, heads, tuple(numbers)) for (kind, heads), numbers in rows.items()]
+    if len({len(port.rows) for port in ports}) > 1:
+        sizes = {f"{port.kind} of heads {port.heads}": len(port.rows) for port in ports}
+        raise ComponentError(
+            f"{path!r} has queries, keys and values of different sizes: {sizes}; edges need equal ones: use "
+            f"attention_heads and modules"
+        )
+    return tuple(ports)
