@@ -15,6 +15,7 @@ from coar.components.membership import check_components
 from coar.components.table import Components
 from coar.errors import SettingsError, WeightsError
 from coar.examples import Examples
+from coar.model_code import model_code
 from coar.outputs.base import Output
 from coar.outputs.classification import CorrectClassMargin
 from coar.sampling import BernoulliSampler, Sampler
@@ -71,6 +72,7 @@ class Study:
         return {
             "components": self.components.fingerprint(),
             "weights": weights_fingerprint(self.model),
+            "code": model_code(self.model),
             "examples": self.examples.fingerprint(),
             "ablation": self.ablation.settings(),
             "output": self.output.settings(),

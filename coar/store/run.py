@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import zarr
@@ -23,7 +23,12 @@ from coar.store.plan import Plan, Unit
 from coar.store.sealed import RunStore
 from coar.store.state import ATTRIBUTE, begin, describe, end, read_manifest, state_of
 
+if TYPE_CHECKING:
+    from torch import nn
+
 FORMAT = 2
+ACCEPTED = "accepted_code"  # the manifest's entry for code that was said to compute the same
+LISTED = 6  # changes of code in a message
 COMPONENT_FIELDS = Component._fields
 ROW_COLUMNS = ("split", "ablated_fraction")
 
@@ -227,17 +232,49 @@ class Run:
         return np.array(values.tolist()) if values.dtype.kind in "OT" else values
 
     def check(self, fingerprint: dict[str, Any]) -> None:
-        """Raise `MismatchError`, with both values of everything that differs, unless the fingerprints agree."""
+        """Raise `MismatchError`, with both values of everything that differs, unless the fingerprints agree.
+
+        Code that `accept_code` was called with counts as the run's own.
+        """
+        from coar.model_code import differences  # imports torch, which `coar info` does without
+
         mine = self.fingerprint
+        if fingerprint.get("code") in self._manifest.get(ACCEPTED, []):
+            fingerprint = {**fingerprint, "code": mine["code"]}
         differing = [key for key in sorted({*mine, *fingerprint}) if mine.get(key) != fingerprint.get(key)]
-        if differing:
-            lines = [
-                f"  {key}: the run has {_short(mine.get(key))}, now {_short(fingerprint.get(key))}" for key in differing
-            ]
-            raise MismatchError(
-                f"this study is not the one that {self.path} was made for; these differ:\n" + "\n".join(lines) + "\n"
-                "put them back as they were to go on with this run, or collect into a new path"
-            )
+        if not differing:
+            return
+        lines = [
+            f"  {key}: the run has {_short(mine.get(key))}, now {_short(fingerprint.get(key))}"
+            for key in differing
+            if key != "code"
+        ]
+        advice = "put them back as they were to go on with this run, or collect into a new path"
+        if "code" in differing:
+            changed = differences(mine.get("code", {}), fingerprint.get("code", {}))
+            lines += [f"  {one}" for one in changed[:LISTED]]
+            lines += [f"  and {len(changed) - LISTED} more of the model's code"] if len(changed) > LISTED else []
+            advice += "; if the changed code computes the same, say so with coar.Run.open(path).accept_code(model)"
+        raise MismatchError(
+            f"this study is not the one that {self.path} was made for; these differ:\n"
+            + "\n".join(lines)
+            + f"\n{advice}"
+        )
+
+    def accept_code(self, model: "nn.Module") -> None:
+        """Count this model's code as that of the run's model from now on; the run remembers that it was said.
+
+        For code that changed and computes the same: a class renamed, a function rewritten, a library's new version.
+
+        Args:
+            model: A model as in the study that is to go on with this run; its weights are checked as ever.
+        """
+        from coar.components.layers import unwrapped
+        from coar.model_code import model_code
+
+        with self.lock():
+            accepted = self._manifest.get(ACCEPTED, [])
+            self.set_entry(ACCEPTED, [*accepted, model_code(unwrapped(model))])
 
     def rows_intact(self) -> bool:
         """Say whether everything over the mask axis is there and as long as the plan; a cut extension is not."""

@@ -1,0 +1,151 @@
+"""What a model computes besides its weights: the code of its classes and their settings, as hashes to compare."""
+
+import ast
+import hashlib
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+SKIPPED = {"training", "call_super_init", "dump_patches", "T_destination"}  # of a module's attributes: not its function
+DIGITS = 16  # of a hash; enough to tell versions of code apart
+
+
+def model_code(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Return hashes of a model's code and settings.
+
+    Two models with equal weights compute different outputs where a class's source differs, where a module has another
+    class or other settings (an activation, a number of heads, a stride), or where a method was replaced on an instance.
+
+    Returns:
+        `classes`: by qualified name, a hash of the source of each class of a module, without comments, and of the
+            functions of its own file that its methods call; of the bytecode where there is no source.
+        `modules`: by path, a hash of each module's class, plain attributes, configuration and replaced methods.
+        `libraries`: versions of the packages that the classes come from.
+    """
+    classes = {_name(kind): kind for module in model.modules() for kind in _own_classes(type(module))}
+    packages = sorted({kind.__module__.partition(".")[0] for kind in classes.values()})
+    return {
+        "classes": {name: _digest(*_sources(kind)) for name, kind in sorted(classes.items())},
+        "modules": {path: _digest(_name(type(module)), _settings(module)) for path, module in model.named_modules()},
+        "libraries": {name: version for name in packages if (version := _version(name))},
+    }
+
+
+def differences(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return what differs between two results of `model_code`, in words, one entry each."""
+    words = {"classes": "the code of {}", "modules": "the class or the settings of module {!r}", "libraries": "{}"}
+    found = []
+    for part, word in words.items():
+        old, new = before.get(part, {}), now.get(part, {})
+        for name in [*old, *(name for name in new if name not in old)]:
+            if old.get(name) != new.get(name):
+                versions = f" ({old.get(name, 'not there')} before, {new.get(name, 'not there')} now)"
+                found.append(word.format(name) + (versions if part == "libraries" else ""))
+    return found
+
+
+def _own_classes(kind: type) -> Iterator[type]:
+    """Yield a module's class and its bases up to torch's own `nn.Module`."""
+    for base in kind.__mro__:
+        if issubclass(base, nn.Module) and base is not nn.Module:
+            yield base
+
+
+def _sources(kind: type) -> Iterator[str]:
+    """Yield a class's own methods, the functions of its file that they call, and its plain attributes, as text."""
+    if kind.__module__.partition(".")[0] == "torch":  # the version says it
+        return
+    helpers: dict[str, FunctionType] = {}
+    for name, member in vars(kind).items():
+        for function in _functions(member):
+            helpers |= _helpers(function.__code__, function.__globals__, kind.__module__)
+            yield f"{name}: {_source(function)}"
+        if not name.startswith("__") and not isinstance(member, FunctionType):
+            yield f"{name}: {_plain(member)}"
+    for name in sorted(helpers):
+        yield _source(helpers[name])
+
+
+def _functions(member: Any) -> list[FunctionType]:
+    """Return the functions in a member of a class: a method, a class or static method, or a property."""
+    inner = [member.fget, member.fset] if isinstance(member, property) else [getattr(member, "__func__", member)]
+    return [inspect.unwrap(one) for one in inner if isinstance(one, FunctionType)]
+
+
+def _helpers(code: CodeType, scope: Mapping[str, Any], module: str) -> dict[str, FunctionType]:
+    """Return the functions of one file that this code names, and those that they name."""
+    found: dict[str, FunctionType] = {}
+    pending = [code]
+    while pending:
+        for name in pending.pop().co_names:
+            function = scope.get(name)
+            if isinstance(function, FunctionType) and function.__module__ == module and name not in found:
+                found[name] = function
+                pending.append(function.__code__)
+    return found
+
+
+def _source(function: FunctionType) -> str:
+    """Return a function's source without comments and layout; its bytecode where there is no source."""
+    try:
+        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(function))))
+    except (OSError, TypeError, SyntaxError):  # typed in, generated, or a lambda amid other code
+        return _bytecode(function.__code__)
+
+
+def _bytecode(code: CodeType) -> str:
+    constants = [_bytecode(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
+    return f"{code.co_code.hex()}{code.co_names}{constants}"
+
+
+def _settings(module: nn.Module) -> str:
+    """Return a module's plain attributes, its configuration, and the source of methods replaced on the instance."""
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in SKIPPED}
+    found = {name: text for name, value in own.items() if (text := _plain(value)) is not None}
+    describe = getattr(own.get("config"), "to_dict", None)  # as configurations of transformers have
+    if describe:
+        found["config"] = json.dumps(describe(), sort_keys=True, default=str)
+    return json.dumps(found, sort_keys=True)
+
+
+def _plain(value: Any) -> str | None:
+    """Return a value that is a setting as text; None for tensors, modules and whatever has no text of its own."""
+    function = getattr(value, "__func__", value) if isinstance(value, MethodType) else value
+    if isinstance(function, FunctionType):
+        return _source(function)
+    if isinstance(value, type):
+        return _name(value)
+    if value is None or isinstance(value, bool | int | float | complex | str | torch.dtype):
+        return repr(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = [_plain(part) for part in (sorted(value, key=repr) if isinstance(value, set | frozenset) else value)]
+        return None if None in parts else f"{type(value).__name__}{parts}"
+    if isinstance(value, dict):
+        pairs = [(repr(key), _plain(part)) for key, part in value.items()]
+        return None if any(part is None for _, part in pairs) else repr(sorted(pairs))
+    return None
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _digest(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)}:{part}".encode())
+    return digest.hexdigest()[:DIGITS]

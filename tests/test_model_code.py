@@ -1,0 +1,118 @@
+"""What a model computes besides its weights: any change that changes outputs changes a hash, and nothing else does."""
+
+import copy
+import importlib.util
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from coar.model_code import differences, model_code
+
+
+def net(activation=nn.GELU, stride=1):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=stride), activation(), nn.Flatten())
+
+
+def tiny_gpt2(**settings):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(**(config | settings)))
+
+
+def test_copies_and_other_weights_have_equal_code():
+    model = net()
+    assert model_code(model) == model_code(copy.deepcopy(model)) == model_code(net())
+    other = net()
+    with torch.no_grad():
+        other[0].weight.mul_(2)
+    assert differences(model_code(model), model_code(other)) == []
+    assert model_code(model.train()) == model_code(model.eval())
+
+
+def test_a_pass_leaves_the_code_as_it_was():
+    for model, inputs in ((net(), torch.randn(2, 3, 8, 8)), (tiny_gpt2(), torch.randint(2, 40, (2, 5)))):
+        before = model_code(model)
+        model(inputs)
+        assert model_code(model) == before
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "word"),
+    [
+        (net, lambda: net(nn.ReLU), "module '1'"),
+        (net, lambda: net(stride=2), "module '0'"),
+        (tiny_gpt2, lambda: tiny_gpt2(n_head=4), "attn"),
+        (tiny_gpt2, lambda: tiny_gpt2(activation_function="relu"), "mlp.act"),
+        (tiny_gpt2, lambda: tiny_gpt2(scale_attn_by_inverse_layer_idx=True), "attn"),
+        (tiny_gpt2, lambda: tiny_gpt2(layer_norm_epsilon=1e-3), "ln_1"),
+    ],
+)
+def test_the_same_weights_under_another_forward_differ_and_the_place_is_named(first, second, word):
+    a, b = first(), second()
+    assert [tuple(p.shape) for p in a.parameters()] == [tuple(p.shape) for p in b.parameters()]
+    found = differences(model_code(a), model_code(b))
+    assert any(word in one for one in found), found
+
+
+SOURCE = """
+from torch import nn
+def helper(x):
+    return inner(x) {sign} 1
+def inner(x):
+    return x * {factor}
+class Base(nn.Module):
+    scale = {scale}
+class Net(Base):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+    def forward(self, x):
+        return helper(self.layer(x))
+def unused():
+    return {unused}
+"""
+
+
+def made(tmp_path, name, **values):
+    """Return the net of a file that, as a pipeline's file, is not among the imported modules."""
+    values = {"sign": "+", "factor": 2, "scale": 3, "unused": 4} | values
+    file = tmp_path / f"{name}.py"
+    file.write_text(SOURCE.format(**values))
+    spec = importlib.util.spec_from_file_location("model_file", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Net()
+
+
+@pytest.mark.parametrize("change", [{"sign": "-"}, {"factor": 5}, {"scale": 7}])
+def test_the_source_of_classes_bases_and_the_functions_they_call_counts(tmp_path, change):
+    first, second = made(tmp_path, "a"), made(tmp_path, "b", **change)
+    found = differences(model_code(first), model_code(second))
+    assert found
+    assert all("model_file" in one for one in found), found
+
+
+def test_a_function_that_nothing_calls_does_not_count(tmp_path):
+    assert model_code(made(tmp_path, "a")) == model_code(made(tmp_path, "b", unused=9))
+
+
+def test_comments_and_layout_do_not_count(tmp_path):
+    assert model_code(made(tmp_path, "a")) == model_code(made(tmp_path, "b", factor="(  2  )  # twice"))
+
+
+def test_a_method_replaced_on_an_instance_counts():
+    first, second = net(), net()
+    second[1].forward = types.MethodType(lambda self, x: x.relu(), second[1])
+    assert differences(model_code(first), model_code(second)) == ["the class or the settings of module '1'"]
+
+
+def test_versions_of_libraries_are_named():
+    code = model_code(net())
+    assert code["libraries"] == {"torch": torch.__version__.partition("+")[0]} or "torch" in code["libraries"]
+    other = {**code, "libraries": {"torch": "0.0"}}
+    assert "0.0 before" in differences(other, code)[0]
