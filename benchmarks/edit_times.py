@@ -69,7 +69,7 @@ def main() -> None:
     print(f"{len(study.components):,} components, {EXAMPLES:,} examples, {torch.get_num_threads()} threads")
     goal = coar.EditGoal(targets="label == 0", references="label == 1", direction="decrease")
     timed("published ranking, by Welch's t", lambda: ranking(welch_t(found, goal), goal))
-    edit = timed("predicted choice", lambda: coar.predicted_edit(found, goal, budget=20))
+    edit = timed("predicted choice", lambda: coar.edit(found, goal, budget=20, rule="predicted"))
     timed("prediction of what the edit does", lambda: coar.predict_edit(found, edit))
     timed("applying it, to 80 million weights", lambda: edit.apply(model))
 

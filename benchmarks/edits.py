@@ -33,7 +33,7 @@ import coar
 from coar.editing.context import SelectionContext
 from coar.editing.judge import effect_curve, margins
 from coar.editing.rank import ranking, welch_t
-from coar.editing.select import choose
+from coar.editing.select import select_in
 from coar.editing.tasks import PRESETS
 
 FOLDER = Path("reports/edits")
@@ -69,7 +69,7 @@ class Case:
         return coar.fit(self.run, progress=False)
 
     @cached_property
-    def ground(self) -> SelectionContext:
+    def context(self) -> SelectionContext:
         """What choices for several goals share."""
         return SelectionContext.of(
             self.fitted, self.study.model, self.study.examples, choosing=self.choosing, precision="bf16"
@@ -142,15 +142,15 @@ def chosen(case: Case, task: str, goal: coar.EditGoal, rule: str) -> Chosen:
     """Choose components by a rule."""
     d = len(case.study.components)
     if rule == "verified":
-        spent = case.ground.passes
+        spent = case.context.passes
         try:
-            found = choose(case.ground, goal, **{**PRESETS[task], "seed": case.seed, "progress": False})
+            found = select_in(case.context, goal, PRESETS[task].updated(seed=case.seed, progress=False))
         except coar.errors.BoundError:
             found = None
         if found is None or (task == "fix" and found.after.targets < 1):
-            return Chosen(np.zeros(0, dtype=np.int64), [0, 0], passes=case.ground.passes - spent)
+            return Chosen(np.zeros(0, dtype=np.int64), [0, 0], passes=case.context.passes - spent)
         order = np.array([case.study.components.index(one.name) for one in found.edit.components])
-        passes = case.ground.passes - spent
+        passes = case.context.passes - spent
         return Chosen(order, [0, len(order)], found.edit.constants(case.fitted), passes, found.edit.strengths)
     counts = [count for count in COUNTS if count <= (d if task != "fix" else 20)]
     if rule == "random":

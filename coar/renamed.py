@@ -21,6 +21,7 @@ NAMES = {  # of `coar`, and of its former modules
     "devices": "coar.forward.devices",
     "engines": "coar.collection",
     "expressions": "coar.editing.expressions",
+    "predicted_edit": "coar.edit(rule='predicted')",
     "memory": "coar.forward.malloc",
     "narrowing": "coar.forward.logit_positions",
     "planning": "coar.collection",
@@ -43,6 +44,7 @@ ARGUMENTS = {  # by function, or by class of settings
     "estimate": {"probes": "gradients="},
     "fit": {"probes": "gradients="},
     "select": {"near": "n_boundary_references="},
+    "TradeOff": {"harm": "harm_weight="},
 }
 MEMBERS = {  # by base class
     "Output": {"tells_right": "hard_and_smooth", "sign_means_correct": "hard_and_smooth"},

@@ -188,7 +188,7 @@ def test_evaluate_prints_and_writes_the_table(place, tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out/evaluation.csv"), table, check_dtype=False)
 
 
-GOAL = ("--targets", "label == 3", "--references", "label != 3")
+GOAL = ("--targets", "label == 3", "--references", "label != 3", "--direction", "decrease")
 
 
 def test_edit_by_a_goal_is_that_of_python(place, tmp_path):
@@ -321,15 +321,16 @@ MISTAKES = {
     "too many masks": (("fit", "RUN", "--masks", "9999"), "the run has 60"),
     "bad name": (("fit", "RUN", "--name", "a/b"), "cannot name a fit"),
     "misspelt column": (
-        ("edit", "RUN", "--targets", "lable == 3", "--references", "label != 3", "--budget", "3"),
+        ("edit", "RUN", "--targets", "lable == 3", *GOAL[2:], "--budget", "3"),
         "no metadata column 'lable'; there are id, label",
     ),
     "code for a condition": (
-        ("edit", "RUN", "--targets", "exit(3)", "--references", "label != 3", "--budget", "3"),
+        ("edit", "RUN", "--targets", "exit(3)", *GOAL[2:], "--budget", "3"),
         "not allowed in an expression",
     ),
     "task and targets": ((*TASK, "fix", "--targets", "label == 3"), "--task sets targets"),
     "neither task nor targets": (("edit", "RUN"), "give --targets and --references, or --task"),
+    "no direction": (("edit", "RUN", *GOAL[:4], "--budget", "3"), "add --direction decrease"),
     "no budget": (("edit", "RUN", *GOAL), "--budget"),
     "budget too large": (("edit", "RUN", *GOAL, "--budget", "161"), "a budget of 161 was given; choose 1 to 96"),
     "budget of nothing": (("edit", "RUN", *GOAL, "--budget", "0"), "a budget of 0 was given; choose 1 to 96"),

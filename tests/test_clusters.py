@@ -75,7 +75,7 @@ def test_choice_holds_the_bound_with_clusters(case):
     base = np.concatenate([margins(study.model, part, ()) for part in parts])
 
     def select(clusters, bound, parts):
-        limits = {"bound": coar.Bound(mean=bound, group=1), "tradeoff": coar.TradeOff(harm=0.5)}
+        limits = {"bound": coar.Bound(mean=bound, group=1), "tradeoff": coar.TradeOff(harm_weight=0.5)}
         how = {"choosing": parts[1], "constants": "run", "progress": False, **limits}
         return chosen(coar.select(attributions, study.model, parts[0], goal(clusters=clusters), **how), study)
 

@@ -192,6 +192,7 @@ def test_bound_is_given_in_points(place, tmp_path):
 
 
 MISTAKES = {
+    "no direction": (BY_HAND[:4], "add --direction decrease"),
     "unknown rule": (("--rule", "luck", *BY_HAND), "unknown rule 'luck'; choose verified, welch, predicted"),
     "verified without a pipeline": (("--rule", "verified", *BY_HAND, "--budget", "2"), "without --pipeline"),
     "predicted without a budget": (("--rule", "predicted", *BY_HAND), "--budget"),

@@ -150,7 +150,7 @@ def test_edited_checkpoint_is_what_was_tried_out_without_the_package(case, tmp_p
 
 def test_gradients_by_constants_and_gates_are_differences(case):
     study, attributions, more = case
-    trials = GatedEvaluator(attributions, study.model, more, device="cpu")
+    evaluator = GatedEvaluator(attributions, study.model, more, device="cpu")
     rows, gates = np.array([3, 10, 41]), np.array([1, 0, 1, 1, 0.25, 0.5])
     weights, constants = np.array([1.0, -2.0, 0.5]), np.linspace(-0.5, 0.5, FILTERS, dtype=np.float32)
 
@@ -167,7 +167,7 @@ def test_gradients_by_constants_and_gates_are_differences(case):
         smooth = [row[c] - torch.cat([row[:c], row[c + 1 :]]).logsumexp(0) for row, c in zip(y, labels, strict=True)]
         return float(weights @ np.array(smooth))
 
-    found = trials.weighted_gradients(gates, rows, constants=constants, slopes=lambda _: weights)
+    found = evaluator.weighted_gradients(gates, rows, constants=constants, slopes=lambda _: weights)
     for number, gradient in enumerate(found):
         expected = np.zeros(FILTERS)
         for i in range(FILTERS):
@@ -178,7 +178,7 @@ def test_gradients_by_constants_and_gates_are_differences(case):
                 ends.append(weighted(moved[1], moved[0]))
             expected[i] = (ends[0] - ends[1]) / 2e-4
         np.testing.assert_allclose(gradient, expected, atol=1e-4)
-    assert trials.passes == 3 * len(rows)
+    assert evaluator.passes == 3 * len(rows)
 
 
 def peaked():
@@ -205,11 +205,11 @@ def test_the_best_constant_is_found_where_it_is_known(tmp_path):
     study = coar.Study(model=model, examples=examples, components=components, ablation=coar.Mean(calibration=examples))
     attributions = fit(coar.collect(study, tmp_path / "r.zarr", masks=40, device="cpu", progress=False))
     goal = coar.EditGoal(targets="label == 1", references="label == 0", direction="increase")
-    ground = SelectionContext.of(attributions, model, examples, device="cpu")
+    context = SelectionContext.of(attributions, model, examples, device="cpu")
     columns = {"label": labels}
-    objective = Objective.of(goal, columns, ground.base, tradeoff=coar.TradeOff(), bound=coar.Bound())
-    start = ground.plain.constants
-    trained = train_constants(ground.plain, objective, (0,), start=start)
+    objective = Objective.of(goal, columns, context.base, tradeoff=coar.TradeOff(), bound=coar.Bound())
+    start = context.exact.constants
+    trained = train_constants(context.exact, objective, (0,), start=start)
     assert trained[1] == start[1]  # that of a component which is kept
     np.testing.assert_allclose(trained[0], 1.0, atol=0.1)
     found = coar.select(attributions, model, examples, goal, device="cpu", progress=False)
@@ -220,7 +220,7 @@ def test_the_best_constant_is_found_where_it_is_known(tmp_path):
 
 def test_experts_keep_their_constants(case):
     study, attributions, more = case
-    trials = GatedEvaluator(attributions, study.model, more, device="cpu")
-    trials.table = type(study.components)(one._replace(side="expert") for one in study.components)
-    assert train_constants(trials, None, (1, 4), start=trials.constants).tolist() == trials.constants.tolist()
-    assert trials.passes == 0
+    evaluator = GatedEvaluator(attributions, study.model, more, device="cpu")
+    evaluator.table = type(study.components)(one._replace(side="expert") for one in study.components)
+    assert train_constants(evaluator, None, (1, 4), start=evaluator.constants).tolist() == evaluator.constants.tolist()
+    assert evaluator.passes == 0

@@ -59,8 +59,8 @@ def test_forget_class_forgets_it_and_nothing_else(case, forgotten):
             np.concatenate([margins(net, p) for p in parts]) > 0 for net in (study.model, edit.apply(study.model))
         )
         lost.append(old.mean() - new.mean())
-    assert np.mean(lost) <= PRESETS["forget"]["bound"].mean
-    assert max(lost) <= PRESETS["forget"]["bound"].group
+    assert np.mean(lost) <= PRESETS["forget"].bound.mean
+    assert max(lost) <= PRESETS["forget"].bound.group
     np.testing.assert_allclose(forgotten.selections[0].after.lost, np.mean(lost), atol=1e-9)
 
 
@@ -136,7 +136,7 @@ def test_fix_errors_corrects_what_it_says_it_corrects(case):
         np.testing.assert_allclose(row.margin_after, margins(edited, study.examples)[i], atol=1e-4)
         assert row.judge_before == (margins(study.model, judge) > 0).mean()
         assert row.judge_after == (margins(edited, judge) > 0).mean()
-        assert found.after.lost <= PRESETS["fix"]["bound"].mean
+        assert found.after.lost <= PRESETS["fix"].bound.mean
     assert next(edits, None) is None
     assert result.table["corrected"].mean() >= 0.9
 
@@ -171,7 +171,7 @@ def test_edit_that_does_not_correct_its_error_is_none(tmp_path):
     """Without neuron 1 nothing speaks for either class of point 9: better than before, and still not right."""
     study, judge = replace(planted(), examples=tricked(15, 7)), tricked(40, 2)
     attributions = fit(coar.collect(study, tmp_path / "r.zarr", masks=60, device="cpu", progress=False))
-    free = {"bound": coar.Bound(mean=1, group=1), "tradeoff": coar.TradeOff(harm=1e-3), "budget": 1}
+    free = {"bound": coar.Bound(mean=1, group=1), "tradeoff": coar.TradeOff(harm_weight=1e-3), "budget": 1}
     result = coar.fix_errors(attributions, study.model, study.examples, judge, **free, **QUICK)
     table = result.table.set_index("id")
     assert table.loc[9, "margin_before"] < 0
@@ -265,12 +265,14 @@ def test_planted_shortcut_is_removed(shortcut, kind):
 
 
 @pytest.mark.parametrize("task", PRESETS)
-def test_published_ranking_ablates_wholly_unless_told_otherwise(task):
-    usual = PRESETS[task].get("strength", "full")
-    assert preset(task, {}).get("strength", "full") == usual
-    assert preset(task, {"rule": "welch"})["strength"] == "full"
-    assert preset(task, {"rule": "welch", "strength": "minimal"})["strength"] == "minimal"
-    assert preset(task, {"rule": "verified"}).get("strength", "full") == usual
+def test_rankings_ablate_fully_unless_the_options_say_otherwise(task):
+    usual = PRESETS[task].strength
+    assert preset(task, {}) == preset(task, {"rule": None}) == PRESETS[task]
+    for rule in ("welch", "predicted"):
+        assert preset(task, {"rule": rule}).strength == "full"
+        assert preset(task, {"rule": rule, "strength": "minimal"}).strength == "minimal"
+        assert preset(task, {"rule": rule}).bound == PRESETS[task].bound
+    assert preset(task, {"rule": "verified"}).strength == usual
 
 
 @pytest.mark.parametrize("kind", ["backdoor", "typographic"])

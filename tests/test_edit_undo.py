@@ -139,7 +139,7 @@ def test_command_undoes_a_checkpoint(model, tmp_path):
 
 def test_undo_refuses_other_weights(model):
     edit = edit_of(model).keep(model)
-    with pytest.raises(EditError, match="these are the weights as they were before the edit"):
+    with pytest.raises(EditError, match="these are the weights before the edit"):
         edit.undo(model)
     edited = edit.apply(model)
     with torch.no_grad():

@@ -137,7 +137,7 @@ UNRESOLVED = {
     "position too large": ({"targets": [4, 30]}, "targets names example 30, but there are 30"),
     "negative position": ({"references": [-1, 2]}, "references names example -1"),
     "huge position": ({"targets": [2**70]}, "targets"),
-    "word for a number": ({"targets": "label == 'one'"}, "words and numbers"),
+    "word for a number": ({"targets": "label == 'one'"}, "a word is compared with a number"),
     "one reference": ({"references": [0]}, "one reference"),
     "direction": ({"direction": "up"}, "direction: .*'decrease' or 'increase'"),
     "fractions": ({"targets": [1.5]}, "targets"),

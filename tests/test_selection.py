@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 import coar
-from coar.editing import select as selection
+from coar.editing import rules
+from coar.editing.context import SelectionContext
 from coar.editing.evaluator import GatedEvaluator
 from coar.editing.objective import Objective
+from coar.editing.select import select_in
 from coar.errors import GoalError, SettingsError
 
 NEURONS, N = 8, 90
@@ -128,7 +130,7 @@ def test_penalty_of_a_broken_bound_is_how_far_it_is_broken():
         goal(targets="label == 0", references="label != 0"),
         of,
         base,
-        tradeoff=coar.TradeOff(harm=4.0, target_scale=2.0, reference_scale=0.5),
+        tradeoff=coar.TradeOff(harm_weight=4.0, target_scale=2.0, reference_scale=0.5),
         bound=coar.Bound(mean=0.1, group=0.2),
     )
     now = np.array([-1.0, 4.0, -2.0, 1.0, 2.0, 0.5])
@@ -186,19 +188,19 @@ def test_passes_are_those_of_the_model(case, monkeypatch):
         return forward(layer, x)
 
     monkeypatch.setattr(nn.Linear, "forward", counted)
-    trials = GatedEvaluator(attributions, study.model, more, device="cpu")
+    evaluator = GatedEvaluator(attributions, study.model, more, device="cpu")
     masks = ~np.eye(4, NEURONS, dtype=bool)  # which differ in the first layer already, so that no start is shared
-    trials.margins(masks)
-    trials.margins(masks[:2], np.arange(7))
-    trials.slopes(np.full(NEURONS, 0.5), np.arange(11))
+    evaluator.margins(masks)
+    evaluator.margins(masks[:2], np.arange(7))
+    evaluator.slopes(np.full(NEURONS, 0.5), np.arange(11))
     survey = 2  # examples that show, once, in which order modules are called
-    assert trials.passes == sum(seen) - survey == 4 * 60 + 2 * 7 + 3 * 11
+    assert evaluator.passes == sum(seen) - survey == 4 * 60 + 2 * 7 + 3 * 11
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
 def test_slopes_are_differences_of_outputs_at_partial_gates(case, level):
     study, attributions, more = case
-    trials = GatedEvaluator(attributions, study.model, more, device="cpu")
+    evaluator = GatedEvaluator(attributions, study.model, more, device="cpu")
     gates = np.linspace(0.2, 1, NEURONS)
     gates[3] = level
     rows = np.array([5, 2, 40])
@@ -212,7 +214,7 @@ def test_slopes_are_differences_of_outputs_at_partial_gates(case, level):
         labels = more.targets[rows]
         return [float(r[y] - torch.cat([r[:y], r[y + 1 :]]).logsumexp(0)) for r, y in zip(logits, labels, strict=True)]
 
-    margin, slopes = trials.slopes(gates, rows)
+    margin, slopes = evaluator.slopes(gates, rows)
     np.testing.assert_allclose(margin, smooth(gates), atol=1e-4)
     step = 1e-4 if level < 1 else -1e-4
     moved = gates.copy()
@@ -223,15 +225,15 @@ def test_slopes_are_differences_of_outputs_at_partial_gates(case, level):
 def test_search_widens_where_targets_are_left_unchanged(case, monkeypatch):
     study, _, more = case
     wide, parts = coar.Bound(mean=1, group=1), (study.examples, more)
-    monkeypatch.setattr(selection, "STAGES", ((2, 1, 1.0),))
+    monkeypatch.setattr(rules, "STAGES", (rules.Stage(2, 1, 1.0),))
     narrow = select(case, goal(), bound=wide)
     assert narrow.after.targets > 0.1
     assert len(narrow.edit) == 1
-    monkeypatch.setattr(selection, "STAGES", ((2, 1, 1.0), (NEURONS, NEURONS, 0.1)))
+    monkeypatch.setattr(rules, "STAGES", (rules.Stage(2, 1, 1.0), rules.Stage(NEURONS, NEURONS, 0.1)))
     widened = select(case, goal(), bound=wide)
     assert len(widened.edit) > 1
     assert judged(study.model, parts, chosen(widened, study))[0] < judged(study.model, parts, chosen(narrow, study))[0]
-    monkeypatch.setattr(selection, "MAX_UNMET", 1.0)  # any share may be left
+    monkeypatch.setattr(rules, "MAX_UNMET", 1.0)  # any share may be left
     assert select(case, goal(), bound=wide).edit == narrow.edit
 
 
@@ -249,13 +251,13 @@ def test_sets_tried_near_the_edge_are_checked_on_all_examples(case):
 
 def test_goals_share_examples(case):
     study, attributions, more = case
-    ground = selection.SelectionContext.of(attributions, study.model, study.examples, choosing=more, device="cpu")
-    start = ground.passes
+    context = SelectionContext.of(attributions, study.model, study.examples, choosing=more, device="cpu")
+    start = context.passes
     assert start == N + 60  # one pass of each, whatever the number of goals
     for label in (0, 1):
         wanted = goal(targets=f"label == {label}", references=f"label != {label}")
         options = {"bound": coar.Bound(mean=1, group=1), "progress": False}
-        one = selection.choose(ground, wanted, **options)
+        one = select_in(context, wanted, coar.SelectionOptions(**options))
         other = select(case, wanted, **options)
         assert one.edit == other.edit
         measured = N + 60 if label == 0 else 0  # how much channels vary is measured for the first goal alone
@@ -274,11 +276,14 @@ def test_budget_is_kept(case, budget, rule):
         assert found.edit.components == longest.components[: len(found.edit)]
 
 
-def test_published_rule_takes_the_number_with_the_best_trade_off(case):
+@pytest.mark.parametrize("rule", ["welch", "predicted"])
+def test_orders_by_attributions_are_cut_where_the_trade_off_is_best(case, rule):
     study, attributions, more = case
-    found = select(case, goal(), rule="welch", bound=coar.Bound(mean=1, group=1))
-    order = [study.components.index(one.name) for one in coar.edit(attributions, goal(), budget=NEURONS).components]
-    values = [judged(study.model, (study.examples, more), order[:n])[0] for n in range(NEURONS + 1)]
+    found = select(case, goal(), rule=rule, max_loss=5, bound=coar.Bound(mean=1, group=1))
+    whole = coar.edit(attributions, goal(), budget=NEURONS, rule=rule, max_loss=5)
+    order = [study.components.index(one.name) for one in whole.components]
+    values = [judged(study.model, (study.examples, more), order[:n])[0] for n in range(len(order) + 1)]
+    assert chosen(found, study) == tuple(order[: len(found.edit)])
     assert len(found.edit) == int(np.argmin(values))
     np.testing.assert_allclose(found.after.value, min(values), rtol=1e-4)
 
@@ -290,7 +295,7 @@ def test_same_seed_same_choice(case):
     assert one.steps.equals(other.steps)
 
 
-def test_steps_and_examples_are_told(case):
+def test_result_has_all_evaluated_sets_and_the_number_of_examples(case):
     found = select(case, goal(), bound=coar.Bound(mean=1, group=1))
     first, best = found.steps.iloc[0], found.steps[found.steps["within"]]["trade_off"].min()
     assert (first["components"], first["trade_off"]) == (0, found.before.value)
@@ -304,7 +309,7 @@ def test_further_examples_are_references_of_a_goal_by_positions(case):
     targets = tuple(range(1, N, 3))  # all of class 1
     references = tuple(i for i in range(N) if i % 3 != 1)
     wide = coar.Bound(mean=1, group=1)
-    options = {"bound": wide, "tradeoff": coar.TradeOff(harm=1), "constants": "run"}
+    options = {"bound": wide, "tradeoff": coar.TradeOff(harm_weight=1), "constants": "run"}
     found = select(case, goal(targets=targets, references=references), **options)
     now = [margins(study.model, part, chosen(found, study)) for part in (study.examples, more)]
     np.testing.assert_allclose(found.after.targets, (now[0][list(targets)] > 0).mean())
@@ -315,7 +320,14 @@ def test_further_examples_are_references_of_a_goal_by_positions(case):
     np.testing.assert_allclose(found.after.lost, np.mean([lost[labels == c].mean() for c in range(3)]), atol=1e-12)
 
 
+def test_a_rule_that_needs_a_model_is_refused_without_one(case):
+    with pytest.raises(SettingsError, match=r"rule 'verified' evaluates .* call coar\.select"):
+        coar.edit(case[1], goal(), budget=2, rule="verified")
+
+
 MISTAKES = {
+    "unknown option": ({"budgets": 3}, SettingsError, "budgets: Extra inputs are not permitted"),
+    "no steps": ({"steps": 0}, SettingsError, "steps: Input should be greater than or equal to 1"),
     "unknown rule": ({"rule": "luck"}, SettingsError, "unknown rule 'luck'"),
     "unknown constants": ({"constants": "best"}, SettingsError, "unknown constants 'best'; choose goal or run"),
     "no budget": ({"budget": 0}, SettingsError, "budget of 0"),

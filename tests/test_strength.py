@@ -148,9 +148,9 @@ def test_joined_edits_keep_their_strengths(model):
         one + edit_of(model, dict(items[2:]))
 
 
-def objective_of(ground, goal, labels):
+def objective_of(context, goal, labels):
     parts = {"tradeoff": coar.TradeOff(target_scale=0.5), "bound": coar.Bound(mean=1, group=1)}
-    return Objective.of(goal, {"label": labels}, ground.base, **parts)
+    return Objective.of(goal, {"label": labels}, context.base, **parts)
 
 
 def scanned(net, one, constants, examples, strengths):
@@ -178,16 +178,16 @@ def scanned(net, one, constants, examples, strengths):
 def test_minimal_strengths_are_those_of_a_scan(case, direction, targets):
     study, attributions, _ = case
     labels = study.examples.targets.numpy()
-    ground = SelectionContext.of(attributions, study.model, study.examples, device="cpu")
+    context = SelectionContext.of(attributions, study.model, study.examples, device="cpu")
     sign = -1 if direction == "decrease" else 1  # a target is as wanted where sign * margin > 0
-    open_ones = np.flatnonzero((labels == 1) & (sign * ground.base < 0))
-    rows = open_ones[np.argsort(-sign * ground.base[open_ones])][:targets]
+    open_ones = np.flatnonzero((labels == 1) & (sign * context.base < 0))
+    rows = open_ones[np.argsort(-sign * context.base[open_ones])][:targets]
     references = tuple(np.flatnonzero(labels != 1).tolist())
     goal = coar.EditGoal(targets=tuple(rows.tolist()), references=references, direction=direction)
-    objective = objective_of(ground, goal, labels)
+    objective = objective_of(context, goal, labels)
     sets = [(i,) for i in range(FILTERS)] + [(0, 3), (1, 2, 4), tuple(range(FILTERS))]
-    constants, strengths = ground.plain.constants, np.linspace(0, 1, 401)
-    found = minimal_strengths(ground.plain, objective, sets, constants)
+    constants, strengths = context.exact.constants, np.linspace(0, 1, 401)
+    found = minimal_strengths(context.exact, objective, sets, constants)
     partly = 0
     for one, strength in zip(sets, found, strict=True):
         signed = sign * scanned(study.model, one, constants, study.examples.subset(rows), [*strengths, strength])
@@ -230,7 +230,7 @@ def test_a_correction_in_part_does_less_to_the_others(case):
     """Each error is corrected, barely, and the margins of all others move less than under whole ablations."""
     study, attributions, more = case
     plain = constants_tests.margins(study.model, study.model.state_dict(), more)
-    options = {"bound": coar.Bound(mean=0.5, group=1), "constants": "run", "tradeoff": coar.TradeOff(harm=0.1)}
+    options = {"bound": coar.Bound(mean=0.5, group=1), "constants": "run", "tradeoff": coar.TradeOff(harm_weight=0.1)}
     options |= {"choosing": more, "device": "cpu", "progress": False}
     moved = {"full": [], "minimal": []}
     for goal in wrong_ones(study)[:4]:
@@ -264,7 +264,7 @@ def test_unknown_strength_is_refused(case):
 
 def test_strengths_of_their_own_are_not_for_rankings(case):
     study, attributions, _ = case
-    with pytest.raises(SettingsError, match="trained by the rule verified"):
+    with pytest.raises(SettingsError, match="trained by the rule 'verified'"):
         coar.select(
             attributions, study.model, study.examples, GOALS["decrease"], strength="per_component", rule="welch"
         )

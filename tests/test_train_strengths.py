@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import coar
-from coar.editing import select as selection
+from coar.editing import rules
 from coar.editing.context import SelectionContext
 from coar.editing.objective import Objective
 from coar.editing.train import MIN_STRENGTH, train_strengths
@@ -51,15 +51,15 @@ def test_the_best_strength_and_constant_are_found_where_they_are_known(known):
     """4 becomes 4 (1 - s) + s c, and is best at 1; what does not matter stays as it is."""
     study, attributions, labels = known
     goal = coar.EditGoal(targets="label == 1", references="label == 0", direction="increase")
-    ground = SelectionContext.of(attributions, study.model, study.examples, device="cpu")
-    light = coar.TradeOff(harm=0.1)
-    objective = Objective.of(goal, {"label": labels}, ground.base, tradeoff=light, bound=coar.Bound())
-    gates, constants = train_strengths(ground.plain, objective, np.arange(3), steps=200)
+    context = SelectionContext.of(attributions, study.model, study.examples, device="cpu")
+    light = coar.TradeOff(harm_weight=0.1)
+    objective = Objective.of(goal, {"label": labels}, context.base, tradeoff=light, bound=coar.Bound())
+    gates, constants = train_strengths(context.exact, objective, np.arange(3), steps=200)
     np.testing.assert_allclose(gates[0] * 4 + (1 - gates[0]) * constants[0], 1, atol=0.15)
     assert gates[0] < 1 - MIN_STRENGTH
     assert gates[2] == 1
-    kept, usual = train_strengths(ground.plain, objective, np.arange(3), steps=200, with_constants=False)
-    np.testing.assert_array_equal(usual, ground.plain.constants)
+    kept, usual = train_strengths(context.exact, objective, np.arange(3), steps=200, with_constants=False)
+    np.testing.assert_array_equal(usual, context.exact.constants)
     np.testing.assert_allclose(kept[0], 0, atol=0.02)  # the mean, 2, is as near to 1 as it gets
     found = coar.select(attributions, study.model, study.examples, goal, strength="per_component", **QUICK)
     assert (found.after.targets, found.after.lost) == (1.0, 0.0)
@@ -100,14 +100,14 @@ def test_choice_is_what_was_judged_and_within_the_bound(case, bound, constants):
 def test_budget_trains_the_strongest_again(case, monkeypatch):
     """By themselves, so that they are not what they were in a crowd."""
     study, attributions, more = case
-    calls, plain = [], selection.train_strengths
+    calls, plain = [], rules.train_strengths
 
-    def watched(trials, objective, free, **options):
-        gates, constants = plain(trials, objective, free, **options)
+    def watched(evaluator, objective, free, **options):
+        gates, constants = plain(evaluator, objective, free, **options)
         calls.append((set(free.tolist()), gates))
         return gates, constants
 
-    monkeypatch.setattr(selection, "train_strengths", watched)
+    monkeypatch.setattr(rules, "train_strengths", watched)
     options = {"choosing": more, "bound": coar.Bound(mean=1, group=1), "strength": "per_component", **QUICK}
     few = coar.select(attributions, study.model, study.examples, GOAL, budget=2, **options)
     (every, first), (allowed, second) = calls
@@ -122,34 +122,34 @@ def test_budget_trains_the_strongest_again(case, monkeypatch):
 
 def test_harm_weighs_more_until_the_bound_holds(case, monkeypatch):
     study, attributions, more = case
-    cares = []
-    plain = selection.train_strengths
+    weights = []
+    plain = rules.train_strengths
 
-    def watched(trials, objective, free, **options):
-        cares.append(objective.weights[objective.references].sum())
-        return plain(trials, objective, free, **options)
+    def watched(evaluator, objective, free, **options):
+        weights.append(objective.weights[objective.references].sum())
+        return plain(evaluator, objective, free, **options)
 
-    monkeypatch.setattr(selection, "train_strengths", watched)
-    options = {"choosing": more, "strength": "per_component", "tradeoff": coar.TradeOff(harm=0.001), **QUICK}
+    monkeypatch.setattr(rules, "train_strengths", watched)
+    options = {"choosing": more, "strength": "per_component", "tradeoff": coar.TradeOff(harm_weight=0.001), **QUICK}
     for bound in (1, 0.03):
-        cares.clear()
+        weights.clear()
         limit = coar.Bound(mean=bound, group=1)
         coar.select(attributions, study.model, study.examples, GOAL, bound=limit, **options)
-        np.testing.assert_allclose(cares, 0.001 * np.array(selection.CARES[: len(cares)]), rtol=1e-9)
-        assert (len(cares) == 1) == (bound == 1)
+        np.testing.assert_allclose(weights, 0.001 * np.array(rules.HARM_WEIGHTS[: len(weights)]), rtol=1e-9)
+        assert (len(weights) == 1) == (bound == 1)
 
 
 def test_experts_keep_their_constants(case):
     study, attributions, more = case
-    ground = SelectionContext.of(attributions, study.model, study.examples, choosing=more, device="cpu")
+    context = SelectionContext.of(attributions, study.model, study.examples, choosing=more, device="cpu")
     labels = np.concatenate([study.examples.targets, more.targets])
-    objective = Objective.of(GOAL, {"label": labels}, ground.base, tradeoff=coar.TradeOff(), bound=coar.Bound())
+    objective = Objective.of(GOAL, {"label": labels}, context.base, tradeoff=coar.TradeOff(), bound=coar.Bound())
     fade_all = {"steps": 20, "seed": 0}
-    strongest = int(train_strengths(ground.plain, objective, np.arange(6), **fade_all)[0].argmin())
+    strongest = int(train_strengths(context.exact, objective, np.arange(6), **fade_all)[0].argmin())
     marked = [one._replace(side="expert") if i == strongest else one for i, one in enumerate(study.components)]
-    ground.plain.table = type(study.components)(marked)
-    gates, constants = train_strengths(ground.plain, objective, np.arange(6), **fade_all)
+    context.exact.table = type(study.components)(marked)
+    gates, constants = train_strengths(context.exact, objective, np.arange(6), **fade_all)
     assert gates[strongest] < 1
-    moved = constants != ground.plain.constants
+    moved = constants != context.exact.constants
     assert not moved[strongest]
     assert moved.any()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from coar.attributions import Attributions
     from coar.editing.goal import EditGoal
+    from coar.editing.options import RuleName
     from coar.editing.tasks import TaskResult
 
 RULES = ("verified", "welch", "predicted")
@@ -28,7 +29,7 @@ def edit(
     run: RunArgument,
     targets: Annotated[str | None, typer.Option(help="Condition over metadata columns: what to change.")] = None,
     references: Annotated[str | None, typer.Option(help="Condition likewise: what to leave alone.")] = None,
-    direction: Annotated[str, typer.Option(help="decrease or increase the targets' output.")] = "decrease",
+    direction: Annotated[str | None, typer.Option(help="decrease or increase the targets' output.")] = None,
     groups: Annotated[str | None, typer.Option(help="Column of the groups over which harm is bounded.")] = None,
     pairs: Annotated[str | None, typer.Option(help="Column that matches each target with a reference.")] = None,
     clusters: Annotated[str | None, typer.Option(help="Column of what examples share, as versions do.")] = None,
@@ -38,12 +39,12 @@ def edit(
     rule: Annotated[str | None, typer.Option(help="verified (default with --pipeline), welch or predicted.")] = None,
     constants: Annotated[
         str | None,
-        typer.Option(help="goal to train what components become, run for the run's; else what suits the task."),
+        typer.Option(help="goal to train constants for the goal, run for the run's; by default what suits the task."),
     ] = None,
     strength: Annotated[
         str | None,
         typer.Option(
-            help="whole to ablate, least for no more than it takes, own for each one's; else what suits the task."
+            help="full, minimal (the smallest sufficient strength) or per_component; by default what suits the task."
         ),
     ] = None,
     harm: Annotated[float | None, typer.Option(help="Points that references may lose on average.")] = None,
@@ -65,10 +66,16 @@ def edit(
     folder = out or reports(run)
     goal = None
     if targets is not None:
+        if direction is None:
+            raise SettingsError(
+                "--targets needs --direction: add --direction decrease, to make a model fail on the targets, "
+                "or --direction increase, to make it get them right"
+            )
         conditions = {"targets": targets, "references": references, "direction": direction}
         goal = EditGoal(**conditions, groups=groups, pairs=pairs, clusters=clusters)
     if pipeline is None or rule == "predicted":
-        _without_trying(attributions, goal, rule or "welch", budget, None if dry_run else folder / name / "edit.json")
+        by = cast("RuleName", rule or "welch")
+        _without_trying(attributions, goal, by, budget, None if dry_run else folder / name / "edit.json")
         return
     asked = _Asked(task, goal, name, label)
     options = {"budget": budget, "rule": rule or "verified", "precision": precision, "device": device}
@@ -136,19 +143,18 @@ def _bound(harm: float | None, group_harm: float | None) -> dict[str, Any]:
 
 
 def _without_trying(
-    attributions: "Attributions", goal: "EditGoal | None", rule: str, budget: int | None, file: Path | None
+    attributions: "Attributions", goal: "EditGoal | None", rule: "RuleName", budget: int | None, file: Path | None
 ) -> None:
     """Choose by attributions alone, and say what they predict."""
-    from coar.editing.edit import edit as published
-    from coar.editing.predict import predict_edit, predicted_edit
+    from coar.editing.predict import predict_edit
+    from coar.editing.select import edit
 
     if rule == "verified" or goal is None or budget is None:
         raise SettingsError(
             "without --pipeline, and by the rule predicted, nothing is tried out: give --targets, --references and "
             "--budget, and no rule but welch or predicted"
         )
-    choose = predicted_edit if rule == "predicted" else published
-    chosen = choose(attributions, goal, budget=budget)
+    chosen = edit(attributions, goal, budget=budget, rule=rule)
     show(chosen.to_pandas())
     predicted = predict_edit(attributions, chosen)
     typer.echo(

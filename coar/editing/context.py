@@ -1,10 +1,11 @@
-"""What choices for several goals share: the examples, on the device, and the margins of the unablated model."""
+"""The selection context: choosing examples on the device, and their margins under the unablated model."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from coar.attributions import Attributions
 from coar.editing.evaluator import GatedEvaluator
@@ -12,34 +13,28 @@ from coar.editing.goal import EditGoal
 from coar.errors import GoalError
 from coar.examples import Examples
 from coar.forward.execution_plan import Precision
-from coar.outputs.base import Output
-
-if TYPE_CHECKING:
-    pass
-import torch
-from torch import Tensor
-
 from coar.inputs import Inputs
+from coar.outputs.base import Output
 
 
 @dataclass(frozen=True)
 class SelectionContext:
-    """What choices for several goals share: examples that stay on the device, and the unablated model's margins.
+    """Choosing examples that stay on the device, with evaluators; choices for several goals can share it.
 
     Attributes:
         attributions: Attributions of the studied examples, which come first.
         model: The model they were collected from.
         examples: The choosing examples.
-        plain: Trials in float32.
-        trials: Trials in the precision of the search.
+        exact: Evaluates in float32.
+        evaluator: Evaluates in the precision of the search.
         base: (examples,) margins of the unablated model.
     """
 
     attributions: Attributions
     model: nn.Module
     examples: Examples
-    plain: GatedEvaluator
-    trials: GatedEvaluator
+    exact: GatedEvaluator
+    evaluator: GatedEvaluator
     base: np.ndarray
 
     @classmethod
@@ -56,16 +51,16 @@ class SelectionContext:
     ) -> Self:
         """Move the examples to the device and run the model on them; for arguments and errors see `select`."""
         examples = joined(attributions, studied, choosing)
-        plain = GatedEvaluator(attributions, model, examples, device=device, output=output)
-        searched = plain
+        exact = GatedEvaluator(attributions, model, examples, device=device, output=output)
+        evaluator = exact
         if precision != "float32":
-            searched = GatedEvaluator(attributions, model, examples, device=device, precision=precision, output=output)
-        return cls(attributions, model, examples, plain, searched, plain.margins(plain.gates([])[None])[0])
+            evaluator = GatedEvaluator(attributions, model, examples, device=device, precision=precision, output=output)
+        return cls(attributions, model, examples, exact, evaluator, exact.margins(exact.gates([])[None])[0])
 
     @property
     def passes(self) -> int:
         """Passes of one example so far."""
-        return self.trials.passes + (self.plain.passes if self.plain is not self.trials else 0)
+        return self.evaluator.passes + (self.exact.passes if self.exact is not self.evaluator else 0)
 
 
 def joined(attributions: Attributions, studied: Examples, more: Examples | None) -> Examples:
@@ -93,11 +88,11 @@ def joined(attributions: Attributions, studied: Examples, more: Examples | None)
     return Examples(inputs=_stacked(inputs, further), targets=torch.cat([targets, labels]), metadata=metadata)
 
 
-def widened(goal: EditGoal, attributions: Attributions, examples: int) -> EditGoal:
-    """Return what a goal means for the studied examples and the further ones that follow them.
+def for_all_examples(goal: EditGoal, attributions: Attributions, examples: int) -> EditGoal:
+    """Return a goal for the studied examples and the further ones that follow them.
 
-    One by conditions speaks of all alike. For one by positions, which are those of studied examples, the further
-    examples are references.
+    A goal by conditions applies to all of them as it is. The positions of any other goal are those of studied examples,
+    and the further examples become references.
     """
     if goal.general or examples == len(attributions):
         return goal

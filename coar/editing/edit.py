@@ -1,4 +1,4 @@
-"""An edit: components to ablate for good, applied, undone, joined, and kept on disk."""
+"""An edit: components to ablate permanently; it is applied, undone, joined with others, and stored."""
 
 import json
 import os
@@ -16,7 +16,6 @@ from coar.components.layers import unwrapped
 from coar.components.table import Component, read_component
 from coar.editing.goal import EditGoal
 from coar.editing.originals import Originals
-from coar.editing.rank import ranking, welch_t
 from coar.errors import EditError, SettingsError, StorageError, WeightsError
 from coar.gates.folding import Constant, check_permanent, fold
 from coar.weights import read_state, save_state, weights_fingerprint
@@ -29,17 +28,17 @@ FORMAT = 3
 
 @dataclass(frozen=True)
 class Edit:
-    """Components to ablate for good, and what replaces them.
+    """Components to ablate permanently, and the constants that replace them.
 
     Attributes:
         components: The chosen components, most important first.
         replacements: The constants of each component: one number, or as many as it has channels.
         scores: The score each was chosen by.
-        goal: What the edit is for; None for edits joined that had different goals.
+        goal: The goal; None for joined edits with different goals.
         ablation: Name of the ablation that the attributions were made with.
         batch_norms: Path of the batch norm that takes the constants of a site without bias.
         weights: SHA-256 of the weights that the edit was made for.
-        originals: What it takes out of the weights, see `keep`; None before the weights were seen.
+        originals: The numbers it takes out of the weights, see `keep`; None for an edit made without the model.
         strengths: How far each component goes towards its constants: with a strength s an activation y with constant c
             becomes (1 - s) y + s c, so that 1, the default, ablates it.
 
@@ -88,10 +87,10 @@ class Edit:
         return edited
 
     def constants(self, attributions: Attributions) -> np.ndarray:
-        """Return the (components.width,) constants of attributions, with this edit's for its own components.
+        """Return the (components.width,) constants of attributions, with those of this edit for its components.
 
         Raises:
-            ComponentError: When the edit has a component that the attributions do not know.
+            ComponentError: When the edit has a component that the attributions do not have.
         """
         table = attributions.components
         flat = np.array(attributions.facts["replacements"], dtype=np.float32)
@@ -100,10 +99,10 @@ class Edit:
         return flat
 
     def gates(self, attributions: Attributions) -> np.ndarray:
-        """Return (components,) gates that do what this edit does: 1 less the strength of each of its own components.
+        """Return the (components,) gates equivalent to this edit: 1 less the strength for each of its components.
 
         Raises:
-            ComponentError: When the edit has a component that the attributions do not know.
+            ComponentError: When the edit has a component that the attributions do not have.
         """
         found = np.ones(len(attributions.components), dtype=np.float32)
         found[[attributions.components.index(component.name) for component in self.components]] -= self.strengths
@@ -141,9 +140,9 @@ class Edit:
         return self.originals
 
     def __add__(self, other: "Edit") -> "Edit":
-        """Return one edit that does what both do; a component in both must have the same constant and strength.
+        """Return the edit that joins both; a component in both must have the same constant and strength.
 
-        Original weights are not carried over; `keep` takes them again.
+        Original weights are not carried over; call `keep` on the result.
 
         Raises:
             EditError: When the edits are for different weights or disagree on a constant or a strength.
@@ -183,7 +182,7 @@ class Edit:
         yield from zip(self.components, self.scores, self.replacements, self.strengths, strict=True)
 
     def save(self, path: str | Path) -> None:
-        """Write the edit as JSON, whole or not at all, and before it what it keeps as safetensors beside it.
+        """Write the edit atomically as JSON, after the original weights, as safetensors next to it.
 
         Raises:
             StorageError: When the disk refuses the write.
@@ -253,23 +252,6 @@ class Edit:
         return pd.DataFrame({"name": names, **columns})
 
 
-def edit(attributions: Attributions, goal: EditGoal, *, budget: int) -> Edit:
-    """Choose components by Welch's t between targets' and references' attributions, as published (COAR-Edit).
-
-    Args:
-        attributions: The attributions of the examples that the goal speaks of.
-        goal: Targets, references and direction.
-        budget: How many components to ablate.
-
-    Raises:
-        GoalError: When the goal selects no targets, no or too few references, or overlapping ones.
-        SettingsError: When the budget is not between 1 and the number of components.
-    """
-    count = check_budget(budget, len(attributions.components))
-    scores = welch_t(attributions, goal)
-    return edit_of(attributions, goal, ranking(scores, goal)[:count], scores)
-
-
 def edit_of(
     attributions: Attributions,
     goal: EditGoal,
@@ -279,7 +261,7 @@ def edit_of(
     constants: np.ndarray | None = None,
     strengths: np.ndarray | None = None,
 ) -> Edit:
-    """Return the edit that ablates these components, in this order, by default with the run's constants and wholly.
+    """Return the edit that ablates these components, in this order, by default fully and with the run's constants.
 
     Raises:
         EditError: When a component has no constant, as under resampling.
@@ -322,7 +304,7 @@ def _beside(file: Path) -> Path:
 
 
 def _read_originals(file: Path, about: dict[str, Any] | None) -> Originals | None:
-    """Read what an edit keeps; raise `EditError` when it is not what was written with the edit."""
+    """Read the original weights of an edit; raise `EditError` when they are not those written with it."""
     if about is None:
         return None
     beside = file.with_name(Path(str(about["file"])).name)

@@ -1,4 +1,4 @@
-"""Conditions over metadata columns, such as `label == 3 and group != "land"`, read without running code."""
+"""Conditions over metadata columns, such as `label == 3 and group != "land"`, parsed and never executed."""
 
 import ast
 import operator
@@ -28,14 +28,16 @@ def matching_rows(expression: str, columns: Mapping[str, np.ndarray]) -> np.ndar
 
     Args:
         expression: Columns compared with constants by `==`, `!=`, `<`, `<=`, `>`, `>=`, `in [...]`, `not in [...]`,
-            joined by `and`, `or`, `not` and brackets. Nothing else is understood, and nothing is executed.
+            joined by `and`, `or`, `not` and brackets. Anything else is refused, and nothing is executed.
         columns: (examples,) values by name.
 
     Raises:
-        GoalError: When the expression is malformed, or names a column that is not there.
+        GoalError: When the expression is malformed, or names a column that does not exist.
     """
     if len(expression) > LONGEST:
-        raise GoalError(f"an expression of {len(expression)} characters was given; {LONGEST} are the most: use indices")
+        raise GoalError(
+            f"an expression of {len(expression)} characters was given; {LONGEST} is the most: use positions"
+        )
     try:
         tree = ast.parse(expression.strip(), mode="eval")
         result = _evaluate(tree.body, columns)
@@ -99,5 +101,7 @@ def _compare(op: ast.cmpop, left: Any, right: Any) -> np.ndarray:
     flat = other if isinstance(other, list) else [other]
     words = [value.dtype.kind == "U" if isinstance(value, np.ndarray) else isinstance(value, str) for value in flat]
     if any(word != (column.dtype.kind == "U") for word in words):
-        raise GoalError(f"words and numbers are compared: the column holds {column.dtype}; quote words and only words")
+        raise GoalError(
+            f"a word is compared with a number: the column holds {column.dtype}; quote words, and nothing else"
+        )
     return np.asarray(compare(left, right), dtype=bool)

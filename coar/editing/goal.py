@@ -1,10 +1,10 @@
-"""What an edit is for: which examples must change, in which direction, and which must stay as they are."""
+"""The goal of an edit: which examples must change, in which direction, and which must stay as they are."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from coar.editing.expressions import matching_rows
 from coar.errors import CoarError, GoalError
@@ -20,14 +20,14 @@ class EditGoal(Settings):
     Attributes:
         targets: The examples to change: positions, or a condition over metadata columns such as `label == 3`.
         references: The examples to leave alone, likewise.
-        direction: Whether the targets' output shall `decrease` or `increase`.
+        direction: Whether the targets' output must `decrease` or `increase`.
         groups: Metadata column of the groups of references over which harm is bounded; by default `label` where there
             is such a column, or else all references are one group.
         pairs: Metadata column that matches each target with one reference, such as the same picture without a trigger.
-            Where strengths of their own are trained, targets to increase are drawn to the margin of theirs.
+            Where strengths are trained per component, targets to increase are drawn to the margin of their partner.
         clusters: Metadata column of what several examples have in common, such as the picture that they are versions
-            of. Those of a cluster tell less than as many examples would: standard errors over examples let what they
-            lose together add up (cluster-robust errors). By default every example counts as independent.
+            of. Standard errors over examples are then cluster-robust: the losses of a cluster are added up before they
+            are squared. By default every example counts as independent.
     """
 
     mistake: ClassVar[type[CoarError]] = GoalError
@@ -38,6 +38,16 @@ class EditGoal(Settings):
     groups: str | None = None
     pairs: str | None = None
     clusters: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_a_direction(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("direction") is None:
+            raise ValueError(
+                "no direction is given; add direction='decrease' to lower the targets' output, which makes a model "
+                "fail on them, or direction='increase' to raise it"
+            )
+        return given
 
     @field_validator("targets", "references", mode="before")
     @classmethod
@@ -52,11 +62,11 @@ class EditGoal(Settings):
 
     @property
     def general(self) -> bool:
-        """Whether the goal is written as conditions, which speak of any examples with the same columns."""
+        """Whether the goal consists of conditions, which apply to any examples with the same columns."""
         return isinstance(self.targets, str) and isinstance(self.references, str)
 
     def resolve(self, metadata: Columns) -> tuple[np.ndarray, np.ndarray]:
-        """Return the positions of targets and references, ascending, or in the order of their pairs where there are.
+        """Return the positions of targets and references, ascending, or in the order of their pairs.
 
         References that are in no pair come last.
 

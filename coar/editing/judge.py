@@ -1,4 +1,4 @@
-"""What an edit does to examples: before and after, and as components are ablated one after another."""
+"""The effect of an edit on examples: before and after, and as components are ablated one after another."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -35,19 +35,19 @@ def effect_curve(
     device: str = "auto",
     output: Output | None = None,
 ) -> np.ndarray:
-    """Return (counts, examples) margins against the largest other offer as components are ablated in an order.
+    """Return (counts, examples) margins against the runner-up logit as components are ablated in an order.
 
     A margin above zero is a correct prediction. The model is gated, not edited, once per count.
 
     Args:
         model: The model that the attributions were collected from.
-        attributions: They know the components and their replacements.
+        attributions: Give the components and their constants.
         order: Component indices, the first to ablate in front.
         examples: The examples to run.
         counts: How many of them to ablate, 0 for none.
         constants: (components.width,) constants that replace them, such as `edit.constants(attributions)`; by default
             those of the attributions.
-        strengths: How far each of `order` goes towards its constants, such as `edit.strengths`; by default 1.
+        strengths: How far each component of `order` goes towards its constants, such as `edit.strengths`; by default 1.
         device: Where to compute.
         output: The margin; by default that of classes.
     """
@@ -59,10 +59,10 @@ def effect_curve(
         attributions.facts["replacements"] if constants is None else constants, dtype=torch.float32
     )
     copy, (largest, _) = device_copy(model, choose_device(device)), sides(output or CorrectClassMargin())
-    worker = FastRunner(
+    runner = FastRunner(
         copy, attributions.components, replacements, largest, batch_norms=attributions.facts["batch_norms"]
     )
-    return worker.outputs(worker.load(examples, 0, len(examples)), gates)
+    return runner.outputs(runner.load(examples, 0, len(examples)), gates)
 
 
 def judge_edit(
@@ -79,18 +79,18 @@ def judge_edit(
     Args:
         edit: The edit to judge.
         model: The model it was made for.
-        examples: The examples to judge on, best ones that no choice has seen.
-        goal: Which of these are targets and references; by default the edit's own goal, which must then be written as
-            conditions, not as positions.
+        examples: The examples to judge on, preferably ones that no choice has seen.
+        goal: Which of these are targets and references; by default the edit's goal, which must then consist of
+            conditions, not of positions.
         device: Where to compute.
-        output: The margin that says what is right; by default that of classes.
+        output: The margin by which correctness is judged; by default that of classes.
 
     Raises:
         GoalError: When the edit's goal names examples by position, or it has none, and no other is given.
 
     Returns:
         A row for targets and one for references: number of examples and of components, accuracy and mean margin
-        (against the largest other offer) before and after, and the change of accuracy in points. Where references have
+        (against the runner-up logit) before and after, and the change of accuracy in points. Where references have
         several groups, a row for the average over these, and one for the group whose accuracy fell most.
     """
     import pandas as pd
@@ -119,11 +119,11 @@ def judge_edit(
         }
 
     table = pd.DataFrame([row("targets", targets), row("references", references)])
-    of = goal.groups_of(columns(examples), references)
-    names = np.unique(of)
+    of_reference = goal.groups_of(columns(examples), references)
+    names = np.unique(of_reference)
     if len(names) == 1:
         return table
-    groups = pd.DataFrame([row(f"most harmed: {name}", references[of == name]) for name in names])
+    groups = pd.DataFrame([row(f"most harmed: {name}", references[of_reference == name]) for name in names])
     average = (
         groups.drop(columns="group").mean().to_frame().T.assign(group="average of groups", examples=len(references))
     )
@@ -131,7 +131,7 @@ def judge_edit(
 
 
 def margins(model: nn.Module, examples: Examples, *, device: str = "auto", output: Output | None = None) -> np.ndarray:
-    """Return (examples,) margins of what is right, by default the class, against the largest other offer."""
+    """Return (examples,) margins of the correct answer, by default the class, against the runner-up logit."""
     runner = ModelRunner(device_copy(model, choose_device(device)), sides(output or CorrectClassMargin())[0])
     step = runner.batch_size
     blocks = (runner.load(examples, start, start + step) for start in range(0, len(examples), step))

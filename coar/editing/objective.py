@@ -1,4 +1,4 @@
-"""What is gained on targets against what is lost on references: the trade-off, and the bound on harm."""
+"""The trade-off between gain on targets and harm to references, and the bound on harm."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -13,16 +13,17 @@ from coar.settings import Settings
 class TradeOff(Settings):
     """How gain and harm are weighed.
 
-    The trade-off is the mean over targets of sigmoid(margin / target_scale), of sigmoid(-margin / target_scale) where
-    they shall be got right, plus `harm` times the mean over groups of references of sigmoid(-margin / reference_scale).
+    The trade-off is the mean over targets of sigmoid(margin / target_scale), or of sigmoid(-margin / target_scale) for
+    goals that increase the output, plus `harm_weight` times the mean over groups of references of
+    sigmoid(-margin / reference_scale). Smaller is better.
 
     Attributes:
-        harm: How much a point lost on references weighs against a point gained on targets.
+        harm_weight: How much a point lost on references weighs against a point gained on targets.
         target_scale: Margin over which a target counts as changed, in units of the margin.
-        reference_scale: Margin over which a reference counts as kept.
+        reference_scale: Margin over which a reference counts as kept, in units of the margin.
     """
 
-    harm: float = Field(default=12.0, gt=0)
+    harm_weight: float = Field(default=12.0, gt=0)
     target_scale: float = Field(default=1.0, gt=0)
     reference_scale: float = Field(default=1.0, gt=0)
 
@@ -31,7 +32,8 @@ class Bound(Settings):
     """The most accuracy that references may lose on the choosing examples.
 
     Attributes:
-        mean: Share lost on average over groups, with its standard error added, so that it is likely to hold on others.
+        mean: Share lost on average over groups, with its standard error added, so that it is likely to hold on other
+            examples.
         group: Share lost by any one group.
     """
 
@@ -41,14 +43,14 @@ class Bound(Settings):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a set of ablated components does to the choosing examples.
+    """The effect of a set of ablated components on the choosing examples.
 
     Attributes:
         value: The trade-off; smaller is better.
         targets: Accuracy on targets.
         lost: Share of accuracy that references lost, averaged over groups; negative where they gained.
         worst: The same of the group that lost most.
-        excess: How far the bound is broken; 0 within it.
+        excess: By how much the bound is exceeded; 0 within it.
     """
 
     value: float
@@ -63,12 +65,11 @@ class Objective:
     """A trade-off and a bound over fixed examples.
 
     Attributes:
-        weights: (examples,) share of each example: of the targets, or `harm` times that of its group of references.
+        weights: (examples,) share of each example among targets, or `harm_weight` times its share among references.
         scales: (examples,) signed margins over which an example counts as changed; the sigmoid of margin over scale
             is what it adds.
         group: (examples,) number of the reference's group, -1 for targets.
-        partners: (examples,) position of the reference that a target is paired with and shall come near to, -1 for all
-            others.
+        partners: (examples,) position of the reference whose margin a target should reach, -1 for all other examples.
         clusters: (examples,) number of the cluster that counts as one observation in standard errors.
         base: (examples,) margins of the unablated model.
         bound: The bound on harm.
@@ -93,7 +94,7 @@ class Objective:
         group[targets] = -1
         group[references] = np.unique(goal.groups_of(metadata, references), return_inverse=True)[1]
         sizes = np.bincount(group[references])
-        weights[references] = tradeoff.harm / len(sizes) / sizes[group[references]]
+        weights[references] = tradeoff.harm_weight / len(sizes) / sizes[group[references]]
         scales[references] = -tradeoff.reference_scale
         if goal.pairs is not None and goal.direction == "increase":
             partners[targets] = references[: len(targets)]
@@ -114,7 +115,7 @@ class Objective:
         return np.flatnonzero(self.group >= 0)
 
     def unmet_fraction(self, outcome: Outcome) -> float:
-        """Return the share of targets that are not as wanted."""
+        """Return the share of targets that are not as the goal requires."""
         return outcome.targets if self.scales[self.targets[0]] > 0 else 1 - outcome.targets
 
     def values(self, margins: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
@@ -122,11 +123,11 @@ class Objective:
         return np.asarray(_sigmoid(margins / self.scales[rows]) @ self.weights[rows])
 
     def slopes(self, margins: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return (examples,) directions in which each example's margin should not go, apart from weights.
+        """Return (examples,) derivatives of each example's part of the objective by its margin, without weights.
 
-        For references this is the derivative of the trade-off by the margin. Targets far from changing would then be
-        given up, since a sigmoid is flat there; theirs is that of log(1 + exp(margin / scale)), which for targets that
-        have changed is the same.
+        For references this is the derivative of the trade-off. A sigmoid is flat for targets that are far from
+        changing, which would then be ignored. For targets it is therefore the derivative of
+        log(1 + exp(margin / scale)), which is the same for targets that have changed.
         """
         level = _sigmoid(margins / self.scales[rows])
         return np.asarray(level * np.where(self.group[rows] == -1, 1, 1 - level) / self.scales[rows])
@@ -158,7 +159,7 @@ class Objective:
         return np.asarray(lacking + np.where(self.group[rows] == -1, wrong, 0))
 
     def outcome(self, margins: np.ndarray) -> Outcome:
-        """Judge (examples,) margins."""
+        """Return the trade-off, the accuracies and the excess over the bound at (examples,) margins."""
         chosen = self.references
         lost = (self.base[chosen] > 0).astype(float) - (margins[chosen] > 0)
         group, sizes = self.group[chosen], np.bincount(self.group[chosen])
@@ -170,7 +171,7 @@ class Objective:
         return Outcome(float(self.values(margins)), right, mean, worst, float(excess))
 
     def error(self, parts: np.ndarray, rows: np.ndarray | slice = slice(None)) -> float:
-        """Return the standard error of a sum over some of the examples, whose parts go together within a cluster."""
+        """Return the standard error of a sum over some of the examples, whose parts are added up within a cluster."""
         return float(np.sqrt((np.bincount(self.clusters[rows], parts) ** 2).sum()))
 
 

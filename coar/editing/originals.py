@@ -1,4 +1,4 @@
-"""What an edit takes out of the weights, so that it can be put back bit for bit."""
+"""The numbers that an edit takes out of the weights, which restore them bit for bit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from coar.errors import EditError
 from coar.weights import state_fingerprint
 
 State = Mapping[str, Tensor]
-AT, WAS = "@at", "@was"  # after a tensor's name: where it was changed, and what stood there
+AT, WAS = "@at", "@was"  # after a tensor's name: changed positions, and their original numbers
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per number
 
 
 @dataclass(frozen=True, eq=False)
 class Originals:
-    """Every number that an edit changed, as it was before.
+    """Every number that an edit changed, with its original value.
 
     Attributes:
         tensors: By `<name>@at` the (changed,) positions in a flattened tensor of the state dict, and by `<name>@was`
-            the numbers that stood there.
+            their original numbers.
         added: Tensors that the edit added, such as a bias.
         edited: SHA-256 of the edited weights.
     """
@@ -31,7 +31,7 @@ class Originals:
 
     @classmethod
     def between(cls, before: State, after: State) -> "Originals":
-        """Compare two state dicts bit by bit; the second has all the names of the first."""
+        """Compare two state dicts bit by bit; the second must have all names of the first."""
         tensors = {}
         for name, old in before.items():
             old_bits, new_bits = _bits(old), _bits(after[name])
@@ -41,18 +41,18 @@ class Originals:
         return cls(tensors, tuple(name for name in after if name not in before), state_fingerprint(after))
 
     def restore(self, state: State, *, original: str) -> dict[str, Tensor]:
-        """Return a copy of an edited state dict as it was before the edit.
+        """Return a copy of an edited state dict with the original numbers.
 
         Args:
             state: The edited weights.
             original: SHA-256 that the result must have.
 
         Raises:
-            EditError: When these are not the weights that the edit made.
+            EditError: When these are not the weights that the edit produced.
         """
         found = state_fingerprint(state)
         if found != self.edited:
-            what = "the weights as they were before the edit" if found == original else f"others, {found[:12]}..."
+            what = "the weights before the edit" if found == original else f"others, {found[:12]}..."
             raise EditError(
                 f"this edit made weights {self.edited[:12]}..., and these are {what}; give the checkpoint that the "
                 f"edit was applied to, unchanged since"
@@ -69,7 +69,7 @@ class Originals:
         return restored
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the numbers and where they stood."""
+        """Return the SHA-256 of the numbers and their positions."""
         return state_fingerprint(self.tensors)
 
     def __eq__(self, other: object) -> bool:

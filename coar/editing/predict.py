@@ -1,4 +1,4 @@
-"""Choices by attributions alone, for those without the data: an integer programme, and how sure its prediction is."""
+"""Predictions from attributions alone: what an edit does to mean outputs, and the set with the best effect."""
 
 import math
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from coar.attributions import Attributions
-from coar.editing.edit import Edit, check_budget, edit_of
+from coar.editing.edit import Edit
 from coar.editing.goal import EditGoal
-from coar.editing.rank import attribution_moments, group_means, noise, ranking, welch_t
-from coar.errors import EditError, GoalError, SettingsError
+from coar.editing.rank import attribution_moments, group_means, noise, ranking
+from coar.errors import EditError, GoalError
 
 CANDIDATES = 2_000  # components that the programme chooses from; it has one unknown for each
 WITHIN = 1.96  # standard errors on either side of a 95 % interval
@@ -37,7 +37,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What attributions say an edit does.
+    """The predicted effect of an edit.
 
     Attributes:
         targets: Change of the targets' mean output.
@@ -55,11 +55,11 @@ class Prediction:
 def predict_edit(attributions: Attributions, edit: Edit, *, goal: EditGoal | None = None) -> Prediction:
     """Predict what an edit does to targets and references, from the attributions alone.
 
-    The prediction adds up weights, so it takes no notice of components that stand in for each other. Its interval
-    covers the errors of the fitted weights, as if these went together in all examples and were independent between
-    components; and, where the fit tells it, the scatter of outputs under random masks about the linear prediction,
-    scaled to as many components as are ablated. Attributions know what happens when components become the constants of
-    their run, so an edit with constants made for its goal is not predicted.
+    The prediction is a sum of weights, so it ignores interactions between components. Its interval covers the errors of
+    the fitted weights, taken as fully correlated between examples and independent between components; and, where the
+    fit states it, the scatter of outputs under random masks about the linear prediction, scaled to the number of
+    ablated components. Attributions describe what the run's constants do, so an edit with constants trained for its
+    goal is not predicted.
 
     Args:
         attributions: The attributions that the edit was chosen by.
@@ -68,17 +68,17 @@ def predict_edit(attributions: Attributions, edit: Edit, *, goal: EditGoal | Non
 
     Raises:
         GoalError: When the edit has no goal and none is given.
-        ComponentError: When the edit has a component that the attributions do not know.
+        ComponentError: When the edit has a component that the attributions do not have.
         EditError: When the edit's constants are not those of the attributions' run, or it ablates in part.
     """
     if min(edit.strengths, default=1.0) < 1:
         raise EditError(
             f"this edit ablates in part, at a strength of {min(edit.strengths):.2f}, and attributions only predict "
-            f"what whole ablations do; judge the edit on examples, or choose at full strength"
+            f"full ablation; judge the edit on examples, or choose at full strength"
         )
     if not np.array_equal(edit.constants(attributions), np.float32(attributions.facts["replacements"])):
         raise EditError(
-            "this edit has constants made for its goal, or of another run, and attributions only predict what the "
+            "this edit has constants trained for its goal, or of another run, and attributions only predict what the "
             "constants of their own run do; judge the edit on examples, or choose with constants='run'"
         )
     goal = goal or edit.goal
@@ -86,49 +86,50 @@ def predict_edit(attributions: Attributions, edit: Edit, *, goal: EditGoal | Non
         raise GoalError("the edit has no goal of its own, since it joins edits with different ones; give goal=")
     chosen = np.array([attributions.components.index(component.name) for component in edit.components], dtype=np.int64)
     targets, references = goal.resolve(attributions.metadata)
-    of = goal.groups_of(attributions.metadata, references)
-    by_group = {name: _change(attributions, references[of == name], chosen) for name in np.unique(of).tolist()}
+    group = goal.groups_of(attributions.metadata, references)
+    by_group = {name: _change(attributions, references[group == name], chosen) for name in np.unique(group).tolist()}
     worst = min(by_group, key=lambda name: by_group[name].mean)
     return Prediction(
         _change(attributions, targets, chosen), _change(attributions, references, chosen), by_group[worst], worst
     )
 
 
-def predicted_edit(attributions: Attributions, goal: EditGoal, *, budget: int, harm: float = 0.5) -> Edit:
-    """Choose the components that change the targets' mean output most, by prediction, within a bound on harm.
+def best_predicted_set(
+    attributions: Attributions, goal: EditGoal, scores: np.ndarray, *, budget: int, max_loss: float
+) -> np.ndarray:
+    """Return the components that change the targets' mean output most, by prediction, within a limit on loss.
 
-    An integer programme takes or leaves each component. What it gains on targets counts less its standard error, so
-    that noise is not chosen. No group of references may lose more than `harm` in mean output, by prediction.
+    An integer programme takes or leaves each component. A component's gain on targets is reduced by its standard error,
+    so that noise is not chosen. No group of references may lose more than `max_loss` in mean output, by prediction.
 
     Args:
-        attributions: The attributions of the examples that the goal speaks of.
+        attributions: The attributions of the examples that the goal names.
         goal: Targets, references and direction.
-        budget: The most components to ablate.
-        harm: The most that any group's mean output may fall, in units of the output.
+        scores: (components,) t statistics, by which candidates are found too.
+        budget: The most components.
+        max_loss: The most that any group's mean output may fall, in units of the output.
+
+    Returns:
+        (components,) indices, the largest gain first.
 
     Raises:
-        GoalError: When the goal does not fit the examples, or no component is predicted to help within the bound.
-        SettingsError: When budget or harm is out of range.
+        GoalError: When no component is predicted to help within the limit.
     """
-    most = check_budget(budget, len(attributions.components))
-    if not (math.isfinite(harm) and harm >= 0):
-        raise SettingsError(f"a harm of {harm} was given; give the output that a group may lose, 0 or more")
-    scores = welch_t(attributions, goal)
     targets, references = goal.resolve(attributions.metadata)
     sign = 1.0 if goal.direction == "decrease" else -1.0
-    sure = sign * attribution_moments(attributions, targets)[0] - noise(attributions, targets)
-    of = goal.groups_of(attributions.metadata, references)
-    loss = group_means(attributions, references, of)
-    few = _worth_it(sure, loss, ranking(scores, goal), most)
+    gain = sign * attribution_moments(attributions, targets)[0] - noise(attributions, targets)
+    group = goal.groups_of(attributions.metadata, references)
+    loss = group_means(attributions, references, group)
+    few = _promising(gain, loss, ranking(scores, goal), budget)
     if not len(few):
         raise GoalError(
             f"no component is predicted to {goal.direction} the targets' outputs by more than its standard error; "
             f"collect more masks or mask gradients, or choose other targets"
         )
-    bounds = LinearConstraint(np.vstack([loss[:, few], np.ones(len(few))]), ub=[*[harm] * len(loss), most])
+    limits = LinearConstraint(np.vstack([loss[:, few], np.ones(len(few))]), ub=[*[max_loss] * len(loss), budget])
     solved = milp(
-        -sure[few],
-        constraints=bounds,
+        -gain[few],
+        constraints=limits,
         integrality=np.ones(len(few), dtype=np.int64),
         bounds=Bounds(0, 1),
         options={"time_limit": SECONDS, "mip_rel_gap": 1e-3},
@@ -136,19 +137,18 @@ def predicted_edit(attributions: Attributions, goal: EditGoal, *, budget: int, h
     taken = few[np.round(solved.x).astype(bool)] if solved.x is not None else few[:0]
     if not len(taken):
         raise GoalError(
-            f"no component is predicted to {goal.direction} the targets' outputs at a loss of at most {harm:g} in any "
-            f"group; widen harm"
+            f"no component is predicted to {goal.direction} the targets' outputs at a loss of at most {max_loss:g} in "
+            f"any group; raise max_loss"
         )
-    order = taken[np.argsort(-sure[taken], kind="stable")]
-    return edit_of(attributions, goal, order, scores)
+    return np.asarray(taken[np.argsort(-gain[taken], kind="stable")])
 
 
-def _worth_it(sure: np.ndarray, loss: np.ndarray, order: np.ndarray, budget: int) -> np.ndarray:
-    """Return the components that help, or that give back to a group what others take, most promising first."""
-    worth = sure - np.maximum(loss, 0).max(0)
-    found = [np.argsort(-sure, kind="stable"), np.argsort(-worth, kind="stable"), order]
+def _promising(gain: np.ndarray, loss: np.ndarray, order: np.ndarray, budget: int) -> np.ndarray:
+    """Return the components that help by themselves, or that offset the losses of others, in ascending order."""
+    worth = gain - np.maximum(loss, 0).max(0)
+    found = [np.argsort(-gain, kind="stable"), np.argsort(-worth, kind="stable"), order]
     few = np.unique(np.concatenate([part[: max(CANDIDATES // 3, budget)] for part in found]))
-    return few[sure[few] > 0]  # type: ignore[no-any-return]
+    return few[gain[few] > 0]  # type: ignore[no-any-return]
 
 
 def _change(attributions: Attributions, rows: np.ndarray, chosen: np.ndarray) -> Change:
@@ -160,7 +160,7 @@ def _change(attributions: Attributions, rows: np.ndarray, chosen: np.ndarray) ->
 
 
 def _scatter(attributions: Attributions, error: np.ndarray, ablated: int) -> float:
-    """Return the variance about the linear prediction with so many components ablated, as far as the fit tells it.
+    """Return the variance about the linear prediction with so many components ablated, as far as the fit states it.
 
     With m masks of ablated fraction p a weight's variance is about the residual's over m p (1 - p). Residuals under
     masks that ablate p d components are taken to grow in proportion to that number.

@@ -1,105 +1,86 @@
-"""The choice of components for a goal, tried out on examples: verified, or along the published ranking."""
+"""The choice of components for a goal: by attributions alone, or evaluated on examples within a bound on harm."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
 from coar.attributions import Attributions
-from coar.editing.context import SelectionContext, columns, widened
-from coar.editing.edit import Edit, check_budget, edit_of
-from coar.editing.evaluator import GatedEvaluator
+from coar.editing.context import SelectionContext
+from coar.editing.edit import Edit, edit_of
 from coar.editing.goal import EditGoal
-from coar.editing.objective import Bound, Objective, Outcome, TradeOff
-from coar.editing.rank import candidates, ranking, welch_t
-from coar.editing.search import MAX_UNMET, EvaluatedSet, Search
-from coar.editing.train import CLOSED_GATE_COST, GATES, STRENGTHS, train_gates, train_strengths
-from coar.errors import BoundError, GoalError, SettingsError
+from coar.editing.objective import Outcome
+from coar.editing.options import ConstantsName, RuleName, SelectionOptions
+from coar.editing.rules import ORDERINGS, RULES, EvaluationContext, GoalContext
+from coar.editing.search import EvaluatedSet
+from coar.errors import SettingsError
 from coar.examples import Examples
 from coar.forward.execution_plan import Precision
 from coar.forward.malloc import memory_kept
 from coar.outputs.base import Output
-from coar.progress import progress_bar
-from coar.renamed import refuse_arguments, refuse_value
 
 if TYPE_CHECKING:
     import pandas as pd
 
-STAGES = ((160, 40, 1.0), (1_000, 320, 0.1))  # candidates, components, and the cost of each next to the usual one
-FEW = 3  # sets of trials that even a short search takes
-HOPEFUL = 8  # of the best sets are tried in float32 and on all examples, before the search goes on there
-CARES = (1.0, 3.0, 10.0, 30.0)  # how much more harm weighs, until what is faded keeps within the bound
-PARTS = (1.0, 0.85, 0.7, 0.5, 0.3)  # of trained strengths that are tried
-CHOICES = {
-    "rule": ("verified", "welch"),
-    "constants": ("goal", "run"),
-    "strength": ("full", "minimal", "per_component"),
-}
-Rule = Literal["verified", "welch"]
-Constants = Literal["goal", "run"]
-Strength = Literal["full", "minimal", "per_component"]
-
 
 @dataclass(frozen=True)
 class Selection:
-    """A choice of components, and what it was made by.
+    """A choice of components that was evaluated on examples.
 
     Attributes:
         edit: The edit.
         before: What the choosing examples were like.
         after: What they are like with the edit.
-        steps: Every set that was tried on all choosing examples, in that order: number of components, trade-off,
+        steps: Every set that was evaluated on all choosing examples, in that order: number of components, trade-off,
             accuracy of targets, accuracy lost by references on average and in the worst group, and whether the set
-            keeps within the bound.
-        constants: `goal` where the edit has constants that were made for the goal, `run` where it has those of the run.
-        passes: Forward passes of one example that the choice took; a forward and backward pass counts as three, and a
-            pass of which the start was shared with others counts in full.
-        examples: How many examples it was made on.
+            is within the bound.
+        constants: `goal` where the edit has constants trained for the goal, `run` where it has those of the run.
+        passes: Forward passes of one example that the choice took. A forward and backward pass counts as three, and a
+            pass whose prefix was cached counts in full.
+        examples: Number of choosing examples.
     """
 
     edit: Edit
     before: Outcome
     after: Outcome
     steps: "pd.DataFrame"
-    constants: Constants
+    constants: ConstantsName
     passes: int
     examples: int
 
 
-class SelectionOptions(TypedDict, total=False):
-    """How to choose.
+def edit(
+    attributions: Attributions, goal: EditGoal, *, budget: int, rule: RuleName = "welch", max_loss: float = 0.5
+) -> Edit:
+    """Choose components by attributions alone, without the model.
 
-    Attributes:
-        budget: The most components to ablate; by default as many as the trade-off asks for, 320 at most; 1,000
-            with strengths of their own, and 40 by the rule `welch`.
-        rule: `verified` or `welch`.
-        constants: `goal` to train what the components become for the goal, by the rule `verified`, and keep that where
-            it is better; `run` for the constants of the attributions' run.
-        strength: `full` to ablate, `minimal` to move components towards their constants only as far as it takes to get
-            as many targets as wanted as full ablations do, `per_component` to train for each, by the rule `verified`,
-            how far it moves, together with its constants, instead of a search.
-        tradeoff: How gain and harm are weighed.
-        bound: The most accuracy that references may lose on the choosing examples.
-        seed: Which examples the mask gradients draw.
-        steps: How many mask gradients move the gates, by default 120, and 300 for strengths of their own.
-        near: On how many references, those nearest to the edge, sets are tried before the choice is checked on all.
-        progress: Show a progress bar with the trade-off so far.
+    The rule `welch` ranks components by Welch's t between the targets' and the references' attributions, and takes as
+    many as the budget (COAR-Edit, Shah et al. 2024, section 5). The rule `predicted` takes the set that changes the
+    targets' mean output most by prediction, at most as many components as the budget, while no group of references
+    loses more than `max_loss`; see `coar.editing.predict.best_predicted_set`.
+
+    Args:
+        attributions: The attributions of the examples that the goal names.
+        goal: Targets, references and direction.
+        budget: The most components to ablate.
+        rule: `welch` or `predicted`.
+        max_loss: By the rule `predicted`, the most that the mean output of any group of references may fall by
+            prediction, in units of the output.
+
+    Raises:
+        GoalError: When the goal selects no targets, no or too few references, or overlapping ones; by the rule
+            `predicted`, when no component is predicted to help within `max_loss`.
+        EditError: When a component has no constant, as under resampling.
+        SettingsError: When the budget is not between 1 and the number of components, or there is no such rule.
     """
-
-    budget: int | None
-    rule: Rule
-    constants: Constants
-    strength: Strength
-    tradeoff: TradeOff | None
-    bound: Bound | None
-    seed: int
-    steps: int
-    n_boundary_references: int | None
-    progress: bool
+    options, context = SelectionOptions(rule=rule, budget=budget, max_loss=max_loss), GoalContext(attributions, goal)
+    if rule not in ORDERINGS:
+        raise SettingsError(
+            f"the rule {rule!r} evaluates sets of components on examples; call coar.select with the model and the "
+            f"studied examples, or choose the rule 'welch' or 'predicted'"
+        )
+    return edit_of(attributions, goal, ORDERINGS[rule](context, options), context.scores)
 
 
 def select(
@@ -112,17 +93,17 @@ def select(
     device: str = "auto",
     precision: Precision = "float32",
     output: Output | None = None,
-    **options: Unpack[SelectionOptions],
+    **options: Any,
 ) -> Selection:
-    """Choose components by what their ablation really does to examples, within a bound on harm.
+    """Choose components by the measured effect of their ablation on examples, within a bound on harm.
 
-    `verified` takes the components that attributions find promising, moves gates on all of them at once down the slope
-    of the trade-off by mask gradients around the partly edited model, tries the sets that this leads to, and goes on
-    from the best by adding and dropping components and by training what they become, each step tried out. Where that
-    leaves more than a tenth of the targets unchanged, it starts again with more candidates, each of which costs less.
-    With strengths of their own it trains how far all of them go instead, and their constants. `welch` tries the first
-    components of the published ranking (Shah et al. 2024, section 5) in different numbers. Of all that was tried on all
-    choosing examples, what has the best trade-off within the bound is taken.
+    The rule `verified` takes the components that attributions find promising, trains gates on all of them together
+    along the slope of the trade-off, evaluates the sets that this leads to, and goes on from the best by adding and
+    dropping components and by training their constants, each step evaluated. Where that leaves more than a tenth of the
+    targets unchanged, it starts again with more candidates, each of which costs less. With `strength="per_component"`
+    it trains the strengths of all of them instead, and their constants. The rules `welch` and `predicted` evaluate
+    first parts of an order that attributions alone give, see `edit`. Of all sets evaluated on all choosing examples the
+    result is the one with the best trade-off within the bound.
 
     Args:
         attributions: Attributions of the studied examples.
@@ -132,213 +113,46 @@ def select(
         choosing: Further examples to choose on; they need no attributions.
         device: Where to compute.
         precision: Precision of the search; the choice itself is checked in float32.
-        output: The margin that says what is right, such as `TokenMargin(reduction="last")` for a language model; by
-            default that of classes.
-        options: Any of `SelectionOptions`: budget, rule, constants, strength, tradeoff, bound, seed, steps, near,
-            progress.
+        output: The margin by which correctness is judged, such as `TokenMargin(reduction="last")` for a language model;
+            by default that of classes.
+        options: Fields of `SelectionOptions`.
 
     Raises:
         GoalError: When the goal does not fit the examples, or is reached already.
-        BoundError: When nothing within the bound comes nearer to the goal.
+        BoundError: When no set within the bound comes nearer to the goal.
         OutputError: When the output is no margin, or does not fit the model.
-        SettingsError: When the budget is out of range or there is no such rule, constants or strength.
+        SettingsError: When an option is unknown or out of range.
     """
-    _check_options(options, len(attributions.components))
-    welch_t(attributions, goal)  # refuses a goal that does not fit before anything is run
-    ground = SelectionContext.of(
+    chosen = SelectionOptions(**options)
+    check = GoalContext(attributions, goal)
+    check.budget(chosen)
+    _ = check.scores  # refuses a goal that does not fit before anything is run
+    context = SelectionContext.of(
         attributions, model, studied, choosing=choosing, device=device, precision=precision, output=output
     )
-    return replace(choose(ground, goal, **options), passes=ground.passes)
+    return replace(select_in(context, goal, chosen), passes=context.passes)
 
 
 @memory_kept()
-def choose(ground: SelectionContext, goal: EditGoal, **options: Unpack[SelectionOptions]) -> Selection:
-    """Choose components for a goal as `select` does, on examples that are there already."""
-    attributions, spent = ground.attributions, ground.passes
-    budget = _check_options(options, len(attributions.components))
-    scores = welch_t(attributions, goal)
-    objective = Objective.of(
-        widened(goal, attributions, len(ground.examples)),
-        columns(ground.examples),
-        ground.base,
-        tradeoff=options.get("tradeoff") or TradeOff(),
-        bound=options.get("bound") or Bound(),
-    )
-    _check_open(objective, goal)
-    strength = options.get("strength", "full")
-    trials = ground.plain if strength == "per_component" else ground.trials  # few are tried then, so all in float32
-    search = Search(
-        trials,
-        objective,
-        budget,
-        n_boundary_references=options.get("n_boundary_references"),
-        least=strength == "minimal",
-    )
-    steps, free = (
-        options.get("steps", (STRENGTHS if strength == "per_component" else GATES).steps),
-        np.zeros(0, dtype=np.int64),
-    )
-    if options.get("rule", "verified") == "welch":
-        search.follow(ranking(scores, goal))
-    else:
-        with _telling(search, steps, shown=options.get("progress", True)):
-            seed, tailored = options.get("seed", 0), options.get("constants", "goal") == "goal"
-            if strength == "per_component":
-                _fade(search, ground, goal, steps=steps, seed=seed, tailored=tailored)
-            else:
-                free = _explore(search, goal, attributions, steps=steps, seed=seed, tailored=tailored)
-    exact = _confirmed(search, ground.plain, free)
-    best = exact.best
-    _check_neared(exact if len(exact.tried) > 1 else search, best, goal)
+def select_in(context: SelectionContext, goal: EditGoal, options: SelectionOptions) -> Selection:
+    """Choose components as `select` does, on examples that several goals share."""
+    attributions, passes = context.attributions, context.passes
+    goal_context = EvaluationContext(attributions, goal, context)
+    choice = RULES[options.rule](goal_context, options)
+    best, scores = choice.best, goal_context.scores
     edit = edit_of(attributions, goal, best.ablated, scores, constants=best.constants, strengths=best.strengths)
-    passes = ground.passes - spent
-    usual = np.array_equal(best.constants, ground.plain.constants)
     return Selection(
-        edit=edit.keep(ground.model),
-        before=search.tried[0].outcome,
+        edit=edit.keep(context.model),
+        before=choice.evaluated[0].outcome,
         after=best.outcome,
-        steps=_steps(search),
-        constants="run" if usual else "goal",
-        passes=passes,
-        examples=len(ground.examples),
+        steps=_table(choice.evaluated),
+        constants="run" if np.array_equal(best.constants, context.exact.constants) else "goal",
+        passes=context.passes - passes,
+        examples=len(context.examples),
     )
 
 
-def _explore(
-    search: Search, goal: EditGoal, attributions: Attributions, *, steps: int, seed: int, tailored: bool
-) -> np.ndarray:
-    """Search among few candidates, and among more where these do not bring the targets where they shall be.
-
-    Return the candidates, the more where there were two searches.
-    """
-    budget, free = search.budget, np.zeros(0, dtype=np.int64)
-    for count, most, share in STAGES:
-        search.start_again(min(most, budget))
-        free = np.sort(candidates(attributions, goal, count))
-        gates = train_gates(
-            search.trials,
-            search.objective,
-            free,
-            budget=search.budget,
-            steps=steps,
-            cost=share * CLOSED_GATE_COST,
-            seed=seed,
-            on_step=search.on_step,
-        )
-        closed = np.argsort(gates, kind="stable")[: int((gates < 0.9).sum())]
-        search.follow(closed, least=int((gates < 0.3).sum()))
-        search.improve(free, seed=seed if tailored else None)
-        if search.objective.unmet_fraction(search.best.outcome) <= MAX_UNMET or budget <= most:
-            break
-    return free
-
-
-def _fade(search: Search, ground: SelectionContext, goal: EditGoal, *, steps: int, seed: int, tailored: bool) -> None:
-    """Train strengths, and try them and parts of them; again with more care for harm while they break the bound."""
-    free = np.sort(candidates(ground.attributions, goal, STAGES[-1][0]))
-    faded = partial(
-        train_strengths, ground.trials, steps=steps, seed=seed, with_constants=tailored, on_step=search.on_step
-    )
-    for harm_weight in CARES:
-        objective = search.objective.with_harm_weight(harm_weight)
-        gates, constants = faded(objective, free)
-        if (gates < 1).sum() > search.budget:  # without the others, those that may move must do their part
-            gates, constants = faded(objective, np.sort(np.argsort(gates, kind="stable")[: search.budget]))
-        order = np.argsort(gates, kind="stable")[: int((gates < 1).sum())]
-        sets = [tuple(order.tolist())] * len(PARTS)
-        whole, *_ = search.try_out(sets, constants, [part * (1 - gates[order]) for part in PARTS])
-        if whole.outcome.excess == 0:
-            return
-
-
-def _check_options(options: SelectionOptions, components: int) -> int:
-    """Return the most components to ablate; raise `SettingsError` for options out of range or unknown."""
-    refuse_arguments("select", options)
-    refuse_value("strength", options.get("strength"))
-    rule, budget = options.get("rule", "verified"), options.get("budget")
-    for name, known in CHOICES.items():
-        if (given := options.get(name, known[0])) not in known:
-            raise SettingsError(f"unknown {name} {given!r}; choose {', '.join(known[:-1])} or {known[-1]}")
-    if rule == "welch" and options.get("strength") == "per_component":
-        raise SettingsError("strengths of their own are trained by the rule verified; choose that, or full or minimal")
-    most = STAGES[0][1] if rule == "welch" else STAGES[-1][1]
-    if options.get("strength") == "per_component":
-        most = STAGES[-1][0]
-    return min(most, components) if budget is None else check_budget(budget, components)
-
-
-@contextmanager
-def _telling(search: Search, steps: int, *, shown: bool) -> Iterator[None]:
-    """Show a bar that moves with every mask gradient and every set of trials, with the trade-off so far.
-
-    How many rounds will pay is not known before, so the end moves on where there are more than a few.
-    """
-    with progress_bar(shown=shown, total=steps + FEW, desc="select", unit="step") as bar:
-
-        def on_step() -> None:
-            bar.update()
-            bar.total = max(bar.total or 0, bar.n + 1)
-            best = search.best
-            bar.set_postfix(components=len(best.ablated), trade_off=f"{best.outcome.value:.4f}", refresh=False)
-
-        search.on_step = on_step
-        yield
-
-
-def _check_open(objective: Objective, goal: EditGoal) -> None:
-    """Raise `GoalError` when nothing is left to be done."""
-    right = (objective.base[objective.targets] > 0).mean()
-    if right == (0.0 if goal.direction == "decrease" else 1.0):
-        state = "wrong" if goal.direction == "decrease" else "right"
-        raise GoalError(
-            f"the model gets all {len(objective.targets)} targets {state} already; there is nothing to edit, choose "
-            f"other targets"
-        )
-
-
-def _confirmed(search: Search, plain: GatedEvaluator, free: np.ndarray) -> Search:
-    """Try the best sets by float32 and on all examples, until one holds there too: within the bound, and of use.
-
-    Where none of a few does, or only one that leaves more targets unchanged, the search goes on there from the one that
-    is nearest to it.
-    """
-    if search.trials is plain and search.n_boundary_references is None:
-        return search
-    exact = Search(plain, search.objective, search.budget, least=search.least)
-    within = [one for one in search.tried if one.outcome.excess == 0 and one.ablated]
-    hopeful = sorted(within, key=lambda one: one.outcome.value)
-    _try_until_one_holds(exact, hopeful[:HOPEFUL])
-    left, aimed = (search.objective.unmet_fraction(one.best.outcome) for one in (exact, search))
-    if within and len(free) and (not exact.best.ablated or left > aimed + MAX_UNMET):
-        exact.since, exact.penalty = 1, search.penalty
-        exact.improve(free)
-    _try_until_one_holds(exact, hopeful[HOPEFUL:])
-    return exact
-
-
-def _try_until_one_holds(exact: Search, sets: list[EvaluatedSet]) -> None:
-    for one in sets:
-        if exact.best.ablated:
-            return
-        exact.try_out([one.ablated], one.constants, None if exact.least else [one.strengths])
-
-
-def _check_neared(search: Search, best: EvaluatedSet, goal: EditGoal) -> None:
-    """Raise `BoundError` when nothing within the bound is better than to leave the model as it is."""
-    if best.ablated:
-        return
-    bound = search.objective.bound
-    least = min(search.tried[1:] or search.tried, key=lambda one: search.cost(one.outcome))
-    raise BoundError(
-        f"no set of components was found that would {goal.direction} the targets' outputs within the bound, "
-        f"{bound.mean:.1%} lost on average and {bound.group:.1%} in any group. The best found brings accuracy on "
-        f"targets from {search.tried[0].outcome.targets:.1%} to {least.outcome.targets:.1%}, and loses "
-        f"{least.outcome.lost:.1%} on average and {least.outcome.worst:.1%} in the worst group: widen the bound, or "
-        f"give more choosing examples"
-    )
-
-
-def _steps(search: Search) -> "pd.DataFrame":
+def _table(sets: tuple[EvaluatedSet, ...]) -> "pd.DataFrame":
     import pandas as pd
 
     return pd.DataFrame(
@@ -350,5 +164,5 @@ def _steps(search: Search) -> "pd.DataFrame":
             "worst_lost": one.outcome.worst,
             "within": one.outcome.excess == 0,
         }
-        for one in search.tried
+        for one in sets
     )

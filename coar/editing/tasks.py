@@ -1,8 +1,8 @@
-"""Ready tasks: a goal, the examples and the bound that go with it, chosen on some examples and judged on others."""
+"""Ready tasks: a goal with the options that suit it, chosen on some examples and judged on others."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -13,8 +13,8 @@ from coar.editing.edit import Edit
 from coar.editing.goal import EditGoal
 from coar.editing.judge import effect_curve, judge_edit, margins
 from coar.editing.objective import Bound, TradeOff
-from coar.editing.select import Selection, choose, select
-from coar.editing.select import SelectionOptions as Choice
+from coar.editing.options import SelectionOptions
+from coar.editing.select import Selection, select, select_in
 from coar.errors import BoundError, GoalError
 from coar.examples import Examples
 from coar.forward.execution_plan import Precision
@@ -24,48 +24,33 @@ from coar.progress import progress_bar
 if TYPE_CHECKING:
     import pandas as pd
 
-PRESETS: dict[str, Choice] = {
+PRESETS = {
     # half of the mean for the standard error, as with some 3,000 references; trained constants harm no less here
-    "forget": {"bound": Bound(mean=0.006, group=0.03), "constants": "run"},
-    # one target needs few mask gradients, and moves few references that are far from the edge; that it is moved no
-    # further than it must, and that references keep their margins too, is what spares examples that the choice has not
-    # seen
-    "fix": {
-        "bound": Bound(mean=0.005, group=0.05),
-        "strength": "minimal",
-        "tradeoff": TradeOff(target_scale=0.5, reference_scale=3.0),
-        "steps": 40,
-        "n_boundary_references": 600,
-    },
-    "group": {"bound": Bound(mean=0.01, group=0.05)},
-    # what was put in shares its components with what it was put into, and comes out of many of them in part
-    "backdoor": {
-        "bound": Bound(mean=0.005, group=0.05),
-        "strength": "per_component",
-        "tradeoff": TradeOff(harm=4.0, reference_scale=4.0),
-        "steps": 600,
-    },
-    # reading is spread over many components, each of them of use to seeing
-    "typographic": {
-        "bound": Bound(mean=0.005, group=0.05),
-        "strength": "per_component",
-        "tradeoff": TradeOff(harm=16.0, reference_scale=4.0),
-    },
+    "forget": SelectionOptions(bound=Bound(mean=0.006, group=0.03), constants="run"),
+    # one target needs few training steps, and moves few references that have large margins; the minimal strength, and
+    # references that keep their margins too, are what spares examples outside the choice
+    "fix": SelectionOptions(
+        bound=Bound(mean=0.005, group=0.05),
+        strength="minimal",
+        tradeoff=TradeOff(target_scale=0.5, reference_scale=3.0),
+        steps=40,
+        n_boundary_references=600,
+    ),
+    "group": SelectionOptions(bound=Bound(mean=0.01, group=0.05)),
+    # a backdoor shares its components with other functions, and is removed by changing many of them in part
+    "backdoor": SelectionOptions(
+        bound=Bound(mean=0.005, group=0.05),
+        strength="per_component",
+        tradeoff=TradeOff(harm_weight=4.0, reference_scale=4.0),
+        steps=600,
+    ),
+    # reading is spread over many components, each of them also used for seeing
+    "typographic": SelectionOptions(
+        bound=Bound(mean=0.005, group=0.05),
+        strength="per_component",
+        tradeoff=TradeOff(harm_weight=16.0, reference_scale=4.0),
+    ),
 }
-
-
-class TaskOptions(Choice, total=False):
-    """What every task passes on to `select`, see there."""
-
-    choosing: Examples | None
-    device: str
-    precision: Precision
-    output: Output | None
-
-
-class _Judging(TypedDict):
-    device: str
-    output: Output | None
 
 
 @dataclass(frozen=True)
@@ -87,6 +72,81 @@ class TaskResult:
     selections: tuple[Selection, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Setup:
+    """What a task chooses by and where it computes.
+
+    Attributes:
+        selection: How components are chosen.
+        choosing: Further examples to choose on.
+        device: Where to compute.
+        precision: Precision of the search.
+        output: The margin by which correctness is judged.
+    """
+
+    selection: SelectionOptions
+    choosing: Examples | None = None
+    device: str = "auto"
+    precision: Precision = "float32"
+    output: Output | None = None
+
+    @classmethod
+    def of(cls, task: str | None, options: dict[str, Any]) -> "_Setup":
+        """Return the setup of a task from the options of `select`; `task` names a preset."""
+        execution = {name: options[name] for name in ("choosing", "device", "precision", "output") if name in options}
+        given = {name: value for name, value in options.items() if name not in execution}
+        return cls(preset(task, given) if task else SelectionOptions(**_set(given)), **execution)
+
+    def select(self, attributions: Attributions, model: nn.Module, studied: Examples, goal: EditGoal) -> Selection:
+        """Choose components for a goal."""
+        options = {name: getattr(self.selection, name) for name in self.selection.model_fields_set}
+        return select(
+            attributions,
+            model,
+            studied,
+            goal,
+            choosing=self.choosing,
+            device=self.device,
+            precision=self.precision,
+            output=self.output,
+            **options,
+        )
+
+    def margins(self, model: nn.Module, examples: Examples) -> np.ndarray:
+        """Return (examples,) margins."""
+        return margins(model, examples, device=self.device, output=self.output)
+
+    def margins_along(self, edit: Edit, attributions: Attributions, model: nn.Module, examples: Examples) -> np.ndarray:
+        """Return (components + 1, examples) margins as an edit's components are ablated one after another."""
+        order = [attributions.components.index(component.name) for component in edit.components]
+        return effect_curve(
+            model,
+            attributions,
+            order,
+            examples,
+            counts=range(len(order) + 1),
+            constants=edit.constants(attributions),
+            strengths=edit.strengths,
+            device=self.device,
+            output=self.output,
+        )
+
+
+def preset(task: str, options: dict[str, Any]) -> SelectionOptions:
+    """Return the options of a task, with its own settings for those that are missing or None.
+
+    Rules that only rank components ablate them fully, unless the options say otherwise.
+    """
+    given = _set(options)
+    ranked = {"strength": "full"} if given.get("rule", "verified") != "verified" else {}
+    return PRESETS[task].updated(**{**ranked, **given})
+
+
+def _set(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def reach_goal(
     attributions: Attributions,
     model: nn.Module,
@@ -95,7 +155,7 @@ def reach_goal(
     *,
     goal: EditGoal,
     name: str,
-    **options: Unpack[TaskOptions],
+    **options: Any,
 ) -> TaskResult:
     """Edit the model for a goal, and judge it on other examples.
 
@@ -104,21 +164,15 @@ def reach_goal(
         model: The model they were collected from.
         studied: The study's examples, used to choose.
         judge: Other examples, used to judge.
-        goal: Targets and references, as conditions that both sets of examples can answer.
+        goal: Targets and references, as conditions over metadata columns that both sets of examples have.
         name: Name of the result.
-        options: Any of the options of `select`.
+        options: Options of `select`.
 
     Raises:
         GoalError: When the studied or judging examples have no targets or no references, or see `select`.
-        SettingsError: When the budget is out of range.
+        SettingsError: When an option is unknown or out of range.
     """
-    targets, references = goal.resolve(columns(judge))
-    chosen = select(attributions, model, studied, goal, **options)
-    judging = _judging(options)
-    table = judge_edit(chosen.edit, model, judge, **judging)
-    seen = _along(chosen.edit, attributions, model, judge, judging)
-    curve = _curve(seen, {"targets": targets, "references": references})
-    return TaskResult(name, (chosen.edit,), table, curve, (chosen,))
+    return _reach(_Setup.of(None, options), attributions, model, studied, judge, goal=goal, name=name)
 
 
 def forget_class(
@@ -128,12 +182,12 @@ def forget_class(
     judge: Examples,
     *,
     label: int,
-    **options: Unpack[TaskOptions],
+    **options: Any,
 ) -> TaskResult:
     """Make the model fail on one class and leave the others as they are: `reach_goal` with the class as targets.
 
-    The other classes may lose 0.6 points on average on the choosing examples, standard error included, and none 3,
-    and components are replaced by the run's constants, unless `bound` and `constants` say other.
+    On the choosing examples the other classes may lose 0.6 points on average, standard error included, and 3 each.
+    Components are replaced by the run's constants. `bound` and `constants` change that.
 
     Args:
         attributions: Attributions of the studied examples.
@@ -141,14 +195,13 @@ def forget_class(
         studied: The study's examples, used to choose.
         judge: Other examples, used to judge.
         label: The class to forget.
-        options: Any of the options of `select`.
+        options: Options of `select`.
 
     Raises:
         GoalError: When the studied or judging examples have none of the class or none of the others, or see `select`.
     """
     goal = EditGoal(targets=f"label == {label}", references=f"label != {label}", direction="decrease")
-    settings = preset("forget", options)
-    return reach_goal(attributions, model, studied, judge, goal=goal, name=f"forget-{label}", **settings)
+    return _reach(_Setup.of("forget", options), attributions, model, studied, judge, goal=goal, name=f"forget-{label}")
 
 
 def strengthen_group(
@@ -159,7 +212,7 @@ def strengthen_group(
     *,
     group: str | int | None = None,
     goal: EditGoal | None = None,
-    **options: Unpack[TaskOptions],
+    **options: Any,
 ) -> TaskResult:
     """Raise a subpopulation's accuracy: the values of the metadata column `group`, by default the worst of them.
 
@@ -169,22 +222,23 @@ def strengthen_group(
         studied: The study's examples, used to choose.
         judge: Other examples, used to judge.
         group: The group to strengthen; by default the one with the lowest accuracy among the studied examples.
-        goal: A goal to take instead.
-        options: Any of the options of `select`.
+        goal: A goal to use instead.
+        options: Options of `select`.
 
     Raises:
         GoalError: When there is no column `group` or no such group in it, or see `select`.
     """
+    setup = _Setup.of("group", options)
     if goal is None:
         if "group" not in studied.metadata:
             raise GoalError("the examples have no metadata column 'group'; add one, or give a goal")
-        of = np.asarray(studied.metadata["group"])
+        groups = np.asarray(studied.metadata["group"])
         if group is None:
-            right = margins(model, studied, **_judging(options)) > 0
-            group = min(np.unique(of), key=lambda one: right[of == one].mean()).item()
+            right = setup.margins(model, studied) > 0
+            group = min(np.unique(groups), key=lambda one: right[groups == one].mean()).item()
         conditions = {"targets": f"group == {group!r}", "references": f"group != {group!r}"}
         goal = EditGoal(**conditions, direction="increase", groups="group")
-    return reach_goal(attributions, model, studied, judge, goal=goal, name="group", **preset("group", options))
+    return _reach(setup, attributions, model, studied, judge, goal=goal, name="group")
 
 
 def remove_backdoor(
@@ -194,27 +248,26 @@ def remove_backdoor(
     judge: Examples,
     *,
     goal: EditGoal | None = None,
-    **options: Unpack[TaskOptions],
+    **options: Any,
 ) -> TaskResult:
     """Get triggered examples right: those with 1 in the column `triggered`, each paired by `pair` with a clean one.
 
-    Components are ablated in part, each at a strength of its own, unless `strength` says other. Give clean examples of
-    the class that the attacker wants among the further choosing ones: they have no pair, and without them the model
-    might forget that class.
+    A strength is trained for each component; `strength` changes that. Include clean examples of the attacker's class
+    among the further choosing examples: they have no pair, and without them the model might forget that class.
 
     Args:
         attributions: Attributions of the studied examples.
         model: The model they were collected from.
         studied: The study's examples, used to choose.
         judge: Other examples, used to judge.
-        goal: A goal to take instead.
-        options: Any of the options of `select`.
+        goal: A goal to use instead.
+        options: Options of `select`.
 
     Raises:
         GoalError: When a column is missing or pairs do not match, or see `select`.
     """
     goal = goal or _pairs("triggered", studied)
-    return reach_goal(attributions, model, studied, judge, goal=goal, name="backdoor", **preset("backdoor", options))
+    return _reach(_Setup.of("backdoor", options), attributions, model, studied, judge, goal=goal, name="backdoor")
 
 
 def resist_typographic(
@@ -224,43 +277,43 @@ def resist_typographic(
     judge: Examples,
     *,
     goal: EditGoal | None = None,
-    **options: Unpack[TaskOptions],
+    **options: Any,
 ) -> TaskResult:
     """Get attacked examples right: those with 1 in the column `attacked`, each paired by `pair` with a clean one.
 
-    Components are ablated in part, each at a strength of its own, unless `strength` says other.
+    A strength is trained for each component; `strength` changes that.
 
     Args:
         attributions: Attributions of the studied examples.
         model: The model they were collected from.
         studied: The study's examples, used to choose.
         judge: Other examples, used to judge.
-        goal: A goal to take instead.
-        options: Any of the options of `select`.
+        goal: A goal to use instead.
+        options: Options of `select`.
 
     Raises:
         GoalError: When a column is missing or pairs do not match, or see `select`.
     """
     goal = goal or _pairs("attacked", studied)
-    settings = preset("typographic", options)
-    return reach_goal(attributions, model, studied, judge, goal=goal, name="typographic", **settings)
+    setup = _Setup.of("typographic", options)
+    return _reach(setup, attributions, model, studied, judge, goal=goal, name="typographic")
 
 
 def fix_errors(
-    attributions: Attributions, model: nn.Module, studied: Examples, judge: Examples, **options: Unpack[TaskOptions]
+    attributions: Attributions, model: nn.Module, studied: Examples, judge: Examples, **options: Any
 ) -> TaskResult:
-    """Correct each misclassified studied example in turn, each by an edit of its own, if the bound allows one.
+    """Correct each misclassified studied example in turn, each by a separate edit, if the bound allows one.
 
-    The references are the studied examples that are classified correctly, and all further choosing examples. One
-    target says little of others like it, so what is sought is the least harm with a small margin for the target:
-    components are ablated in part, at the least strength that corrects it, unless `strength` says other.
+    The references are the studied examples that are classified correctly, and all further choosing examples. One target
+    is weak evidence about others like it, so the choice seeks the least harm with a small margin for the target:
+    components are ablated at the minimal strength that corrects it; `strength` changes that.
 
     Args:
         attributions: Attributions of the studied examples.
         model: The model they were collected from.
         studied: The study's examples.
         judge: Other examples, on which the harm is judged.
-        options: Any of the options of `select`.
+        options: Options of `select`.
 
     Raises:
         GoalError: When no studied example is misclassified.
@@ -268,28 +321,34 @@ def fix_errors(
     """
     import pandas as pd
 
-    settings: dict[str, Any] = {**preset("fix", options)}
-    where = {name: settings.pop(name) for name in ("choosing", "device", "precision", "output") if name in settings}
-    shown, judging = settings.get("progress", True), _judging(options)
-    before, judged = margins(model, studied, **judging), margins(model, judge, **judging)
+    setup = _Setup.of("fix", options)
+    before, judged = setup.margins(model, studied), setup.margins(model, judge)
     wrong, right = np.flatnonzero(before <= 0), np.flatnonzero(before > 0)
     if not len(wrong):
         raise GoalError(f"the model classifies all {len(studied)} studied examples correctly; there is nothing to fix")
-    settings["progress"] = False  # one bar is enough
-    ground = SelectionContext.of(attributions, model, studied, **where)
+    context = SelectionContext.of(
+        attributions,
+        model,
+        studied,
+        choosing=setup.choosing,
+        device=setup.device,
+        precision=setup.precision,
+        output=setup.output,
+    )
+    each = setup.selection.updated(progress=False)  # one bar for all errors
     rows, chosen, curves = [], [], []
-    for i in progress_bar(wrong.tolist(), desc="fix", unit="error", shown=shown):
+    for i in progress_bar(wrong.tolist(), desc="fix", unit="error", shown=setup.selection.progress):
         goal = EditGoal(targets=(i,), references=tuple(right.tolist()), direction="increase")
-        own, others = before[i : i + 1, None], judged[None]
-        found = _reached(ground, goal, **settings)
+        error, others = before[i : i + 1, None], judged[None]
+        found = _correction(context, goal, each)
         if found is not None:
             chosen.append(found)
-            own = _along(found.edit, attributions, model, studied.subset([i]), judging)
-            others = _along(found.edit, attributions, model, judge, judging)
+            error = setup.margins_along(found.edit, attributions, model, studied.subset([i]))
+            others = setup.margins_along(found.edit, attributions, model, judge)
         identity = {name: np.asarray(column)[i] for name, column in studied.metadata.items()}
         strength = found.edit.strengths[0] if found else 0.0
-        rows.append({**identity, **_before_and_after(own[:, 0], others, strength)})
-        curves.append((own, others))
+        rows.append({**identity, **_before_and_after(error[:, 0], others, strength)})
+        curves.append((error, others))
     return TaskResult("fix", tuple(one.edit for one in chosen), pd.DataFrame(rows), _overview(curves), tuple(chosen))
 
 
@@ -302,10 +361,29 @@ TASKS: dict[str, Callable[..., TaskResult]] = {
 }
 
 
-def _reached(ground: SelectionContext, goal: EditGoal, **settings: Unpack[Choice]) -> Selection | None:
+def _reach(
+    setup: _Setup,
+    attributions: Attributions,
+    model: nn.Module,
+    studied: Examples,
+    judge: Examples,
+    *,
+    goal: EditGoal,
+    name: str,
+) -> TaskResult:
+    """Edit the model for a goal by a setup, and judge it on other examples."""
+    targets, references = goal.resolve(columns(judge))
+    chosen = setup.select(attributions, model, studied, goal)
+    table = judge_edit(chosen.edit, model, judge, device=setup.device, output=setup.output)
+    seen = setup.margins_along(chosen.edit, attributions, model, judge)
+    curve = _curve(seen, {"targets": targets, "references": references})
+    return TaskResult(name, (chosen.edit,), table, curve, (chosen,))
+
+
+def _correction(context: SelectionContext, goal: EditGoal, options: SelectionOptions) -> Selection | None:
     """Return a choice that gets all targets right, None where there is none within the bound."""
     try:
-        found = choose(ground, goal, **settings)
+        found = select_in(context, goal, options)
     except BoundError:
         return None
     return found if found.after.targets == 1 else None
@@ -318,39 +396,15 @@ def _pairs(column: str, studied: Examples) -> EditGoal:
     return EditGoal(targets=f"{column} == 1", references=f"{column} == 0", direction="increase", pairs="pair")
 
 
-def preset(task: str, options: TaskOptions) -> TaskOptions:
-    """Return the options of a task, with its own settings for those that are missing or None.
-
-    The published ranking ablates wholly, unless the options say other.
-    """
-    given = {name: value for name, value in options.items() if value is not None}
-    published = {"strength": "full"} if given.get("rule") == "welch" else {}
-    return cast(TaskOptions, {**PRESETS[task], **published, **given})
-
-
-def _judging(options: TaskOptions) -> _Judging:
-    return {"device": options.get("device", "auto"), "output": options.get("output")}
-
-
-def _along(
-    edit: Edit, attributions: Attributions, model: nn.Module, examples: Examples, judging: _Judging
-) -> np.ndarray:
-    """Return (components + 1, examples) margins as an edit's components are ablated one after another."""
-    order = [attributions.components.index(component.name) for component in edit.components]
-    counts, constants = range(len(order) + 1), edit.constants(attributions)
-    seen = (model, attributions, order, examples)
-    return effect_curve(*seen, counts=counts, constants=constants, strengths=edit.strengths, **judging)
-
-
-def _before_and_after(own: np.ndarray, others: np.ndarray, strength: float) -> dict[str, Any]:
+def _before_and_after(error: np.ndarray, others: np.ndarray, strength: float) -> dict[str, Any]:
     """Return what an edit does, from (components + 1,) margins of the error and (components + 1, n) of others."""
     accuracy = (others > 0).mean(1)
     return {
-        "components": len(own) - 1,
+        "components": len(error) - 1,
         "strength": strength,
-        "corrected": bool(own[-1] > 0),
-        "margin_before": float(own[0]),
-        "margin_after": float(own[-1]),
+        "corrected": bool(error[-1] > 0),
+        "margin_before": float(error[0]),
+        "margin_after": float(error[-1]),
         "judge_before": float(accuracy[0]),
         "judge_after": float(accuracy[-1]),
         "points": 100 * float(accuracy[-1] - accuracy[0]),
@@ -368,11 +422,13 @@ def _curve(margins_by_count: np.ndarray, groups: dict[str, np.ndarray]) -> "pd.D
 
 
 def _overview(curves: list[tuple[np.ndarray, np.ndarray]]) -> "pd.DataFrame":
-    """Average over errors; an edit with few components stays as it is while others go on."""
-    longest = max(len(own) for own, _ in curves)
-    own, others = (
+    """Return the curve over all errors; an edit with few components keeps its last margins where others have more."""
+    longest = max(len(one) for one, _ in curves)
+    errors, others = (
         np.concatenate([np.pad(part, ((0, longest - len(part)), (0, 0)), mode="edge") for part in parts], axis=1)
         for parts in zip(*curves, strict=True)
     )
-    both = np.concatenate([own, others], axis=1)
-    return _curve(both, {"errors": np.arange(own.shape[1]), "judged examples": np.arange(own.shape[1], both.shape[1])})
+    both = np.concatenate([errors, others], axis=1)
+    return _curve(
+        both, {"errors": np.arange(errors.shape[1]), "judged examples": np.arange(errors.shape[1], both.shape[1])}
+    )
