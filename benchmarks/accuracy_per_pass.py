@@ -26,7 +26,7 @@ import coar
 from benchmarks import passes_report, peers
 from coar.collection.cost import measure
 from coar.evaluation import correlation
-from coar.regression.informed.fit import learn_prior
+from coar.regression.informed.prior import learn_prior
 from coar.store.gradients import MaskGradients
 from coar.store.run import Run
 from pipelines import cifar10, digits, sentence_embeddings

@@ -8,8 +8,8 @@ import pytest
 
 import coar
 from coar.errors import RegressionError, SettingsError
-from coar.regression.informed import fit as informed_fits
-from coar.regression.informed import shared_model as shared
+from coar.regression.informed import learning
+from coar.regression.informed import prior as priors
 from coar.store import fits
 from coar.store import gradients as probing
 from coar.store.gradients import MaskGradients
@@ -68,7 +68,7 @@ def test_factors_of_single_components_are_learned(tmp_path):
     run = run_of(tmp_path / "uneven.zarr", uneven)
     found = fit(run, method="informed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared, "STAGES", ())
+        patch.setattr(learning, "STAGES", ())
         by_site = fit(run, method="informed", name="by-site")
     assert "gains" in found.facts["fit"]["stages"]
     assert off(found, truth) < 0.1 * off(by_site, truth)
@@ -276,8 +276,8 @@ def test_learning_from_some_of_the_examples_is_nearly_as_good(tmp_path, monkeypa
     truth = pairwise(600, 16)
     run = run_of(tmp_path / "r.zarr", truth, mask_groups=64, blocks=(16, 600))
     whole = off(fit(run, method="informed", name="whole"), truth)
-    monkeypatch.setattr(informed_fits, "LEARNING_NUMBERS", 16 * 160)  # every fourth example would meet 16 slots
-    chosen = np.arange(600)[informed_fits._spread_out(run)]
+    monkeypatch.setattr(priors, "LEARNING_NUMBERS", 16 * 160)  # every fourth example would meet 16 slots
+    chosen = np.arange(600)[priors.learning_examples(run)]
     assert len(chosen) == 120
     assert set(MaskGradients(run).group_of(slice(None))[chosen]) == set(range(64))
     assert off(fit(run, method="informed", name="part"), truth) < 1.6 * whole
@@ -322,7 +322,7 @@ def test_too_few_mask_gradients(truth, tmp_path):
 
 def test_gradients_that_are_all_zero(truth, tmp_path):
     run = run_of(tmp_path / "r.zarr", replace(truth, ends=np.zeros((2, 32))), masks=20)
-    with pytest.raises(RegressionError, match=r"every gate gradient in .* is zero.* fit masks by ridge"):
+    with pytest.raises(RegressionError, match=r"every mask gradient in .* is zero.* fit masks by ridge"):
         fit(run)
     assert coar.Run.open(run.path).group.get("attributions/informed") is None
     assert fit(run, method="ridge").facts["fit"]["masks"] == 20

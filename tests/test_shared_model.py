@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from coar.regression.informed import shared_model as shared
-from coar.regression.informed.rows import MaskGroup, Rows
-from coar.regression.informed.shared_model import apart, conjugate_gradients, learn
-from coar.regression.informed.site_gains import gains_by_site
+from coar.regression.informed import learning
+from coar.regression.informed import rows as rows_module
+from coar.regression.informed.learning import conjugate_gradients, learn, relearn
+from coar.regression.informed.rows import Rows, group_order, sum_of_squares
+from coar.regression.informed.shared_model import weighted_sum
+from coar.regression.informed.site_gains import gains_by_site, moments_by_round
 from tests.synthetic import FRACTION, pairwise
 
 FOLDS, GRADIENTS_COUNT, MASK_GROUPS = 4, 8, 5  # mask gradients of each fold
 N, D = 40, 16
 SITES = torch.arange(D) // 4
 KEPT = 1 - FRACTION
+ORDER = group_order(torch.arange(N) % MASK_GROUPS)  # in which rows take examples
 
 
 def parts(truth=None, seed=0):
@@ -27,31 +30,18 @@ def parts(truth=None, seed=0):
     return masks, np.stack(outputs), np.stack(gradients), own
 
 
-def rows_of(masks, outputs):
-    """Rows as a fit makes them, less the means over all folds and in units of the spread."""
+def rows_of(masks, outputs, order=ORDER):
+    """Rows as a fit makes them, less the means over all folds and in units of the spread; one round is a fold."""
     pooled = outputs.reshape(-1, N)
     scaled = torch.tensor((outputs - pooled.mean(0)) / pooled.std(0, ddof=1), dtype=torch.float32)
-    mean = torch.tensor(masks.reshape(-1, MASK_GROUPS, D).mean(0), dtype=torch.float32)
-    mask_groups = []
-    for fold in range(FOLDS):
-        for mask_group in range(MASK_GROUPS):
-            members = torch.arange(mask_group, N, MASK_GROUPS)
-            y = scaled[fold][:, members]
-            mask_groups.append(
-                MaskGroup(
-                    torch.tensor(masks[fold, :, mask_group]),
-                    mean[mask_group],
-                    y,
-                    members,
-                    fold,
-                    torch.zeros(GRADIENTS_COUNT, dtype=torch.long),
-                )
-            )
-    return Rows(tuple(mask_groups), (FOLDS, N, D), KEPT)
+    return Rows.of(torch.tensor(masks), scaled[:, :, order], order % MASK_GROUPS, folds=FOLDS, kept=KEPT)
 
 
 def left_out(gradients, own, outputs):
-    """(2, folds, examples, components) mean gradients at both ends over all folds but one, in units of the spread."""
+    """(2, folds, examples, components) mean gradients at both ends over all folds but one, in units of the spread.
+
+    Examples are in the order of rows.
+    """
     spread = outputs.reshape(-1, N).std(0, ddof=1)[:, None]
     ends = []
     for chosen in (own, 1 - own):
@@ -61,7 +51,7 @@ def left_out(gradients, own, outputs):
             g, m = gradients[others].reshape(-1, N, D), chosen[others].reshape(-1, N, D)
             means.append((g * m).sum(0) / np.maximum(m.sum(0), 1) / spread)
         ends.append(np.stack(means))
-    return torch.tensor(np.stack(ends), dtype=torch.float32)
+    return torch.tensor(np.stack(ends), dtype=torch.float32)[:, :, ORDER]
 
 
 @pytest.fixture(scope="module")
@@ -97,31 +87,66 @@ def test_predictions_are_centred_masks_times_the_weights_of_their_fold(problem):
     rows, _ = problem
     weight = torch.randn(FOLDS, N, D)
     masks = parts()[0]
-    for mask_group, found in zip(rows.mask_groups, rows.predict(weight), strict=True):
-        number = int(mask_group.examples[0])
-        centred = masks[mask_group.fold, :, number] - masks[:, :, number].reshape(-1, D).mean(0)
-        expected = centred @ weight[mask_group.fold, number::MASK_GROUPS].numpy().T
-        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    seen = []
+    for block, found in zip(rows.blocks, rows.predict(weight), strict=True):
+        for place, number in enumerate(range(N)[block.examples]):
+            group = int(ORDER[number]) % MASK_GROUPS
+            centred = masks[block.fold, :, group] - masks[:, :, group].reshape(-1, D).mean(0)
+            at = divmod(place, found.shape[2])
+            np.testing.assert_allclose(
+                found[at[0], :, at[1]].numpy(), centred @ weight[block.fold, number].numpy(), atol=1e-5
+            )
+            seen.append((block.fold, number))
+    assert sorted(seen) == [(fold, number) for fold in range(FOLDS) for number in range(N)]
 
 
-def test_pull_is_the_transpose_of_predict(problem):
+@pytest.mark.parametrize("members", [range(N), range(N - 3)])  # groups of equal sizes, and of two sizes
+@pytest.mark.parametrize("limits", [{}, {"BLOCK_NUMBERS": 2 * GRADIENTS_COUNT * D}, {"DESIGN_NUMBERS": 0}])
+def test_blocks_of_any_size_give_the_same(members, limits, monkeypatch):
+    masks, outputs, _, _ = parts()
+    order = group_order(torch.tensor(members) % MASK_GROUPS)
+    plain, weight = rows_of(masks, outputs, order), torch.randn(FOLDS, len(members), D)
+    for name, value in limits.items():
+        monkeypatch.setattr(rows_module, name, value)
+    cut = rows_of(masks, outputs, order)
+    assert (cut.blocks[0].centred is None) == ("DESIGN_NUMBERS" in limits)
+    assert (len(cut.blocks) > len(plain.blocks)) == ("BLOCK_NUMBERS" in limits)
+    torch.testing.assert_close(cut.adjoint(cut.residual(weight)), plain.adjoint(plain.residual(weight)))
+
+
+def test_adjoint_is_the_transpose_of_predict(problem):
     rows, _ = problem
     for _ in range(5):
         weight = torch.randn(FOLDS, N, D, dtype=torch.float32)
-        values = [torch.randn_like(mask_group.outputs) for mask_group in rows.mask_groups]
+        values = [torch.randn_like(block.outputs) for block in rows.blocks]
         forward = sum(float((a * b).sum()) for a, b in zip(rows.predict(weight), values, strict=True))
         assert forward == pytest.approx(float((weight * rows.adjoint(values)).sum()), rel=1e-4, abs=1e-2)
+
+
+def test_gram_is_predict_and_its_transpose(problem):
+    rows, _ = problem
+    weight = torch.randn(FOLDS, N, D)
+    expected = rows.adjoint(rows.predict(weight))
+    for fold in range(FOLDS):
+        torch.testing.assert_close(rows.gram(fold, weight[fold]), expected[fold], rtol=1e-4, atol=1e-4)
 
 
 def test_split_deals_every_row_once(problem):
     rows, _ = problem
     for fold in range(FOLDS):
         others, held = rows.split(fold)
-        assert {mask_group.fold for mask_group in held.mask_groups} == {fold}
-        assert {mask_group.fold for mask_group in others.mask_groups} == set(range(FOLDS)) - {fold}
-        assert len(others.mask_groups) + len(held.mask_groups) == len(rows.mask_groups)
+        assert held.folds() == [fold]
+        assert set(others.folds()) == set(range(FOLDS)) - {fold}
+        assert len(others.blocks) + len(held.blocks) == len(rows.blocks)
         assert held.count() + others.count() == pytest.approx(rows.count())
     assert rows.count() == FOLDS * GRADIENTS_COUNT
+
+
+def test_rows_are_dealt_round_by_round(problem):
+    rows, _ = problem
+    halves = rows.dealt(2)
+    assert halves.shape == (2, N, D)
+    assert [block.fold for block in halves.blocks] == [block.round % 2 for block in rows.blocks]
 
 
 def test_residuals_have_no_mean(problem):
@@ -129,18 +154,27 @@ def test_residuals_have_no_mean(problem):
     rows, gradients = problem
     weight = learn(rows, gradients, SITES)[0].weights(gradients).mean(0, keepdim=True).expand(FOLDS, N, D)
     sums = torch.zeros(N)
-    for mask_group, part in zip(rows.mask_groups, rows.residual(weight), strict=True):
-        sums[mask_group.examples] += part.sum(0)
+    for block, part in zip(rows.blocks, rows.residual(weight), strict=True):
+        sums[block.examples] += part.sum(1).flatten()
     assert float(sums.abs().max()) < 1e-3
+
+
+def test_trials_hold_what_their_weights_leave(problem):
+    rows, gradients = problem
+    for trial in learn(rows, gradients, SITES)[1]:
+        weights = trial.model.weights(gradients)
+        for part, left in ((trial.rows, trial.left), (trial.held, trial.held_left)):
+            for one, other in zip(part.residual(weights), left, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_learned_weights_predict_rows_that_were_not_learned_from(problem):
     rows, gradients = problem
-    total = sum(float((mask_group.outputs**2).sum()) for mask_group in rows.mask_groups)
-    left = sum(held.error(weights) for held, weights in learn(rows, gradients, SITES)[1])
+    total = sum_of_squares(rows.outputs())
+    left = sum(trial.error() for trial in learn(rows, gradients, SITES)[1])
     truth, (_, outputs, _, _) = pairwise(N, D), parts()
-    best = torch.tensor(truth.best() / outputs.reshape(-1, N).std(0, ddof=1)[:, None], dtype=torch.float32)
-    least = rows.error(best.expand(FOLDS, N, D))
+    best = torch.tensor(truth.best() / outputs.reshape(-1, N).std(0, ddof=1)[:, None], dtype=torch.float32)[ORDER]
+    least = sum_of_squares(rows.residual(best.expand(FOLDS, N, D)))
     assert least < left < least + 0.1 * total
 
 
@@ -150,38 +184,43 @@ def test_weights_held_against_a_fold_do_not_know_its_outputs(fold):
     uneven = replace(pairwise(N, D), ends=np.where(np.arange(D) % 2, 3.0, 0.5) * np.ones((2, 1)))
     masks, outputs, gradients, own = parts(uneven)
     rows, gradients = rows_of(masks, outputs), left_out(gradients, own, outputs)
-    changed = tuple(
-        MaskGroup(s.masks, s.mean, s.outputs * (1.001 if s.fold == fold else 1.0), s.examples, s.fold, s.rounds)
-        for s in rows.mask_groups
-    )
+    changed = tuple(replace(b, outputs=b.outputs * (1.001 if b.fold == fold else 1.0)) for b in rows.blocks)
     model, before = learn(rows, gradients, SITES)
-    other, after = learn(Rows(changed, rows.shape, rows.kept), gradients, SITES)
+    other, after = learn(replace(rows, blocks=changed), gradients, SITES)
     assert model.stages == other.stages
     assert model.stages
-    for number, ((_, one), (_, two)) in enumerate(zip(before, after, strict=True)):
-        assert torch.equal(one, two) == (number == fold)
+    for number, (one, two) in enumerate(zip(before, after, strict=True)):
+        assert torch.equal(one.model.weights(gradients), two.model.weights(gradients)) == (number == fold)
 
 
 def test_the_same_stages_again_give_the_same_weights(problem):
     rows, gradients = problem
-    model, held = learn(rows, gradients, SITES)
-    for (_, one), (_, other) in zip(held, apart(model, rows, gradients), strict=True):
-        assert torch.equal(one, other)
+    model, trials = learn(rows, gradients, SITES)
+    for one, other in zip(trials, relearn(model, rows, gradients), strict=True):
+        assert torch.equal(one.model.weights(gradients), other.model.weights(gradients))
 
 
-def test_held_weights_come_with_the_rows_of_their_fold(problem):
+def test_trials_hold_the_rows_of_their_fold(problem):
     rows, gradients = problem
-    held = [part for part, _ in learn(rows, gradients, SITES)[1]]
-    assert [{mask_group.fold for mask_group in part.mask_groups} for part in held] == [{fold} for fold in range(FOLDS)]
+    trials = learn(rows, gradients, SITES)[1]
+    assert [trial.held.folds() for trial in trials] == [[fold] for fold in range(FOLDS)]
+    assert [trial.rows.folds() for trial in trials] == [
+        [other for other in range(FOLDS) if other != fold] for fold in range(FOLDS)
+    ]
+
+
+def start_of(rows, gradients):
+    """What is learned first from all rows."""
+    return learning._Start.of(rows, gradients, SITES).trial(rows, replace(rows, blocks=()))
 
 
 def test_curves_are_unit_directions_of_each_site_that_hold_most_of_its_curvature(problem):
     rows, gradients = problem
-    ratio = shared._start(rows, gradients, SITES).ratio.double().numpy()
+    start = start_of(rows, gradients).model.curvature
+    ratio = start.ratio.double().numpy()
     curvature = (gradients[1].double().numpy() - ratio * gradients[0].double().numpy()).mean(0)
     unit = curvature.reshape(N, -1, 4)  # (examples, sites, components of a site)
     unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
-    start = shared._start(rows, gradients, SITES)
     assert len(start.curves) == N // 8
     for site in range(4):
         found = start.curves[:4, site == SITES].double().numpy()
@@ -200,20 +239,22 @@ def test_a_curve_helps_where_few_mask_gradients_show_what_examples_share():
     outputs = np.einsum("fpnd,nd->fpn", masks[:, :, np.arange(N) % MASK_GROUPS], weights)
     rows, spread = rows_of(masks, outputs), outputs.reshape(-1, N).std(0, ddof=1)[:, None]
     ends = np.stack([np.stack([kept, kept + bend + 2 * rng.standard_normal((N, D))]) for _ in range(FOLDS)], axis=1)
-    gradients = torch.tensor(ends / spread, dtype=torch.float32)
-    straight = gains_by_site(rows, gradients, SITES)
-    without = rows.error(shared._combine(straight, gradients))
-    assert rows.error(shared._start(rows, gradients, SITES).weights(gradients)) < 0.9 * without
+    gradients = torch.tensor(ends / spread, dtype=torch.float32)[:, :, ORDER]
+    moments = moments_by_round(rows, gradients, SITES)
+    straight = gains_by_site(list(moments.values()), 2)[:, SITES].float()
+    without = sum_of_squares(rows.residual(weighted_sum(straight, gradients)))
+    curved = start_of(rows, gradients).model.weights(gradients)
+    assert sum_of_squares(rows.residual(curved)) < 0.9 * without
 
 
 def test_gains_undo_whatever_factor_a_site_has(problem):
     rows, gradients = problem
     factors = torch.tensor([0.1, 1.0, 3.0, 10.0])[SITES]
-    plain = sum(held.error(weights) for held, weights in learn(rows, gradients, SITES)[1])
+    plain = sum(trial.error() for trial in learn(rows, gradients, SITES)[1])
     for end in (0, 1):
         scaled = gradients.clone()
         scaled[end] *= factors
-        found = sum(held.error(weights) for held, weights in learn(rows, scaled, SITES)[1])
+        found = sum(trial.error() for trial in learn(rows, scaled, SITES)[1])
         assert found == pytest.approx(plain, rel=0.1)
 
 
@@ -221,22 +262,16 @@ def test_noise_is_not_predicted():
     masks, outputs, gradients, own = parts()
     rows = rows_of(masks, np.random.default_rng(5).standard_normal(outputs.shape))
     gradients = left_out(gradients, own, outputs)
-    total = rows.error(torch.zeros(FOLDS, N, D))
-    left = sum(held.error(w) for held, w in learn(rows, gradients, SITES)[1])
+    total = sum_of_squares(rows.outputs())
+    left = sum(trial.error() for trial in learn(rows, gradients, SITES)[1])
     assert 0.98 * total < left < 1.2 * total
 
 
 @pytest.mark.parametrize("examples", [1, 7, 8, 40])
 def test_directions_are_few_where_examples_are_few(examples):
     masks, outputs, gradients, own = parts()
-    rows = rows_of(masks, outputs)
-    fewer = tuple(
-        MaskGroup(
-            s.masks, s.mean, s.outputs[:, s.examples < examples], s.examples[s.examples < examples], s.fold, s.rounds
-        )
-        for s in rows.mask_groups
-    )
     gradients = left_out(gradients, own, outputs)[:, :, :examples]
-    model = learn(Rows(fewer, (FOLDS, examples, D), KEPT), gradients, SITES)[0]
+    rows = rows_of(masks, outputs, ORDER[:examples])
+    model = learn(rows, gradients, SITES)[0]
     assert model.structure.shape == (examples // 8, D)
     assert torch.isfinite(model.weights(gradients)).all()

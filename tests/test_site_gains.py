@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from coar.regression.informed.rows import MaskGroup, Rows
-from coar.regression.informed.site_gains import gains_by_site
+from coar.regression.informed.rows import Rows
+from coar.regression.informed.site_gains import gains_by_site as gains_from
+from coar.regression.informed.site_gains import moments_by_round
 
 D, SITES_COUNT, N, ROUNDS, GRADIENTS_COUNT = 24, 8, 6, 5, 6
 SITES = torch.arange(D) // (D // SITES_COUNT)
+
+
+def gains_by_site(rows, features, sites):
+    """(features, components) gains."""
+    moments = moments_by_round(rows, features, sites)
+    return gains_from(list(moments.values()), len(features))[:, sites].float()
 
 
 def problem(gains, noise, rounds=ROUNDS, seed=0):
@@ -20,14 +27,15 @@ def problem(gains, noise, rounds=ROUNDS, seed=0):
     weights = torch.einsum("kd,knd->nd", torch.tensor(gains, dtype=torch.float32)[:, SITES], features[:, 0])
     outputs = (masks.float() - mean) @ weights.T
     outputs = outputs + noise * torch.tensor(rng.standard_normal(outputs.shape), dtype=torch.float32)
-    numbers = torch.arange(rounds).repeat_interleave(GRADIENTS_COUNT)
-    return Rows((MaskGroup(masks, mean, outputs, torch.arange(N), 0, numbers),), (1, N, D), 0.7), features
+    parts = [part[:, None] for part in masks.split(GRADIENTS_COUNT)]
+    groups = torch.zeros(N, dtype=torch.long)
+    return Rows.of(parts, outputs.split(GRADIENTS_COUNT), groups, folds=1, kept=0.7), features
 
 
 def apart(rows, features):
     """Ordinary least squares, each site for itself, row by row and component by component."""
-    (mask_group,) = rows.mask_groups
-    design = mask_group.masks.double().numpy() - mask_group.mean.double().numpy()
+    design = torch.cat([block.masks[0].double() - block.mean[0].double() for block in rows.blocks]).numpy()
+    outputs = torch.cat([block.outputs[0] for block in rows.blocks])
     table, y = [], []
     for row in range(len(design)):
         for example in range(N):
@@ -35,7 +43,7 @@ def apart(rows, features):
             for component in range(D):
                 values[:, SITES[component]] += design[row, component] * features[:, 0, example, component].numpy()
             table.append(values.ravel())
-            y.append(float(mask_group.outputs[row, example]))
+            y.append(float(outputs[row, example]))
     return np.linalg.lstsq(np.array(table), np.array(y), rcond=None)[0].reshape(2, SITES_COUNT)
 
 

@@ -42,11 +42,15 @@ class MaskGradients:
     Attributes:
         run: The run.
         rounds: Number of mask gradients in each round.
+
+    Args:
+        run: The run.
+        kept_counts: What `kept` returns for the first rounds, where it is known.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, kept_counts: Sequence[np.ndarray] = ()) -> None:
         self.run = run
-        self._kept: dict[int, np.ndarray] = {}
+        self._kept: dict[int, np.ndarray] = dict(enumerate(kept_counts))
         kept = run.entry(ENTRY) or {"rounds": [], "slots": MASK_GROUPS, "masks": MASKS}
         try:
             self.rounds = tuple(int(count) for count in kept["rounds"])
@@ -102,17 +106,19 @@ class MaskGradients:
         return np.arange(self.run.n_examples)[examples] % self.mask_groups
 
     def masks(self, number: int) -> np.ndarray:
-        """Return the (mask gradients, slots, components) boolean masks of one round, stratified over each slot's."""
+        """Return the (mask gradients, groups, components) boolean masks of one round, stratified over each group's."""
         first, last = (sum(self.rounds[:end]) * self.mask_groups for end in (number, number + 1))
         mask_groups = (range(first + mask_group, last, self.mask_groups) for mask_group in range(self.mask_groups))
-        return np.stack(
+        masks = np.stack(
             [self.run.sampler.stratified("gradient", own, self.run.n_components) for own in mask_groups], axis=1
         )
+        self._kept[number] = masks.sum(0, dtype=np.float32)
+        return masks
 
     def kept(self, number: int) -> np.ndarray:
-        """Return (slots, components) float32 how many mask gradients of a round keep each component; made once."""
+        """Return (groups, components) float32 how many mask gradients of a round keep each component; made once."""
         if number not in self._kept:
-            self._kept[number] = self.masks(number).sum(0).astype(np.float32)
+            self.masks(number)
         return self._kept[number]
 
     def counts(self, number: int, examples: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -181,6 +187,11 @@ class MaskGradients:
 
         The first row is the kept end, the second the ablated one; a mean of no mask gradients is 0.
         """
+        sums, counts = self.sums(rounds, examples)
+        return sums / np.maximum(counts, 1), counts
+
+    def sums(self, rounds: Sequence[int], examples: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sums whose quotients are the `means`, and the numbers of terms in each."""
         sums, counts = np.zeros((2, 2, len(self.group_of(examples)), self.run.n_components), np.float32)
         for i in rounds:
             for end, count in enumerate(self.counts(i, examples)):
@@ -191,7 +202,7 @@ class MaskGradients:
                     )
                 sums[end] += np.where(count > 0, values, 0) * count
                 counts[end] += count
-        return sums / np.maximum(counts, 1), counts
+        return sums, counts
 
     def _array(self, name: str) -> Any:
         return self.run.array(name, rounds=len(self.rounds))

@@ -1,30 +1,46 @@
 """Outputs under masks, example by example, as one linear operator on weights."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+BLOCK_NUMBERS = 16 * 2**20  # entries of a block's design, at most, where a block has several mask groups
+DESIGN_NUMBERS = 128 * 2**20  # entries of designs in float32 that are kept; more are made again for every product
+
 
 @dataclass(frozen=True)
-class MaskGroup:
-    """Rows of one fold that some examples have in common.
+class RowBlock:
+    """Rows of one round, of mask groups that have equally many examples.
 
     Attributes:
-        masks: (rows, components) booleans.
-        mean: (components,) mean of the slot's masks in all folds.
-        outputs: (rows, examples) outputs less their mean in all folds, in units of each example's spread.
-        examples: (examples,) their places among all.
-        fold: The fold of the mask gradients.
-        rounds: (rows,) the round of each; rows of different rounds are independent.
+        fold: The fold that the round is dealt to.
+        round: Number of the round; rows of different rounds are independent.
+        examples: The examples, one mask group after another.
+        masks: (groups, rows, components) booleans.
+        mean: (groups, components) means of the groups' masks in all rounds.
+        outputs: (groups, rows, members) outputs less their mean in all rounds, in units of each example's spread.
+        centred: (groups, rows, components) float32 masks less their mean; None where memory is short.
     """
 
+    fold: int
+    round: int
+    examples: slice
     masks: Tensor
     mean: Tensor
     outputs: Tensor
-    examples: Tensor
-    fold: int
-    rounds: Tensor
+    centred: Tensor | None = None
+
+    def design(self) -> Tensor:
+        """Return the (groups, rows, components) masks less their mean, as the outputs are less theirs."""
+        return self.masks.float() - self.mean[:, None] if self.centred is None else self.centred
+
+    def by_group(self, values: Tensor) -> Tensor:
+        """Return (..., examples, columns) values of the block's examples as (..., groups, members, columns)."""
+        groups, _, members = self.outputs.shape
+        return values.reshape(*values.shape[:-2], groups, members, values.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -32,53 +48,114 @@ class Rows:
     """Rows of a set of examples, as one linear operator on their (folds, examples, components) weights.
 
     Attributes:
-        slots: The rows by slot and fold.
+        blocks: The rows by round, and by mask groups that have equally many examples.
         shape: Folds, examples, components.
         kept: Share of the components that a mask keeps.
     """
 
-    mask_groups: tuple[MaskGroup, ...]
+    blocks: tuple[RowBlock, ...]
     shape: tuple[int, int, int]
     kept: float
 
+    @classmethod
+    def of(
+        cls, masks: Sequence[Tensor], outputs: Sequence[Tensor], groups: Tensor, *, folds: int, kept: float
+    ) -> "Rows":
+        """Arrange the rows of all rounds; round i goes to fold i modulo `folds`.
+
+        Args:
+            masks: (rows, mask groups, components) booleans of each round.
+            outputs: (rows, examples) outputs of each round, less their mean in all rounds, in units of their spread.
+            groups: (examples,) mask group of each example; examples of one group are adjacent (see `group_order`).
+            folds: Number of folds.
+            kept: Share of the components that a mask keeps.
+        """
+        components, most = masks[0].shape[2], max(map(len, masks))
+        numbers, counts = torch.unique_consecutive(groups, return_counts=True)
+        mean = torch.stack([part.sum(0) for part in masks]).sum(0) / sum(map(len, masks))  # (mask groups, components)
+        small = sum(map(len, masks)) * len(numbers) * components <= DESIGN_NUMBERS
+        blocks, together = [], max(BLOCK_NUMBERS // (most * components), 1)
+        for chosen, examples in _equal_groups(numbers, counts, together):
+            for i, (part, values) in enumerate(zip(masks, outputs, strict=True)):
+                y = values[:, examples].reshape(len(values), len(chosen), -1).transpose(0, 1).contiguous()
+                block = RowBlock(i % folds, i, examples, part[:, chosen].transpose(0, 1), mean[chosen].float(), y)
+                blocks.append(replace(block, centred=block.design()) if small else block)
+        return cls(tuple(blocks), (folds, len(groups), components), kept)
+
+    def dealt(self, folds: int) -> "Rows":
+        """Return the same rows dealt to another number of folds, round by round."""
+        blocks = tuple(replace(block, fold=block.round % folds) for block in self.blocks)
+        return Rows(blocks, (folds, *self.shape[1:]), self.kept)
+
     def split(self, fold: int) -> tuple["Rows", "Rows"]:
         """Return the rows of the other folds, and those of one fold."""
-        others = tuple(mask_group for mask_group in self.mask_groups if mask_group.fold != fold)
-        return replace(self, mask_groups=others), replace(
-            self, mask_groups=tuple(mask_group for mask_group in self.mask_groups if mask_group.fold == fold)
-        )
+        others = tuple(block for block in self.blocks if block.fold != fold)
+        own = tuple(block for block in self.blocks if block.fold == fold)
+        return replace(self, blocks=others), replace(self, blocks=own)
+
+    def folds(self) -> list[int]:
+        """Return the numbers of the folds that have rows here."""
+        return sorted({block.fold for block in self.blocks})
 
     def count(self) -> float:
         """Return the mean number of rows of an example."""
-        return sum(mask_group.outputs.numel() for mask_group in self.mask_groups) / self.shape[1]
+        return sum(block.outputs.numel() for block in self.blocks) / self.shape[1]
 
     def variance(self) -> float:
         """Return the variance of a mask's entry."""
         return self.kept * (1 - self.kept)
 
-    def design(self, mask_group: MaskGroup) -> Tensor:
-        """Return the (rows, components) masks less their mean, as the outputs are less theirs."""
-        return mask_group.masks.float() - mask_group.mean
+    def outputs(self) -> list[Tensor]:
+        """Return the outputs of each block."""
+        return [block.outputs for block in self.blocks]
 
     def predict(self, weight: Tensor) -> list[Tensor]:
-        """Map (folds, examples, components) weights to (rows, examples) predictions of each slot."""
-        return [
-            self.design(mask_group) @ weight[mask_group.fold, mask_group.examples].T for mask_group in self.mask_groups
-        ]
+        """Map (folds, examples, components) weights to (groups, rows, members) predictions of each block."""
+        return [block.design() @ block.by_group(weight[block.fold, block.examples]).mT for block in self.blocks]
 
-    def adjoint(self, values: list[Tensor]) -> Tensor:
+    def adjoint(self, values: Sequence[Tensor]) -> Tensor:
         """Apply the transpose of `predict`."""
         out = torch.zeros(self.shape)
-        for mask_group, value in zip(self.mask_groups, values, strict=True):
-            out[mask_group.fold, mask_group.examples] = value.T @ self.design(mask_group)
+        for block, value in zip(self.blocks, values, strict=True):
+            out[block.fold, block.examples] += (value.mT @ block.design()).flatten(0, 1)
+        return out
+
+    def gram(self, fold: int, weight: Tensor) -> Tensor:
+        """Apply `predict` and its transpose to the (examples, components) weights of one fold."""
+        out = torch.zeros(self.shape[1:])
+        for block in self.blocks:
+            if block.fold == fold:
+                design, own = block.design(), block.by_group(weight[block.examples])
+                out[block.examples] += ((design @ own.mT).mT @ design).flatten(0, 1)
         return out
 
     def residual(self, weight: Tensor) -> list[Tensor]:
         """Return what (folds, examples, components) weights leave of the outputs."""
-        return [
-            mask_group.outputs - part for mask_group, part in zip(self.mask_groups, self.predict(weight), strict=True)
-        ]
+        return subtract(self.outputs(), self.predict(weight))
 
-    def error(self, weight: Tensor) -> float:
-        """Return the sum of squared residuals."""
-        return float(sum((part**2).sum() for part in self.residual(weight)))
+
+def subtract(values: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """Return the differences, block by block."""
+    return [value - other for value, other in zip(values, others, strict=True)]
+
+
+def sum_of_squares(values: Sequence[Tensor]) -> float:
+    """Return the sum of the squares of all entries of all blocks."""
+    return sum(float(value.square().sum()) for value in values)
+
+
+def group_order(groups: Tensor) -> Tensor:
+    """Return the order in which (examples,) mask groups are adjacent, and those of equal size follow each other."""
+    sizes = torch.bincount(groups)[groups]
+    return torch.argsort(sizes * (int(groups.max()) + 1) + groups, stable=True)
+
+
+def _equal_groups(numbers: Tensor, counts: Tensor, together: int) -> Iterator[tuple[Tensor, slice]]:
+    """Cut mask groups into stretches of equal size, at most so many in each, with the examples of each stretch."""
+    start = at = 0
+    for size, same in groupby(counts.tolist()):
+        end = at + len(list(same))
+        for chosen in torch.split(numbers[at:end], together):
+            yield chosen, slice(start, start + len(chosen) * size)
+            start += len(chosen) * size
+        at = end

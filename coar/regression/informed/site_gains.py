@@ -1,38 +1,37 @@
 """Gains that all components of a site share: factors on features of theirs, such that masks' outputs are predicted.
 
-Every site has gains of its own, but outputs are few and each gain that they teach costs accuracy; so the gains of a
-site are drawn towards those of all sites together, as far as predicts rows best that had no part in them.
+Every site has gains of its own, but outputs are few and each gain learned from them costs accuracy. The gains of a site
+are therefore shrunk towards those of all sites together, as far as this predicts held-out rounds best.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from typing import Self
 
 import torch
 from torch import Tensor
 
-from coar.regression.informed.rows import Rows
+from coar.regression.informed.rows import RowBlock, Rows
 
 SPREADS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # standard deviations of a site's gains round the common ones that are tried
 FLOOR = 1e-9  # ridge on the common gains, in units of each feature's own sum of squares
+TABLE_NUMBERS = 8 * 2**20  # entries of a table of predictions, at most, where it has several mask groups
 
 
-def gains_by_site(rows: Rows, features: Tensor, sites: Tensor) -> Tensor:
-    """Return (features, components) gains that all components of a site share.
+def gains_by_site(moments: "Sequence[SiteMoments]", features: int) -> Tensor:
+    """Return (features, sites) gains that all components of a site share.
 
     Args:
-        rows: Outputs under masks; rows of different rounds are independent, and judge each other's gains.
-        features: (features, folds, examples, components) whose weighted sum is to be the weights.
-        sites: (components,) number of each component's site.
+        moments: Those of each round; rounds are independent, and judge each other's gains.
+        features: Number of features.
     """
-    parts = _by_round(rows, features, sites)
-    whole = reduce(_Moments.plus, parts)
-
-    def held_out(spread: float) -> float:
-        return sum(part.error(whole.minus(part).gains(len(features), spread)) for part in parts)
-
-    spread = min(SPREADS, key=held_out) if len(parts) > 1 else SPREADS[0]
-    return whole.gains(len(features), spread).float().view(len(features), -1)[:, sites]
+    whole = SiteMoments.total(moments)
+    if len(moments) < 2:
+        return whole.gains(features, SPREADS[:1])[0].view(features, -1)
+    errors = torch.zeros(len(SPREADS), dtype=torch.float64)
+    for part in moments:
+        errors += part.errors(whole.minus(part).gains(features, SPREADS))
+    best = SPREADS[int(errors.argmin())]
+    return whole.gains(features, (best,))[0].view(features, -1)
 
 
 def by_site(values: Tensor, sites: Tensor) -> Tensor:
@@ -41,8 +40,13 @@ def by_site(values: Tensor, sites: Tensor) -> Tensor:
     return sums[..., sites]
 
 
+def members_of(sites: Tensor) -> list[Tensor]:
+    """Return the numbers of the components of each site."""
+    return [(sites == site).nonzero()[:, 0] for site in range(int(sites.max()) + 1)]
+
+
 @dataclass(frozen=True)
-class _Moments:
+class SiteMoments:
     """Sums over rows and examples that say how well any gains predict.
 
     Attributes:
@@ -58,26 +62,28 @@ class _Moments:
     count: int
 
     @classmethod
-    def of(cls, table: Tensor, outputs: Tensor) -> Self:
-        """Sum a (factors, outputs) table of predictions."""
-        return cls(table @ table.T, table @ outputs, float(outputs @ outputs), len(outputs))
+    def total(cls, parts: "Sequence[SiteMoments]") -> "SiteMoments":
+        """Add up the moments of different rows."""
+        gram = torch.stack([part.gram for part in parts]).sum(0)
+        moment = torch.stack([part.moment for part in parts]).sum(0)
+        return cls(gram, moment, sum(part.square for part in parts), sum(part.count for part in parts))
 
-    def plus(self, other: Self) -> "_Moments":
-        return _Moments(
-            self.gram + other.gram, self.moment + other.moment, self.square + other.square, self.count + other.count
-        )
-
-    def minus(self, other: Self) -> "_Moments":
-        return _Moments(
+    def minus(self, other: "SiteMoments") -> "SiteMoments":
+        """Return the moments without those of some of the rows."""
+        return SiteMoments(
             self.gram - other.gram, self.moment - other.moment, self.square - other.square, self.count - other.count
         )
 
-    def error(self, gain: Tensor) -> float:
-        """Return the sum of squares that (factors,) gains leave."""
-        return self.square - float(2 * gain @ self.moment - gain @ self.gram @ gain)
+    def leading(self, factors: int) -> "SiteMoments":
+        """Return the moments of the first factors."""
+        return SiteMoments(self.gram[:factors, :factors], self.moment[:factors], self.square, self.count)
 
-    def gains(self, features: int, spread: float) -> Tensor:
-        """Return (factors,) gains: common ones of each feature, and deviations of the given relative spread.
+    def errors(self, gain: Tensor) -> Tensor:
+        """Return the (...,) sums of squares that (..., factors) gains leave."""
+        return self.square - 2 * gain @ self.moment + ((gain @ self.gram) * gain).sum(-1)
+
+    def gains(self, features: int, spreads: tuple[float, ...]) -> Tensor:
+        """Return (spreads, factors) gains: common ones of each feature, and deviations of each relative spread.
 
         This is the mean of the posterior where outputs have the residual variance of the common gains alone.
         """
@@ -85,31 +91,48 @@ class _Moments:
         gram, moment = common.T @ self.gram @ common, common.T @ self.moment
         floor = torch.diag((FLOOR * gram.diagonal()).clamp_min(1e-30))
         shared = common @ torch.linalg.solve(gram + floor, moment)
-        noise = max(self.error(shared) / max(self.count, 1), 1e-30)
+        noise = max(float(self.errors(shared)) / max(self.count, 1), 1e-30)
         # A gain is small or large by what it takes for its feature to vary as much as the outputs.
-        ridge = noise / spread**2 / max(self.square, 1e-30) * (gram + floor).diagonal()
-        deviations = self.gram + torch.diag(common @ ridge)
+        scale = torch.tensor([noise / spread**2 / max(self.square, 1e-30) for spread in spreads], dtype=torch.float64)
+        ridge = common @ (gram + floor).diagonal()
+        deviations = self.gram + torch.diag_embed(scale[:, None] * ridge)  # (spreads, factors, factors)
         # Eliminating the deviations first leaves the common gains a small system of their own.
-        left = torch.linalg.solve(deviations, torch.cat([self.gram @ common, self.moment[:, None]], dim=1))
+        right = torch.cat([self.gram @ common, self.moment[:, None]], dim=1)
+        left = torch.linalg.solve(deviations, right.expand(len(spreads), *right.shape))
         own = self.gram @ left
-        gram = common.T @ (self.gram @ common - own[:, :-1])
-        moment = common.T @ (self.moment - own[:, -1])
+        gram = common.T @ (self.gram @ common - own[..., :-1])
+        moment = common.T @ (self.moment[:, None] - own[..., -1:])
         shared = torch.linalg.solve(gram + floor, moment)
-        gain: Tensor = left[:, -1] + (common - left[:, :-1]) @ shared
+        gain: Tensor = (left[..., -1:] + (common - left[..., :-1]) @ shared)[..., 0]
         return gain
 
 
-def _by_round(rows: Rows, features: Tensor, sites: Tensor) -> list[_Moments]:
-    """Return the moments of each round's rows."""
-    groups = [(sites == site).nonzero()[:, 0] for site in range(int(sites.max()) + 1)]
-    found: dict[tuple[int, int], _Moments] = {}
-    for mask_group in rows.mask_groups:
-        design = rows.design(mask_group)
-        parts = [part[mask_group.fold, mask_group.examples] for part in features]
-        table = torch.stack([design[:, group] @ part[:, group].T for part in parts for group in groups]).double()
-        for number in sorted(set(mask_group.rounds.tolist())):
-            own = mask_group.rounds == number
-            new = _Moments.of(table[:, own].flatten(1), mask_group.outputs[own].flatten().double())
-            key = (mask_group.fold, number)
-            found[key] = found[key].plus(new) if key in found else new
-    return list(found.values())
+def moments_by_round(rows: Rows, features: Tensor, sites: Tensor) -> dict[int, SiteMoments]:
+    """Return the moments of each round's rows.
+
+    Args:
+        rows: Outputs under masks.
+        features: (features, folds, examples, components) whose weighted sum is to be the weights.
+        sites: (components,) number of each component's site.
+    """
+    members, found = members_of(sites), dict[int, list[SiteMoments]]()
+    for block in rows.blocks:
+        found.setdefault(block.round, []).append(_moments_of(block, features, members))
+    return {number: SiteMoments.total(parts) for number, parts in found.items()}
+
+
+def _moments_of(block: RowBlock, features: Tensor, members: list[Tensor]) -> SiteMoments:
+    """Sum the table of what each factor predicts of a block's outputs, some mask groups at a time."""
+    factors, design = len(features) * len(members), block.design()
+    groups = max(TABLE_NUMBERS // (factors * block.outputs[0].numel()), 1)
+    parts = []
+    own = block.by_group(features[:, block.fold, block.examples])  # (features, groups, members, components)
+    for start in range(0, len(design), groups):
+        some = slice(start, start + groups)
+        x, part, y = design[some], own[:, some], block.outputs[some]
+        stacked = part.transpose(0, 1).flatten(1, 2)  # (groups, features x members, components)
+        table = torch.stack([x[..., group] @ stacked[..., group].mT for group in members])
+        table = table.view(*table.shape[:3], len(features), -1).permute(3, 0, 1, 2, 4).reshape(factors, -1).double()
+        outputs = y.flatten().double()
+        parts.append(SiteMoments(table @ table.T, table @ outputs, float(outputs @ outputs), len(outputs)))
+    return SiteMoments.total(parts)

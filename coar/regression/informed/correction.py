@@ -1,0 +1,108 @@
+"""The correction of an informed fit: ridge on what the prior leaves of outputs, with one penalty for all examples.
+
+A penalty per example is too free when masks are far fewer than components: generalised cross-validation then takes
+some examples' noise for signal. One penalty is chosen by the sum of its scores over the examples learned from.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coar.regression.informed.prior import Prior, learning_examples
+from coar.regression.ridge import PENALTIES, Spectrum
+from coar.regression.sums import FitBlock, Gram, batches
+from coar.store.run import Run
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Ridge in units of the prior's columns: components whose weights are typically large may change more.
+
+    Attributes:
+        column: (components,) float64 root mean squares of the prior's weights.
+        spectrum: The decomposition of the masks, each component's entries times its column.
+        left: (masks, rank) U of the dual form; empty in the primal form.
+        gram: The sums over masks in the primal form; None in the dual form.
+        penalty: The ridge penalty.
+    """
+
+    column: Tensor
+    spectrum: Spectrum
+    left: Tensor
+    gram: Gram | None
+    penalty: float
+
+    @classmethod
+    def of(cls, run: Run, rows: np.ndarray, prior: Prior, gram: Gram | None) -> "Correction":
+        """Decompose the masks and choose the penalty.
+
+        Args:
+            run: A complete run.
+            rows: Row numbers of at least two training masks.
+            prior: What mask gradients give.
+            gram: The sums over these masks, where there are more of them than components and the sums are known.
+        """
+        column = prior.column.double()
+        if len(rows) <= run.n_components:
+            x, gram = torch.from_numpy(run.masks_at(rows)), None
+            spectrum, left = Spectrum.dual(x.double() * column)  # scaled masks are no whole numbers, exact in float32
+        else:
+            gram = gram or Gram.of(run, rows)
+            spectrum, left = Spectrum.primal(gram.scaled(column)), torch.empty(0)
+        examples = learning_examples(run)
+        weights, spread = prior.weights(prior.mask_gradients(run), examples)
+        scores, variation, _ = cls(column, spectrum, left, gram, 0.0).scores(FitBlock(run, rows, examples), weights)
+        return cls(column, spectrum, left, gram, _penalty(spectrum, scores, variation, spread))
+
+    def scores(self, block: FitBlock, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U'R (rank, examples), sums of squares and (examples,) mean outputs; R is what the weights leave."""
+        w = weights.double().T  # (components, examples)
+        if self.gram is None:
+            parts = list(batches(block.run, block.rows, block.examples))
+            y = torch.cat([part for _, part in parts]).double()
+            residual = y - torch.cat([x[:, :-1] for x, _ in parts]).double() @ w
+            residual -= residual.mean(0)
+            return self.left.T @ residual, (residual**2).sum(0), y.mean(0)
+        moments = block.moments()
+        product, centred = moments.centred(self.gram.total), self.gram.centred()
+        image = centred @ w
+        variation = moments.variation() - 2 * (w * product).sum(0) + (w * image).sum(0)
+        scores = self.spectrum.basis.T @ ((product - image) * self.column[:, None])
+        return scores / self.spectrum.eigenvalues[:, None], variation.clamp_min(0), moments.mean()
+
+    def apply(self, block: FitBlock, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return corrected (examples, components) weights, and the masks' (examples,) mean outputs."""
+        scores, _, mean = self.scores(block, weights)
+        shrink = 1 / (self.spectrum.eigenvalues + self.penalty)
+        more = (self.spectrum.basis @ (scores * shrink[:, None])).T * self.column
+        return weights + more.float(), mean
+
+    def unknown(self) -> Tensor:
+        """Return the (components,) share of the prior's squared error that the masks leave."""
+        known = self.spectrum.basis**2 @ (1 / (self.spectrum.eigenvalues + self.penalty))
+        return (1 - known).clamp(0, 1).float()
+
+    def mean_mask(self) -> Tensor:
+        """Return the (components,) share of masks that keep each component."""
+        return self.spectrum.mean / self.column
+
+
+def _penalty(spectrum: Spectrum, scores: Tensor, variation: Tensor, spread: Tensor) -> float:
+    """Return the penalty that minimises the sum of generalised cross-validation scores over examples.
+
+    Args:
+        spectrum: The masks' decomposition.
+        scores: U'R (rank, examples).
+        variation: (examples,) sums of squared residuals.
+        spread: (examples,) standard deviations of the outputs, the unit of each example's score.
+    """
+    grid = PENALTIES * spectrum.eigenvalues.mean()
+    left_over = grid / (spectrum.eigenvalues[:, None] + grid)
+    freedom = spectrum.count - 1 - (1 - left_over).sum(0)
+    loose = freedom >= spectrum.count / 2  # nearer to interpolation, cross-validation compares noise with noise
+    grid, left_over, freedom = grid[loose], left_over[:, loose], freedom[loose]
+    residual = (variation[:, None] - scores.T**2 @ (1 - left_over**2)).clamp_min(0)
+    best = (residual / freedom**2 / spread.double()[:, None] ** 2).sum(0).argmin()
+    return float(grid[best])

@@ -1,0 +1,153 @@
+"""The prior of an informed fit: weights of all examples from mask gradients, before any mask is looked at."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coar.errors import RegressionError
+from coar.regression.informed.learning import learn, relearn
+from coar.regression.informed.quality import PriorQuality, judge
+from coar.regression.informed.rows import Rows, group_order
+from coar.regression.informed.shared_model import SharedModel
+from coar.store.gradients import MaskGradients
+from coar.store.run import Run
+
+MIN_GRADIENTS = 8
+FOLDS, HALVES = 4, 2  # that mask gradients are dealt into, round by round, to learn and to judge
+LEARNING_NUMBERS = 16 * 2**20  # examples x components that the shared model is learned from, at most
+COLUMN_FLOOR = 1e-2  # of the mean column: what a mask may correct where gradients saw nothing
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What mask gradients give before any mask is looked at.
+
+    Attributes:
+        shared: Turns gradients into weights.
+        kept: (mask groups, components) counts, for each round, of the mask gradients that keep each component.
+        column: (components,) root mean square of the weights over examples, relative to the mean component's.
+        quality: How good the weights are.
+    """
+
+    shared: SharedModel
+    kept: tuple[np.ndarray, ...]
+    column: Tensor
+    quality: PriorQuality
+
+    def mask_gradients(self, run: Run) -> MaskGradients:
+        """Return the mask gradients of the run, with the counts that are known here."""
+        return MaskGradients(run, kept_counts=self.kept)
+
+    def weights(self, mask_gradients: MaskGradients, examples: slice) -> tuple[Tensor, Tensor]:
+        """Return (examples, components) weights and the (examples,) spread of the outputs."""
+        rounds = len(self.kept)
+        sums, counts = mask_gradients.sums(range(rounds), examples)
+        spread = _spread(torch.from_numpy(mask_gradients.outputs(rounds, examples)))
+        return self.shared.weights(_means(sums, counts) / spread[:, None]) * spread[:, None], spread
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What is read of a run to learn from, its examples ordered by mask group.
+
+    Attributes:
+        rows: The outputs, dealt into `FOLDS` folds.
+        groups: (examples,) their mask groups.
+        spread: (examples,) standard deviations of their outputs.
+        sums: (folds, 2, examples, components) sums of the mask gradients at both ends.
+        counts: (folds, 2, mask groups, components) numbers of terms.
+    """
+
+    rows: Rows
+    groups: Tensor
+    spread: Tensor
+    sums: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def read(cls, mask_gradients: MaskGradients, rounds: int) -> "_Sample":
+        run = mask_gradients.run
+        examples = learning_examples(run)
+        groups = torch.from_numpy(mask_gradients.group_of(examples))
+        order = group_order(groups)
+        outputs = torch.from_numpy(mask_gradients.outputs(rounds, examples))[:, order]
+        spread = _spread(outputs)
+        sizes = mask_gradients.rounds[:rounds]
+        parts = torch.split((outputs - outputs.mean(0)) / spread, list(sizes))
+        masks = [torch.from_numpy(mask_gradients.masks(i)) for i in range(rounds)]
+        rows = Rows.of(masks, parts, groups[order], folds=FOLDS, kept=1 - run.sampler.ablated_fraction)
+        sums = np.stack(
+            [mask_gradients.sums(range(fold, rounds, FOLDS), examples)[0][:, order] for fold in range(FOLDS)]
+        )
+        kept = np.stack([sum(mask_gradients.kept(i) for i in range(fold, rounds, FOLDS)) for fold in range(FOLDS)])
+        total = np.array([sum(sizes[fold::FOLDS]) for fold in range(FOLDS)], np.float32)
+        return cls(rows, groups[order], spread, sums, np.stack([kept, total[:, None, None] - kept], axis=1))
+
+    def left_out(self, folds: int) -> Tensor:
+        """Return (2, folds, examples, components) mean gradients of all folds but one, in units of the spread."""
+        found = []
+        for fold in range(folds):
+            others = [i for i in range(FOLDS) if i % folds != fold]
+            counts = self.counts[others].sum(0)[:, self.groups]
+            found.append(_means(self.sums[others].sum(0), counts) / self.spread[:, None])
+        return torch.stack(found, dim=1)
+
+    def whole(self) -> Tensor:
+        """Return (2, examples, components) mean gradients of all folds, in units of the spread."""
+        return _means(self.sums.sum(0), self.counts.sum(0)[:, self.groups]) / self.spread[:, None]
+
+
+def learn_prior(run: Run, rounds: int) -> Prior:
+    """Learn what examples share, from the examples that fit in memory, evenly spaced.
+
+    Args:
+        run: A run with mask gradients.
+        rounds: How many of their rounds to use.
+
+    Raises:
+        RegressionError: When there are too few mask gradients, or all are zero.
+    """
+    mask_gradients = MaskGradients(run)
+    count = sum(mask_gradients.rounds[:rounds])
+    if count < MIN_GRADIENTS or rounds < FOLDS:
+        raise RegressionError(
+            f"an informed fit needs at least {MIN_GRADIENTS} mask gradients, in {FOLDS} rounds or more; it would use "
+            f"{count} in {rounds} of {run.path}: collect more with --gradients, 64 or so"
+        )
+    sample = _Sample.read(mask_gradients, rounds)
+    whole = sample.whole()
+    if not whole.any():
+        raise RegressionError(
+            f"every mask gradient in {run.path} is zero, so mask gradients give no information; check the output, or "
+            f"fit masks by ridge"
+        )
+    numbers = {site: i for i, site in enumerate(dict.fromkeys(component.site for component in run.components))}
+    sites = torch.tensor([numbers[component.site] for component in run.components])
+    shared, trials = learn(sample.rows, sample.left_out(FOLDS), sites)
+    column = shared.weights(whole).square().mean(0).sqrt()
+    column = (column / column.mean().clamp_min(1e-30)).clamp_min(COLUMN_FLOOR)
+    halves = relearn(shared, sample.rows.dealt(HALVES), sample.left_out(HALVES))
+    kept = tuple(mask_gradients.kept(i) for i in range(rounds))
+    return Prior(shared, kept, column, judge(trials, halves))
+
+
+def learning_examples(run: Run) -> slice:
+    """Return evenly spaced examples to learn from; an odd step meets every mask group."""
+    most = max(LEARNING_NUMBERS // run.n_components, 64)
+    step = math.ceil(run.n_examples / most)
+    return slice(0, run.n_examples, step if step % 2 else step + 1)
+
+
+def _means(sums: np.ndarray, counts: np.ndarray) -> Tensor:
+    """Turn (2, examples, components) sums and counts into means; an end without any has the mean of the other."""
+    means = sums / np.maximum(counts, 1)
+    return torch.from_numpy(np.where(counts > 0, means, means[::-1]))
+
+
+def _spread(outputs: Tensor) -> Tensor:
+    """Return the (examples,) standard deviation of (rows, examples) outputs; 1 for an output that never varies."""
+    spread = outputs.std(0)
+    return torch.where(spread > 0, spread, torch.ones(()))
