@@ -1,4 +1,4 @@
-"""The examples a study is about: inputs, targets and metadata columns of equal length."""
+"""The examples of a study: inputs, targets and metadata columns of equal length."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from coar.errors import ExamplesError
 from coar.inputs import Inputs, as_inputs, as_targets, batch_of
 
-UNREAD = -100  # the target of a position that is not read, the number that torch's cross-entropy ignores
-HASH_BLOCK = 256  # examples hashed at a time, so that a data set on disk is never held in memory whole
+UNREAD = -100  # the target of a position whose logits are not read, as in torch's cross entropy
+HASH_BLOCK = 256  # examples hashed at a time, so that a data set on disk is never in memory as a whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +22,17 @@ class Examples:
     """Inputs, targets and metadata, in one fixed order.
 
     Attributes:
-        inputs: A tensor (examples, ...), a dict of such tensors passed to the model by name, or a torch data set
-            whose items are an input, a dict of inputs, or a tuple that starts with one; a data set is read one block
-            at a time, all at once where it has `__getitems__`, as torch's own loader does. Arrays and data frames
+        inputs: A tensor (examples, ...), a dict of such tensors that the model receives by name, or a torch data set
+            whose items are an input, a dict of inputs, or a tuple that starts with one. A data set is read block by
+            block, with one call for a block where it has `__getitems__`, as torch's loader does. Arrays and data frames
             become tensors, float64 ones of NumPy float32; a mapping, such as a tokenizer's result, becomes a dict.
-        targets: (examples,) class labels, or whatever the output function reads; a tensor, an array or a list.
+        targets: (examples,) class labels, or other targets that the output function reads; a tensor, an array or a
+            list.
         metadata: Columns of one value per example; `id` (0, 1, ...) and `label` (integer targets) are added when
             missing.
 
     Raises:
-        ExamplesError: When there are no examples or the lengths differ.
+        ExamplesError: When there are no examples, lengths differ, or a metadata column is not a vector of values.
     """
 
     inputs: Inputs | Dataset[Any]
@@ -60,7 +61,9 @@ class Examples:
                     f"truth value or string per example"
                 )
             if not name.isidentifier():
-                raise ExamplesError(f"metadata column {name!r} is not a plain word; rename it, as in 'my_column'")
+                raise ExamplesError(
+                    f"metadata column {name!r} is not a valid name; rename it to one word, such as 'my_column'"
+                )
         object.__setattr__(self, "metadata", columns)
 
     def _lengths(self) -> dict[str, int | None]:
@@ -75,7 +78,11 @@ class Examples:
         return len(self.targets)
 
     def block(self, start: int, stop: int) -> tuple[Inputs, Tensor]:
-        """Return inputs and targets of examples `start` up to `stop`."""
+        """Return inputs and targets of examples `start` up to `stop`, which is excluded.
+
+        Raises:
+            ExamplesError: When the inputs of a data set differ in shape.
+        """
         targets = self.targets[start:stop]
         if isinstance(self.inputs, dict):
             return {name: value[start:stop] for name, value in self.inputs.items()}, targets
@@ -87,7 +94,11 @@ class Examples:
         return batch_of(items, f"the inputs of examples {start} to {start + len(items) - 1}"), targets
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "Examples":
-        """Return the examples at these positions, in this order, or those where a boolean array is true."""
+        """Return the examples at these positions, in this order, or where a boolean array is true.
+
+        Raises:
+            ExamplesError: When a position is outside the examples.
+        """
         chosen = np.asarray(indices)
         rows = torch.as_tensor(np.flatnonzero(chosen) if chosen.dtype == bool else chosen, dtype=torch.long)
         if len(rows) and not -len(self) <= int(rows.min()) <= int(rows.max()) < len(self):
@@ -103,7 +114,7 @@ class Examples:
         return Examples(inputs=inputs, targets=self.targets[rows], metadata=metadata)
 
     def input_hashes(self) -> list[bytes]:
-        """Return a hash of each example's inputs, by which the same example is known again; a data set is read once."""
+        """Return a hash of each example's inputs, equal for equal inputs; a data set is read once."""
         hashes = []
         for start in range(0, len(self), HASH_BLOCK):
             inputs, targets = self.block(start, start + HASH_BLOCK)
@@ -116,7 +127,7 @@ class Examples:
         return hashes
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of inputs, targets and metadata in order; a data set is read through once."""
+        """Return the SHA-256 of inputs, targets and metadata in order, in hexadecimal; a data set is read once."""
         digest = hashlib.sha256()
         for start in range(0, len(self), HASH_BLOCK):
             inputs, targets = self.block(start, start + HASH_BLOCK)
@@ -136,17 +147,17 @@ def token_examples(
     answers: Tensor | None = None,
     metadata: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
 ) -> Examples:
-    """Make examples for a causal language model, whose targets are the tokens that come next.
+    """Return examples for a causal language model, whose targets are the next tokens.
 
-    At every position that has a token and a next one, the target is that next token; elsewhere it is -100, and nothing
-    is read. Where texts have padding on the left, `position_ids` that count from their first tokens join the inputs, as
-    transformers gives them when it generates; pad on the right for models that take none.
+    At every position that has a token and a next token, the target is that next token; elsewhere it is -100, and no
+    logits are read. Where texts have padding on the left, `position_ids` that count from their first tokens are added
+    to the inputs, as in transformers' generation; pad on the right for models that take none.
 
     Args:
-        tokens: What a tokenizer returns with `return_tensors="pt"`: `input_ids` and `attention_mask` (examples,
-            length), 1 where there is a token, and whatever else the model takes.
-        answers: (examples,) tokens that should come after the texts; then these alone are the targets, each at its
-            text's last token.
+        tokens: The result of a tokenizer with `return_tensors="pt"`: `input_ids` and `attention_mask` (examples,
+            length), 1 where there is a token, and other inputs of the model.
+        answers: (examples,) tokens of the correct answers, one after each text; they are then the only targets, each
+            at its text's last token.
         metadata: Columns of one value per example.
 
     Raises:
@@ -179,12 +190,12 @@ def token_examples(
 
 
 def _tokens_there(tokens: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return (examples, length) tokens and where there are any; raise `ExamplesError` when that cannot be known."""
+    """Return (examples, length) tokens, and where they are text; raise `ExamplesError` when that is unknown."""
     for name in ("input_ids", "attention_mask"):
         if not isinstance(tokens.get(name), Tensor):
             raise ExamplesError(
-                f"{name} is a {type(tokens.get(name)).__name__} and a tensor is expected, since without it what is "
-                f"text and what is padding cannot be known; give what a tokenizer returns with padding=True and "
+                f"{name} is a {type(tokens.get(name)).__name__} and a tensor is expected; without it text and padding "
+                f"cannot be distinguished; give the result of a tokenizer with padding=True and "
                 f"return_tensors='pt' (or ones for texts of one length)"
             )
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
@@ -197,8 +208,8 @@ def _tokens_there(tokens: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     torn = (there[:, 1:] & ~there[:, :-1]).sum(1) + there[:, 0].int() > 1  # tokens begin more than once
     if bool(torn.any()):
         raise ExamplesError(
-            f"the attention_mask of example {int(torn.int().argmax())} has zeros between ones; padding belongs in "
-            f"front of a text or after it"
+            f"the attention_mask of example {int(torn.int().argmax())} has zeros between ones; put padding before a "
+            f"text or after it"
         )
     return ids, there
 
@@ -208,7 +219,7 @@ def rows_of(inputs: dict[str, Tensor], part: slice | Tensor) -> dict[str, Tensor
 @overload
 def rows_of(inputs: Inputs, part: slice | Tensor) -> Inputs: ...
 def rows_of(inputs: Inputs, part: slice | Tensor) -> Inputs:
-    """Return some of the inputs' rows."""
+    """Return the rows of inputs that a slice or a tensor of positions selects."""
     return {name: value[part] for name, value in inputs.items()} if isinstance(inputs, dict) else inputs[part]
 
 

@@ -1,4 +1,4 @@
-"""Which masks are drawn: each one a pure function of (seed, split, index), so that any worker can make any mask."""
+"""Random masks: each is a pure function of (seed, split, index), so that any worker can draw any mask."""
 
 import math
 from abc import abstractmethod
@@ -16,11 +16,11 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test", "gradient")
 
 
 class Sampler(Settings):
-    """Base of the samplers: True keeps a component, False ablates it.
+    """Base of the samplers, which draw masks: True keeps a component, False ablates it.
 
     Attributes:
         ablated_fraction: Expected share of ablated components in a mask, between 0 and 1 (the paper's alpha).
-        seed: Seed of all masks, 0 to 2**63 - 1.
+        seed: Seed of all masks, from 0 to 2**63 - 1.
     """
 
     ablated_fraction: float = 0.10
@@ -40,30 +40,33 @@ class Sampler(Settings):
     ) -> np.ndarray:
         """Return (indices, components) boolean masks.
 
-        Masks of the same split and index at different fractions share their random numbers, so the smaller fraction's
-        ablated set lies (for Bernoulli and fixed-size masks alike) inside the larger one's.
+        Masks of the same split and index at different fractions use the same random numbers. So the set that is ablated
+        at a smaller fraction is a subset of the set at a larger one, for Bernoulli and fixed-size masks.
 
         Args:
-            split: `train`, `validation`, `test` or `mask gradient`; the splits' random numbers are disjoint.
+            split: `train`, `validation`, `test` or `gradient`; different splits use different random numbers.
             indices: Which masks of the split.
             components: Number of components.
-            ablated_fraction: Another fraction than the sampler's own.
+            ablated_fraction: The ablated fraction; by default the sampler's own.
+
+        Raises:
+            SettingsError: When the fraction is not between 0 and 1.
         """
         fraction = self.ablated_fraction if ablated_fraction is None else check_fraction(ablated_fraction)
         rows = [self._mask(self._numbers(split, index, components), fraction) for index in indices]
         return np.stack(rows) if rows else np.zeros((0, components), dtype=bool)
 
     def stratified(self, split: Split, indices: Iterable[int], components: int) -> np.ndarray:
-        """Return (indices, components) boolean masks that share out each component's ablations evenly.
+        """Return (indices, components) boolean masks that ablate every component equally often.
 
-        A component's uniform numbers fall one into each of as many equal strata as there are masks, in random order, as
-        in Latin hypercube sampling (McKay, Beckman and Conover 1979). So a component is ablated in
-        `ablated_fraction` of the masks, rounded up or down, which takes out of means over the masks what each
-        component adds by itself. Each mask alone is distributed as those of `masks` are.
+        The unit interval is cut into as many equal strata as there are masks. A component gets one uniform number in
+        each stratum, in random order, as in Latin hypercube sampling (McKay, Beckman and Conover 1979). So a component
+        is ablated in `ablated_fraction` of the masks, rounded up or down, and the main effects of components do not
+        add variance to means over the masks. A single mask has the same distribution as one of `masks`.
 
         Args:
             split: The split that the random numbers belong to.
-            indices: The masks of the group; other groups are independent of it.
+            indices: The masks of the group; groups are independent of each other.
             components: Number of components.
         """
         raw = np.stack([self._numbers(split, index, 2 * components) for index in indices])
@@ -79,7 +82,7 @@ class Sampler(Settings):
             counter=np.array([0, index, 0, 0], dtype=np.uint64),
         )
         words = generator.random_raw(-(-count // 2)).astype("<u8")
-        return words.view("<u4")[:count]  # two numbers a word, low half first, on every machine
+        return words.view("<u4")[:count]  # two numbers per word, the low half first, on every machine
 
     def settings(self) -> dict[str, Any]:
         """Return the name and settings that identify this sampler in a run's fingerprint."""
@@ -96,7 +99,7 @@ class BernoulliSampler(Sampler):
 class FixedSizeSampler(Sampler):
     """Ablates a uniformly random set of `round(ablated_fraction * components)` components.
 
-    At least one is ablated, and never all of several.
+    At least one component is ablated, and at least one is kept where there are several.
     """
 
     def _mask(self, numbers: np.ndarray, fraction: float) -> np.ndarray:

@@ -24,19 +24,19 @@ from coar.weights import weights_fingerprint
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A definition that determines every number of a run.
+    """A definition that determines every number of a run: model, examples, components, output, ablation and sampler.
 
     Attributes:
-        model: Any module; it is copied before it is used, and never changed. The one inside is taken of what
-            `torch.compile` or `DataParallel` returned.
-        examples: The examples that get attributions.
-        components: What can be ablated.
-        output: The scalar read per example.
-        ablation: What replaces an ablated component.
-        sampler: How masks are drawn.
+        model: Any module; it is copied before use and never changed. Wrappers of `torch.compile` and `DataParallel`
+            are removed.
+        examples: The examples to attribute.
+        components: The components that masks ablate.
+        output: The output function: one number per example.
+        ablation: The replacement of an ablated component.
+        sampler: The distribution of the masks.
 
     Raises:
-        SettingsError: When one of these is of another kind.
+        SettingsError: When one of these has another type.
         ComponentError: When a component is not part of the model.
         WeightsError: When some weights are not in memory.
     """
@@ -55,20 +55,20 @@ class Study:
             given = getattr(self, name)
             if not isinstance(given, kind):
                 raise SettingsError(
-                    f"{name} is of type {type(given).__name__}, and {kind.__name__} was expected; give such an object "
-                    f"itself, not its name or its class"
+                    f"{name} is of type {type(given).__name__}, and {kind.__name__} was expected; give an object, not "
+                    f"its name or its class"
                 )
         object.__setattr__(self, "model", unwrapped(self.model))
         check_components(self.model, self.components)
-        elsewhere = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
-        if elsewhere:
+        missing = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
+        if missing:
             raise WeightsError(
-                f"{len(elsewhere)} weights are not in memory but offloaded, or were never loaded, such as "
-                f"{elsewhere[0]!r}; a study needs all of them: load the model whole, onto one device"
+                f"{len(missing)} weights are not in memory but offloaded, or were never loaded, such as "
+                f"{missing[0]!r}; a study needs all of them: load the whole model onto one device"
             )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what tells this study from any other: settings as they are, data and weights as SHA-256."""
+        """Return what identifies this study: settings as they are, data and weights as SHA-256."""
         return {
             "components": self.components.fingerprint(),
             "weights": weights_fingerprint(self.model),

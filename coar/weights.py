@@ -1,4 +1,4 @@
-"""Weights on disk: read without running anybody's code, written as safetensors, and told apart by their hash."""
+"""Weights on disk: read without running code from the file, written as safetensors, identified by a hash."""
 
 import hashlib
 import os
@@ -20,8 +20,8 @@ def load_weights(model: nn.Module, path: str | Path, *, prefix: str = "") -> nn.
 
     Args:
         model: The model whose parameters and buffers are replaced.
-        path: A `.safetensors` file, or a PyTorch checkpoint of nothing but tensors (`.pt`, `.pth`, `.th`).
-        prefix: Start of every name in the file, cut off before loading (such as `module.`).
+        path: A `.safetensors` file, or a PyTorch checkpoint that holds only tensors (`.pt`, `.pth`, `.th`).
+        prefix: Start of every name in the file, such as `module.`, which is removed before loading.
 
     Raises:
         WeightsError: When the file is missing, damaged, holds pickled objects, or does not fit the model.
@@ -36,7 +36,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint by name.
 
     Args:
-        path: A `.safetensors` file, or a PyTorch checkpoint of nothing but tensors (`.pt`, `.pth`, `.th`).
+        path: A `.safetensors` file, or a PyTorch checkpoint that holds only tensors (`.pt`, `.pth`, `.th`).
 
     Raises:
         WeightsError: When the file is missing, damaged, or holds pickled objects.
@@ -48,16 +48,16 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         try:
             return load_file(file)
         except SafetensorError as error:
-            raise WeightsError(f"{file} is not a whole safetensors file ({error}); get it again") from None
+            raise WeightsError(f"{file} is not a complete safetensors file ({error}); get it again") from None
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # damaged files make the reader fail in many ways
+    except Exception as error:  # damaged files raise many types of errors
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
             f"{file} is damaged or holds more than tensors, such as a whole pickled model ({first}); it is not read, "
-            f"since unpickling can run code: save model.state_dict() as safetensors instead"
+            f"because unpickling can run code: save model.state_dict() as safetensors instead"
         ) from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(
@@ -68,23 +68,23 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write the model's state dict as safetensors, whole or not at all.
+    """Write the model's state dict as safetensors, completely or not at all.
 
     Raises:
-        StorageError: When the disk refuses the write.
+        StorageError: When the file cannot be written.
     """
     save_state(model.state_dict(), path)
 
 
 def save_state(state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write tensors by name as safetensors, whole or not at all.
+    """Write tensors by name as safetensors, completely or not at all.
 
     Raises:
-        StorageError: When the disk refuses the write.
+        StorageError: When the file cannot be written.
     """
     file = Path(path)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in _apart(state).items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in _unshared(state).items()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial)
@@ -108,22 +108,22 @@ def state_fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state dict with a copy for every name that shares memory with an earlier one."""
     seen: set[int] = set()
-    apart = {}
+    tensors = {}
     for name, value in state.items():
         memory = value.untyped_storage().data_ptr()
-        apart[name] = value.clone() if memory in seen else value
+        tensors[name] = value.clone() if memory in seen else value
         seen.add(memory)
-    return apart
+    return tensors
 
 
 def _check_fit(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
-    """Raise `WeightsError` before anything is loaded, so that a misfit leaves the model whole."""
+    """Raise `WeightsError` before anything is loaded, so that weights that do not fit leave the model unchanged."""
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     read = {name: tuple(value.shape) for name, value in state.items()}
-    counters = "num_batches_tracked"  # of batch norms, which older checkpoints lack and evaluation does not read
+    counters = "num_batches_tracked"  # of batch norms; older checkpoints lack them, and evaluation does not read them
     wrong = [f"{name} is missing" for name in own if name not in read and not name.endswith(counters)]
     wrong += [f"{name} is not part of the model" for name in read if name not in own]
     wrong += [

@@ -117,7 +117,7 @@ class TestResample(Contract):
         run = self.collect(study, tmp_path / "r.zarr")
         assert np.isnan(run.replacements).all()
         goal = coar.EditGoal(targets="label == 1", references="label != 1", direction="decrease")
-        with pytest.raises(EditError, match=r"'.*' is replaced by what another example has"):
+        with pytest.raises(EditError, match=r"'.*' is replaced by another example's activations"):
             coar.edit(coar.fit(run, progress=False), goal, budget=2)
         with pytest.raises(AblationError, match=r"have no single constant.*resample=True"):
             Gates(study.model, study.components, torch.from_numpy(run.replacements))
@@ -167,7 +167,7 @@ def test_constants_of_slices_unknown_features_and_modules_never_called_are_error
     ablation = coar.choose_ablation(label, calibration=pictures(8, 0))
     with pytest.raises(AblationError, match=r"'bare.weight\[0\]' is a slice"):
         ablation.replacements(model, coar.parameter_slices(model, "bare.weight"), batch_size=4)
-    with pytest.raises(AblationError, match=r"'relu' is a whole module, and nothing is known of where its features"):
+    with pytest.raises(AblationError, match=r"'relu' is a whole module, and the axis of its features is unknown"):
         ablation.replacements(model, coar.modules(model, "relu"), batch_size=4)
     with pytest.raises(AblationError, match=r"'twice' returned .* \(\d, 3, 7, 7\), where 3 features .* on axis 2"):
         ablation.replacements(model, coar.modules(model, "twice", axis=2), batch_size=4)

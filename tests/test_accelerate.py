@@ -72,5 +72,5 @@ def test_a_run_of_a_split_model_is_that_of_the_whole(tmp_path):
 def test_weights_that_are_not_in_memory_are_an_error(tmp_path):
     model = split(tiny.model("gpt2"), tmp_path, "disk")
     examples = coar.Examples(inputs=tiny.inputs("gpt2"), targets=torch.arange(5))
-    with pytest.raises(WeightsError, match=r"weights are not in memory .* 'body\.h\.1\..* load the model whole"):
+    with pytest.raises(WeightsError, match=r"weights are not in memory .* 'body\.h\.1\..* load the whole model"):
         coar.Study(model=model, examples=examples, components=parts(model))

@@ -122,14 +122,18 @@ def test_a_part_without_parameters_is_no_block_whatever_its_name():
         ({"num_heads": 4, "head_dim": 2}, {"o_proj": 12}, ["'head_dim': 2"]),
         ({"head_dim": 5}, {"o_proj": 12}, ["'head_dim': 5"]),
         ({"num_heads": [4, 4]}, {"o_proj": 12}, ["[4, 4]"]),
-        ({}, {"o_proj": 12}, ["it says {}", "OwnAttention of o_proj (Linear)", "ModuleDict of mixer (OwnAttention)"]),
+        (
+            {},
+            {"o_proj": 12},
+            ["attributes are {}", "OwnAttention of o_proj (Linear)", "ModuleDict of mixer (OwnAttention)"],
+        ),
         ({"num_heads": 4}, {"o_proj": 12, "out_proj": 12}, ["'mixer.o_proj': 12, 'mixer.out_proj': 12"]),
-        ({"num_heads": 4}, {"mix": 12}, ["mix (Linear)", "and {} are layers"]),
+        ({"num_heads": 4}, {"mix": 12}, ["mix (Linear)", "have inputs {}"]),
     ],
 )
 def test_a_block_that_is_not_understood_is_an_error_that_says_what_was_seen(attributes, layers, seen):
     model = nn.ModuleDict({"mixer": OwnAttention(attributes, **layers)})
-    with pytest.raises(ComponentError, match="heads of 'mixer' cannot be told") as raised:
+    with pytest.raises(ComponentError, match="cannot determine the heads of 'mixer'") as raised:
         coar.attention_heads(model)
     assert [part for part in seen if part not in str(raised.value)] == []
 

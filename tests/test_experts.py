@@ -152,10 +152,7 @@ class Weighing(nn.Module):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            (torch.randn(5, 6), torch.zeros(5, 2).long(), torch.rand(5, 2)),
-            "not return the weighted sum .* a difference of",
-        ),
+        ((torch.randn(5, 6), torch.zeros(5, 2).long(), torch.rand(5, 2)), "the weighted sum .* a difference of"),
         ((torch.randn(5, 6), torch.rand(5, 2), torch.zeros(5, 2).long()), r"called with 3 arguments, .* \(5, 2\)"),
         ((torch.randn(5, 6), torch.zeros(5).long(), torch.rand(5)), r"shapes \[\(5, 6\), \(5,\), \(5,\)\]"),
     ],
@@ -258,7 +255,7 @@ def test_experts_in_a_list_become_constants_of_the_tokens_they_were_given(label)
     ],
 )
 def test_mixtures_that_are_not_understood_are_errors_that_say_what_was_seen(model, seen):
-    with pytest.raises(ComponentError, match=r"the experts of .* cannot be told") as raised:
+    with pytest.raises(ComponentError, match=r"cannot determine the experts of") as raised:
         coar.experts(model)
     assert [part for part in seen if part not in str(raised.value).replace("a Expert", "an Expert")] == []
 

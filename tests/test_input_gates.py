@@ -301,5 +301,5 @@ def test_mean_constants_are_the_means_over_examples_and_positions():
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
     oracles.assert_same(before, oracles.snapshot(model))
     model.spare = nn.Linear(2, 2)
-    with pytest.raises(AblationError, match=r"'spare' was never called .* nothing is known of its inputs"):
+    with pytest.raises(AblationError, match=r"'spare' was never called .* its inputs have no activations"):
         ablation.replacements(model, coar.input_features(model, include="spare"), batch_size=8)

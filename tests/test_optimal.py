@@ -1,6 +1,10 @@
 """Constants that are trained, held to what every ablation owes, and to their promise."""
 
+import itertools
+
+import numpy as np
 import pytest
+import scipy
 import torch
 from torch import nn
 
@@ -9,6 +13,21 @@ from coar.errors import AblationError, ExamplesError, OutputError, SettingsError
 from coar.forward.runner import FastRunner
 from coar.outputs.base import Output
 from tests.contract import Contract, parts, pictures
+
+
+def expected_loss(model, x, labels, fraction):
+    """The expected cross entropy, over all masks, as a function of the constants of the hidden features, in NumPy."""
+    first, last = ((layer.weight.double().numpy(), layer.bias.double().numpy()) for layer in (model[0], model[2]))
+    hidden = np.tanh(x.double().numpy() @ first[0].T + first[1])
+    keeps = np.array(list(itertools.product([False, True], repeat=hidden.shape[1])))
+    chances = np.where(keeps, 1 - fraction, fraction).prod(1)
+
+    def loss(constants):
+        logits = np.where(keeps[:, None], hidden, constants) @ last[0].T + last[1]  # (masks, examples, classes)
+        correct = logits[:, np.arange(len(labels)), labels.numpy()]
+        return chances @ (scipy.special.logsumexp(logits, axis=2) - correct).mean(1)
+
+    return loss, hidden.mean(0)
 
 
 class TestOptimal(Contract):
@@ -46,6 +65,27 @@ class TestOptimal(Contract):
         best = (2 - float(model[1].bias)) / float(model[1].weight)
         mean = float(model[0](x).mean())
         assert abs(float(found[0]) - best) < 0.05 * abs(mean - best)
+
+    def test_constants_are_those_of_an_independent_optimiser(self):
+        """BFGS on the exact expected loss of a small model, which is convex in these constants."""
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).requires_grad_(False)
+        model[0].bias += 0.5
+        model[2].weight *= 3
+        x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+        labels = torch.multinomial(model(x).softmax(1), 1, generator=torch.Generator().manual_seed(1))[:, 0]
+        loss, mean = expected_loss(model, x, labels, 0.4)
+        best = scipy.optimize.minimize(loss, mean, method="BFGS")
+        assert np.abs(best.jac).max() < 1e-4
+        ablation = coar.Optimal(
+            calibration=coar.Examples(inputs=x.repeat(16, 1), targets=labels.repeat(16)),
+            ablated_fraction=0.4,
+            examples_per_step=128,
+            patience=200,
+        )
+        found = ablation.replacements(model, coar.input_features(model, include="2"), batch_size=64).double().numpy()
+        assert loss(found) - best.fun < 0.03 * (loss(mean) - best.fun)
+        assert np.abs(found - best.x).max() < 0.3 * np.abs(mean - best.x).max()
 
     def test_it_is_no_worse_than_means_zeros_and_biases_on_what_is_held_out(self, digits):
         study = digits.study()
@@ -90,6 +130,14 @@ class TestOptimal(Contract):
             def __call__(self, result, targets):
                 return result.mean()
 
+        class Infinite(Output):
+            def __call__(self, result, targets):
+                return result.mean(1) / 0
+
+        with pytest.raises(AblationError, match=r"held-out loss is not finite .* use Mean"):
+            coar.Optimal(calibration=pictures(16, 7), loss=Infinite()).replacements(
+                study.model, study.components, batch_size=4
+            )
         for truth in (False, True):
             ablation = coar.Optimal(calibration=pictures(16, 7), loss=Right(truth=truth))
             with pytest.raises(AblationError, match=r"no gradient .* give Optimal\(loss=...\)"):

@@ -110,7 +110,11 @@ def test_labels_of_any_whole_number_type_are_read(kind, dtype):
         (torch.zeros(3, 4), torch.tensor([0, 1]), r"\(3, 4\) and the targets \(2,\)"),
         (torch.zeros(3, 4), torch.zeros(3, 1, dtype=torch.long), r"\(3, 1\)"),
         (torch.zeros(3), torch.tensor([0, 1, 2]), r"\(3,\)"),
-        (torch.zeros(3, 4, 5), torch.tensor([0, 1, 2]), r"\(3, 4, 5\), as those of tokens, .* with coar.TokenMargin"),
+        (
+            torch.zeros(3, 4, 5),
+            torch.tensor([0, 1, 2]),
+            r"\(3, 4, 5\), like logits of tokens, .* with coar.TokenMargin",
+        ),
         ((None, torch.zeros(3, 4)), torch.tensor([0, 1, 2]), "tuple without logits"),
         ({"scores": torch.zeros(3, 4)}, torch.tensor([0, 1, 2]), "dict without logits"),
         (Result(None), torch.tensor([0, 1, 2]), "Result without logits"),

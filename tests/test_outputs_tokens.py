@@ -222,7 +222,11 @@ GOOD = padded([[7, 3, 9], [5, 8]], "right")
 @pytest.mark.parametrize(
     ("tokens", "options", "message"),
     [
-        ({"input_ids": GOOD["input_ids"]}, {}, "attention_mask is a NoneType .* what is padding cannot be known"),
+        (
+            {"input_ids": GOOD["input_ids"]},
+            {},
+            "attention_mask is a NoneType .* padding cannot be distinguished",
+        ),
         (GOOD | {"input_ids": [[7, 3, 9], [5, 8, 0]]}, {}, "input_ids is a list .* return_tensors='pt'"),
         (GOOD | {"attention_mask": torch.ones(2, 4)}, {}, r"shape \(2, 3\) and attention_mask \(2, 4\)"),
         (GOOD | {"attention_mask": torch.tensor([[1, 1, 1], [2, 1, 0]])}, {}, "the mask 1 where there is a token"),

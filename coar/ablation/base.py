@@ -1,4 +1,8 @@
-"""What replaces an ablated component: one constant each, computed once per run, or another example's activations."""
+"""The base of every ablation: constants that replace an ablated component, or another example's activations.
+
+In the formulas of the classes, h_j(x) is what channel j of a component computes for example x in the unablated model,
+and r_j is the constant that replaces it when the component is ablated.
+"""
 
 from abc import abstractmethod
 from typing import Any, ClassVar
@@ -12,10 +16,10 @@ from coar.settings import Settings
 
 
 class Ablation(Settings):
-    """Base of all ablations.
+    """Base of all ablations, whose settings are fields.
 
     Attributes:
-        label: The word for this ablation in commands and file names.
+        label: The name of this ablation in commands and file names.
     """
 
     label: ClassVar[str]
@@ -24,16 +28,20 @@ class Ablation(Settings):
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:
         """Return (components.width,) float32 constants on the CPU, one per channel of every component in table order.
 
-        They are NaN where no constant replaces the component.
+        They are NaN where no constant replaces the component. An ablation by position returns (positions,
+        components.width) constants.
 
         Args:
             model: The model in evaluation mode; its device is used.
             components: The components to replace.
-            batch_size: Most examples per forward pass, where passes are needed.
+            batch_size: Largest number of examples per forward pass, where passes are needed.
+
+        Raises:
+            AblationError: When the ablation does not apply to a component.
         """
 
     def sources(self, examples: int) -> np.ndarray | None:  # noqa: ARG002
-        """Return (examples,) positions of those whose activations replace each example's; None for constants."""
+        """Return the (examples,) position of each example's resample source; None for ablations by constants."""
         return None
 
     def settings(self) -> dict[str, Any]:
@@ -45,7 +53,7 @@ class Calibrated(Ablation):
     """Base of the ablations whose constants are computed from calibration examples.
 
     Attributes:
-        calibration: The examples to compute them from; apart from those used to test, so that nothing leaks.
+        calibration: The examples to compute them from; use others than those of the study, so that nothing leaks.
     """
 
     calibration: Examples

@@ -1,4 +1,4 @@
-"""Constants that say what a component usually computes: its mean and its peak over calibration examples."""
+"""Passes of calibration examples through a model: the activations of its components, and their mean and spread."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,9 +16,9 @@ from coar.gates.experts import Routing, check_weighted
 from coar.gates.hook import check_features, hook
 from coar.gates.projections import called_projections
 
-Place = tuple[str, Side, int]  # a site, which side of it, and where the first channel is: 0 but for experts
-Visit = Callable[[Place, Tensor], None]  # takes (values, channels), as often as a module is called
-Take = Callable[[Place, Tensor, Tensor | None], Tensor]  # makes values of (..., channels) and of what is no padding
+Place = tuple[str, Side, int]  # site, side, and position of the first channel, which is not 0 only for experts
+Visit = Callable[[Place, Tensor], None]  # receives (values, channels) at every call of a module
+Take = Callable[[Place, Tensor, Tensor | None], Tensor]  # turns (..., channels), and which tokens are text, into values
 
 
 def activation_moments(
@@ -33,7 +33,7 @@ def activation_moments(
     """
     if components[0].side == "edge":
         return writer_moments(model, components, calibration, batch_size=batch_size)
-    sums: dict[Place, Tensor] = {}  # (3, channels): how many values, their sum, and that of their squares
+    sums: dict[Place, Tensor] = {}  # (3, channels): number of values, their sum, and the sum of their squares
 
     def add(place: Place, values: Tensor) -> None:
         wide = values.double()
@@ -43,8 +43,8 @@ def activation_moments(
     walk(model, components, calibration, batch_size=batch_size, visit=add)
     means = {place: total / count for place, (count, total, _) in sums.items()}
     squares = {place: square / count for place, (count, _, square) in sums.items()}
-    spread = {place: (squares[place] - means[place].square()).clamp_min(0).sqrt() for place in sums}
-    return _spread(components, means), _spread(components, spread)
+    deviations = {place: (squares[place] - means[place].square()).clamp_min(0).sqrt() for place in sums}
+    return per_channel(components, means), per_channel(components, deviations)
 
 
 def _without_padding(_place: Place, y: Tensor, tokens: Tensor | None) -> Tensor:
@@ -60,7 +60,7 @@ def walk(
     visit: Visit,
     take: Take = _without_padding,
 ) -> None:
-    """Run examples through the model and show what its gated sites return or are given.
+    """Run examples through the model and pass the activations of components to a function.
 
     Args:
         model: The model in evaluation mode.
@@ -68,10 +68,10 @@ def walk(
         examples: The examples.
         batch_size: Most examples per forward pass.
         visit: Called with the place and (values, channels) at every call of a module.
-        take: Makes these values; by default all but those of padding.
+        take: Turns activations into these values; by default all activations except those of padding.
 
     Raises:
-        AblationError: When a component has no activations, its module is never called, or padding cannot be told.
+        AblationError: When a component has no activations, its module is never called, or padding is unknown.
     """
     _check_featured(components)
     watch, sites = _Watch(components, visit, take), components.sites()
@@ -92,10 +92,10 @@ def walk(
 
 
 class _Watch:
-    """Shows what passes the sites of components, without padding, and knows which of them were called.
+    """Passes the activations of components on to a function, and records which of the components were reached.
 
     Attributes:
-        tokens: (texts, positions) truth values of the batch that passes, False at padding; None where there is none.
+        tokens: (texts, positions) truth values of the current batch, False at padding; None without padding.
     """
 
     def __init__(self, components: Components, visit: Visit, take: Take) -> None:
@@ -104,7 +104,7 @@ class _Watch:
         self._called: set[Place] = set()
 
     def tensors(self, place: Place, axis: int, features: int) -> Callable[[Tensor], Tensor]:
-        """Return what shows a tensor, whose features lie along an axis, and hands it on."""
+        """Return a hook that passes on a tensor, whose features lie along an axis, and leaves it unchanged."""
 
         def show(y: Tensor) -> Tensor:
             if place[1] == "module":
@@ -115,7 +115,7 @@ class _Watch:
         return show
 
     def routes(self, site: str, rows: list[int]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        """Return what shows, before a mixture is called, what each expert will return for the tokens sent to it."""
+        """Return a hook that, before a mixture runs, passes on each expert's outputs for the tokens sent to it."""
 
         def show(mixture: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             routes = Routing.of(mixture, site, args, kwargs)
@@ -139,31 +139,31 @@ class _Watch:
             self._visit(place, values)
 
     def confirm(self) -> None:
-        """Raise `AblationError` for the first component of which nothing was seen."""
+        """Raise `AblationError` for the first component that no activation reached."""
         for place, rows in places(self._components).items():
             if place in self._called:
                 continue
             site, side, _ = place
             if side == "expert":
                 raise AblationError(
-                    f"{self._components[rows[0]].name!r} was sent none of the calibration examples' tokens, so nothing "
-                    f"is known of what it returns; give more calibration examples, or leave it out of the components"
+                    f"{self._components[rows[0]].name!r} was sent none of the calibration examples' tokens, so it has "
+                    f"no activations to average; give more calibration examples, or leave it out of the components"
                 )
             raise AblationError(
-                f"module {site!r} was never called while the calibration examples passed through the model, so nothing "
-                f"is known of its {side}s; exclude it from the components"
+                f"module {site!r} was never called while the calibration examples passed through the model, so its "
+                f"{side}s have no activations to average; exclude it from the components"
             )
 
 
 def places(components: Components) -> dict[Place, list[int]]:
-    """Group row numbers by what is seen at one place: a side of a site, or an expert."""
+    """Group row numbers by place: a side of a site, or an expert."""
     groups: dict[Place, list[int]] = {}
     for i, row in enumerate(components):
         groups.setdefault((row.site, row.side, row.position if row.side == "expert" else 0), []).append(i)
     return groups
 
 
-def _spread(components: Components, by_place: dict[Place, Tensor]) -> Tensor:
+def per_channel(components: Components, by_place: dict[Place, Tensor]) -> Tensor:
     """Return (components.width,) float32 values on the CPU from (channels,) values by place."""
     values = torch.zeros(components.width)
     for place, rows in places(components).items():
@@ -173,7 +173,7 @@ def _spread(components: Components, by_place: dict[Place, Tensor]) -> Tensor:
 
 
 def _check_featured(components: Components) -> None:
-    """Raise `AblationError` for the first component whose channels have no constants of their own."""
+    """Raise `AblationError` for the first component without activations to take constants from."""
     for row in components:
         if row.side == "edge":
             raise AblationError(
@@ -187,6 +187,6 @@ def _check_featured(components: Components) -> None:
             )
         if row.side == "module" and row.axis == 0:
             raise AblationError(
-                f"{row.name!r} is a whole module, and nothing is known of where its features lie; find it with "
+                f"{row.name!r} is a whole module, and the axis of its features is unknown; find it with "
                 f"modules(..., axis=, size=), or use ZeroActivation() or Resample()"
             )

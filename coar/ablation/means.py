@@ -1,4 +1,4 @@
-"""Constants that say what a component usually computes: its mean, its mean by position, and its peak."""
+"""Constants that are statistics of a component's activations: mean, mean by position, and peak."""
 
 from typing import ClassVar
 
@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from coar.ablation.base import Calibrated
-from coar.ablation.calibration import Place, _spread, activation_moments, places, walk
+from coar.ablation.calibration import Place, activation_moments, per_channel, places, walk
 from coar.components.table import Components
 from coar.errors import AblationError
 from coar.gates.positions import no_positions
@@ -16,13 +16,18 @@ from coar.gates.positions import no_positions
 class Mean(Calibrated):
     """Replace each channel of a component by its mean over calibration examples and positions.
 
-    Positions are pixels or tokens; those where an `attention_mask` among the inputs is 0 are padding, and do not count.
+    r_j = E_{x,t}[h_{j,t}(x)], over calibration examples x and positions t, which are pixels or tokens. Positions where
+    an `attention_mask` among the inputs is 0 are padding and do not count.
     """
 
     label: ClassVar[str] = "mean"
 
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:
-        """Return each channel's mean; raise `AblationError` where there are no activations to take it from."""
+        """Return each channel's mean.
+
+        Raises:
+            AblationError: When there are no activations to average.
+        """
         means, _ = activation_moments(model, components, self.calibration, batch_size=batch_size)
         return means
 
@@ -30,12 +35,13 @@ class Mean(Calibrated):
 class Peak(Calibrated):
     """Replace each channel of a component by the peak of its distribution over calibration examples and positions.
 
-    That is what it computes most often (Pochinkov et al. 2024, "Investigating neuron ablation in attention heads: the
-    case for peak activation centering"). Two passes over the examples fill a histogram of each channel between its
-    smallest and its largest activation; the constant is the mean of those in the fullest bin, the lowest of several.
+    The peak is the value that a channel takes most often (Pochinkov et al. 2024, "Investigating neuron ablation in
+    attention heads: the case for peak activation centering"). Two passes over the examples fill a histogram of h_j with
+    `bins` equal bins between its smallest and its largest value. r_j is the mean of the values in the fullest bin; of
+    several, in the lowest.
 
     Attributes:
-        bins: Bins of a histogram, so its resolution is the range of the activations over their number.
+        bins: Number of bins of a histogram.
     """
 
     label: ClassVar[str] = "peak"
@@ -43,7 +49,11 @@ class Peak(Calibrated):
     bins: int = Field(default=128, ge=2)
 
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:
-        """Return each channel's peak; raise `AblationError` where there are no activations to take it from."""
+        """Return each channel's peak.
+
+        Raises:
+            AblationError: When there are no activations to take it from.
+        """
         ends: dict[Place, tuple[Tensor, Tensor]] = {}
 
         def widen(place: Place, values: Tensor) -> None:
@@ -56,9 +66,9 @@ class Peak(Calibrated):
 
         def count(place: Place, values: Tensor) -> None:
             low, high = ends[place]
-            wide = values.double()  # half precision does not tell bins apart
-            share = (wide - low) / torch.where(high > low, high - low, 1)  # of the range, (values, channels)
-            bins = (share * self.bins).long().clamp(0, self.bins - 1)
+            wide = values.double()  # half precision cannot resolve the bins
+            relative = (wide - low) / torch.where(high > low, high - low, 1)  # to the range, (values, channels)
+            bins = (relative * self.bins).long().clamp(0, self.bins - 1)
             flat = (bins * len(low) + torch.arange(len(low), device=low.device)).flatten()
             both = torch.stack([torch.ones_like(wide), wide]).flatten(1)
             if place not in sums:
@@ -67,7 +77,7 @@ class Peak(Calibrated):
 
         walk(model, components, self.calibration, batch_size=batch_size, visit=widen)
         walk(model, components, self.calibration, batch_size=batch_size, visit=count)
-        return _spread(components, {place: _peaks(both, len(ends[place][0])) for place, both in sums.items()})
+        return per_channel(components, {place: _peaks(both, len(ends[place][0])) for place, both in sums.items()})
 
 
 def _peaks(both: Tensor, channels: int) -> Tensor:
@@ -81,10 +91,11 @@ def _peaks(both: Tensor, channels: int) -> Tensor:
 class PositionMean(Calibrated):
     """Replace each channel of a component, at each position of a sequence, by its mean there over calibration examples.
 
-    So an ablated component still tells where a token stands, but not what any text says there (Wang et al. 2023,
-    "Interpretability in the wild"). Positions are counted along the inputs, padding included; a text does not count
-    where it has padding. Such means are for sequences that are alike position by position, and no longer than those of
-    the calibration examples. They cannot become permanent in the weights.
+    r_{j,t} = E_x[h_{j,t}(x)], over the calibration examples x with a token at position t. An ablated component keeps
+    information on the position of a token and loses the information on the text, as the mean ablation over templates of
+    Wang et al. (2023, "Interpretability in the wild"). Positions are counted along the inputs, padding included; a text
+    does not count where it has padding. These means suit sequences with the same structure at every position, no longer
+    than those of the calibration examples. They cannot become permanent in the weights.
     """
 
     label: ClassVar[str] = "position_mean"
@@ -93,12 +104,12 @@ class PositionMean(Calibrated):
         """Return (positions, components.width) means, NaN where no calibration example has a token.
 
         Raises:
-            AblationError: When there are no activations to take means from, or they have no positions.
+            AblationError: When there are no activations to average, or they have no positions.
         """
         for row in components:
             if row.side == "expert":
                 raise AblationError(
-                    f"{row.name!r} is an expert, and the tokens sent to it come without their positions; use "
+                    f"{row.name!r} is an expert, and tokens are sent to it without their positions; use "
                     f"Mean(calibration=...)"
                 )
         sums: dict[Place, Tensor] = {}  # (positions, channels + 1): sums over texts, and the number of these

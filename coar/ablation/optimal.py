@@ -1,6 +1,7 @@
-"""Constants that are trained: those that harm the model least when random components become them."""
+"""Trained constants: those with the smallest expected loss when they replace random components."""
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -23,23 +24,27 @@ log = logging.getLogger(__name__)
 
 
 class Optimal(Calibrated):
-    """Replace a component by constants, one per channel, trained to keep the expected loss under random masks low.
+    """Replace a component by constants, one per channel, trained to make the expected loss under random masks small.
 
-    This is optimal ablation (Li and Janson 2024, "Optimal ablation for interpretability") of all components at once:
-    every example of a step is under a random mask of its own, and ablated components become the constants. Adam starts
-    from the means and takes steps in units of each component's standard deviation. A part of the calibration examples
-    is held out; training stops when their loss has not improved for a while, and the constants with the least held-out
-    loss are taken, the means, zeros and biases among them. So they are no worse than these there.
+    r = argmin_r E_{x,C'}[L(M_{C'}(x; r), y)], where M_{C'}(x; r) is the model with the components in C' replaced by
+    their constants r. Li and Janson (2024, "Optimal ablation for interpretability") define optimal ablation of one
+    component, or one circuit, this way; here all components share one problem, and C' is drawn anew for every example,
+    with each component in it with probability `ablated_fraction`.
+
+    Adam starts from the means and takes steps in units of each channel's standard deviation. A part of the calibration
+    examples is held out. Training stops when their loss has not improved for `patience` steps, and the constants with
+    the smallest held-out loss are returned. Means, zeros and biases are among the candidates, so the result is no worse
+    than these on the held-out examples.
 
     Attributes:
-        loss: What is minimised, an output of which less is better and which has gradients.
-        ablated_fraction: Expected share of ablated components in a mask, best that of the study.
-        steps: Most steps.
-        examples_per_step: Examples in a step, and so in a forward and backward pass.
-        learning_rate: Adam's, in standard deviations of a component.
+        loss: L, an output that is smaller where the model is better, with gradients.
+        ablated_fraction: Expected share of ablated components in a mask, ideally that of the study.
+        steps: Largest number of steps.
+        examples_per_step: Number of examples per step, in one forward and backward pass.
+        learning_rate: Learning rate of Adam, in standard deviations of a channel.
         held_out: Share of the calibration examples that is held out.
         patience: Steps without improvement after which training stops; held-out loss is measured every tenth step.
-        seed: Seed of masks, of the examples held out and of their order, 0 to 2**63 - 1.
+        seed: Seed of the masks, of the choice of held-out examples and of the order, 0 to 2**63 - 1.
     """
 
     label: ClassVar[str] = "optimal"
@@ -54,31 +59,36 @@ class Optimal(Calibrated):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:  # noqa: ARG002
-        """Return each channel's constant, from passes of `examples_per_step` examples whatever the batch size.
+        """Return each channel's constant, from passes of `examples_per_step` examples for any batch size.
 
-        A batch size may change the last bits of a gradient, and training would make more of them.
+        The batch size may change the last bits of a gradient, and training would amplify the change.
 
         Raises:
             AblationError: When a component has no activations, or the loss has no gradient.
-            ExamplesError: When there are too few calibration examples to hold some out.
+            ExamplesError: When there are too few calibration examples to hold some of them out.
         """
         size = self.examples_per_step
-        means, spread = activation_moments(model, components, self.calibration, batch_size=size)
+        means, deviations = activation_moments(model, components, self.calibration, batch_size=size)
         starts = [means, torch.zeros_like(means)]
         if all(row.side not in ("module", "edge") for row in components):  # which have no bias of their own
             starts.append(ZeroWeight().replacements(model, components, batch_size=size))
-        trial = _Trial(self, model, components)
-        with trial.gates:
-            losses = [trial.held_out_loss(constants) for constants in starts]
-            least = min(losses)
-            constants, best, step = starts[losses.index(least)], 0, 0
-            for step, trained in trial.training(means, spread):
-                loss = trial.held_out_loss(trained)
-                if loss < least:
-                    least, constants, best = loss, trained, step
+        training = _Training(self, model, components)
+        with training.gates:
+            losses = [training.held_out_loss(constants) for constants in starts]
+            smallest = min(filter(math.isfinite, losses), default=math.nan)
+            if math.isnan(smallest):
+                raise AblationError(
+                    f"the held-out loss is not finite with means, zeros and biases as constants ({losses}); use "
+                    f"float32, leave such examples out, or use Mean"
+                )
+            constants, best, step = starts[losses.index(smallest)], 0, 0
+            for step, trained in training.steps(means, deviations):
+                loss = training.held_out_loss(trained)
+                if loss < smallest:
+                    smallest, constants, best = loss, trained, step
                 if step - best >= self.patience:
                     break
-        log.info("held-out loss %.4g after %d steps; of means, zeros and biases %s", least, step, losses)
+        log.info("held-out loss %.4g after %d steps; with means, zeros and biases %s", smallest, step, losses)
         return constants
 
     def settings(self) -> dict[str, Any]:
@@ -86,12 +96,12 @@ class Optimal(Calibrated):
         return super().settings() | {"loss": self.loss.settings()}
 
 
-EVERY = 10  # steps between measurements of held-out loss
-ROUNDS = 4  # masks that every held-out example is measured under
+MEASURED_EVERY = 10  # steps between measurements of held-out loss
+HELD_OUT_MASKS = 4  # masks per held-out example
 
 
-class _Trial:
-    """Measures the loss under masks, and trains constants, on one model."""
+class _Training:
+    """The loss of one model under random masks as a function of the constants, and Adam on it."""
 
     def __init__(self, ablation: Optimal, model: nn.Module, components: Components) -> None:
         self._ablation, self._model, self._count = ablation, model, len(components)
@@ -104,39 +114,39 @@ class _Trial:
                 f"{n} calibration examples cannot be cut into {held} held out and {n - held} to train on; give "
                 f"more, or change held_out"
             )
-        self._draw = torch.Generator().manual_seed(ablation.seed)
-        order = torch.randperm(n, generator=self._draw)
+        self._generator = torch.Generator().manual_seed(ablation.seed)
+        order = torch.randperm(n, generator=self._generator)
         self._held, self._trained_on = order[:held], order[held:]
         self.gates = Gates(model, components, torch.zeros(components.width), use_hooks=True)
 
     def held_out_loss(self, constants: Tensor) -> float:
-        """Return the mean loss of the held-out examples, each under the same few masks every time."""
-        rows, total = self._held.repeat(ROUNDS), 0.0
+        """Return the mean loss of the held-out examples, each under the same masks at every call."""
+        rows, total = self._held.repeat(HELD_OUT_MASKS), 0.0
         with torch.no_grad():
             for at in range(0, len(rows), self._ablation.examples_per_step):
                 part = rows[at : at + self._ablation.examples_per_step]
                 total += float(self._losses(constants.to(self._device), part, "validation", at).double().sum())
         return total / len(rows)
 
-    def training(self, means: Tensor, spread: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Train, and yield the number of steps and the constants whenever these are to be measured."""
-        means, spread = means.to(self._device), spread.to(self._device)
+    def steps(self, means: Tensor, deviations: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Train from the means, and yield the number of steps and the constants after every `MEASURED_EVERY` steps."""
+        means, deviations = means.to(self._device), deviations.to(self._device)
         moved = torch.zeros_like(means, requires_grad=True)  # in standard deviations
         adam = torch.optim.Adam([moved], lr=self._ablation.learning_rate)
         size, steps, order = self._ablation.examples_per_step, self._ablation.steps, self._trained_on
         for step in range(1, steps + 1):
             while len(order) < size:
-                again = torch.randperm(len(self._trained_on), generator=self._draw)
+                again = torch.randperm(len(self._trained_on), generator=self._generator)
                 order = torch.cat([order, self._trained_on[again]])
             rows, order = order[:size], order[size:]
-            losses = self._losses(means + spread * moved, rows, "train", (step - 1) * size)
+            losses = self._losses(means + deviations * moved, rows, "train", (step - 1) * size)
             moved.grad = _gradient(losses.mean(), moved)
             adam.step()
-            if step % EVERY == 0 or step == steps:
-                yield step, (means + spread * moved).detach().cpu()
+            if step % MEASURED_EVERY == 0 or step == steps:
+                yield step, (means + deviations * moved).detach().cpu()
 
     def _losses(self, constants: Tensor, rows: Tensor, split: Split, first: int) -> Tensor:
-        """Return (rows,) losses of some calibration examples, under the masks from number `first` of a split on."""
+        """Return (rows,) losses of calibration examples, example i under mask `first` + i of a split."""
         examples = self._ablation.calibration.subset(rows.numpy())
         inputs, targets = examples.block(0, len(examples))
         masks = self._sampler.masks(split, range(first, first + len(rows)), self._count)
@@ -148,7 +158,7 @@ class _Trial:
 
 
 def _gradient(loss: Tensor, moved: Tensor) -> Tensor:
-    """Return the gradient of a loss; raise `AblationError` when there is none, or it is not finite."""
+    """Return the gradient of a loss by the constants; raise `AblationError` when there is none or it is not finite."""
     if not loss.requires_grad:
         raise AblationError(
             "the loss has no gradient by the constants: something between them detaches it, such as no_grad, argmax or "

@@ -1,4 +1,4 @@
-"""Which positions of texts are padding, so that no constant is taken from them."""
+"""Which positions of texts are padding; constants are not taken from them."""
 
 from torch import Tensor, nn
 
@@ -7,14 +7,14 @@ from coar.inputs import Inputs
 
 
 def tokens_of(model: nn.Module, inputs: Inputs) -> Tensor | None:
-    """Return (texts, positions) truth values, False at padding; None where nothing is padded.
+    """Return (texts, positions) truth values, False at padding; None where there is no padding.
 
     Args:
-        model: The model; a `config` in it may say which token pads.
-        inputs: A batch; `attention_mask`, of the shape of `input_ids`, says what is padding.
+        model: The model; a `config` in it may name its padding token.
+        inputs: A batch; its `attention_mask`, of the shape of `input_ids`, is 0 at padding.
 
     Raises:
-        AblationError: When padding tokens are among the texts and no mask says which of them are padding.
+        AblationError: When the texts contain the padding token and there is no mask.
     """
     named = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
     ids, mask = named.get("input_ids"), named.get("attention_mask")
@@ -27,15 +27,15 @@ def tokens_of(model: nn.Module, inputs: Inputs) -> Tensor | None:
     found = [token for token in padding if isinstance(token, int) and (ids == token).any()]
     if found:
         raise AblationError(
-            f"the calibration texts hold token {found[0]}, with which this model pads, and no attention_mask says "
-            f"where that is padding, which no constant may be taken from; give inputs as a dict of input_ids and "
-            f"attention_mask, all ones where nothing is padded"
+            f"the calibration texts hold token {found[0]}, which is this model's padding token, and there is no "
+            f"attention_mask to show where it is padding; give inputs as a dict of input_ids and attention_mask, all "
+            f"ones where nothing is padded"
         )
     return None
 
 
 def without_padding(values: Tensor, tokens: Tensor | None) -> Tensor:
-    """Return (values, channels) of (..., channels), without padding where there is one entry per token."""
+    """Flatten (..., channels) to (values, channels), without padding where there is one entry per token."""
     if tokens is not None:
         kept = tokens if values.shape[:2] == tokens.shape else tokens.flatten()
         if values.ndim > kept.ndim and values.shape[: kept.ndim] == kept.shape:

@@ -14,11 +14,11 @@ ABLATIONS: dict[str, type[Ablation]] = {
 
 
 def choose_ablation(label: str, *, calibration: Examples) -> Ablation:
-    """Return the ablation that a label stands for, with its usual settings.
+    """Return the ablation with a label, with default settings.
 
     Args:
         label: `zero` (weights), `zero_activation`, `mean`, `position_mean`, `peak`, `optimal` or `resample`.
-        calibration: The examples that means, peaks and optimal constants are computed from.
+        calibration: The examples that means, peaks and optimal constants are computed from; others ignore them.
 
     Raises:
         SettingsError: When there is no such ablation.

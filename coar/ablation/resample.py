@@ -11,14 +11,15 @@ from coar.ablation.base import Ablation
 from coar.components.table import Components
 from coar.errors import AblationError, ExamplesError
 
-SOURCES = 2**32  # second word of the key of donors' random numbers, which no masks' have
+SOURCES = 2**32  # second word of the Philox key; no mask's key has it
 
 
 class Resample(Ablation):
-    """Replace what a component computes for an example by what it computes for another one of the study.
+    """Replace what a component computes for an example by what it computes for another example of the study.
 
-    The other one, the donor, is drawn uniformly once and for all: its position depends on the seed, the example's
-    position and their number alone. Its activations are those of the unablated model, position by position.
+    r_j = h_j(x'), where x', the resample source of x, is drawn once, uniformly from the other examples: it depends only
+    on the seed, the position of x and the number of examples. Its activations are those of the unablated model,
+    position by position (Chan et al. 2022, "Causal scrubbing", call this resampling ablation).
 
     Attributes:
         seed: Seed of the draw, 0 to 2**63 - 1.
@@ -29,9 +30,10 @@ class Resample(Ablation):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:  # noqa: ARG002
-        """Return NaN, since no constant stands for a donor; raise `AblationError` where there is nothing to resample.
+        """Return NaN, since no constant replaces a component.
 
-        That is so for slices of parameters, and for experts in a stack.
+        Raises:
+            AblationError: For a slice of a parameter or an expert in a stack, where there is nothing to resample.
         """
         for row in components:
             if row.side == "parameter":
@@ -47,15 +49,15 @@ class Resample(Ablation):
         return torch.full((components.width,), torch.nan)
 
     def sources(self, examples: int) -> np.ndarray:
-        """Return (examples,) positions, each another one than the example's own.
+        """Return the (examples,) position of each example's resample source, never its own.
 
         Raises:
-            ExamplesError: When there is one example only.
+            ExamplesError: When there is only one example.
         """
         if examples < 2:
             raise ExamplesError("there is one example, and resampling takes activations from another; give two or more")
         key = np.array([self.seed, SOURCES], dtype=np.uint64)
-        words = np.random.Philox(key=key).random_raw(examples)  # the n-th does not depend on how many follow
+        words = np.random.Philox(key=key).random_raw(examples)  # the n-th word does not depend on how many follow
         shifts = 1 + ((words >> np.uint64(32)) * np.uint64(examples - 1) >> np.uint64(32)).astype(np.int64)
         sources: np.ndarray = (np.arange(examples) + shifts) % examples
         return sources

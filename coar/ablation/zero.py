@@ -12,21 +12,26 @@ from coar.errors import AblationError
 
 
 class ZeroWeight(Ablation):
-    """Zero a component's weights and keep its bias, as published (Shah et al. 2024).
+    """Zero a component's weights and keep its bias, the ablation of Shah et al. (2024).
 
-    An output becomes the bias, and an expert that of its last projection; an input counts as 0.
+    r_j = b_j, the bias of the layer, for an output and for an expert, whose bias is that of its last projection;
+    r_j = 0 for an output without a bias and for an input.
     """
 
     label: ClassVar[str] = "zero"
 
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:  # noqa: ARG002
-        """Return each channel's bias, 0 where it has none; raise `AblationError` for a whole module."""
+        """Return each channel's bias, 0 where it has none.
+
+        Raises:
+            AblationError: For a whole module.
+        """
         values = torch.zeros(components.width)
         for (site, side, _), indices in components.sites().items():
             if side == "module":
                 raise AblationError(
-                    f"{components[indices[0]].name!r} is a whole module, whose weights and biases are many layers'; "
-                    f"use ZeroActivation() or Resample()"
+                    f"{components[indices[0]].name!r} is a whole module, whose weights and biases belong to many "
+                    f"layers; use ZeroActivation() or Resample()"
                 )
             if side == "edge":
                 raise AblationError(
@@ -41,14 +46,14 @@ class ZeroWeight(Ablation):
 
 
 def _bias(module: nn.Module, side: Side) -> Tensor | None:
-    """Return the bias of a layer's outputs, or (experts, features) those of experts; None where there is none."""
+    """Return the (outputs,) bias of a layer or the (experts, features) biases of experts; None without one."""
     stack = stack_of(module) if side == "expert" else None
     bias = stack.bias if stack else module.bias
     return bias if isinstance(bias, Tensor) else None
 
 
 class ZeroActivation(Ablation):
-    """Replace what a component computes by 0, its bias included; a slice of a parameter is zeroed."""
+    """Replace what a component computes by zero, its bias included: r_j = 0. A slice of a parameter is zeroed."""
 
     label: ClassVar[str] = "zero_activation"
 

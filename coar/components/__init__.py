@@ -1,1 +1,1 @@
-"""Which parts of a model can be ablated: the table, and the finders that fill it."""
+"""The parts of a model that can be ablated: their table, and the finders that fill it."""

@@ -1,4 +1,4 @@
-"""The finder of attention heads."""
+"""The finder of attention heads, one component per head."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,8 +9,8 @@ from coar.components.layers import input_channels, is_linear, unwrapped
 from coar.components.table import Component, Components
 from coar.errors import ComponentError
 
-COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")  # attributes that say how many heads
-SIZES = ("head_dim", "attention_head_size", "head_size", "dim_head")  # attributes that say how wide a head is
+COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")  # attributes with the number of heads
+SIZES = ("head_dim", "attention_head_size", "head_size", "dim_head")  # attributes with the width of a head
 PROJECTIONS = (
     "o_proj",
     "out_proj",
@@ -24,20 +24,20 @@ PROJECTIONS = (
     "projection",
     "dense",
 )
-BESIDE = "output.dense"  # where BERT and its kin keep the projection, next to the block that computes the heads
+SIBLING = "output.dense"  # the projection in BERT and its relatives, next to the block that computes the heads
 
 
 def attention_heads(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> Components:
     """Find the heads of every attention block: one component per head.
 
-    A head is a contiguous slice of what the block's output projection reads, whichever attention kernel computed it;
-    with grouped queries there is one per query head.
+    A head is a contiguous slice of the input of the block's output projection, for any attention kernel; with grouped
+    queries there is one head per query head.
 
     Blocks are found by type and role. A block has `attention` or `attn` in the name of its type, parameters, and no
-    smaller block inside. Its output projection is a linear layer under one of the usual names (`o_proj`, `out_proj`,
-    `c_proj`, ...) or, as in BERT, `output.dense` beside the block. Its heads are told by an attribute of the block such
-    as `num_heads` or `head_dim`, or by `num_attention_heads` of its configuration, and must fill the projection's
-    input exactly.
+    smaller block inside. Its output projection is a linear layer with one of the usual names (`o_proj`, `out_proj`,
+    `c_proj`, ...) or, as in BERT, `output.dense` next to the block. An attribute of the block such as `num_heads` or
+    `head_dim`, or `num_attention_heads` of its configuration, gives the heads, which must fill the projection's input
+    exactly.
 
     Args:
         model: The model to look through.
@@ -46,7 +46,7 @@ def attention_heads(model: nn.Module, *, include: Patterns = None, exclude: Patt
 
     Raises:
         ComponentError: When the model has no attention block, a pattern matches none, or the heads or the projection
-            of a block cannot be told.
+            of a block cannot be determined.
     """
     model = unwrapped(model)
     blocks = _blocks(model)
@@ -59,7 +59,7 @@ def attention_heads(model: nn.Module, *, include: Patterns = None, exclude: Patt
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    """Return the paths of modules named for attention that have parameters and no other such module inside."""
+    """Return the paths of modules with attention in their type's name, parameters, and no such module inside."""
     named = [
         name
         for name, module in model.named_modules()
@@ -85,12 +85,12 @@ def _projections(model: nn.Module, name: str) -> list[str]:
     modules = dict(model.named_modules())
     own = [inside(name, child) for child in PROJECTIONS]
     found = [path for path in own if path in modules and is_linear(modules[path])]
-    beside = inside(name.rpartition(".")[0], BESIDE)
-    return found or [path for path in [beside] if name and path in modules and is_linear(modules[path])]
+    sibling = inside(name.rpartition(".")[0], SIBLING)
+    return found or [path for path in [sibling] if name and path in modules and is_linear(modules[path])]
 
 
 def _count(block: nn.Module, width: int) -> int:
-    """Return how many heads fill the projection's input, 0 when what the block says of them does not fit."""
+    """Return the number of heads that fill the projection's input, 0 when the block's attributes do not fit it."""
     count = _number(block, COUNTS) or _number(getattr(block, "config", None), COUNTS)
     size = _number(block, SIZES)
     count = count or (width // size if size else 0)
@@ -99,20 +99,20 @@ def _count(block: nn.Module, width: int) -> int:
 
 
 def _number(holder: object, names: Sequence[str]) -> int:
-    """Return the first of these attributes that is a whole number, 0 when none is."""
+    """Return the value of the first of these attributes that is a whole number, 0 when none is."""
     values = [getattr(holder, name, None) for name in names]
     return next((value for value in values if type(value) is int), 0)
 
 
 def _not_understood(model: nn.Module, name: str, projections: list[str]) -> ComponentError:
     block, parent = model.get_submodule(name), name.rpartition(".")[0]
-    seen = {key: getattr(block, key) for key in (*COUNTS, *SIZES) if hasattr(block, key)}
-    reads = {path: input_channels(model.get_submodule(path)) for path in projections}
+    attributes = {key: getattr(block, key) for key in (*COUNTS, *SIZES) if hasattr(block, key)}
+    widths = {path: input_channels(model.get_submodule(path)) for path in projections}
     around = f", in {_described(model.get_submodule(parent))}" if name else ""
     return ComponentError(
-        f"the heads of {name!r} cannot be told: it is {_described(block)}{around}; it says {seen} of its heads, and "
-        f"{reads} are layers that could be its output projection with what they read; expected are heads that fill the "
-        f"input of exactly one: exclude it, or cut the projection's weight with parameter_slices"
+        f"cannot determine the heads of {name!r}: it is {_described(block)}{around}; its attributes are {attributes}, "
+        f"and the layers that could be its output projection have inputs {widths}; heads were expected to fill the "
+        f"input of exactly one such layer: exclude the block, or cut the projection's weight with parameter_slices"
     )
 
 

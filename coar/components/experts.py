@@ -1,4 +1,4 @@
-"""The finder of experts in mixtures of experts."""
+"""The finder of experts in mixtures of experts, one component per expert."""
 
 from torch import nn
 
@@ -11,14 +11,15 @@ from coar.errors import ComponentError
 def experts(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> Components:
     """Find the experts of every mixture: one component per expert.
 
-    An ablated expert adds nothing to what its mixture returns, but for a bias of its last projection; the router
-    chooses and weighs as before, so other experts do not take its share.
+    With zero ablation, an expert adds nothing to the output of its mixture except a bias of its last projection; the
+    router chooses and weights experts as before, so other experts do not take its place.
 
-    Mixtures are found by role: a module that is called `experts`, or has `Experts` at the end of its type's name. It
-    either keeps all experts' last projections in one parameter, experts first, as the models of transformers do, and an
-    expert is all that it returns, before it is weighed; or it is a list of modules, one per expert, and an expert is
-    all that its last linear layer reads. Where such a parameter is there and the mixture is not told where tokens are
-    sent, an expert is a slice of the parameter, and can only be zeroed.
+    Mixtures are found by role: a module with the name `experts`, or with `Experts` at the end of its type's name. In
+    one layout the mixture keeps the last projections of all experts in one parameter, experts first, as in
+    transformers; then the component is all that an expert returns before it is weighted. In the other layout the
+    mixture is a list of modules, one per expert; then the component is the whole input of an expert's last linear
+    layer. Where a mixture has such a parameter but is not called with the routes of the tokens, the component is a
+    slice of the parameter, which can only be zeroed.
 
     Args:
         model: The model to look through.
@@ -27,7 +28,7 @@ def experts(model: nn.Module, *, include: Patterns = None, exclude: Patterns = N
 
     Raises:
         ComponentError: When the model has no mixture, a pattern matches none, or an expert's last projection cannot be
-            told.
+            determined.
     """
     model = unwrapped(model)
     found = {name: module for name, module in model.named_modules() if _is_mixture(name, module)}
@@ -40,8 +41,8 @@ def experts(model: nn.Module, *, include: Patterns = None, exclude: Patterns = N
 
 
 def _is_mixture(name: str, module: nn.Module) -> bool:
-    called = name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
-    return called and next(module.parameters(), None) is not None
+    named = name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
+    return named and next(module.parameters(), None) is not None
 
 
 def _rows(name: str, mixture: nn.Module) -> list[Component]:
@@ -73,7 +74,7 @@ def _not_understood(name: str, module: nn.Module) -> ComponentError:
     parameters = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
     children = {key: type(child).__name__ for key, child in module.named_children()}
     return ComponentError(
-        f"the experts of {name!r} cannot be told: it is a {type(module).__name__} with parameters {parameters} and "
-        f"modules {children}; expected is one last projection, called {', '.join(LAST)}, which is a parameter of three "
+        f"cannot determine the experts of {name!r}: it is a {type(module).__name__} with parameters {parameters} and "
+        f"modules {children}; one last projection was expected, named {', '.join(LAST)}, which is a parameter of three "
         f"axes for all experts or a linear layer in each: exclude it, or use parameter_slices"
     )

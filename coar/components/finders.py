@@ -17,7 +17,7 @@ def conv_filters(model: nn.Module, *, include: Patterns = None, exclude: Pattern
 
     Args:
         model: The model to look through.
-        include: Shell-style patterns of module names (`layer1.*`, `*conv*`); only modules that match one are taken.
+        include: Shell-style patterns of module names (`layer1.*`, `*conv*`); only modules that match one are searched.
         exclude: Patterns of module names to leave out; applied after `include`.
 
     Raises:
@@ -34,8 +34,8 @@ def conv_filters(model: nn.Module, *, include: Patterns = None, exclude: Pattern
 def neurons(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> Components:
     """Find the neurons of every linear layer: one component per output row.
 
-    The `Conv1D` of transformers counts as a linear layer; its weight is (inputs, outputs), so columns are meant. The
-    last layer of a classifier is among them unless `exclude` names it.
+    The `Conv1D` of transformers counts as a linear layer; its weight is (inputs, outputs), so its outputs are columns.
+    The last layer of a classifier is included unless `exclude` names it.
 
     Args:
         model: The model to look through.
@@ -56,9 +56,9 @@ def neurons(model: nn.Module, *, include: Patterns = None, exclude: Patterns = N
 def input_features(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> Components:
     """Find the input features of every linear layer: one component per column of an `nn.Linear`'s weight.
 
-    The `Conv1D` of transformers counts as a linear layer; its weight is (inputs, outputs), so rows are meant. A feature
-    is ablated where the layer reads it: the input features of a feed-forward block's second layer are the block's
-    neurons after the activation.
+    The `Conv1D` of transformers counts as a linear layer; its weight is (inputs, outputs), so its inputs are rows. A
+    feature is ablated where the layer reads it: the input features of a feed-forward block's second layer are the
+    block's neurons after the activation.
 
     Args:
         model: The model to look through.
@@ -79,17 +79,17 @@ def input_features(model: nn.Module, *, include: Patterns = None, exclude: Patte
 def modules(
     model: nn.Module, patterns: str | Sequence[str], *, axis: int | None = None, size: int | None = None
 ) -> Components:
-    """Take whole modules, such as attention blocks or branches of a residual net, each as one component.
+    """Find whole modules, such as attention blocks or branches of a residual net: one component per module.
 
-    What is ablated is the tensor that the module returns, or the first of a tuple. Zeros and other examples'
-    activations replace it as it is. Constants, one for each of its features, need to know where these lie.
+    Ablation replaces the tensor that the module returns, or the first of a tuple. Zeros and other examples' activations
+    replace a tensor of any shape. Constants, one per feature, need the axis of the features.
 
     Args:
         model: The model to look through.
         patterns: Shell-style patterns of module names, such as `*.mlp`.
         axis: Axis of the returned tensor along which the features lie; by default 1 where the last layer inside is a
-            convolution and the last axis where it is linear. Constants are refused where the tensor does not fit.
-        size: How many features there are; by default as many as the last layer inside has outputs.
+            convolution and the last axis where it is linear. A tensor that does not fit is an `AblationError`.
+        size: Number of features; by default the number of outputs of the last layer inside.
 
     Raises:
         ComponentError: When a pattern matches no module, or `axis` is that of the batch.
@@ -97,8 +97,8 @@ def modules(
     model = unwrapped(model)
     if axis == 0 or (size is not None and size < 1):
         raise ComponentError(
-            f"axis={axis} and size={size} were given; axis 0 is the batch's, and a module has at least one feature: "
-            f"give the axis along which features lie, such as -1, and how many there are"
+            f"axis={axis} and size={size} were given; axis 0 is the batch, and a module has at least one feature: give "
+            f"the axis along which features lie, such as -1, and their number"
         )
     names = matching([name for name, _ in model.named_modules() if name], patterns, None, "module")
     return Components(
@@ -107,7 +107,7 @@ def modules(
 
 
 def _features(module: nn.Module, axis: int | None, size: int | None) -> tuple[int, int, int]:
-    """Return axis, first index and number of a module's features; axis 0 and one when they cannot be told."""
+    """Return axis, first index and number of a module's features; axis 0 and one feature when they are unknown."""
     layers = [layer for layer in module.modules() if is_layer(layer)]
     if layers:
         axis = axis or (1 if isinstance(layers[-1], CONVOLUTIONS) else -1)
@@ -116,13 +116,13 @@ def _features(module: nn.Module, axis: int | None, size: int | None) -> tuple[in
 
 
 def parameter_slices(model: nn.Module, patterns: str | Sequence[str], *, axis: int = 0, size: int = 1) -> Components:
-    """Cut parameters into slices along one axis, each slice a component that can only be zeroed.
+    """Cut parameters into slices along one axis: one component per slice, which can only be zeroed.
 
     Args:
         model: The model to look through.
         patterns: Shell-style patterns of parameter names, such as `*.conv?.weight`.
         axis: Axis to cut along; 0 is the output side of most layers.
-        size: Width of a slice, in indices along the axis; must divide the parameter's length there.
+        size: Width of a slice, in indices along the axis; it must divide the parameter's length there.
 
     Raises:
         ComponentError: When a pattern matches no parameter, or the axis or size does not fit one that it matches.
@@ -169,12 +169,12 @@ def matching(names: list[str], include: Patterns, exclude: Patterns, noun: str) 
 
     Args:
         names: Paths of modules or parameters.
-        include: Shell-style patterns; only names that match one are kept; None keeps all.
+        include: Shell-style patterns; only names that match one are returned; None stands for all.
         exclude: Patterns of names to leave out; applied after `include`.
-        noun: What the names are of, for messages.
+        noun: The kind of thing that has these names, for messages.
 
     Raises:
-        ComponentError: When a pattern has no effect, which is a mistake, or no name is left.
+        ComponentError: When a pattern matches no name, or no name is left.
     """
 
     def match(patterns: Patterns) -> set[str]:
@@ -200,5 +200,5 @@ def matching(names: list[str], include: Patterns, exclude: Patterns, noun: str) 
 
 
 def inside(path: str, name: str) -> str:
-    """Return the path of what is called `name` inside a module; the model's own path is empty."""
+    """Return the path of the child `name` of a module; the model's own path is empty."""
     return f"{path}.{name}" if path else name

@@ -1,4 +1,4 @@
-"""What counts as a layer, and how many inputs and outputs it has; layers that all experts of a mixture stack."""
+"""Layers: which modules count as one, their inputs and outputs, and the stacked layers of a mixture of experts."""
 
 import inspect
 import sys
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAST = ("down_proj", "w2", "wo", "fc2", "output_linear", "c_proj")  # what an expert's last projection is called
+LAST = ("down_proj", "w2", "wo", "fc2", "output_linear", "c_proj")  # names of an expert's last projection
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside what `torch.compile`, `DataParallel` and `DistributedDataParallel` return."""
+    """Return the module inside the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
     dynamo = sys.modules.get("torch._dynamo")  # imported by `torch.compile`, in seconds; without it nothing is compiled
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -24,24 +24,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Say whether a module is transformers' `Conv1D`: a linear layer whose weight is (inputs, outputs)."""
+    """Return whether a module is transformers' `Conv1D`: a linear layer whose weight is (inputs, outputs)."""
     named = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
     weight = getattr(module, "weight", None)
     return named and isinstance(weight, Tensor) and tuple(weight.shape[1:]) == (getattr(module, "nf", None),)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Say whether a module is a matrix over the last axis of its input: an `nn.Linear` or transformers' `Conv1D`."""
+    """Return whether a module is a matrix over the last axis of its input: an `nn.Linear` or transformers' `Conv1D`."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Say whether a module is a convolution or a linear layer."""
+    """Return whether a module is a convolution or a linear layer."""
     return isinstance(module, CONVOLUTIONS) or is_linear(module)
 
 
 def output_channels(module: nn.Module) -> int:
-    """Return how many output rows a convolution or linear layer has, 0 for any other module."""
+    """Return the number of outputs of a convolution or linear layer, 0 for any other module."""
     if is_conv1d(module):
         return int(module.nf)  # type: ignore[arg-type]
     return int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))
@@ -53,7 +53,7 @@ def output_axis(layer: nn.Module) -> int:
 
 
 def input_channels(module: nn.Module) -> int:
-    """Return how many input features an `nn.Linear` or `Conv1D` reads, 0 for any other module."""
+    """Return the number of input features of an `nn.Linear` or `Conv1D`, 0 for any other module."""
     if isinstance(module, nn.Linear):
         return module.in_features
     return module.weight.shape[0] if is_conv1d(module) else 0  # type: ignore[return-value, index]
@@ -68,10 +68,10 @@ class Stack(NamedTuple):
     """The last projections of all experts of a mixture, kept in one parameter.
 
     Attributes:
-        name: What the parameter is called.
-        weight: It itself, (experts, ..., ...).
+        name: Name of the parameter.
+        weight: The parameter, (experts, ..., ...).
         bias: (experts, features) biases; None where there are none.
-        features: How many features an expert returns.
+        features: Number of features that an expert returns.
     """
 
     name: str
@@ -81,10 +81,10 @@ class Stack(NamedTuple):
 
 
 def stack_of(mixture: nn.Module) -> Stack | None:
-    """Return the last projections that a mixture stacks; None where it does not, or does not weigh its experts.
+    """Return the stacked last projections of a mixture; None where there are none or the mixture gets no weights.
 
-    A mixture that weighs them is called as those of transformers are: with the states of tokens, the experts that each
-    token is sent to, and their weights.
+    A mixture that weights its experts has the signature of those of transformers: the states of tokens, the experts
+    that each token is sent to, and their weights.
     """
     names = [name for name in LAST if (p := mixture._parameters.get(name)) is not None and p.ndim == 3]
     if len(names) != 1 or len(inspect.signature(type(mixture).forward).parameters) != 4:

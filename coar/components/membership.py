@@ -1,6 +1,4 @@
-"""Whether a table of components fits a model."""
-
-from typing import TYPE_CHECKING
+"""The check that a table of components fits a model."""
 
 from torch import nn
 
@@ -8,12 +6,9 @@ from coar.components.layers import input_channels, output_channels, stack_of, un
 from coar.components.table import Components, Side
 from coar.errors import ComponentError
 
-if TYPE_CHECKING:
-    pass
-
 
 def check_components(model: nn.Module, components: Components) -> None:
-    """Raise `ComponentError`, naming the first culprit, unless every component is a part of this model."""
+    """Raise `ComponentError`, naming the first component that does not fit, unless all are parts of this model."""
     model = unwrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -24,13 +24,14 @@ class Component(NamedTuple):
         kind: `conv filter`, `neuron`, `input feature`, `attention head`, `expert`, `module`, `parameter slice`, `edge`
             or `node`.
         site: Path of the module, or of the parameter for a slice of one; of the module that reads, for an edge.
-        side: What of the site is ablated: channels of the module's `output` or `input`, all that the `module` returns,
-            what one `expert` of the module returns, the `parameter` itself, or an `edge` between two modules.
+        side: The part of the site that is ablated: channels of the module's `output` or `input`, all that the `module`
+            returns, all that one `expert` of the module returns, the `parameter` itself, or an `edge` between two
+            modules.
         axis: Axis of the module's output or input, or of the parameter, along which the component lies; 0 for a whole
-            module whose features lie along an axis that is not known. Experts' features count as side by side.
-        position: First index of the component along that axis; for an edge, of its writer's constants among those of
-            all writers, which its other edges share.
-        size: How many indices, or channels, it takes along that axis.
+            module whose feature axis is unknown. The features of a mixture's experts are numbered consecutively.
+        position: First index of the component along that axis; for an edge, the first index of its writer's constants,
+            which all edges of the writer share, among the constants of all writers.
+        size: Number of indices along that axis; each is one channel.
     """
 
     name: str
@@ -43,20 +44,20 @@ class Component(NamedTuple):
 
 
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return the numbers from each start on, as many as its size says, one range after another."""
+    """Return the concatenation of the ranges of the given sizes, each from its start."""
     before = sizes.cumsum() - sizes
     numbers: np.ndarray = np.repeat(starts - before, sizes) + np.arange(sizes.sum())
     return numbers
 
 
 def read_component(values: Sequence[object]) -> Component:
-    """Return a component from a row of plain values; raise `ValueError` unless each has its type and makes sense."""
+    """Return a component from a row of plain values; raise `ValueError` unless each has a valid type and value."""
     types = (str, str, str, str, int, int, int)
     if len(values) != len(types) or any(type(v) is not kind for v, kind in zip(values, types, strict=True)):
-        raise ValueError(f"{values!r} is no row of a component table")
+        raise ValueError(f"{values!r} is not a row of a component table")
     component = Component(*values)  # type: ignore[arg-type]
     if component.side not in get_args(Side) or component.position < 0 or component.size < 1:
-        raise ValueError(f"{values!r} is no row of a component table")
+        raise ValueError(f"{values!r} is not a row of a component table")
     return component
 
 
@@ -116,29 +117,32 @@ class Components(Sequence[Component]):
 
     @property
     def width(self) -> int:
-        """How many channels all components have together; edges of one writer share its channels."""
+        """Number of channels of all components together; edges of one writer share its channels."""
         return int((self._starts + self._sizes).max())
 
     def channels_of(self, rows: Sequence[int]) -> np.ndarray:
-        """Return the numbers of some components' channels, where those of all components are counted in table order.
+        """Return the numbers of the channels of some components, counted over all components in table order.
 
-        Those of edges are counted in the order of writers.
+        The channels of edges are counted in the order of their writers.
         """
         index = np.asarray(rows, dtype=np.int64)
         return _ranges(self._starts[index], self._sizes[index])
 
     def positions_of(self, rows: Sequence[int]) -> np.ndarray:
-        """Return where the channels of some components lie along their axis, in the order of `channels_of`."""
+        """Return the positions of the channels of some components along their axis, in the order of `channels_of`."""
         starts = np.array([self._rows[i].position for i in rows], dtype=np.int64)
         return _ranges(starts, self._sizes[np.asarray(rows, dtype=np.int64)])
 
     def per_channel(self, constants: np.ndarray) -> np.ndarray:
-        """Return (width,) constants, of as many or of (components,), where one stands for all channels of a component.
+        """Return (width,) constants, one per channel.
 
-        As many for each of several positions, one position after another, become (positions, width).
+        Args:
+            constants: (width,) constants, which are returned as they are; (components,) constants, each for all
+                channels of a component; or constants for several positions, one position after another, which are
+                returned as (positions, width).
 
         Raises:
-            ValueError: When there is any other number of them.
+            ValueError: When there is any other number of constants.
         """
         if constants.shape == (self.width,):
             return constants
@@ -166,7 +170,7 @@ class Components(Sequence[Component]):
         """Return the row number of a component by its name; raise `ComponentError` for an unknown name."""
         if name not in self._index:
             near = ", ".join(list(self._index)[:3])
-            raise ComponentError(f"no component is called {name!r}; this table has {len(self)}, such as {near}")
+            raise ComponentError(f"no component has the name {name!r}; this table has {len(self)}, such as {near}")
         return self._index[name]
 
     def sites(self) -> dict[tuple[str, Side, int], list[int]]:

@@ -15,7 +15,7 @@ from coar.forward.devices import choose_device, device_copy
 from coar.forward.execution_plan import ExecutionPlan, Precision
 from coar.forward.runner import FastRunner
 from coar.outputs.base import Output
-from coar.outputs.classification import CorrectClassMargin, sides
+from coar.outputs.classification import CorrectClassMargin, margin_pair
 
 GRADIENT_COST = 3  # a mask gradient's forward and backward pass, in forward passes
 SPREAD_EXAMPLES = 500  # from which standard deviations of channels are computed
@@ -53,7 +53,7 @@ class GatedEvaluator:
         self.constants = np.array(self._facts["replacements"], dtype=np.float32)
         self._model = device_copy(model, choose_device(device))
         self._plan = ExecutionPlan(precision=precision, batch_size=batch_size)
-        self._largest, self._smooth = sides(output or CorrectClassMargin())
+        self._largest, self._smooth = margin_pair(output or CorrectClassMargin())
         self._runners: dict[tuple[Output, bytes], FastRunner] = {}
         inputs, targets = examples.block(0, len(examples))
         self._examples = Examples(inputs=inputs, targets=targets)

@@ -17,7 +17,7 @@ from coar.forward.devices import choose_device, device_copy
 from coar.forward.model_runner import ModelRunner
 from coar.forward.runner import FastRunner
 from coar.outputs.base import Output
-from coar.outputs.classification import CorrectClassMargin, sides
+from coar.outputs.classification import CorrectClassMargin, margin_pair
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +58,7 @@ def effect_curve(
     replacements = torch.tensor(
         attributions.facts["replacements"] if constants is None else constants, dtype=torch.float32
     )
-    copy, (largest, _) = device_copy(model, choose_device(device)), sides(output or CorrectClassMargin())
+    copy, (largest, _) = device_copy(model, choose_device(device)), margin_pair(output or CorrectClassMargin())
     runner = FastRunner(
         copy, attributions.components, replacements, largest, batch_norms=attributions.facts["batch_norms"]
     )
@@ -132,7 +132,7 @@ def judge_edit(
 
 def margins(model: nn.Module, examples: Examples, *, device: str = "auto", output: Output | None = None) -> np.ndarray:
     """Return (examples,) margins of the correct answer, by default the class, against the runner-up logit."""
-    runner = ModelRunner(device_copy(model, choose_device(device)), sides(output or CorrectClassMargin())[0])
+    runner = ModelRunner(device_copy(model, choose_device(device)), margin_pair(output or CorrectClassMargin())[0])
     step = runner.batch_size
     blocks = (runner.load(examples, start, start + step) for start in range(0, len(examples), step))
     return np.concatenate([runner.base_output(block) for block in blocks])

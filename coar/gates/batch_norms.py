@@ -1,4 +1,4 @@
-"""Batch norms that alone follow a layer: found by a pass, and confirmed by outputs."""
+"""Batch norms that alone follow a layer: found in a forward pass and confirmed by comparing outputs."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -23,53 +23,53 @@ def following_batch_norms(
 ) -> dict[str, str]:
     """Find, for sites without a bias, the batch norm that alone consumes their output.
 
-    A batch norm is a candidate when the very tensor that the site returned is its input. Since a model may also read
-    that tensor elsewhere or change it on the way, a candidate counts only if a copy with constants folded into it, and
-    gates that fold it into the weights, both give the outputs that plain gates give, for constants of either sign.
+    A batch norm is a candidate when its input is the very tensor that the site returned. A model may also read that
+    tensor elsewhere or change it in between, so a candidate counts only if a copy with constants folded into it, and
+    gates that fold it into the weights, both give the outputs of gates without folding, for constants of either sign.
 
     Args:
         model: The model in evaluation mode.
         components: The components of the study.
-        run: Runs a model on some examples and returns its outputs, of any shape.
+        run: Runs a model on some examples and returns its outputs, a tensor of any shape.
 
     Returns:
         Path of the batch norm by path of the site.
     """
     candidates = _candidates(model, components, run)
     outputs = [i for i, row in enumerate(components) if row.side == "output"]
-    spread = _spread(model, components, candidates)
+    constants = _large_constants(model, components, candidates)
 
-    def agree(pairs: dict[str, str], constants: Tensor) -> bool:
+    def agree(pairs: dict[str, str], values: Tensor) -> bool:
         rows = [i for i in outputs if components[i].site in pairs and components[i].position % 2 == 0]
         keep = torch.ones(len(components), dtype=torch.bool, device=next(model.parameters()).device)
         keep[rows] = False
         results = []
         for norms in ({}, pairs):
-            with Gates(model, components, constants, batch_norms=norms) as gates:
+            with Gates(model, components, values, batch_norms=norms) as gates:
                 gates.set(keep)
                 results.append(run(model))
         folded = deepcopy(model)
-        values = [tuple(constants[components.channels_of([i])].tolist()) for i in rows]
-        fold(folded, [components[i] for i in rows], values, batch_norms=pairs)
+        replacements = [tuple(values[components.channels_of([i])].tolist()) for i in rows]
+        fold(folded, [components[i] for i in rows], replacements, batch_norms=pairs)
         results.append(run(folded))
         return all(difference(results[0], other) <= REFORMULATED for other in results[1:])
 
     def agrees(pairs: dict[str, str]) -> bool:
-        return agree(pairs, spread) and agree(pairs, -spread)
+        return agree(pairs, constants) and agree(pairs, -constants)
 
     if not candidates or agrees(candidates):
         return candidates
     return {site: name for site, name in candidates.items() if agrees({site: name})}
 
 
-def _spread(model: nn.Module, components: Components, candidates: Mapping[str, str]) -> Tensor:
-    """Return constants that a batch norm shows clearly: a channel's mean in size plus one standard deviation."""
+def _large_constants(model: nn.Module, components: Components, candidates: Mapping[str, str]) -> Tensor:
+    """Return constants far from a batch norm's statistics: a channel's absolute mean plus one standard deviation."""
     constants = torch.zeros(components.width)
     for (site, side, _), rows in components.sites().items():
         if side == "output" and site in candidates:
             norm, positions = model.get_submodule(candidates[site]), components.positions_of(rows)
-            clear = norm.running_mean.abs() + norm.running_var.sqrt()  # type: ignore[operator]
-            constants[components.channels_of(rows)] = clear.float().cpu()[positions]
+            large = norm.running_mean.abs() + norm.running_var.sqrt()  # type: ignore[operator]
+            constants[components.channels_of(rows)] = large.float().cpu()[positions]
     return constants
 
 
@@ -79,7 +79,7 @@ def _candidates(model: nn.Module, components: Components, run: Callable[[nn.Modu
         for (site, side, _) in components.sites()
         if side == "output" and reads_own_weight(layer := model.get_submodule(site)) and layer.bias is None
     }
-    returned: list[tuple[Tensor, str]] = []  # the tensors are held, so that no other takes their identity
+    returned: list[tuple[Tensor, str]] = []  # holds the tensors, so that no other tensor gets their identity
     pairs: list[tuple[str, str]] = []
 
     def record(site: str) -> Callable[[nn.Module, Any, Tensor], None]:

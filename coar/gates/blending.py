@@ -1,4 +1,4 @@
-"""The arithmetic of a gate: keep * (y + kept) + (1 - keep) * ablated, and its gradients, in few passes over y."""
+"""The arithmetic of a gate: keep * (y + kept) + (1 - keep) * ablated and its gradients, in few passes over y."""
 
 from typing import Any
 
@@ -17,16 +17,16 @@ def blend(
         y: The activations; axis 0 is the batch.
         keep: (channels,) mask, or (batch, channels) with one mask per entry of the batch.
         ablated: (channels,) constants that replace what is ablated.
-        difference: (channels,) constants added to what is kept, less `ablated`; None where all are 0.
+        difference: (channels,) constants: `kept` minus `ablated`; None where all are 0.
         axis: Axis of y along which the channels lie.
-        out: Where one mask for all may write the result, which then has no gradients; y itself is possible.
+        out: Tensor for the result under one mask, which then has no gradients; it may be y itself.
     """
     if keep.ndim == 1:
         shape = along(axis, y)
         mask = keep.to(y.dtype).view(shape)
         constant = ablated if difference is None else ablated + keep.to(ablated) * difference
         constant = constant.to(y.dtype).view(shape)
-        if out is not None and y.stride(axis) == 1:  # else kernels are several times slower than in two passes
+        if out is not None and y.stride(axis) == 1:  # at other strides it is several times slower than two passes
             return torch.addcmul(constant, y, mask, out=out)
         return y * mask + constant if out is None else torch.mul(y, mask, out=out).add_(constant)
     blended: Tensor = _Blend.apply(y, keep, ablated, difference, axis)
@@ -63,15 +63,15 @@ class _Blend(torch.autograd.Function):
 def _scale(y: Tensor, mask: Tensor, constant: Tensor | None, axis: int) -> Tensor:
     """Return y * mask + constant, with (batch, channels) masks and (channels,) or (batch, channels) constants.
 
-    Where the channels lie innermost in memory and are few, mask and constant are first repeated along a row of pixels:
-    kernels run several times faster over long inner loops (ten times for 16 channels in bfloat16 on a CPU).
+    Where channels are innermost in memory, mask and constant are first repeated along a row of pixels: kernels run
+    several times faster over long inner loops (ten times for 16 channels in bfloat16 on a CPU).
     """
     rows = len(y)
     if constant is not None and constant.ndim == 1:
         constant = constant.expand(1, -1)
     if y.ndim == 4 and axis == 1 and y.is_contiguous(memory_format=torch.channels_last):
         _, channels, height, width = y.shape
-        out = torch.empty_like(y)  # not a view of the product, or no layer that follows could write into it
+        out = torch.empty_like(y)  # not a view of the product, which layers that follow could not write into
         flat, flat_out = (t.permute(0, 2, 3, 1).view(rows, height, width * channels) for t in (y, out))
         many = mask.repeat(1, width)[:, None]
         _affine(flat, many, None if constant is None else constant.repeat(1, width)[:, None], flat_out)
@@ -86,5 +86,5 @@ def _affine(y: Tensor, mask: Tensor, constant: Tensor | None, out: Tensor | None
 
 
 def _sum(values: Tensor, axes: list[int]) -> Tensor:
-    """Sum over all axes but batch and channels."""
+    """Sum over all axes except batch and channels."""
     return values.sum(axes).float() if axes else values.float()

@@ -1,4 +1,4 @@
-"""Ablations made permanent in the weights, so that the edited model needs nothing of this package."""
+"""Ablations made permanent in the weights, so that the edited model does not need this package."""
 
 from collections.abc import Iterable, Mapping
 
@@ -24,25 +24,26 @@ def fold(
     batch_norms: Mapping[str, str],
     strengths: Iterable[float] | None = None,
 ) -> None:
-    """Replace components by constants for good, in place, wholly or in part.
+    """Replace components by constants permanently, in place, completely or in part.
 
     A component's weights are zeroed: rows for an output, columns for an input, all for a module, the last projection
-    for an expert. Its constants then go into the layer's own bias; where there is none, an output's go into the running
-    mean of the batch norm that follows, which keeps the state dict's keys; where there is neither, and for inputs, they
-    go into a new bias of zeros.
+    for an expert. Its constants are then added to the layer's bias. Where there is no bias, the constants of an output
+    go into the running mean of the batch norm that follows, which keeps the keys of the state dict; where there is no
+    such batch norm either, and for inputs, the layer gets a new bias of zeros.
 
     Args:
         model: The model to change.
-        components: What to replace.
-        values: Constants of each component; for zero weight, its biases.
+        components: The components to replace.
+        values: Constants of each component, one or one per channel; with `ZeroWeight`, its biases.
         batch_norms: Path of the batch norm that follows a site without bias, see `following_batch_norms`.
-        strengths: How far each goes towards its constants, above 0 and at most 1; by default 1.
+        strengths: Strength s of each component, above 0 and at most 1, by default 1: it becomes (1 - s) * y + s * r,
+            where y is what it computes and r are its constants.
 
     Raises:
         ComponentError: When a component is not part of the model.
-        EditError: When a component has no constant, a module's output is not that of one layer inside, an expert's
-            mixture has no biases to take constants, or a weight is shared with another module or computed, so that
-            zeroing it would do something else.
+        EditError: When a component has no constants, a module's output is not that of one layer inside, an expert's
+            mixture has no biases to hold constants, or a weight is shared with another module or computed, so that
+            zeroing it would have other effects.
     """
     pairs = list(zip(components, values, strict=True))
     chosen = list(zip(pairs, [1.0] * len(pairs) if strengths is None else strengths, strict=True))
@@ -54,7 +55,7 @@ def fold(
         for (component, value), strength in chosen:
             if component.side == "parameter":
                 parameter = model.get_parameter(component.site)
-                _fade(parameter.narrow(component.axis, component.position, component.size), strength)
+                _shrink(parameter.narrow(component.axis, component.position, component.size), strength)
             elif component.side == "input":
                 _fold_input(model, component, value, strength)
             elif component.side == "expert":
@@ -66,7 +67,7 @@ def fold(
 
 
 def check_permanent(component: Component, value: Constant) -> None:
-    """Raise `EditError` for a component without constants, or with a number of them that is not its channels'."""
+    """Raise `EditError` for a component without constants, or with neither one nor one per channel."""
     if np.size(value) not in (1, component.size):
         raise EditError(
             f"{component.name!r} has {component.size} channels, and {np.size(value)} constants were given; give one "
@@ -74,15 +75,15 @@ def check_permanent(component: Component, value: Constant) -> None:
         )
     if np.isnan(value).any():
         raise EditError(
-            f"{component.name!r} is replaced by what another example has there, or by other means at every position, "
+            f"{component.name!r} is replaced by another example's activations, or by other means at every position, "
             f"which no weights can hold; collect with an ablation by constants, such as coar.Mean, to make edits"
         )
 
 
 def _last_layer(model: nn.Module, component: Component) -> Component:
-    """Return the outputs of the layer whose output is all that a whole module returns; raise `EditError` for others.
+    """Return the outputs of the layer whose output a whole module returns; raise `EditError` when it is unknown.
 
-    Only a layer itself, and a sequence that ends in one, tell by their type what they return.
+    It is known only for a layer itself and for a sequence that ends in one.
     """
     path, module = component.site, model.get_submodule(component.site)
     while type(module) is nn.Sequential:
@@ -92,15 +93,15 @@ def _last_layer(model: nn.Module, component: Component) -> Component:
         path, module = f"{path}.{children[-1]}", module.get_submodule(children[-1])
     if not is_layer(module):
         raise EditError(
-            f"{component.name!r} is a whole module that ends in a {type(module).__name__}, and what it returns is "
-            f"made permanent only where it is a linear layer or a convolution, or a sequence that ends in one; for "
-            f"edits choose what its last layer reads, such as coar.input_features or coar.attention_heads"
+            f"{component.name!r} is a whole module that ends in a {type(module).__name__}; an edit of a module is "
+            f"possible only where it is a linear layer or a convolution, or a sequence that ends in one; for edits "
+            f"choose the inputs of its last layer, such as coar.input_features or coar.attention_heads"
         )
     return component._replace(site=path, side="output", position=0, size=output_channels(module))
 
 
-def _fade(weight: Tensor, strength: float) -> None:
-    """Take a share of a weight away, in place; all of it leaves zeros, whatever stood there."""
+def _shrink(weight: Tensor, strength: float) -> None:
+    """Multiply a weight by 1 - strength, in place; strength 1 leaves zeros, also of values that are not finite."""
     if strength == 1:
         weight.zero_()
     else:
@@ -114,12 +115,12 @@ def _fold_output(
     weight, bias = _own(model, component.site, "weight"), _own(model, component.site, "bias")
     rows = range(position, position + component.size)
     for row in rows:
-        _fade(weight[_filter_index(layer, row)], strength)  # type: ignore[index]
+        _shrink(weight[_filter_index(layer, row)], strength)  # type: ignore[index]
     constants = strength * layer.weight.new_tensor(value).expand(component.size)  # type: ignore[operator]
     if bias is None and constants.any() and batch_norm is None:
         layer.bias = bias = nn.Parameter(constants.new_zeros(output_channels(layer)))
     if bias is not None:
-        _fade(bias[rows.start : rows.stop], strength)
+        _shrink(bias[rows.start : rows.stop], strength)
         bias[rows.start : rows.stop] += constants
     elif batch_norm is not None:
         model.get_submodule(batch_norm).running_mean[rows.start : rows.stop] -= constants  # type: ignore[operator, index]
@@ -135,7 +136,7 @@ def _fold_input(model: nn.Module, component: Component, value: Constant, strengt
         if bias is None:
             layer.bias = bias = nn.Parameter(columns.new_zeros(output_channels(layer)))
         bias.add_(constants @ columns if axis == 0 else columns @ constants)
-    _fade(columns, strength)
+    _shrink(columns, strength)
 
 
 def _fold_expert(model: nn.Module, component: Component, value: Constant, strength: float) -> None:
@@ -149,14 +150,14 @@ def _fold_expert(model: nn.Module, component: Component, value: Constant, streng
             f"{component.name!r} is an expert of a mixture without biases, so no weights can hold the constants that "
             f"replace it where the router chooses it; to edit experts collect with coar.ZeroWeight"
         )
-    _fade(weight[expert], strength)  # type: ignore[index]
+    _shrink(weight[expert], strength)  # type: ignore[index]
     if bias is not None:
-        _fade(bias[expert], strength)
+        _shrink(bias[expert], strength)
         bias[expert] += constants
 
 
 def _own(model: nn.Module, site: str, name: str) -> nn.Parameter | None:
-    """Return a layer's weight or bias, None where it has none; raise `EditError` when it is not the layer's alone."""
+    """Return a layer's weight or bias, None where it has none; raise `EditError` when other modules share it."""
     layer = model.get_submodule(site)
     if name not in layer._parameters:
         raise EditError(
@@ -173,7 +174,7 @@ def _own(model: nn.Module, site: str, name: str) -> nn.Parameter | None:
 
 
 def _filter_index(layer: nn.Module, position: int) -> tuple[slice | int, ...]:
-    """Index the part of a layer's weight that makes output channel `position`."""
+    """Return the index of the part of a layer's weight that computes output channel `position`."""
     if not isinstance(layer, TRANSPOSED_CONVOLUTIONS):
         return (slice(None),) * output_axis(layer) + (position,)
     inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups

@@ -1,7 +1,7 @@
-"""Attention blocks that read their output projection's weight without calling it, made to call it.
+"""Calls of output projections in attention blocks that otherwise only read the projection's weight.
 
-`torch.nn.MultiheadAttention` and torchvision's shifted-window attention (Swin) hand that weight to a function, so no
-hook can see what the projection reads: the heads.
+`torch.nn.MultiheadAttention` and torchvision's shifted-window attention (Swin) pass that weight to a function, so no
+hook receives the input of the projection, which holds the heads.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,19 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PROJECTIONS = {"MultiheadAttention": "out_proj", "ShiftedWindowAttention": "proj"}  # by the name of the block's type
+PROJECTIONS = {"MultiheadAttention": "out_proj", "ShiftedWindowAttention": "proj"}  # by name of the block's type
 
 
 class CalledProjection:
-    """Lets a block compute what its projection reads, and calls the projection with that.
+    """Makes a block compute the input of its projection, and calls the projection with it.
 
-    The block's own forward runs with an identity in the projection's place, which is exact, since it adds zeros only.
-    The projection acts on every position by itself, so it makes no difference that the block rearranges positions in
-    between.
+    The block's own forward runs with an identity instead of the projection, which is exact because it adds only zeros.
+    The projection acts on every position separately, so the block may rearrange positions in between.
 
     Args:
         block: The attention block.
-        name: What it calls its projection.
+        name: Name of its projection.
     """
 
     def __init__(self, block: nn.Module, name: str) -> None:
@@ -31,7 +30,7 @@ class CalledProjection:
         self._own = {key: value for key, value in vars(block).items() if key == "forward"}
 
     def install(self) -> None:
-        """Put another forward in the place of the block's."""
+        """Replace the block's forward."""
         plain, block, name = self._block.forward, self._block, self._name
         projection: nn.Module = block.get_submodule(name)
         identity = _identity(projection)
@@ -53,7 +52,7 @@ class CalledProjection:
 
 
 def uncalled_projections(model: nn.Module, sites: Iterable[str]) -> list[CalledProjection]:
-    """Return the blocks among whose projections are some of the sites, not changed yet."""
+    """Return the blocks whose projections are among the sites; nothing is installed yet."""
     found = []
     for site in dict.fromkeys(sites):
         parent, _, name = site.rpartition(".")
@@ -65,7 +64,7 @@ def uncalled_projections(model: nn.Module, sites: Iterable[str]) -> list[CalledP
 
 @contextmanager
 def called_projections(model: nn.Module, sites: Iterable[str]) -> Iterator[None]:
-    """Let blocks call their projections, where these are among the sites."""
+    """Make blocks call their projections, where these are among the sites, until the context ends."""
     with ExitStack() as stack:
         for block in uncalled_projections(model, sites):
             stack.callback(block.restore)

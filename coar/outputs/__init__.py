@@ -1,1 +1,1 @@
-"""The scalar that is read off the model for each example."""
+"""Output functions: the scalar that is read off the model for each example."""

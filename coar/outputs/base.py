@@ -1,4 +1,9 @@
-"""What every output function is, and where the logits are in what models return."""
+"""The base of every output function, and where a model's result holds its logits.
+
+An output function is f_M(x, C') of Shah, Ilyas and Madry (2024, "Decomposing and editing predictions by modeling model
+computation"): one number for example x and model M with the components C' ablated. In the formulas of the classes,
+l_c is the logit that M gives class or token c for x under that ablation, and y is the target of x.
+"""
 
 from abc import abstractmethod
 from typing import Any, Literal
@@ -13,14 +18,21 @@ Against = Literal["logsumexp", "largest"]
 
 
 class Output(Settings):
-    """Base of all output functions: settings that turn a model's result into one number per example."""
+    """Base of all output functions, whose settings are fields: maps a model's result to one number per example."""
 
     @abstractmethod
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) outputs from the model's result and the (examples, ...) targets."""
 
     def read(self, result: Any, targets: Tensor) -> Tensor:
-        """Call the function, and raise `OutputError` when it does not return one real number per example."""
+        """Call the function and check what it returns.
+
+        Returns:
+            (examples,) real outputs.
+
+        Raises:
+            OutputError: When the function does not return one real number per example.
+        """
         values = self(result, targets)
         if not isinstance(values, Tensor) or values.shape != targets.shape[:1]:
             given = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
@@ -36,17 +48,17 @@ class Output(Settings):
         return values
 
     def positions_read(self, targets: Tensor) -> Tensor | None:  # noqa: ARG002
-        """Return (examples, length) truth values, at which positions of a text logits are read, for its targets.
+        """Return the positions of each text at which logits are read, as (examples, length) truth values.
 
-        Logits elsewhere need not be computed then. None, unless a class says otherwise, stands for all of them.
+        The model need not compute logits at other positions. None, the default, stands for all positions.
         """
         return None
 
     def hard_and_smooth(self) -> "tuple[Output, Output] | None":
         """Return a margin that is positive exactly where the example is correct, and one with a gradient everywhere.
 
-        Edits are chosen and judged by these two. None, unless a class says otherwise, means that the output's sign
-        does not say whether an example is correct.
+        Edits are chosen and judged by these two. None, the default, means that the output's sign does not tell whether
+        an example is correct.
         """
         return None
 
@@ -71,10 +83,10 @@ class Margin(Output):
 
 
 def find_logits(result: Any) -> Tensor:
-    """Return the logits in a model's result, of whatever shape.
+    """Return the logits in a model's result, a tensor of any shape.
 
     Raises:
-        OutputError: When it holds none.
+        OutputError: When the result has none.
     """
     if isinstance(result, dict):
         logits = result.get("logits")
@@ -89,7 +101,7 @@ def find_logits(result: Any) -> Tensor:
 
 
 def whole_numbers(targets: Tensor) -> Tensor:
-    """Return targets as int64; raise `OutputError` when they are no labels."""
+    """Return targets as int64; raise `OutputError` when they are not whole numbers."""
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise OutputError(f"the targets are {targets.dtype}; class labels must be whole numbers: use targets.long()")
     return targets.long()

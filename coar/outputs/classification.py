@@ -11,12 +11,17 @@ from coar.outputs.base import Against, Margin, Output, find_logits, whole_number
 
 
 class CorrectClassMargin(Margin):
-    """Logit of the correct class minus what the other classes offer against it.
+    """Margin of the correct class over the other classes.
+
+    With `against="largest"`, f_M(x, C') = l_y - max_{c != y} l_c: the logit of the correct class less the runner-up
+    logit, the model output of Shah et al. (2024) for classifiers. It is positive exactly where the class is predicted.
+
+    With `against="logsumexp"`, f_M(x, C') = l_y - log sum_{c != y} exp(l_c) = log(p_y / (1 - p_y)), where p is the
+    softmax of l: the log-odds of the correct class, the model output of Park et al. (2023, "TRAK"). It is
+    differentiable everywhere.
 
     Attributes:
-        against: `logsumexp` of the other logits, which is smooth and is the log-odds of the correct class; or the
-            `largest` of them, as published (Shah et al. 2024, section 3), positive exactly where the class is
-            predicted.
+        against: `logsumexp` or `largest`.
     """
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
@@ -25,10 +30,10 @@ class CorrectClassMargin(Margin):
 
 
 class ClassLogit(Output):
-    """Logit of one class.
+    """Logit of one class: f_M(x, C') = l_c.
 
     Attributes:
-        label: The class to read; by default each example's own target.
+        label: The class c; by default the target y of each example.
     """
 
     label: int | None = None
@@ -41,7 +46,10 @@ class ClassLogit(Output):
 
 
 class CrossEntropy(Output):
-    """Cross-entropy loss of the target class, in nats."""
+    """Cross-entropy loss of the target, in nats: f_M(x, C') = log sum_c exp(l_c) - l_y = -log p_y.
+
+    p is the softmax of l. A smaller output is better here, unlike for margins.
+    """
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) losses."""
@@ -49,18 +57,18 @@ class CrossEntropy(Output):
         return functional.cross_entropy(logits, labels, reduction="none")
 
 
-def sides(output: Output) -> tuple[Output, Output]:
-    """Return an output against the largest other offer, positive where right, and its smooth twin.
+def margin_pair(output: Output) -> tuple[Output, Output]:
+    """Return a margin over the runner-up logit, and the same margin over the log-sum-exp of the other logits.
 
-    The smooth one has a gradient everywhere.
+    The first is positive exactly where the model is right; the second is differentiable everywhere.
 
     Raises:
-        OutputError: When the output is no margin, so that its sign says nothing.
+        OutputError: When the sign of the output does not mean right or wrong.
     """
     found = output.hard_and_smooth()
     if found is None:
         raise OutputError(
-            f"{output!r} does not say what is right and wrong; an edit is tried out and judged by a margin: give "
+            f"{output!r} does not say what is right and wrong; an edit is chosen and judged by a margin: give "
             f"CorrectClassMargin, BinaryMargin, MultiLabelMargin, ToleranceMargin, TokenMargin(reduction='last'), "
             f"ChoiceMargin or ZeroShotMargin"
         )
@@ -68,23 +76,29 @@ def sides(output: Output) -> tuple[Output, Output]:
 
 
 def margins(logits: Tensor, labels: Tensor, against: Against) -> Tensor:
-    """Return (rows,) logits of the labels minus what the other columns of (rows, columns) offer against them."""
+    """Return (rows,) margins of labels over the other columns.
+
+    Args:
+        logits: (rows, columns) logits.
+        labels: (rows,) columns of the correct answers.
+        against: As in `CorrectClassMargin`.
+    """
     column = labels[:, None]
     others = logits.scatter(1, column, -torch.inf)
-    rival = others.logsumexp(1) if against == "logsumexp" else others.amax(1)
-    return logits.gather(1, column)[:, 0] - rival
+    opposing = others.logsumexp(1) if against == "logsumexp" else others.amax(1)
+    return logits.gather(1, column)[:, 0] - opposing
 
 
 def class_logits(result: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (examples, classes) float32 logits from a model's result, and (examples,) int64 labels that fit them.
+    """Return (examples, classes) float32 logits from a model's result, and the targets as (examples,) int64 labels.
 
     Raises:
-        OutputError: When the result holds no such logits, or a target is not one of their classes.
+        OutputError: When the result has no such logits, or a target is not one of their classes.
     """
     logits = find_logits(result)
     if logits.ndim == 3:
         raise OutputError(
-            f"the model's logits have shape {tuple(logits.shape)}, as those of tokens, and (examples, classes) were "
+            f"the model's logits have shape {tuple(logits.shape)}, like logits of tokens, and (examples, classes) was "
             f"expected: read tokens with coar.TokenMargin or coar.TokenLogProbability, and give an edit of a language "
             f"model output=coar.TokenMargin(reduction='last') or a coar.ChoiceMargin"
         )

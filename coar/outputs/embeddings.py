@@ -1,4 +1,4 @@
-"""Outputs of models that embed: similarity of a pair, and zero-shot margins of pictures."""
+"""Outputs of embedding models: similarity of a pair, and zero-shot margins of images."""
 
 import hashlib
 from typing import Any
@@ -14,7 +14,11 @@ from coar.outputs.classification import class_logits, margins
 
 
 class CosineSimilarity(Output):
-    """Cosine similarity of the two embeddings of a pair, between -1 and 1; targets are not read."""
+    """Cosine similarity of the two embeddings of a pair: f_M(x, C') = <u, v> / (|u| |v|), between -1 and 1.
+
+    u and v are the embeddings that M returns for the pair x under the ablation; targets are not used. Sentence encoders
+    compare texts by it (Reimers and Gurevych 2019, "Sentence-BERT").
+    """
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) similarities from the model's (examples, 2, width) embeddings.
@@ -34,17 +38,17 @@ class CosineSimilarity(Output):
 
 
 class ZeroShotMargin(Margin):
-    """Margin of zero-shot classification: how near a picture is to its class's prompt.
+    """Margin of zero-shot classification: `CorrectClassMargin` of the logits l_c = scale * cos(v, t_c).
 
-    The logits are scaled cosines of the picture's embedding with the embeddings of one prompt per class (Radford et al.
-    2021, section 3.1). The model is the half of a CLIP that sees, and returns `image_embeds`, as transformers'
-    `CLIPVisionModelWithProjection` does. A model that returns these logits itself goes with `CorrectClassMargin`, by
-    which edits are judged.
+    v is the embedding of the image x under the ablation and t_c the embedding of the prompt for class c (Radford et al.
+    2021, "Learning transferable visual models from natural language supervision", section 3.1). The model is the image
+    encoder of a CLIP and returns `image_embeds`, as transformers' `CLIPVisionModelWithProjection` does. For a model
+    that returns these logits itself use `CorrectClassMargin`.
 
     Attributes:
-        prompts: (classes, width) embeddings of the prompts; their lengths do not matter.
-        scale: What cosines are multiplied by; 100 in the published CLIP.
-        against: As for `CorrectClassMargin`.
+        prompts: (classes, width) embeddings t of the prompts; they are normalised to length 1.
+        scale: Factor of the cosines, the inverse temperature; 100 in the published CLIP.
+        against: As in `CorrectClassMargin`.
     """
 
     prompts: Tensor
@@ -58,22 +62,22 @@ class ZeroShotMargin(Margin):
         return functional.normalize(prompts.detach().cpu().float(), dim=1)
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
-        """Return (examples,) margins from the model's (examples, width) embeddings of pictures.
+        """Return (examples,) margins from the model's (examples, width) embeddings of images.
 
         Raises:
-            OutputError: When the model returned something else, or a target is none of the classes.
+            OutputError: When the model returned something else, or a target is not one of the classes.
         """
-        pictures = result.get("image_embeds") if isinstance(result, dict) else getattr(result, "image_embeds", None)
+        embeddings = result.get("image_embeds") if isinstance(result, dict) else getattr(result, "image_embeds", None)
         width = self.prompts.shape[1]
-        if not isinstance(pictures, Tensor) or pictures.ndim != 2 or pictures.shape[1] != width:
-            found = f"image_embeds {tuple(pictures.shape)}" if isinstance(pictures, Tensor) else "no image_embeds"
+        if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or embeddings.shape[1] != width:
+            found = f"image_embeds {tuple(embeddings.shape)}" if isinstance(embeddings, Tensor) else "no image_embeds"
             raise OutputError(
                 f"the model returned {found} in a {type(result).__name__}; an object or dict with 'image_embeds' "
                 f"(examples, {width}), as wide as the prompts', was expected: wrap the model, or embed the prompts "
                 f"with the same model"
             )
-        with torch.autocast(pictures.device.type, enabled=False):  # differences of cosines are too fine for bfloat16
-            cosines = functional.normalize(pictures.float(), dim=1) @ self.prompts.to(pictures.device).T
+        with torch.autocast(embeddings.device.type, enabled=False):  # differences of cosines are too fine for bfloat16
+            cosines = functional.normalize(embeddings.float(), dim=1) @ self.prompts.to(embeddings.device).T
         return margins(*class_logits(self.scale * cosines, targets), self.against)
 
     def settings(self) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Outputs of causal language models: margins and log-probabilities of tokens, and choices between answers.
 
-Targets are (examples, length): at each position the token that should come next, and `UNREAD` where nothing is read, as
-at padding. `coar.token_examples` makes them from a tokenizer's result, with padding on either side.
+Targets are (examples, length): at each position the next token, or `UNREAD` where no logits are read, such as at
+padding. `coar.token_examples` makes them from a tokenizer's result, with padding on either side.
+
+In the formulas of the classes, T is the set of positions of text x that have a target, y_t is the target at position t,
+and l_{t,v} is the logit of token v at position t under the ablation.
 """
 
 from collections.abc import Sequence
@@ -21,13 +24,13 @@ from coar.outputs.classification import margins
 
 @dataclass(frozen=True)
 class TokensRead:
-    """What a model says at the positions that are read.
+    """The logits and targets at the positions that are read, those of all examples in one sequence.
 
     Attributes:
-        logits: (positions, vocabulary) float32.
-        tokens: (positions,) what should come next.
-        rows: (positions,) which example each is of.
-        counts: (examples,) how many positions each example has.
+        logits: (positions, vocabulary) float32 logits.
+        tokens: (positions,) targets.
+        rows: (positions,) number of the example that each position belongs to.
+        counts: (examples,) number of positions of each example.
     """
 
     logits: Tensor
@@ -45,22 +48,25 @@ class TokensRead:
 
 
 class TokenMargin(Margin):
-    """Logit of the token that comes next minus what the other tokens offer against it.
+    """Margin of the next token over all other tokens, averaged over a text.
+
+    f_M(x, C') = (1 / |T|) sum_{t in T} (l_{t,y_t} - max_{v != y_t} l_{t,v}) with `against="largest"`, the model output
+    of Shah et al. (2024) for GPT-2. With `against="logsumexp"`, log sum_{v != y_t} exp(l_{t,v}) replaces the maximum
+    and each term is the log-odds of the token. With `reduction="last"`, only the last position of T counts.
 
     Attributes:
-        reduction: `mean` over all tokens of a text, as published for GPT-2 (Shah et al. 2024), or its `last` token.
-        against: `logsumexp` of the other tokens' logits, which makes it the log-odds of the token; or the `largest` of
-            them, positive exactly where the token is predicted.
+        reduction: `mean` over all tokens of a text, or its `last` token.
+        against: `logsumexp` or `largest`, as in `CorrectClassMargin`.
     """
 
     reduction: Literal["mean", "last"] = "mean"
 
     def hard_and_smooth(self) -> tuple[Output, Output] | None:
-        """Return both margins of the last token; None for a mean over tokens, whose sign says nothing of any."""
+        """Return both margins of the last token; None for a mean over tokens."""
         return super().hard_and_smooth() if self.reduction == "last" else None
 
     def positions_read(self, targets: Tensor) -> Tensor | None:
-        """Return (examples, length) truth values, where a token is read."""
+        """Return the positions that are read, as (examples, length) truth values."""
         return positions_read(targets, last=self.reduction == "last")
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
@@ -70,17 +76,20 @@ class TokenMargin(Margin):
 
 
 class TokenLogProbability(Output):
-    """Log-probability of the token that comes next, in nats.
+    """Log-probability of the next token, in nats.
+
+    f_M(x, C') = sum_{t in T} log p_t(y_t) with `reduction="sum"`, where p_t is the softmax of l_t: the log-probability
+    of the text given its first token. `mean` divides it by |T|, which gives the negative of the usual language model
+    loss; with `last`, only the last position of T counts.
 
     Attributes:
-        reduction: `mean` over all tokens of a text, their `sum`, which is the log-probability of the text after its
-            first token, or its `last` token.
+        reduction: `mean`, `sum` or `last`.
     """
 
     reduction: Literal["mean", "sum", "last"] = "mean"
 
     def positions_read(self, targets: Tensor) -> Tensor | None:
-        """Return (examples, length) truth values, where a token is read."""
+        """Return the positions that are read, as (examples, length) truth values."""
         return positions_read(targets, last=self.reduction == "last")
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
@@ -91,12 +100,16 @@ class TokenLogProbability(Output):
 
 
 class ChoiceMargin(Margin):
-    """Logit of the correct answer's token minus what the other answers offer against it, after a question's last token.
+    """Margin of the correct answer over the other answers of a multiple-choice question.
+
+    f_M(x, C') = l_{t,y} - max_{a in A, a != y} l_{t,a} with `against="largest"`, where t is the last position of the
+    question, A are the tokens of all answers and y is the correct one: positive exactly where the model would choose
+    the correct answer, as multiple choice is scored in Hendrycks et al. (2021, "Measuring massive multitask language
+    understanding"). With `against="logsumexp"`, log sum_{a in A, a != y} exp(l_{t,a}) replaces the maximum.
 
     Attributes:
-        answers: Tokens of all answers; the correct one is each example's last target.
-        against: The `largest` of the other answers' logits, positive exactly where the correct answer would be chosen;
-            or their `logsumexp`, which is smooth.
+        answers: Tokens A of all answers; the correct one is each example's last target.
+        against: `largest` or `logsumexp`, as in `CorrectClassMargin`.
     """
 
     answers: tuple[int, ...]
@@ -104,41 +117,41 @@ class ChoiceMargin(Margin):
 
     @field_validator("answers")
     @classmethod
-    def _can_be_told_apart(cls, answers: tuple[int, ...]) -> tuple[int, ...]:
+    def _are_distinct(cls, answers: tuple[int, ...]) -> tuple[int, ...]:
         if len(answers) < 2 or len(set(answers)) < len(answers) or min(answers) < 0:
             raise ValueError(f"{answers} are not two or more different tokens")
         return answers
 
     @classmethod
     def of(cls, tokenizer: Any, answers: Sequence[str], *, against: Against = "largest") -> "ChoiceMargin":
-        """Make the output for answers in words.
+        """Return the output for answers given as words.
 
         Args:
-            tokenizer: A tokenizer of transformers; all that is used is `encode`.
-            answers: One token each; for most tokenizers with the space in front that stands before them in a text.
+            tokenizer: A tokenizer of transformers; only its `encode` is used.
+            answers: Words of one token each; for most tokenizers they need the space that precedes them in a text.
             against: As above.
 
         Raises:
-            SettingsError: When an answer is no token or more than one, or two are the same.
+            SettingsError: When an answer is not exactly one token, or two answers are the same token.
         """
         tokens = [tokenizer.encode(answer, add_special_tokens=False) for answer in answers]
         for answer, ids in zip(answers, tokens, strict=True):
             if len(ids) != 1:
                 raise SettingsError(
                     f"the answer {answer!r} is {len(ids)} tokens, {ids}, and one is expected; choose other words for "
-                    f"the answers, such as letters, or with or without a space in front"
+                    f"the answers, such as letters, or add or remove a leading space"
                 )
         return cls(answers=tuple(ids[0] for ids in tokens), against=against)
 
     def positions_read(self, targets: Tensor) -> Tensor | None:
-        """Return (examples, length) truth values, where a token is read."""
+        """Return the positions that are read, as (examples, length) truth values."""
         return positions_read(targets, last=True)
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) margins.
 
         Raises:
-            OutputError: When a target is none of the answers, or an answer is outside the vocabulary.
+            OutputError: When a target is not one of the answers, or an answer is outside the vocabulary.
         """
         read = token_logits(result, targets, last=True)
         answers = torch.tensor(self.answers, device=read.logits.device)
@@ -158,12 +171,12 @@ class ChoiceMargin(Margin):
 
 
 def token_logits(result: Any, targets: Tensor, *, last: bool = False) -> TokensRead:
-    """Return what a model says at the positions that have a target, or at the last of these in every example.
+    """Return the logits at the positions that have a target, or at the last of these in every example.
 
     Args:
-        result: What the model returned, with (examples, length, vocabulary) logits.
-        targets: (examples, length) tokens that should come next, `UNREAD` where nothing is read.
-        last: Whether to read the last such position alone.
+        result: The model's result, with (examples, length, vocabulary) logits.
+        targets: (examples, length) next tokens, `UNREAD` where no logits are read.
+        last: Whether to read only the last such position.
 
     Raises:
         OutputError: When shapes do not fit, an example has no target, or a target is outside the vocabulary.
@@ -197,7 +210,10 @@ def token_logits(result: Any, targets: Tensor, *, last: bool = False) -> TokensR
 
 
 def positions_read(targets: Tensor, *, last: bool) -> Tensor | None:
-    """Return (examples, length) truth values, where there is a target, or the last one; None for other targets."""
+    """Return (examples, length) truth values: the positions that have a target, or the last of them.
+
+    None for targets that are not (examples, length).
+    """
     if targets.ndim != 2:
         return None
     read = targets != UNREAD
@@ -205,5 +221,5 @@ def positions_read(targets: Tensor, *, last: bool) -> Tensor | None:
 
 
 def _last(read: Tensor) -> Tensor:
-    """Return truth values of which only the last true one in every row is left."""
+    """Return truth values that keep only the last true one of every row."""
     return read & (read.flip(1).cumsum(1).flip(1) == 1)
