@@ -20,6 +20,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-ffcv ffcv-packages lint type test test-ffcv coverage bench collect fit evaluate edit edits report clean
+unexport PYTHONDONTWRITEBYTECODE  # bytecode halves the time of every import
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
@@ -58,14 +59,14 @@ type: $(READY) ## Check types
 	$(BIN)/mypy
 
 test: $(READY) ## Run the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m $(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m $(FAST)
 
 test-ffcv: setup-ffcv ## Run the tests of .beton files
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m ffcv
 
 coverage: $(READY) ## Run the fast tests, then show which lines and branches of coar/ they ran
 	rm -f .coverage .coverage.*
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 -m $(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist worksteal -m $(FAST)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

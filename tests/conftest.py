@@ -4,10 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-
-from pipelines import cifar10 as cifar10_pipeline
-from pipelines import digits as digits_pipeline
 
 os.environ.setdefault("COAR_FSYNC", "0")  # tests make thousands of files; those of a loss of power set it to 1
 NO_CIFAR = "needs COAR_DATA to name a folder with cifar10_subset.npz and cifar10_resnet20.safetensors"
@@ -16,8 +12,10 @@ NO_CIFAR = "needs COAR_DATA to name a folder with cifar10_subset.npz and cifar10
 @pytest.fixture(scope="session")
 def digits():
     """The default pipeline, its net trained once and kept under data/digits."""
-    digits_pipeline.model()
-    return digits_pipeline
+    from pipelines import digits as pipeline
+
+    pipeline.model()
+    return pipeline
 
 
 @pytest.fixture(scope="session")
@@ -26,9 +24,13 @@ def cifar10():
     folder = os.environ.get("COAR_DATA")
     if not folder or not (Path(folder) / "cifar10_subset.npz").is_file():
         pytest.skip(NO_CIFAR)
-    return cifar10_pipeline
+    from pipelines import cifar10 as pipeline
+
+    return pipeline
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    import torch
+
     torch.manual_seed(0)

@@ -209,36 +209,36 @@ from safetensors.torch import load_file, save_file
 {architecture}
 torch.set_num_threads(1)
 net = {construction}.eval()
-net.load_state_dict(load_file(sys.argv[1]))
+x = load_file("x.safetensors")["x"]
 with torch.no_grad():
-    save_file({{"logits": net(load_file(sys.argv[2])["x"])}}, sys.argv[3])
+    for name in sys.argv[1:]:
+        net.load_state_dict(load_file(name + ".safetensors"))
+        save_file({{"logits": net(x)}}, name + "-logits.safetensors")
 assert not [name for name in sys.modules if name.split(".")[0] in ("coar", "pipelines", "zarr")]
 """
 
 
 def outputs_without_the_package(edited, x, architecture, construction, folder):
-    """What a new process makes of an edited checkpoint, with nothing but the source of its architecture."""
-    coar.save_weights(edited, folder / "edited.safetensors")
+    """What a new process makes of edited checkpoints by name, with nothing but the source of their architecture."""
+    for name, model in edited.items():
+        coar.save_weights(model, folder / f"{name}.safetensors")
     save_file({"x": x.contiguous()}, folder / "x.safetensors")
     script = folder / "plain.py"
     script.write_text(SCRIPT.format(architecture=architecture, construction=construction))
-    files = [str(folder / f"{name}.safetensors") for name in ("edited", "x", "logits")]
-    done = subprocess.run(
-        [sys.executable, "-I", str(script), *files], cwd=folder, capture_output=True, text=True, check=False
-    )
+    words = [sys.executable, "-I", str(script), *edited]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return load_file(files[2])["logits"]
+    return {name: load_file(folder / f"{name}-logits.safetensors")["logits"] for name in edited}
 
 
-@pytest.mark.parametrize("mean", [False, True], ids=["zero weight", "mean"])
 @pytest.mark.parametrize("case", ["digits", "resnet18"])
-def test_an_edited_checkpoint_needs_only_torch(case, mean, request, tmp_path):
-    model, x, ablation = CASES[case][0](request)
+def test_an_edited_checkpoint_needs_only_torch(case, request, tmp_path):
+    model, x, mean = CASES[case][0](request)
     components = coar.conv_filters(model)
-    ablation = ablation if mean else coar.ZeroWeight()
-    values = ablation.replacements(model, components, batch_size=64)
-    rows = some_rows(components)
-    edited = folded(model, components, rows, values, norms_of(model, x, components))
+    rows, norms = some_rows(components), norms_of(model, x, components)
+    ablations = {"zero": coar.ZeroWeight(), "mean": mean}
+    values = {name: made.replacements(model, components, batch_size=64) for name, made in ablations.items()}
+    edited = {name: folded(model, components, rows, found, norms) for name, found in values.items()}
     if case == "digits":
         source = request.getfixturevalue("digits")
         architecture = (
@@ -248,8 +248,10 @@ def test_an_edited_checkpoint_needs_only_torch(case, mean, request, tmp_path):
     else:
         architecture, construction = "from torchvision.models import resnet18", "resnet18(num_classes=7)"
     logits = outputs_without_the_package(edited, x, architecture, construction, tmp_path)
-    torch.testing.assert_close(logits, gated(model, x, components, rows, values), rtol=0, atol=1e-4)
-    assert (logits - oracles.forward(model, x)).abs().mean() > 0.01
+    for name in ablations:
+        expected = gated(model, x, components, rows, values[name])
+        torch.testing.assert_close(logits[name], expected, rtol=0, atol=1e-4)
+        assert (logits[name] - oracles.forward(model, x)).abs().mean() > 0.01
 
 
 def transformer_parts(model, kind):
@@ -308,5 +310,5 @@ def test_an_edited_transformer_needs_only_its_own_library(tmp_path):
     edited = folded(model, components, rows, values, {})
     architecture = "from transformers import GPT2Config, GPT2Model\n" + inspect.getsource(tiny.Pooled)
     construction = f"Pooled(GPT2Model(GPT2Config(**{tiny.GPT2!r})))"
-    found = outputs_without_the_package(edited, x, architecture, construction, tmp_path)
+    found = outputs_without_the_package({"edited": edited}, x, architecture, construction, tmp_path)["edited"]
     torch.testing.assert_close(found, gated(model, x, components, rows, values), rtol=0, atol=1e-4)
