@@ -192,6 +192,10 @@ def test_layers_outside_automatic_casts_keep_float32_weights():
     low, exact = worker(study, precision="bf16"), worker(study)
     block = low.load(study.examples, 0, 20)
     np.testing.assert_array_equal(low.outputs(block, masks_of(study)), exact.outputs(block, masks_of(study)))
+    assert [one.path for one in low.fallbacks] == [
+        f"holding {weights} in bfloat16 for gates in weights" for weights in ("all weights", "gated weights")
+    ]
+    assert exact.fallbacks == []
 
 
 class ExactHead(nn.Module):
@@ -402,14 +406,14 @@ def compiled_in_a_process(tmp_path, compiler):
 def test_a_compiled_model_reads_every_mask(tmp_path):
     done = compiled_in_a_process(tmp_path, COMPILER)
     assert done.stdout == "compiled\n"
-    assert "WARNING the model is not compiled" not in done.stderr
+    assert "WARNING the compiled model" not in done.stderr
 
 
 @pytest.mark.slow
 def test_a_broken_compiler_costs_a_warning(tmp_path):
     done = compiled_in_a_process(tmp_path, "/bin/false")
     assert done.stdout == "eager\n"
-    assert "WARNING the model is not compiled, since that failed: InductorError: InvalidCxxCompiler" in done.stderr
+    assert "WARNING the compiled model is not used: InductorError: InvalidCxxCompiler" in done.stderr
 
 
 @pytest.mark.parametrize("fault", ["raises", "differs"])
@@ -431,7 +435,7 @@ def test_a_compiled_model_that_is_no_good_is_left_out(monkeypatch, caplog, fault
     found = fastest_runner(here, study.examples, masks, work=1, compiled=True)
     assert not found.plan.compiled
     said = {"raises": "RuntimeError: no such instruction", "differs": "AblationError: outputs differ"}[fault]
-    assert f"the model is not compiled, since that failed: {said}" in caplog.text
+    assert f"the compiled model is not used: {said}" in caplog.text
     assert "many lines more" not in caplog.text
     np.testing.assert_array_equal(found.outputs(block, masks), expected)
 

@@ -152,7 +152,7 @@ class Weighing(nn.Module):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.randn(5, 6), torch.zeros(5, 2).long(), torch.rand(5, 2)), "the weighted sum .* a difference of"),
+        ((torch.randn(5, 6), torch.zeros(5, 2).long(), torch.rand(5, 2)), "the weighted sum .* they differ by"),
         ((torch.randn(5, 6), torch.rand(5, 2), torch.zeros(5, 2).long()), r"called with 3 arguments, .* \(5, 2\)"),
         ((torch.randn(5, 6), torch.zeros(5).long(), torch.rand(5)), r"shapes \[\(5, 6\), \(5,\), \(5,\)\]"),
     ],

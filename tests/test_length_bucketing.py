@@ -180,7 +180,7 @@ def test_a_model_that_reads_padding_gets_it(caplog):
     here, plain, masks = worker(asked), reference(asked), masks_of(asked)
     block = here.load(asked.examples, 0, TEXTS)
     assert lengths(block) == [LENGTH]
-    assert "without it outputs differ by" in caplog.text
+    assert "length bucketing is not used: outputs differ by" in caplog.text
     np.testing.assert_allclose(here.outputs(block, masks), plain.outputs(block, masks), rtol=1e-4, atol=1e-5)
 
 
@@ -188,7 +188,7 @@ def test_a_model_that_counts_positions_from_the_padding_gets_it(caplog):
     caplog.set_level(logging.INFO, logger="coar")
     asked = study("padded in front")
     assert lengths(worker(asked).load(asked.examples, 0, TEXTS)) == [LENGTH]
-    assert "without it outputs differ by" in caplog.text
+    assert "length bucketing is not used: outputs differ by" in caplog.text
 
 
 def test_positions_that_have_constants_of_their_own_do_not_move():
@@ -211,7 +211,7 @@ def test_a_model_that_takes_one_length_gets_it(caplog):
     asked = study("texts")
     asked = coar.Study(**{**asked.__dict__, "model": lively(Fixed())})
     assert lengths(worker(asked).load(asked.examples, 0, TEXTS)) == [LENGTH]
-    assert "without it the model fails" in caplog.text
+    assert "length bucketing is not used: the model fails" in caplog.text
 
 
 def test_resampled_texts_keep_their_padding():

@@ -173,7 +173,7 @@ class Failing(Askew):
         ("head", "components receive or return tensors of other sizes"),
         (Askew, "outputs differ by"),
         (Deaf, "outputs differ by"),
-        (Failing, "otherwise the model fails"),
+        (Failing, "only where they are read is not used: the model fails"),
     ],
     ids=["own output", "head", "askew", "deaf", "failing"],
 )

@@ -182,7 +182,8 @@ def test_models_that_cannot_share_run_plainly(data, kind, site, monkeypatch, cap
     block = worker.load(examples_for(*data), 0, 7)
     with caplog.at_level("INFO"):
         worker.outputs(block, one_at_a_time(4))
-    assert "do not share the start of a pass" in caplog.text
+    assert "the prefix cache is not used: " in caplog.text
+    assert [one.path for one in worker.fallbacks] == ["the prefix cache"]
     found = counted(model, monkeypatch)
     worker.outputs(block, one_at_a_time(4))
     assert found["stem"] == 4

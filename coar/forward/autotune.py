@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from coar.equivalence import difference
+from coar.equivalence import Kind, compare, fall_back, rounding
 from coar.errors import AblationError
 from coar.examples import Examples
 from coar.forward.batches import ExampleBlock
@@ -24,8 +24,8 @@ GAIN = 0.95  # of the time that the best plan so far takes: what another must st
 HOPELESS = 1.5  # times the best plan so far: a plan that takes as long at first sight is not measured further
 GROUPS = (2, 4, 8, 16, 32, 64)  # masks per forward; when one is hopeless, so are more, as are smaller batches
 LEAST_BATCH = 2  # examples per forward below which no batch is cut, unless memory requires it
+COMPILED = "the compiled model"
 TIMED = 2  # repetitions, of which the faster counts
-TOLERANCE = {"float32": 1e-3, "bf16": 5e-2}  # of the largest output, between two plans
 
 Timer = Callable[[FastRunner, ExampleBlock, np.ndarray], float]
 
@@ -128,7 +128,7 @@ class Benchmark:
             try:
                 found = self._time(best.runner.with_plan(plan), best)
             except (AblationError, torch.OutOfMemoryError) as error:
-                log.info("not %s: %s", plan, error)
+                fall_back(str(plan), str(error))
                 going[grouped] = False
                 continue
             if found.seconds > HOPELESS * best.seconds:
@@ -146,11 +146,11 @@ class Benchmark:
             found = self._time(runner, best)
         except Exception as error:  # whatever a compiler may raise: without it nothing is lost but time
             said = next(iter(str(error).splitlines()), "")
-            log.warning("the model is not compiled, since that failed: %s: %s", type(error).__name__, said)
+            fall_back(COMPILED, f"{type(error).__name__}: {said}", level=logging.WARNING)
             return best
         if found.seconds < GAIN * best.seconds:
             return found
-        log.info("the model is not compiled, since it is no faster so: %s, without %s", found.seconds, best.seconds)
+        fall_back(COMPILED, f"a mask takes {found.seconds:.3g} s with it and {best.seconds:.3g} s without")
         return best
 
     def _candidates(self, runner: FastRunner) -> list[ExecutionPlan]:
@@ -173,9 +173,10 @@ class Benchmark:
         start = time.perf_counter()
         found = runner.outputs(block, self._masks[:count])[: len(self._expected)]
         seconds = (time.perf_counter() - start) / count
-        error = difference(self._expected, found)
-        if not error <= TOLERANCE[runner.precision]:
-            raise AblationError(f"outputs differ by {error:.1e} of the largest; collect with the usual plan instead")
+        coarse = torch.finfo(torch.bfloat16).eps if runner.precision == "bf16" else rounding(runner.model)
+        compared = compare(self._expected, found, Kind.RECOMPUTED, precision=coarse)
+        if not compared.agrees:
+            raise AblationError(f"outputs {compared}; use the usual plan")
         if seconds < HOPELESS * best.seconds:
             seconds = self._timer(runner, block, self._masks[:count])
         return TimedRunner(runner, seconds)

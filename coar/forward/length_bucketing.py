@@ -1,11 +1,10 @@
 """Batches of texts of about one length, without padding that no text of the batch needs.
 
-Padding takes as long as text. So texts are sorted by length and cut into batches where shorter ones save more than a
-further pass costs, and each batch is as long as its longest text: cut off at the end, or in front where all texts end
-together.
+A padding token takes as long as any other token. So texts are sorted by length and cut into batches, where shorter
+batches save more than a further pass costs. Each batch is as long as its longest text: its padding is removed at the
+end, or in front where all texts end at the last position.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,18 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from coar.components.table import Components
-from coar.equivalence import compare_passes
+from coar.equivalence import FastPath, compare_passes
 from coar.examples import UNREAD, rows_of
 from coar.forward.batches import Batch, ExampleBlock
 from coar.inputs import Inputs
 from coar.outputs.base import Output
 
-log = logging.getLogger(__name__)
-
 IDS, MASK = "input_ids", "attention_mask"
-# Tokens that take as long as a pass takes besides its tokens: 40 to 150 were measured on a CPU, the others are guesses.
+# A pass costs as much as its tokens and so many more: 40 to 150 were measured on a CPU, the others are guesses.
 OVERHEAD = {"cpu": 256, "cuda": 16_384, "mps": 4_096}
-FEW = 2  # examples on which it is tried first
+FEW = 2  # examples of the comparison with padded texts
 
 Cut = tuple[Tensor, int]  # positions of examples, and the length that they need
 
@@ -40,23 +37,26 @@ class LengthBucketing:
         components: The components of a mask; none may be a position of a text.
         output: What is read off the model's result.
         front: Whether positions may move forward, which they may not where constants belong to positions.
+
+    Attributes:
+        path: Whether the model was found to give the same outputs.
     """
 
     def __init__(self, model: nn.Module, components: Components, output: Output, *, front: bool = True) -> None:
         self._model, self._components, self._output, self._front = model, components, output, front
-        self._possible: bool | None = None
+        self.path = FastPath("length bucketing")
 
     def bucketed(self, block: ExampleBlock, most: int, run: Callable[[Inputs], Any]) -> ExampleBlock:
-        """Return a block whose batches have no needless padding, or the one given where that saves nothing.
+        """Return a block whose batches have no needless padding, or the same block where that saves nothing.
 
-        The first time, the examples with most padding are passed with it and without, and compared.
+        The first time, outputs of the examples with the most padding are compared with and without it.
 
         Args:
             block: A block without resample sources.
-            most: Examples that may pass together.
+            most: Most examples of a batch.
             run: Runs the model on inputs.
         """
-        whole = None if self._possible is False else joined(block.batches)
+        whole = None if self.path.fallback else joined(block.batches)
         ends = ends_of(*whole) if whole else None
         if whole is None or ends is None:
             return block
@@ -66,29 +66,24 @@ class LengthBucketing:
         cuts = cut(lengths, most, OVERHEAD[mask.device.type] / mask[0, ..., 0].numel())
         if all(length == mask.shape[-1] for _, length in cuts):
             return block
-        if self._possible is None:
-            self._possible = self._agrees(whole, lengths, run, front=front)
-        if not self._possible:
+        if not self.path.confirmed and not self.path.settle(self._why_not(whole, lengths, run, front=front)):
             return block
-        batches = [trimmed(rows_of(whole[0], rows), whole[1][rows], length, front=front) for rows, length in cuts]
+        batches = [shortened(rows_of(whole[0], rows), whole[1][rows], length, front=front) for rows, length in cuts]
         return replace(block, batches=batches, order=torch.cat([rows for rows, _ in cuts]))
 
-    def _agrees(
+    def _why_not(
         self, batch: tuple[dict[str, Tensor], Tensor], lengths: Tensor, run: Callable[[Inputs], Any], *, front: bool
-    ) -> bool:
-        """Say whether outputs of those with most padding are the same without it."""
+    ) -> str:
+        """Return in words how the examples with the most padding differ without it."""
         rows = lengths.argsort(stable=True)[:FEW]
         whole = rows_of(batch[0], rows), batch[1][rows]
-        short = trimmed(*whole, int(lengths[rows].max()), front=front)
+        short = shortened(*whole, int(lengths[rows].max()), front=front)
 
         def read(batch: Batch) -> Tensor:
             return self._output.read(run(batch[0]), batch[1])
 
         passes = partial(read, whole), partial(read, short)
-        why_not = compare_passes(self._model, self._components, *passes, axis_only=True)
-        if why_not:
-            log.info("texts keep their padding, since without it %s", why_not)
-        return not why_not
+        return compare_passes(self._model, self._components, *passes, axis_only=True)
 
 
 def joined(batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor] | None:
@@ -101,9 +96,9 @@ def joined(batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor] | None:
 
 
 def ends_of(inputs: dict[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return how long examples are, (examples,) each: from the first position on, and from the last one backwards.
+    """Return (examples,) lengths from the first position on, and (examples,) lengths from the last one backwards.
 
-    What is no padding, or has a target that is read, counts. None where inputs do not say what is padding.
+    A position counts if it is not padding, or has a target that is read. None where inputs do not mark padding.
     """
     if not {IDS, MASK} <= inputs.keys():
         return None
@@ -123,8 +118,8 @@ def cut(lengths: Tensor, most: int, overhead: float) -> list[Cut]:
 
     Args:
         lengths: How long each example is.
-        most: Examples that may pass together.
-        overhead: What a batch costs besides its examples times the longest, in the unit of lengths.
+        most: Most examples of a batch.
+        overhead: Cost of a batch on top of its examples times the longest length, in tokens.
     """
     kinds, counts = (part.numpy() for part in torch.unique(lengths.cpu(), return_counts=True))
     ends = np.concatenate([[0], counts.cumsum()])
@@ -141,8 +136,8 @@ def cut(lengths: Tensor, most: int, overhead: float) -> list[Cut]:
     return found[::-1]
 
 
-def trimmed(inputs: dict[str, Tensor], targets: Tensor, length: int, *, front: bool) -> tuple[Inputs, Tensor]:
-    """Return inputs, and targets where they have one for every token, of the first positions alone, or the last."""
+def shortened(inputs: dict[str, Tensor], targets: Tensor, length: int, *, front: bool) -> tuple[Inputs, Tensor]:
+    """Return the first positions of inputs, or the last, and of targets where these have one for every token."""
     whole = inputs[MASK].shape
     part = slice(-length, None) if front else slice(length)
     short = {name: value[..., part] if value.shape == whole else value for name, value in inputs.items()}

@@ -5,7 +5,6 @@ returned; what the outermost of these returned is held, and a later pass is hand
 Everything else, the model's own code between modules included, is run as ever.
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,13 +18,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as trees
 
 from coar.components.table import Components
-from coar.equivalence import REORDERED, difference
+from coar.equivalence import FastPath, Kind, compare
 from coar.errors import AblationError
 from coar.examples import rows_of
 from coar.gates.gates import Gates
 from coar.inputs import Inputs
-
-log = logging.getLogger(__name__)
 
 FEW = 8  # components in which a mask may differ from most others, on average, for a look at where
 SAVED = 0.1  # share of the calls that must be saved
@@ -233,6 +230,9 @@ class PrefixCache:
         components: The components a mask speaks of.
         run: Runs the model on inputs.
         read: Reads (examples,) outputs off what the model returns, for targets.
+
+    Attributes:
+        path: Whether the model was found to give the same outputs.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class PrefixCache:
     ) -> None:
         self._model, self._components, self._run, self._read = model, components, run, read
         self._starts: Starts | None = None
-        self._checked = self._refused = False
+        self.path = FastPath("the prefix cache")
 
     def fill(self, out: Tensor, batches: list[tuple[Inputs, Tensor]], masks: np.ndarray, gates: Gates) -> bool:
         """Write (masks, examples) outputs, where that saves something; say whether it did.
@@ -260,7 +260,7 @@ class PrefixCache:
         """
         usual = 2 * masks.sum(0) >= len(masks)
         differs = masks != usual
-        if self._refused or len(masks) < 2 or differs.sum() > FEW * len(masks):
+        if self.path.fallback or len(masks) < 2 or differs.sum() > FEW * len(masks):
             return False
         base, keeps = (torch.from_numpy(part).to(out.device) for part in (usual, masks))
         gates.set(base)
@@ -278,9 +278,8 @@ class PrefixCache:
                 at += len(targets)
             self._check(out, batches[0], int(times.argmax()), gates, keeps)
         except AblationError as error:
-            log.info("masks do not share the start of a pass: %s", error)
-            self._refused = True
-        return not self._refused
+            return self.path.settle(str(error))
+        return True
 
     def _fill(
         self,
@@ -305,11 +304,12 @@ class PrefixCache:
     def _check(self, out: Tensor, batch: tuple[Inputs, Tensor], latest: int, gates: Gates, keeps: Tensor) -> None:
         """Raise `AblationError` when a gate saw no pass, or when, the first time, a plain pass gives other outputs."""
         gates.confirm()
-        if self._checked:
+        if self.path.confirmed:
             return
         inputs, targets = batch
         gates.set(keeps[latest])
         plain, found = self._read(self._run(inputs), targets).to(out), out[latest, : len(targets)]
-        if not difference(plain, found) <= REORDERED:
-            raise AblationError("replaying cached outputs changed the result")
-        self._checked = True
+        compared = compare(plain, found, Kind.REORDERED)
+        if not compared.agrees:
+            raise AblationError(f"replaying cached outputs changed the result: outputs {compared}")
+        self.path.settle("")

@@ -1,4 +1,4 @@
-"""Whether numbers can be trusted: two ways to them agree, in gates, rows and precision, and they are finite."""
+"""Checks before a run: two ways to gate components agree, and examples are not calibration examples."""
 
 import logging
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from coar.ablation.base import Calibrated
 from coar.components.table import Components
-from coar.equivalence import REFORMULATED, allowed_difference, difference, rounding
+from coar.equivalence import Kind, compare, rounding
 from coar.errors import AblationError
 from coar.examples import Examples
 from coar.forward.batches import ExampleBlock
@@ -38,21 +38,6 @@ def warn_of_overlap(study: Study) -> None:
         )
 
 
-def compare_gates(expected: np.ndarray, found: np.ndarray, *, tolerance: float) -> float:
-    """Return the largest difference between gated outputs and gated weights, relative to the largest output.
-
-    Raises:
-        AblationError: When they disagree, so that no run is made of numbers that depend on how a mask is applied.
-    """
-    error = difference(expected, found)  # outputs that are not finite in both ways are named by the first unit
-    if not error <= tolerance:
-        raise AblationError(
-            f"ablating by weights and by outputs gives outputs that differ by {error:.1e} of the largest, and "
-            f"{tolerance:.1g} is allowed: some layer does not compute what its type promises; exclude it"
-        )
-    return error
-
-
 def compare_with_reference(
     fast: FastRunner, parts: Parts, examples: Examples, masks: np.ndarray, called: set[str]
 ) -> float | None:
@@ -68,10 +53,11 @@ def compare_with_reference(
         called: Sites whose module is called, see `called_sites`.
 
     Returns:
-        What `compare_gates` does; None when no component has an output, or both runners resample in hooks.
+        The largest difference of their outputs, relative to the largest output; None when no component has an output,
+        or both runners resample in hooks.
 
     Raises:
-        AblationError: When they disagree.
+        AblationError: When they disagree, so that no run has numbers that depend on how a mask is applied.
     """
     model, components, constants, output = parts
     rows = [i for i, row in enumerate(components) if row.side != "parameter" and row.site in called]
@@ -86,29 +72,32 @@ def compare_with_reference(
     ends = sorted({0, len(masks) - 1})
     expected = reference.outputs(reference.load(examples, 0, len(examples)), masks[ends][:, rows])
     found = fast.outputs(block, shared)[ends]
-    return compare_gates(expected, found, tolerance=allowed_difference(REFORMULATED, rounding(model)))
+    compared = compare(expected, found, Kind.REFORMULATED, precision=rounding(model))
+    if not compared.agrees:  # outputs that are not finite in both ways are named by the first unit
+        raise AblationError(
+            f"ablating by weights and by outputs gives outputs that {compared}: some layer does not compute what its "
+            f"type promises; exclude it"
+        )
+    return compared.error
 
 
-def compare_rows(runner: GatedRunner, block: ExampleBlock, masks: np.ndarray, *, tolerance: float) -> float:
-    """Return the largest difference that a mask per example makes to one mask for all, relative to the largest output.
+def compare_rows(runner: GatedRunner, block: ExampleBlock, masks: np.ndarray) -> None:
+    """Compare outputs of a mask per example with outputs of one mask for all examples.
 
     Args:
-        runner: The runner, whose outputs under one mask are compared with its outputs under a mask per example.
+        runner: The runner.
         block: A few examples.
         masks: (examples, components) boolean masks, one per example.
-        tolerance: The largest difference that is allowed.
 
     Raises:
-        AblationError: When they disagree, since an example was then given another one's mask, or when there is no
-            gradient to be had.
+        AblationError: When they disagree, because an example then had the mask of another one, or when the output has
+            no gradient by the gates.
     """
     found = runner.mask_gradients(block, masks[None], np.arange(block.size))[2][0]
     expected = runner.outputs(block, masks).diagonal()
-    error = difference(expected, found)
-    if not error <= tolerance:
+    compared = compare(expected, found, Kind.REFORMULATED, precision=rounding(runner.model))
+    if not compared.agrees:
         raise AblationError(
-            f"a mask for every example gives outputs that differ by {error:.1e} of the largest from those of one mask "
-            f"for all, and {tolerance:.1g} is allowed: some layer does not lay the entries of an example out side by "
-            f"side; exclude it, or collect masks instead of mask gradients"
+            f"a mask for every example and one mask for all give outputs that {compared}: some layer does not lay the "
+            f"entries of an example out side by side; exclude it, or collect masks instead of mask gradients"
         )
-    return error

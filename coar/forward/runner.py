@@ -1,6 +1,5 @@
 """Outputs of many masks on a block of examples: a reference runner without shortcuts, and a fast runner with a plan."""
 
-import logging
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coar.components.table import Components
+from coar.equivalence import Fallback, fall_back
 from coar.errors import AblationError, SettingsError
 from coar.examples import Examples, rows_of
 from coar.forward.batches import ExampleBlock
@@ -23,8 +23,6 @@ from coar.forward.prefix_cache import PrefixCache
 from coar.gates.gates import Gates
 from coar.inputs import Inputs
 from coar.outputs.base import Output
-
-log = logging.getLogger(__name__)
 
 
 class ReferenceRunner(GatedRunner):
@@ -102,10 +100,17 @@ class FastRunner(GatedRunner):
         sizes: dict[str, Any] = {"precision": plan.precision, "batch_size": plan.batch_size}
         super().__init__(model, components, replacements, output, sources=sources, **sizes)
         self._batch_norms = batch_norms or {}
+        self._full_weights: list[Fallback] = []  # gates that do not hold all weights in bfloat16
         self._compiled: tuple[nn.Module | Callable[..., Any], list[torch.Size]] | None = None  # and for which inputs
         self._prefix_cache = PrefixCache(model, components, self._run, output.read)
         self._logit_positions = LogitPositions(model, components, output)
         self._length_bucketing = LengthBucketing(model, components, output, front=replacements.ndim == 1)
+
+    @property
+    def fallbacks(self) -> list[Fallback]:
+        """The shortcuts of the plan that were tried and are not used, with reasons."""
+        paths = [self._length_bucketing.path, self._logit_positions.path, self._prefix_cache.path]
+        return [*self._full_weights, *(path.fallback for path in paths if path.fallback)]
 
     def with_plan(self, plan: ExecutionPlan) -> Self:
         """Return a runner with another plan for the same weights, which shares gates and checks with this one.
@@ -211,12 +216,17 @@ class FastRunner(GatedRunner):
         gates = self._built(use_hooks=use_hooks)
         if self.precision != "bf16" or not self.plan.low_weights:
             return gates
-        how: dict[str, Any] = {"use_hooks": use_hooks, "weight_dtype": torch.bfloat16}
-        low = (self._built(**how, cast_ungated=every) for every in (True, False))
-        return next((lower for lower in low if self._same(gates, lower, block)), gates)
+        for weights, every in (("all weights", True), ("gated weights", False)):
+            low = self._built(use_hooks=use_hooks, weight_dtype=torch.bfloat16, cast_ungated=every)
+            reason = self._why_not(gates, low, block)
+            if not reason:
+                return low
+            place = "hooks" if use_hooks else "weights"
+            self._full_weights.append(fall_back(f"holding {weights} in bfloat16 for gates in {place}", reason))
+        return gates
 
-    def _same(self, plain: Gates, low: Gates, block: ExampleBlock) -> bool:
-        """Return whether gates with bfloat16 weights give the outputs of float32 weights, on two examples."""
+    def _why_not(self, plain: Gates, low: Gates, block: ExampleBlock) -> str:
+        """Return in words how outputs of two examples by bfloat16 weights differ, by any bit, from float32 weights."""
         inputs, targets = rows_of(block.batches[0][0], slice(2)), block.batches[0][1][:2]
         found: list[Tensor] = []
         try:
@@ -227,9 +237,8 @@ class FastRunner(GatedRunner):
         except RuntimeError as error:
             if len(found) == 0:
                 raise
-            log.info("weights stay in float32: %s", error)
-            return False
-        return torch.equal(*found)
+            return str(error)
+        return "" if torch.equal(*found) else "outputs differ"
 
 
 def _repeated(inputs: Inputs, times: int) -> Inputs:

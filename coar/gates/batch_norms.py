@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from coar.components.layers import output_channels
 from coar.components.table import Components
-from coar.equivalence import REFORMULATED, difference
+from coar.equivalence import Kind, compare, fall_back
 from coar.gates.folding import fold
 from coar.gates.gates import Gates
 from coar.gates.weight import reads_own_weight
@@ -39,7 +39,7 @@ def following_batch_norms(
     outputs = [i for i, row in enumerate(components) if row.side == "output"]
     constants = _large_constants(model, components, candidates)
 
-    def agree(pairs: dict[str, str], values: Tensor) -> bool:
+    def differs(pairs: dict[str, str], values: Tensor) -> str:
         rows = [i for i in outputs if components[i].site in pairs and components[i].position % 2 == 0]
         keep = torch.ones(len(components), dtype=torch.bool, device=next(model.parameters()).device)
         keep[rows] = False
@@ -52,14 +52,21 @@ def following_batch_norms(
         replacements = [tuple(values[components.channels_of([i])].tolist()) for i in rows]
         fold(folded, [components[i] for i in rows], replacements, batch_norms=pairs)
         results.append(run(folded))
-        return all(difference(results[0], other) <= REFORMULATED for other in results[1:])
+        compared = (compare(results[0], other, Kind.REFORMULATED) for other in results[1:])  # strict in any precision
+        return next((f"outputs {one}" for one in compared if not one.agrees), "")
 
-    def agrees(pairs: dict[str, str]) -> bool:
-        return agree(pairs, constants) and agree(pairs, -constants)
+    def why_not(pairs: dict[str, str]) -> str:
+        return differs(pairs, constants) or differs(pairs, -constants)
 
-    if not candidates or agrees(candidates):
+    if not candidates or not why_not(candidates):
         return candidates
-    return {site: name for site, name in candidates.items() if agrees({site: name})}
+    found = {}
+    for site, name in candidates.items():
+        if reason := why_not({site: name}):
+            fall_back(f"folding of the batch norm {name!r} into {site!r}", reason)
+        else:
+            found[site] = name
+    return found
 
 
 def _large_constants(model: nn.Module, components: Components, candidates: Mapping[str, str]) -> Tensor:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from coar.components.layers import stack_of
-from coar.equivalence import difference
+from coar.equivalence import Kind, compare
 from coar.errors import AblationError
 from coar.gates.building import GatedSite, GateKind, GateRequest
 from coar.gates.channels import Channels
 from coar.gates.hook import Hooked, HookPoint
 
 CHECKED = 32  # tokens of the check that a mixture weights what its experts return
-AGREEMENT, COARSE = 1e-3, 5e-2  # allowed error of that sum, of its largest entry: in float32, and in lower precision
 
 
 class Routing(NamedTuple):
@@ -123,9 +122,9 @@ def check_weighted(mixture: Callable[..., Tensor], site: str, routes: Routing) -
         found = (few.returned(mixture) * few.weights[..., None]).sum(1)
     if found.shape != expected.shape:
         raise _not_weighted(site, f"shapes {tuple(found.shape)} and {tuple(expected.shape)}")
-    error = difference(expected, found)
-    if not error <= (AGREEMENT if expected.dtype in (torch.float32, torch.float64) else COARSE):
-        raise _not_weighted(site, f"a difference of {error:.1e} of the largest entry")
+    compared = compare(expected, found, Kind.REFORMULATED, precision=torch.finfo(expected.dtype).eps)
+    if not compared.agrees:
+        raise _not_weighted(site, f"they {compared}")
 
 
 def _not_weighted(site: str, seen: str) -> AblationError:

@@ -23,7 +23,6 @@ from coar.store.state import begin, end, state_of
 from coar.store.storage_errors import insist, storage_errors
 
 AT_ONCE = 16  # objects that are copied side by side
-TOLERANCE = 1e-3  # of the largest output, by which two runs may differ in an entry that both have
 
 
 def copy(run: Run, path: str | Path | Address) -> Run:
@@ -134,13 +133,15 @@ def _rows_from(run: Run, plan: Plan, rows: slice, examples: slice) -> np.ndarray
 
 def _fill(values: np.ndarray, more: np.ndarray, run: Run) -> None:
     """Fill gaps in place; raise `MismatchError` where both have an entry and they differ."""
+    from coar.equivalence import Kind, compare  # which imports torch
+
     both = np.isfinite(values) & np.isfinite(more)
     if both.any() and run.facts["precision"]["name"] == "float32":
-        error = np.abs(values[both] - more[both]).max()
-        if error > TOLERANCE * np.abs(values[both]).max():
+        compared = compare(values[both], more[both], Kind.RECOMPUTED)
+        if not compared.agrees:
             raise MismatchError(
-                f"{run.path} has other outputs than the runs before it, by {error:.3g}, for the same masks and "
-                f"examples; see with 'coar verify' which is damaged"
+                f"{run.path} has other outputs than the runs before it, for the same masks and examples: they "
+                f"{compared}; find the damaged run with 'coar verify'"
             )
     np.copyto(values, more, where=~np.isfinite(values))
 
