@@ -1,4 +1,4 @@
-"""Every error a user can cause: one base class, and each kind also the matching built-in."""
+"""The errors that a user can cause: one base class, and each kind also a subclass of the matching built-in."""
 
 
 class CoarError(Exception):
@@ -14,11 +14,11 @@ class ComponentError(CoarError, ValueError):
 
 
 class AblationError(CoarError, ValueError):
-    """An ablation has no meaning for these components, or a gate never saw the forward pass."""
+    """An ablation is not defined for these components, or a gate was not reached by the forward pass."""
 
 
 class ExamplesError(CoarError, ValueError):
-    """Inputs, targets and metadata do not fit each other."""
+    """Inputs, targets and metadata do not fit together."""
 
 
 class OutputError(CoarError, ValueError):
@@ -26,7 +26,7 @@ class OutputError(CoarError, ValueError):
 
 
 class PrecisionError(CoarError, ValueError):
-    """A lower precision moved the outputs further than the stated tolerance."""
+    """A lower precision moved the outputs by more than the tolerance."""
 
 
 class WeightsError(CoarError, ValueError):
@@ -34,7 +34,7 @@ class WeightsError(CoarError, ValueError):
 
 
 class RunError(CoarError, ValueError):
-    """A path does not hold a run that this version can use."""
+    """A path holds no run that this version can read."""
 
 
 class MismatchError(RunError):
@@ -42,7 +42,7 @@ class MismatchError(RunError):
 
 
 class IncompleteRunError(RunError):
-    """Something asked of a run needs units that have not been collected."""
+    """An operation needs units of a run that have not been collected."""
 
 
 class CorruptRunError(RunError):
@@ -58,15 +58,15 @@ class EngineError(CoarError, RuntimeError):
 
 
 class RegressionError(CoarError, ValueError):
-    """A fit was asked for that the masks cannot support."""
+    """The masks of a run cannot support the requested fit."""
 
 
 class GoalError(CoarError, ValueError):
-    """An editing goal selects no examples, the same example twice, or reads a column that is not there."""
+    """An editing goal selects no examples, the same example twice, or reads a missing column."""
 
 
 class BoundError(GoalError):
-    """No set of components nears a goal without breaking the bound on harm."""
+    """No evaluated set of components improves on the goal within the bound on harm."""
 
 
 class EditError(CoarError, ValueError):

@@ -1,4 +1,4 @@
-"""Settings that check themselves: frozen, without unknown fields, and with this package's own errors."""
+"""The base class of settings: frozen, without unknown fields, and validated with this package's errors."""
 
 from typing import Any, ClassVar
 
@@ -9,7 +9,7 @@ from coar.renamed import refuse_arguments, refuse_members
 
 
 class Settings(BaseModel):
-    """Base of everything a user sets; all mistakes are reported at once, by field."""
+    """Base of all user settings; a validation error lists every wrong field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 

@@ -16,14 +16,16 @@ import torch
 from torch import nn
 
 import coar
+from coar.collection.preparation import BatchSettings, unit_runner
 from coar.errors import AblationError, SettingsError
 from coar.forward.autotune import fastest_runner
 from coar.forward.devices import device_copy
 from coar.forward.execution_plan import ExecutionPlan
-from coar.forward.memory_limit import batch_sizes, bytes_of, gradient_bytes, mask_bytes
+from coar.forward.memory_limit import batch_sizes, bytes_of, gradient_bytes, mask_bytes, within_memory
 from coar.forward.model_runner import ModelRunner
 from coar.forward.runner import FastRunner
 from coar.gates.batch_norms import following_batch_norms
+from coar.store.gradients import GRADIENTS, MaskGradients
 from tests import tiny
 from tests.faults import helpers
 
@@ -359,6 +361,59 @@ def test_memory_limits_that_cannot_be_kept_are_errors(tmp_path):
     with pytest.raises(SettingsError, match="both bound a batch"):
         coar.collect(study, tmp_path / "r.zarr", masks=8, memory_limit="1GB", batch_size=4, device="cpu")
     assert list(tmp_path.iterdir()) == []
+
+
+class Limited(nn.Module):
+    """Runs out of memory with more rows than so many."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.inner, self.most, self.rows = helpers.net(), most, []
+
+    def forward(self, x):
+        self.rows.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError(f"{len(x)} rows")
+        return self.inner(x)
+
+
+def limited(most):
+    """A study of a model that runs out of memory."""
+    model = Limited(most)
+    return helpers.study(model=model, components=coar.neurons(model, include="*hidden"))
+
+
+@pytest.mark.parametrize("most", [3, 1])
+def test_units_are_done_in_smaller_batches_where_memory_runs_out(tmp_path, caplog, most):
+    study = limited(most=1000)
+    run = helpers.collect(study, tmp_path / "r.zarr", masks=20, gradients=8)
+    expected = {name: helpers.whole(run, name) for name in ("outputs", "base_output", *GRADIENTS)}
+    study.model.most = most
+    runner = unit_runner(study, run, study.model.eval(), BatchSettings(128, 128, tune=False, compiled=False))
+    for unit in (*run.units(), *MaskGradients(run).units()):
+        runner.do(unit)
+    for name, values in expected.items():
+        np.testing.assert_allclose(helpers.whole(run, name), values, rtol=1e-5, atol=1e-6)
+    assert (runner.masks.batch_size, runner.gradients.batch_size) == ({3: 2, 1: 1}[most],) * 2
+    assert "a batch of 8 rows is not used: cpu is out of memory" in caplog.text
+
+
+def test_masks_that_share_a_pass_are_fewer_where_memory_runs_out():
+    study = limited(most=12)
+    here, masks = together(worker(study), 4), masks_of(study)
+    used, found = within_memory(here, 6, lambda runner: runner.outputs(runner.load(study.examples, 0, 6), masks))
+    assert used.batch_size == 12  # two masks for six examples, after four
+    assert here.model.rows[-1] <= 12 < max(here.model.rows)
+    here.model.most = 1000
+    np.testing.assert_allclose(found, here.outputs(here.load(study.examples, 0, 6), masks), atol=1e-6)
+
+
+def test_one_example_that_does_not_fit_is_an_error():
+    study = limited(most=1000)
+    here = worker(study)
+    here.model.most = 0
+    with pytest.raises(SettingsError, match="one example does not fit into the memory of cpu: 1 rows; use smaller"):
+        within_memory(here, 6, lambda runner: runner.base_output(runner.load(study.examples, 0, 6)))
 
 
 def test_sizes_are_read_as_they_are_written():

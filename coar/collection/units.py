@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Self
 
+import numpy as np
+
 from coar.collection.finite import check_finite, check_gradients_finite
 from coar.forward.batches import ExampleBlock
+from coar.forward.memory_limit import within_memory
 from coar.forward.runner import FastRunner
 from coar.progress import progress_bar
 from coar.store.gradients import AnyUnit, GradientUnit, MaskGradients
@@ -28,14 +31,16 @@ class UnitRunner:
     Args:
         study: What is examined.
         run: The run that units are stored in.
-        masks: Worker for units of masks.
-        gradients: Worker for rounds of mask gradients, whose batches may be smaller.
+        masks: Runner for units of masks.
+        gradients: Runner for rounds of mask gradients, whose batches may be smaller.
+
+    Attributes:
+        masks, gradients: The runners; one with smaller batches takes the place of one that ran out of memory.
     """
 
     def __init__(self, study: Study, run: Run, *, masks: FastRunner, gradients: FastRunner) -> None:
-        self.masks = masks
+        self.masks, self.gradients = masks, gradients
         self._study, self._run, self._stored = study, run, MaskGradients(run)
-        self._gradients = gradients
         self._block: tuple[FastRunner, slice, ExampleBlock] | None = None
 
     def do(self, unit: AnyUnit) -> None:
@@ -53,26 +58,32 @@ class UnitRunner:
     def _ablate(self, unit: Unit) -> None:
         run = self._run
         rows, examples = run.rows_of(unit)
-        block = self._load(self.masks, examples)
-        outputs = self.masks.outputs(block, run.plan.masks(run.sampler, run.n_components, rows.start, rows.stop))
-        base = self.masks.base_output(block) if unit.mask_block == 0 else None
+        masks = run.plan.masks(run.sampler, run.n_components, rows.start, rows.stop)
+
+        def compute(runner: FastRunner) -> tuple[np.ndarray, np.ndarray | None]:
+            block = self._load(runner, examples)
+            return runner.outputs(block, masks), runner.base_output(block) if unit.mask_block == 0 else None
+
+        self.masks, (outputs, base) = within_memory(self.masks, examples.stop - examples.start, compute)
         check_finite(self._study, run, unit, outputs, base)
         run.write_unit(unit, outputs, base)
 
     def _do_gradients(self, unit: GradientUnit) -> None:
         mask_gradients = self._stored
         examples = mask_gradients.examples_of(unit)
-        block = self._load(self._gradients, examples)
-        kept, ablated, outputs = self._gradients.mask_gradients(
-            block, mask_gradients.masks(unit.round), mask_gradients.group_of(examples)
+        masks, groups = mask_gradients.masks(unit.round), mask_gradients.group_of(examples)
+        self.gradients, (kept, ablated, outputs) = within_memory(
+            self.gradients,
+            examples.stop - examples.start,
+            lambda runner: runner.mask_gradients(self._load(runner, examples), masks, groups),
         )
         check_gradients_finite(self._study, unit, examples, kept, ablated, outputs)
         mask_gradients.write_unit(unit, kept, ablated, outputs)
 
-    def _load(self, worker: FastRunner, examples: slice) -> ExampleBlock:
-        if self._block is None or self._block[:2] != (worker, examples):
+    def _load(self, runner: FastRunner, examples: slice) -> ExampleBlock:
+        if self._block is None or self._block[:2] != (runner, examples):
             self._block = None  # let go of the old block before the device holds the new one
-            self._block = (worker, examples, worker.load(self._study.examples, examples.start, examples.stop))
+            self._block = (runner, examples, runner.load(self._study.examples, examples.start, examples.stop))
         return self._block[2]
 
 

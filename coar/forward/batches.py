@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coar.inputs import Inputs
 
-Batch = tuple[Inputs, Tensor]  # inputs and targets of examples that pass together
+Batch = tuple[Inputs, Tensor]  # inputs and targets of one forward pass
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ExampleBlock:
         batches: Inputs and targets, batch by batch.
         size: Number of examples.
         sources: Batch by batch the inputs whose activations replace the examples'; empty where constants do.
-        order: (examples,) which example is at each place of the batches; None where they are in order.
+        order: (examples,) the number of the example at each place of the batches; None where they are in order.
     """
 
     batches: list[Batch]
@@ -35,7 +35,7 @@ class ExampleBlock:
         return values if self.order is None else values[self.order]
 
     def pieces(self) -> Iterator[tuple["ExampleBlock", slice]]:
-        """Yield blocks whose sources' activations are held at one time, with the examples of each: a batch, or all."""
+        """Yield blocks whose sources' activations are held at the same time, and their examples: one batch, or all."""
         if not self.sources:
             yield self, slice(0, self.size)
             return

@@ -1,4 +1,4 @@
-"""Devices: which there are, models on them, and how they round."""
+"""Devices: the ones available, copies of models on them, and float32 without rounding to TF32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from torch import nn
 from coar.equivalence import rounding
 from coar.errors import SettingsError
 
-BATCH_SIZE = {"cpu": 128, "cuda": 512, "mps": 256}  # examples per forward, unless the user says otherwise
+BATCH_SIZE = {"cpu": 128, "cuda": 512, "mps": 256}  # examples per forward pass by default
 ACTIVATIONS, GELU_BY_TANH = "transformers.activations", ("NewGELUActivation", "FastGELUActivation")
 
 
 def choose_device(name: str) -> torch.device:
-    """Return a device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; raise `SettingsError` when it is not there."""
+    """Return a device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; raise `SettingsError` for others."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
@@ -33,9 +33,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    """Copy a model once, onto the device and into evaluation mode, so that the user's own stays as it is.
+    """Return a copy of a model on the device, in evaluation mode; the user's model stays as it is.
 
-    Activations that take several passes over memory for what torch has one kernel are replaced by it in the copy.
+    In the copy, one kernel of torch replaces activations that are written as several elementwise steps.
     """
     copy = deepcopy(model).to(device).eval().requires_grad_(False)
     if rounding(copy) <= torch.finfo(torch.float32).eps:  # coarser models round between the passes
@@ -47,7 +47,7 @@ def device_copy(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _fuse_activations(model: nn.Module) -> None:
-    """Replace transformers' GELU by tanh, spelled out in elementwise steps, unless somebody's hooks are on it."""
+    """Replace transformers' GELU by tanh, written in elementwise steps, unless it has hooks."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             kind, hooked = type(child), child._forward_hooks or child._forward_pre_hooks
@@ -57,7 +57,7 @@ def _fuse_activations(model: nn.Module) -> None:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Keep CUDA's convolutions and recurrent layers from rounding float32 to TF32; put the settings back afterwards."""
+    """Keep CUDA's convolutions and recurrent layers from rounding float32 to TF32; restore the settings afterwards."""
     kinds: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # type: ignore[attr-defined]
     before = [kind.fp32_precision for kind in kinds]
     try:

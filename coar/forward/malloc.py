@@ -1,4 +1,4 @@
-"""Memory that one pass frees, kept for the next."""
+"""Memory that one forward pass frees, kept for the next one."""
 
 import ctypes
 import os
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # numbers of glibc's settings, from malloc.h
 NEVER = 2**31 - 1
-# what glibc itself comes to in a process that has freed large tensors; while it runs it offers no way to ask
+# the values that glibc itself sets in a process that has freed large tensors; it has no call that returns them
 USUAL = {MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**26, MMAP_MAX: 2**16}
 
 _lock, _users = threading.Lock(), 0
@@ -17,11 +17,11 @@ _lock, _users = threading.Lock(), 0
 
 @contextmanager
 def memory_kept() -> Iterator[None]:
-    """Keep memory that is freed inside in this process, and give it back at the end.
+    """Keep freed memory in this process inside the context, and return it to the system at the end.
 
-    By default glibc gives large blocks back to the system as soon as they are free. The next pass of a model on a CPU
+    By default glibc returns large blocks to the system as soon as they are free. The next pass of a model on a CPU
     gets them again page by page, each cleared first, which takes up to a third of its time. Nothing changes with other
-    allocators, or where the environment sets up malloc.
+    allocators, or where environment variables configure malloc.
     """
     libc = _glibc()
     if libc is not None:
@@ -34,7 +34,7 @@ def memory_kept() -> Iterator[None]:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """Return the C library where it is glibc, with malloc as it comes."""
+    """Return the C library if it is glibc and nothing configures its malloc."""
     chosen = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if chosen or sys.platform != "linux":
         return None
@@ -43,7 +43,7 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def _count(libc: ctypes.CDLL, change: int) -> None:
-    """Count those inside; set up malloc for the first, and put it back after the last."""
+    """Count users; configure malloc for the first, and restore it after the last."""
     global _users
     with _lock:
         before, _users = _users, _users + change

@@ -1,20 +1,24 @@
-"""Batch sizes within a memory limit, from bytes measured per example."""
+"""Batch sizes within a memory limit, from bytes measured per example, and halved where memory runs out."""
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coar.equivalence import fall_back
 from coar.errors import SettingsError
 from coar.forward.devices import BATCH_SIZE
 from coar.forward.model_runner import ModelRunner
-from coar.forward.runner import ReferenceRunner
+from coar.forward.runner import FastRunner, ReferenceRunner
 from coar.study import Study
 
+T = TypeVar("T")
 FREE_SHARE = 0.8  # of a CUDA device's free memory that batches may take
 MEASURED = 2  # examples whose memory is measured
 UNITS = {"": 1, "B": 1} | {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", 1)}
@@ -25,12 +29,12 @@ def bytes_of(limit: int | str) -> int:
     """Return a number of bytes from a whole number, or from text such as `4GiB`, `500 MB` or `1000000`.
 
     Raises:
-        SettingsError: When it is none, or not above 0.
+        SettingsError: When the limit is not a size above 0.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(limit))
     size = float(found[1]) * UNITS.get(found[2].upper(), 0) if found and not isinstance(limit, bool) else 0.0
     if size < 1:
-        raise SettingsError(f"memory limit {limit!r} is no size; give bytes above 0, or text such as 4GiB or 500MB")
+        raise SettingsError(f"memory limit {limit!r} is not a size; give bytes above 0, or text such as 4GiB or 500MB")
     return int(size)
 
 
@@ -40,12 +44,12 @@ def batch_sizes(study: Study, model: nn.Module, *, memory_limit: int | str | Non
     Args:
         study: What is examined.
         model: A copy made by `device_copy`.
-        memory_limit: Bytes, or text such as `4GiB`, that activations may take; by default 80 % of what is free on a
+        memory_limit: Bytes, or text such as `4GiB`, that activations may take; by default 80 % of the free memory of a
             CUDA device, and no limit elsewhere. The usual batch size of the device bounds both sizes in any case.
-        gradients: Whether mask gradients are wanted; else theirs is not measured.
+        gradients: Whether to measure mask gradients.
 
     Raises:
-        SettingsError: When the limit is no size, or one example does not fit.
+        SettingsError: When the limit is not a size, or one example does not fit.
     """
     device = next(model.parameters()).device
     most = BATCH_SIZE[device.type]
@@ -58,6 +62,41 @@ def batch_sizes(study: Study, model: nn.Module, *, memory_limit: int | str | Non
     by_masks = _rows_within(limit, mask_bytes(study, model), "forward pass")
     by_gradients = _rows_within(limit, gradient_bytes(study, model), "mask gradient") if gradients else most
     return (min(most, by_masks), min(most, by_gradients))
+
+
+def within_memory(runner: FastRunner, examples: int, run: Callable[[FastRunner], T]) -> tuple[FastRunner, T]:
+    """Run something, and again with half the batch as long as the device runs out of memory.
+
+    The prediction of `batch_sizes` comes first; this is for models that take more under some masks, and for memory that
+    other programs take meanwhile. The idea is that of accelerate's `find_executable_batch_size`. Other batches change
+    outputs by rounding alone, as other execution plans do.
+
+    Args:
+        runner: The runner to begin with.
+        examples: How many examples a block has.
+        run: Loads the block and runs it, both by the runner that it is given.
+
+    Returns:
+        The runner that had enough memory, and what `run` returned.
+
+    Raises:
+        SettingsError: When one example does not fit.
+    """
+    while True:
+        rows = min(runner.batch_size, examples * runner.plan.masks_per_forward)
+        try:
+            return runner, run(runner)
+        except torch.OutOfMemoryError as error:
+            if rows == 1:
+                raise SettingsError(
+                    f"one example does not fit into the memory of {runner.device}: {error}; use smaller inputs, "
+                    f"precision bf16 or another device"
+                ) from error
+            fall_back(f"a batch of {rows} rows", f"{runner.device} is out of memory", level=logging.WARNING)
+        # outside the handler, which would keep the tensors of the failed pass alive
+        runner = runner.with_plan(replace(runner.plan, batch_size=rows // 2))
+        if runner.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _rows_within(limit: int, needed: float, noun: str) -> int:
@@ -73,9 +112,9 @@ def _rows_within(limit: int, needed: float, noun: str) -> int:
 def mask_bytes(study: Study, model: nn.Module) -> float:
     """Return the bytes that one example takes in a forward pass.
 
-    On CUDA it is the peak of what is allocated; elsewhere the largest sum of what a module without children is given
-    and returns, so products inside a larger module's own code are not seen. Where the activations of resample
-    sources are held, the sum over all modules is added.
+    On CUDA this is the peak of allocated memory. Elsewhere it is the largest sum of the inputs and outputs of a module
+    without children, so intermediate results in a larger module's own code are not counted. Where the activations of
+    resample sources are held, the sum over all modules is added.
     """
     components = study.components
     held = study.ablation.sources(len(study.examples)) is not None
@@ -101,7 +140,9 @@ def mask_bytes(study: Study, model: nn.Module) -> float:
 
 
 def gradient_bytes(study: Study, model: nn.Module) -> float:
-    """Return the bytes that one example takes in a forward and backward pass: on CUDA the peak, else what is saved.
+    """Return the bytes that one example takes in a forward and backward pass.
+
+    On CUDA this is the peak of allocated memory, elsewhere the size of what is saved for the backward pass.
 
     Raises:
         AblationError: When components or output have no gradient.
@@ -129,7 +170,7 @@ def gradient_bytes(study: Study, model: nn.Module) -> float:
 
 
 def _per_row(used: Callable[[int], float], examples: int) -> float:
-    """Return what one more row adds, so that weights, whose size no row changes, do not count."""
+    """Return what one more row adds, so that weights, which take the same for any number of rows, do not count."""
     rows = min(MEASURED, examples)
     if rows == 1:
         return used(1)
@@ -137,7 +178,7 @@ def _per_row(used: Callable[[int], float], examples: int) -> float:
 
 
 def _peak(device: torch.device, run: Callable[[], object]) -> float:
-    run()  # the first pass also pays for workspaces
+    run()  # the first pass also allocates workspaces
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     run()
@@ -146,7 +187,7 @@ def _peak(device: torch.device, run: Callable[[], object]) -> float:
 
 @contextmanager
 def _module_sizes(model: nn.Module) -> Iterator[list[float]]:
-    """Collect, for every call of a module without children, the bytes of what it is given and returns."""
+    """Collect the bytes of inputs and outputs for every call of a module without children."""
     sizes: list[float] = []
 
     def measure(_module: nn.Module, args: Any, kwargs: Any, returned: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether bfloat16 is near enough to float32, and faster: measured."""
+"""Measured error and speed of bfloat16 against float32, and the choice between them."""
 
 import platform
 import time
@@ -20,9 +20,9 @@ class PrecisionCheck:
         error: Root mean square difference over masks, relative to the float32 outputs' standard deviation over masks,
             averaged over examples.
         speedup: Time of float32 over time of bfloat16.
-        tolerance: Largest error that was allowed.
-        masks: How many masks were compared.
-        device: The kind of device and processor.
+        tolerance: Largest allowed error.
+        masks: Number of masks in the comparison.
+        device: Kind of device and processor.
     """
 
     error: float
@@ -37,7 +37,7 @@ def compare_precisions(
 ) -> PrecisionCheck:
     """Measure bfloat16 against float32 on the first masks of the first unit."""
     for worker in (plain, low):
-        worker.outputs(block, masks[:1])  # the first pass also pays for kernels to be chosen
+        worker.outputs(block, masks[:1])  # the first pass also chooses kernels
     start = time.perf_counter()
     exact = plain.outputs(block, masks)
     middle = time.perf_counter()
@@ -52,9 +52,12 @@ def compare_precisions(
 
 
 def choose_precision(asked: str, check: PrecisionCheck) -> Precision:
-    """Return the precision to use; raise `PrecisionError` when `bf16` was asked for and is too far off.
+    """Return the precision to use.
 
     `auto` takes bfloat16 when it is within the tolerance and faster, and float32 otherwise.
+
+    Raises:
+        PrecisionError: When `bf16` is requested and its error is above the tolerance.
     """
     if asked == "bf16" and not check.error <= check.tolerance:
         raise PrecisionError(

@@ -1,8 +1,8 @@
-"""Forward passes that begin where masks begin to differ: what came before is run once and held.
+"""A cache of the start of forward passes: modules that run before masks begin to differ run once.
 
-A pass is cut at calls of modules. Before a given module is called for the first time, others have been called and have
-returned; what the outermost of these returned is held, and a later pass is handed it back instead of running them.
-Everything else, the model's own code between modules included, is run as ever.
+A pass is divided at calls of modules. Before the first call of a given module, other modules have been called and have
+returned. The cache holds what the outermost of these returned, and a later pass gets it instead of running them. All
+else runs as usual, including the model's own code between modules.
 """
 
 from collections import deque
@@ -24,10 +24,10 @@ from coar.examples import rows_of
 from coar.gates.gates import Gates
 from coar.inputs import Inputs
 
-FEW = 8  # components in which a mask may differ from most others, on average, for a look at where
-SAVED = 0.1  # share of the calls that must be saved
-NOTED = 2  # examples on which calls are noted
-OTHERWISE = "the model does not call its modules in the order in which it did at first"
+FEW = 8  # components, on average, in which masks may differ from the majority for the cache to be considered
+SAVED = 0.1  # least share of the calls that the cache must save
+NOTED = 2  # examples of the pass that records calls
+OTHERWISE = "the model does not call its modules in the same order in every pass"
 
 Forward = Callable[..., Any]
 
@@ -38,9 +38,9 @@ class Call:
 
     Attributes:
         module: The module.
-        start: How many calls had begun or ended before.
+        start: Number of calls that had begun or ended before it.
         end: The same at its end.
-        changed: Whether what it returned is changed in place afterwards.
+        changed: Whether its result is changed in place afterwards.
     """
 
     module: nn.Module
@@ -57,7 +57,7 @@ class Calls:
 
     @classmethod
     def of(cls, model: nn.Module, run: Callable[[], object]) -> Self:
-        """Note the calls of a plain forward pass, which must not be in inference mode."""
+        """Record the calls of a plain forward pass, which must not be in inference mode."""
         spans: list[tuple[nn.Module, int, int, list[tuple[Tensor, int]]]] = []
         clock = 0
 
@@ -78,7 +78,7 @@ class Calls:
         return cls(tuple(sorted(calls, key=lambda call: call.start)))
 
     def first(self, module: nn.Module) -> int:
-        """Return when a module is called first; 0, the start of all, where it is not."""
+        """Return the start of a module's first call; 0, the start of the pass, where it is not called."""
         return next((call.start for call in self.calls if call.module is module), 0)
 
     def ended(self, by: int) -> list[Call]:
@@ -91,7 +91,7 @@ class Calls:
 
 
 class SharedStart:
-    """Holds what modules returned in a pass up to a time, and runs passes that go on from there.
+    """Holds the results of modules up to a time in a pass, and runs passes that continue from there.
 
     Args:
         calls: The calls of the model's forward pass.
@@ -105,10 +105,10 @@ class SharedStart:
         self._held: dict[int, Any] = {}
 
     def advance(self, time: int, run: Callable[[], object]) -> None:
-        """Run from what is held up to the call that begins at a later time, and hold what was returned by then.
+        """Run from the held results up to the call that begins at a later time, and hold the results up to then.
 
         Raises:
-            AblationError: When that call is not reached, since the model calls its modules otherwise each time.
+            AblationError: When that call is not reached, because the model calls its modules in another order.
         """
         if time == self.time:
             return
@@ -121,20 +121,20 @@ class SharedStart:
         self._held, self.time = found, time
 
     def run(self, run: Callable[[], Tensor]) -> Tensor:
-        """Run a whole pass, of which what is held is not run again.
+        """Run a whole pass, with held results in the place of the modules that returned them.
 
         Raises:
-            AblationError: When the model does not call a module of which something is held.
+            AblationError: When the model does not call a module whose result is held.
         """
         with self._passing([], None):
             return run()
 
     @contextmanager
     def _passing(self, wanted: list[Call], stop: nn.Module | None) -> Iterator[dict[int, Any]]:
-        """Give back what is held, note what the wanted calls return, and stop before the first call of a module."""
+        """Return held results, record the results of the wanted calls, and stop before the first call of a module."""
         known, noted = deque(self._calls.ended(self.time)), deque(wanted)
         found: dict[int, Any] = {}
-        inside = False  # of a call that is noted
+        inside = False  # a recorded call
 
         def passed(module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
             nonlocal inside
@@ -160,12 +160,12 @@ class SharedStart:
 
 
 class _ReachedError(BaseException):
-    """A pass has come to where it shall stop; no model's own handlers are to catch it."""
+    """A pass has reached its stop; not an `Exception`, so that no handler in the model catches it."""
 
 
 @contextmanager
 def _through(modules: Iterable[nn.Module], passed: Callable[..., Any]) -> Iterator[None]:
-    """Let modules be called through a function that is given the module, its own forward, and what that was given."""
+    """Route calls of modules through a function of the module, its own forward, and the arguments."""
     before = {module: module.__dict__.get("forward") for module in modules}
     for module in before:
         module.__dict__["forward"] = partial(passed, module, module.forward)
@@ -181,21 +181,21 @@ def _through(modules: Iterable[nn.Module], passed: Callable[..., Any]) -> Iterat
 
 def _tensors(value: Any) -> list[Tensor]:
     leaves = trees.tree_leaves(value)
-    return [one for one in leaves if isinstance(one, Tensor) and not one.is_inference()]  # these have no version
+    return [one for one in leaves if isinstance(one, Tensor) and not one.is_inference()]  # those have no version
 
 
 def _own(value: Any, call: Call) -> Any:
-    """Return a value as it is, or a copy where it is going to be changed in place."""
+    """Return a value, or a copy of it where the model changes it in place later."""
     return trees.tree_map_only(Tensor, torch.clone, value) if call.changed else value
 
 
 @dataclass(frozen=True)
 class Starts:
-    """When components come in for the first time in a forward pass.
+    """When components are first used in a forward pass.
 
     Attributes:
-        calls: The pass.
-        times: (components,) when each component's module is called first; 0 where that is not known.
+        calls: The calls of the pass.
+        times: (components,) start of the first call of each component's module; 0 where it is not known.
     """
 
     calls: Calls
@@ -203,7 +203,7 @@ class Starts:
 
     @classmethod
     def of(cls, model: nn.Module, components: Components, run: Callable[[], object]) -> Self:
-        """Note a plain pass of a few examples."""
+        """Record a plain pass of a few examples."""
         with torch.inference_mode(False):
             calls = Calls.of(model, run)
         times = np.zeros(len(components), dtype=np.int64)
@@ -213,7 +213,7 @@ class Starts:
         return cls(calls, times)
 
     def differing(self, differs: np.ndarray) -> np.ndarray:
-        """Return the (masks,) times at which masks begin to differ, from where they do, (masks, components)."""
+        """Return the (masks,) times at which masks begin to differ, from (masks, components) truth values."""
         return np.asarray(np.where(differs, self.times, self.calls.calls[-1].start).min(1))
 
     def saved(self, times: np.ndarray) -> float:
@@ -223,11 +223,11 @@ class Starts:
 
 
 class PrefixCache:
-    """Runs one mask after another, where few of them differ in early parts of the model: those run once for all.
+    """Runs one mask after another, and the parts of the model before their first difference once.
 
     Args:
         model: The model.
-        components: The components a mask speaks of.
+        components: The components of a mask.
         run: Runs the model on inputs.
         read: Reads (examples,) outputs off what the model returns, for targets.
 
@@ -247,16 +247,16 @@ class PrefixCache:
         self.path = FastPath("the prefix cache")
 
     def fill(self, out: Tensor, batches: list[tuple[Inputs, Tensor]], masks: np.ndarray, gates: Gates) -> bool:
-        """Write (masks, examples) outputs, where that saves something; say whether it did.
+        """Write (masks, examples) outputs if the cache saves calls, and return whether it did.
 
-        The first time, the pass of which most is saved is compared with a plain one. When they differ, nothing is
-        shared from then on.
+        The first time, the pass with the most saved calls is compared with a plain one. When they differ, the cache is
+        given up.
 
         Args:
             out: Where to write.
             batches: Inputs and targets.
             masks: (masks, components) boolean masks.
-            gates: The gates, entered.
+            gates: The gates, already entered.
         """
         usual = 2 * masks.sum(0) >= len(masks)
         differs = masks != usual
@@ -292,7 +292,7 @@ class PrefixCache:
         base: Tensor,
         keeps: Tensor,
     ) -> None:
-        """Run a batch under each mask, in the order of when they begin to differ."""
+        """Run a batch under each mask, in the order of the times at which masks begin to differ."""
         run = partial(self._run, inputs)
         for i in np.argsort(times, kind="stable"):
             if start.time != times[i]:
