@@ -1,10 +1,14 @@
-# Every step makes the one before it; PIPELINE names a file in pipelines/, TASK one or more tasks of coar edit.
+# PIPELINE names a file in pipelines/, TASK one or more tasks of coar edit. MASKS, GRADIENTS and FIT are the pipeline's
+# and the best method unless set. Steps that are done are not done again.
 PIPELINE ?= digits
 ABLATION ?= mean
 LABEL ?= 3
+NAME ?= my_pipeline
+KIND ?= image
 TASK ?= forget fix
-COLLECT_OPTIONS ?=
-FIT_OPTIONS ?=
+MASKS ?=
+GRADIENTS ?=
+FIT ?=
 
 RUN := runs/$(PIPELINE)-$(ABLATION).zarr
 FILE := pipelines/$(PIPELINE).py
@@ -12,22 +16,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EDIT := $(BIN)/coar edit $(RUN) --pipeline $(FILE) --task
+SIZES := $(if $(MASKS),--masks $(MASKS)) $(if $(GRADIENTS),--gradients $(GRADIENTS))
+TASKS := $(foreach task,$(TASK),--task $(task)) $(if $(filter forget,$(TASK)),--label $(LABEL))
 FAST := "not slow and not gpu and not network and not ffcv"
 FFCV_COMPILES := pkg-config --exists opencv4 libturbojpeg && command -v c++ > /dev/null
 FFCV_PACKAGES := g++ pkg-config libopencv-dev libturbojpeg0-dev
 UV := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-ffcv ffcv-packages lint type test test-ffcv coverage bench collect fit evaluate edit edits report clean
+.PHONY: help setup setup-ffcv ffcv-packages lint type test test-ffcv coverage bench new collect fit evaluate edit edits report clean
 unexport PYTHONDONTWRITEBYTECODE  # bytecode halves the time of every import
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "with PIPELINE=digits ABLATION=mean|zero LABEL=3 (the class to forget) TASK=\"forget fix\", as in:"
-	@echo "make edit PIPELINE=backdoor TASK=backdoor; make edit ABLATION=zero"
+	@echo "with PIPELINE=digits ABLATION=mean|zero LABEL=3 (the class to forget) TASK=\"forget fix\" MASKS= GRADIENTS= FIT=,"
+	@echo "as in: make edit PIPELINE=backdoor TASK=backdoor; make edit FIT=ridge MASKS=3000"
 
 setup: $(READY) ## Install everything into .venv (uv too, when the machine has none)
 
@@ -74,18 +79,21 @@ bench: $(READY) ## Run the benchmarks that need no data from outside
 	$(BIN)/python benchmarks/fit.py
 	$(BIN)/python benchmarks/collect.py
 
+new: $(READY) ## Write pipelines/NAME.py to edit, of KIND=image|text|module
+	$(BIN)/coar new pipelines/$(NAME).py --kind $(KIND)
+
 collect: $(READY) ## Record outputs under random masks
-	$(BIN)/coar collect $(FILE) --ablation $(ABLATION) --run $(RUN) $(COLLECT_OPTIONS)
+	$(BIN)/coar collect $(FILE) --ablation $(ABLATION) --run $(RUN) $(SIZES)
 
 fit: collect ## Fit attributions
-	$(BIN)/coar fit $(RUN) $(FIT_OPTIONS)
+	$(BIN)/coar fit $(RUN) $(if $(FIT),--method $(FIT))
 
 evaluate: fit ## Score attributions and baselines on held-out masks
 	$(BIN)/coar baselines $(RUN) --pipeline $(FILE)
 	$(BIN)/coar evaluate $(RUN)
 
-edit: evaluate ## Edit for each TASK, judged on unseen examples
-	$(foreach task,$(TASK),$(EDIT) $(if $(filter forget,$(task)),forget --label $(LABEL),$(task));)
+edit: $(READY) ## All steps in one process, with an edit for each TASK, judged on unseen examples
+	@$(BIN)/coar all $(FILE) --ablation $(ABLATION) --run $(RUN) $(SIZES) $(if $(FIT),--fit $(FIT)) $(TASKS)
 
 edits: $(READY) ## All tasks and rules on all models, in one table: reports/edits/summary.md
 	$(BIN)/python benchmarks/edits.py

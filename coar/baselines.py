@@ -66,7 +66,7 @@ def mask_gradient(
         MismatchError: When the run was made for another study.
         AblationError: When components are parameter slices, which have no output to gate.
     """
-    if any(component.side == "parameter" for component in run.components):
+    if "mask_gradient" not in applicable(run):
         raise AblationError("parameter slices have no output to gate, so they have no mask gradient")
     return _store(
         study,
@@ -83,6 +83,12 @@ BASELINES: dict[str, Callable[..., Attributions]] = {
     "leave_one_out": leave_one_out,
     "mask_gradient": mask_gradient,
 }
+
+
+def applicable(run: Run) -> list[str]:
+    """Return the names of the baselines that a run's components allow; parameter slices have no gradient."""
+    slices = any(component.side == "parameter" for component in run.components)
+    return [name for name in BASELINES if not (slices and name == "mask_gradient")]
 
 
 def _store(

@@ -10,13 +10,15 @@ from types import ModuleType
 from typing import Any
 
 from coar.ablation.registry import ABLATIONS
+from coar.comparison import Comparison
 from coar.editing.goal import EditGoal
 from coar.errors import CoarError, PipelineError
 from coar.examples import Examples
 from coar.store.run import Run
 from coar.study import Study
 
-DEFAULTS: dict[str, Any] = {"MASKS": 5_000, "TEST_MASKS": 500, "TEST_FRACTIONS": ()}
+MASKS = 5_000  # of a file that sets neither masks nor mask gradients
+DEFAULTS: dict[str, Any] = {"MASKS": None, "GRADIENTS": 0, "TEST_MASKS": 500, "TEST_FRACTIONS": ()}
 LABELS = {kind.__name__: label for label, kind in ABLATIONS.items()}
 
 
@@ -27,18 +29,29 @@ class Pipeline:
     Attributes:
         name: The file's name without its ending.
         path: Where the file is.
-        masks: Training masks to collect unless the user says otherwise (`MASKS` in the file).
-        test_masks: Test masks likewise (`TEST_MASKS`).
-        test_fractions: Further ablated fractions to test at likewise (`TEST_FRACTIONS`).
+        masks: Training masks to collect by default (`MASKS` in the file; 5,000, or none in a file with `GRADIENTS`).
+        gradients: Mask gradients to collect by default (`GRADIENTS`).
+        test_masks: Test masks to collect by default, at each ablated fraction (`TEST_MASKS`).
+        test_fractions: Further ablated fractions to test at by default (`TEST_FRACTIONS`).
         module: The file as a module.
     """
 
     name: str
     path: Path
     masks: int
+    gradients: int
     test_masks: int
     test_fractions: tuple[float, ...]
     module: ModuleType
+
+    def sizes(self, masks: int | None, gradients: int | None) -> dict[str, int]:
+        """Return how many training masks and mask gradients to collect, from what the user gives.
+
+        The file's own numbers hold where neither is given. Where one is given, the other is 0 unless given too.
+        """
+        if masks is None and gradients is None:
+            return {"masks": self.masks, "gradients": self.gradients}
+        return {"masks": masks or 0, "gradients": gradients or 0}
 
     def study(self, **options: Any) -> Study:
         """Call the file's `study` with the options that are not None.
@@ -90,6 +103,11 @@ class Pipeline:
             raise PipelineError(f"GOAL in {self.path} is a {type(goal).__name__}; it must be a coar.EditGoal")
         return goal
 
+    def comparison(self) -> Comparison | None:
+        """Return what two ways to attributions cost, from the file that the pipeline names (`COMPARISON`), or None."""
+        file = getattr(self.module, "COMPARISON", None)
+        return None if file is None else Comparison.read(Path(file))
+
     def _examples(self, name: str) -> Examples:
         examples = _function(self.path, self.module, name)()
         if not isinstance(examples, Examples):
@@ -105,7 +123,8 @@ def load_pipeline(path: str | Path) -> Pipeline:
     A pipeline file is trusted code of the user's own. It defines `study(*, ablation, ablated_fraction, seed)`, with
     any of these options, returning a `coar.Study`; and for edits `judge()`, returning `coar.Examples` that no choice
     has seen, and if there are any `choosing()`, further examples to choose on, and `GOAL`, what to edit for. `MASKS`,
-    `TEST_MASKS` and `TEST_FRACTIONS` are what is collected unless the user says otherwise.
+    `GRADIENTS`, `TEST_MASKS` and `TEST_FRACTIONS` are what is collected by default. `COMPARISON` names a JSON file with
+    what two ways to attributions cost.
 
     Raises:
         PipelineError: When the file is missing, fails to import, or defines no `study`.
@@ -130,13 +149,15 @@ def load_pipeline(path: str | Path) -> Pipeline:
     _function(file, module, "study")
     settings = {name: getattr(module, name, default) for name, default in DEFAULTS.items()}
     fractions = settings["TEST_FRACTIONS"]
-    if not all(isinstance(settings[name], int) for name in ("MASKS", "TEST_MASKS")) or not isinstance(
-        fractions, tuple | list
-    ):
+    if settings["MASKS"] is None:
+        settings["MASKS"] = 0 if settings["GRADIENTS"] else MASKS
+    counts = {name: settings[name] for name in ("MASKS", "GRADIENTS", "TEST_MASKS")}
+    if not all(isinstance(count, int) for count in counts.values()) or not isinstance(fractions, tuple | list):
         raise PipelineError(
-            f"{file} sets {settings}; MASKS and TEST_MASKS must be whole numbers, TEST_FRACTIONS a tuple of fractions"
+            f"{file} sets {settings}; MASKS, GRADIENTS and TEST_MASKS must be whole numbers, TEST_FRACTIONS a tuple of "
+            f"fractions"
         )
-    return Pipeline(file.stem, file, settings["MASKS"], settings["TEST_MASKS"], tuple(fractions), module)
+    return Pipeline(file.stem, file, *counts.values(), tuple(fractions), module)
 
 
 def _function(path: Path, module: ModuleType, name: str) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ WORKER_LOST = "worker lost"  # the name of this event in a log of events
 
 
 def progress_bar(items: Iterable[Any] | None = None, *, shown: bool, **settings: Any) -> "tqdm[Any]":
-    """Return a bar on standard error, redrawn in place on a terminal and every 15 seconds in a log."""
-    wait = 0.1 if sys.stderr.isatty() else 15.0
-    return tqdm(items, disable=not shown, mininterval=wait, maxinterval=4 * wait, **settings)
+    """Return a bar on standard error: on a terminal redrawn in place and removed at its end; in a log every 15 s."""
+    watched = sys.stderr.isatty()
+    wait = 0.1 if watched else 15.0
+    return tqdm(items, disable=not shown, leave=not watched, mininterval=wait, maxinterval=4 * wait, **settings)

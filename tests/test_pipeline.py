@@ -54,8 +54,9 @@ def same_weights(one, other):
 
 def test_digits_pipeline(digits):
     loaded = load_pipeline(FOLDER / "digits.py")
-    assert (loaded.name, loaded.masks, loaded.test_masks) == ("digits", digits.MASKS, digits.TEST_MASKS)
-    assert loaded.test_fractions == digits.TEST_FRACTIONS
+    assert (loaded.name, loaded.masks, loaded.gradients) == ("digits", 0, digits.GRADIENTS)
+    assert loaded.test_masks == digits.TEST_MASKS
+    assert loaded.test_fractions == ()
     study = loaded.study()
     assert study.ablation.label == "mean"
     assert len(study.components) == 336
@@ -141,7 +142,16 @@ def test_option_that_the_file_does_not_take_is_refused(written):
 
 def test_settings_that_a_file_leaves_out_have_defaults(written):
     loaded = written("def study(): pass")
-    assert (loaded.masks, loaded.test_masks, loaded.test_fractions) == (5_000, 500, ())
+    assert (loaded.masks, loaded.gradients, loaded.test_masks, loaded.test_fractions) == (5_000, 0, 500, ())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [((None, None), (0, 32)), ((7, None), (7, 0)), ((None, 8), (0, 8)), ((7, 8), (7, 8))]
+)
+def test_sizes_are_the_files_where_none_is_given(written, given, expected):
+    loaded = written("GRADIENTS = 32\ndef study(): pass")
+    assert loaded.masks == 0
+    assert loaded.sizes(*given) == dict(zip(("masks", "gradients"), expected, strict=True))
 
 
 BROKEN = {
@@ -152,6 +162,7 @@ BROKEN = {
     "no study": ("STUDY = 3", r"defines no function study\(\)"),
     "study is no function": ("study = 3", r"defines no function study\(\)"),
     "masks in words": ("MASKS = 'many'\ndef study(): pass", "MASKS"),
+    "half a gradient": ("GRADIENTS = 0.5\ndef study(): pass", "GRADIENTS"),
     "fractions as one number": ("TEST_FRACTIONS = 0.1\ndef study(): pass", "TEST_FRACTIONS"),
 }
 

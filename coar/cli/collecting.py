@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 def collect(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A pipeline file.")],
     run: Annotated[Path | None, typer.Option(help="The run [default: runs/<pipeline>-<ablation>.zarr].")] = None,
-    masks: Annotated[int | None, typer.Option(help="Training masks [default: the pipeline's].")] = None,
-    gradients: Annotated[int, typer.Option(help="Mask gradients, for informed attributions.")] = 0,
+    masks: Annotated[
+        int | None, typer.Option(help="Training masks [default: the pipeline's, or none with --gradients].")
+    ] = None,
+    gradients: Annotated[int | None, typer.Option(help="Mask gradients [default: the pipeline's].")] = None,
     until: Annotated[float | None, typer.Option(help="Go on until validation masks are predicted so well.")] = None,
     until_flat: Annotated[bool, typer.Option("--until-flat", help="Go on until more passes promise little.")] = False,
     test_masks: Annotated[int | None, typer.Option(help="Held-out masks [default: the pipeline's].")] = None,
@@ -88,8 +90,8 @@ def collect(
             )
         _tell(_until(study, path, until, {"validation_masks": validation_masks, **options}))
         return
-    count = (0 if gradients else loaded.masks) if masks is None else masks
-    _tell(collect_run(study, path, masks=count, gradients=gradients, validation_masks=validation_masks, **options))
+    options |= {**loaded.sizes(masks, gradients), "validation_masks": validation_masks}
+    _tell(collect_run(study, path, **options))
 
 
 @app.command(epilog="Example: coar plan pipelines/cifar10.py --masks 4000 --gradients 128 --workers 8")
@@ -97,9 +99,9 @@ def collect(
 def plan(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A pipeline file.")],
     masks: Annotated[
-        int | None, typer.Option(help="Training masks [default: the pipeline's, or 0 with mask gradients].")
+        int | None, typer.Option(help="Training masks [default: the pipeline's, or none with --gradients].")
     ] = None,
-    gradients: Annotated[int, typer.Option(help="Mask gradients, for informed attributions.")] = 0,
+    gradients: Annotated[int | None, typer.Option(help="Mask gradients [default: the pipeline's].")] = None,
     workers: Annotated[int, typer.Option(help="Machines like this one that share the work.")] = 1,
     ablation: Annotated[str | None, typer.Option(help="Label, such as mean [default: the pipeline's].")] = None,
     device: DeviceOption = "auto",
@@ -115,8 +117,7 @@ def plan(
     study = loaded.study(ablation=ablation)
     found = estimate(
         study,
-        masks=(0 if gradients else loaded.masks) if masks is None else masks,
-        gradients=gradients,
+        **loaded.sizes(masks, gradients),
         test_masks=loaded.test_masks * len({study.sampler.ablated_fraction, *loaded.test_fractions}),
         workers=workers,
         device=device,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from coar.editing.goal import EditGoal
     from coar.editing.options import RuleName
     from coar.editing.tasks import TaskResult
+    from coar.pipeline import Pipeline
+    from coar.study import Study
 
 RULES = ("verified", "welch", "predicted")
 
@@ -60,8 +62,10 @@ def edit(
     """Choose components to ablate for good; with a pipeline, try them out, apply the edit and judge it."""
     from coar.attributions import load
     from coar.editing.goal import EditGoal
+    from coar.pipeline import load_pipeline
+    from coar.store.run import Run
 
-    _check_options(task, targets, references, name, label, rule)
+    check_options(task, targets, references, name, label, rule)
     attributions = load(run, fit_name)
     folder = out or reports(run)
     goal = None
@@ -77,12 +81,13 @@ def edit(
         by = cast("RuleName", rule or "welch")
         _without_trying(attributions, goal, by, budget, None if dry_run else folder / name / "edit.json")
         return
-    asked = _Asked(task, goal, name, label)
+    asked = Asked(task, goal, name, label)
     options = {"budget": budget, "rule": rule or "verified", "precision": precision, "device": device}
     how = {"constants": constants, "strength": strength}
     options |= {**_bound(harm, group_harm), **{key: value for key, value in how.items() if value is not None}}
-    result, model = _run_task(run, pipeline, attributions, asked, options)
-    _tell(result, model, None if dry_run else folder)
+    loaded = load_pipeline(pipeline)
+    study = loaded.study_of(Run.open(run))
+    _tell(run_task(loaded, study, attributions, asked, options), study.model, None if dry_run else folder)
 
 
 @app.command(
@@ -105,7 +110,7 @@ def undo(
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
     """What to edit for: a task by name, or a goal with a name of its own."""
 
     task: str | None
@@ -114,9 +119,10 @@ class _Asked:
     label: int | None
 
 
-def _check_options(
+def check_options(
     task: str | None, targets: str | None, references: str | None, name: str, label: int | None, rule: str | None
 ) -> None:
+    """Raise `SettingsError` unless the options name one task or one goal, and a rule that there is."""
     from coar.editing.tasks import TASKS
 
     if rule is not None and rule not in RULES:
@@ -166,26 +172,23 @@ def _without_trying(
         written([file])
 
 
-def _run_task(
-    run: Path, pipeline: Path, attributions: "Attributions", asked: _Asked, options: dict[str, Any]
-) -> "tuple[TaskResult, nn.Module]":
+def run_task(
+    loaded: "Pipeline", study: "Study", attributions: "Attributions", asked: Asked, options: dict[str, Any]
+) -> "TaskResult":
+    """Do a task, on the pipeline's examples and with its goal."""
     from coar.editing.tasks import TASKS, reach_goal
-    from coar.pipeline import load_pipeline
-    from coar.store.run import Run
 
-    loaded = load_pipeline(pipeline)
-    study = loaded.study_of(Run.open(run))
     common = (attributions, study.model, study.examples, loaded.judge())
     options["choosing"] = loaded.choosing()
     if study.output.hard_and_smooth():
         options["output"] = study.output
     if asked.goal is not None:
-        return reach_goal(*common, goal=asked.goal, name=asked.name, **options), study.model
+        return reach_goal(*common, goal=asked.goal, name=asked.name, **options)
     if asked.task == "forget":
         options["label"] = asked.label
     elif asked.task != "fix":
         options["goal"] = loaded.goal()
-    return TASKS[str(asked.task)](*common, **options), study.model
+    return TASKS[str(asked.task)](*common, **options)
 
 
 def _tell(result: "TaskResult", model: "nn.Module", folder: Path | None) -> None:

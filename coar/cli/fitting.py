@@ -63,18 +63,19 @@ def fit(
 @report_errors
 def baselines(run: RunArgument, pipeline: PipelineOption, device: DeviceOption = "auto") -> None:
     """Compute leave-one-out and the mask gradient attributions, to compare with."""
-    from coar.baselines import BASELINES
+    from coar.baselines import BASELINES, applicable
     from coar.pipeline import load_pipeline
     from coar.store.run import Run
 
     opened = Run.open(run)
     study = load_pipeline(pipeline).study_of(opened)
+    names = applicable(opened)
     for name, baseline in BASELINES.items():
-        if name == "mask_gradient" and any(component.side == "parameter" for component in opened.components):
+        if name in names:
+            baseline(study, opened, device=device)
+            typer.echo(f"{run}: {name} done")
+        else:
             typer.echo(f"{run}: {name} left out, since parameter slices have no output to gate")
-            continue
-        baseline(study, opened, device=device)
-        typer.echo(f"{run}: {name} done")
 
 
 @app.command(epilog="Example: coar evaluate runs/digits-mean.zarr")

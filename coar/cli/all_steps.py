@@ -1,0 +1,170 @@
+"""The command that does all steps in one process: collect, fit, baselines, evaluate and edit."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coar.cli.common import DeviceOption, OutOption, app, report_errors, reports, written
+from coar.cli.editing import Asked, check_options, run_task
+from coar.cli.summary import changes, heading, scores
+from coar.errors import SettingsError
+
+if TYPE_CHECKING:
+    from coar.attributions import Attributions
+    from coar.evaluation import Evaluation
+    from coar.pipeline import Pipeline
+    from coar.store.run import Run
+    from coar.study import Study
+
+WIDTH = 88  # columns up to the seconds of a step
+
+
+@app.command(name="all", epilog="Example: coar all pipelines/digits.py --task forget --label 3 --task fix")
+@report_errors
+def all_steps(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A pipeline file.")],
+    run: Annotated[Path | None, typer.Option(help="The run [default: runs/<pipeline>-<ablation>.zarr].")] = None,
+    ablation: Annotated[str | None, typer.Option(help="Label, such as mean [default: the pipeline's].")] = None,
+    masks: Annotated[
+        int | None, typer.Option(help="Training masks [default: the pipeline's, or none with --gradients].")
+    ] = None,
+    gradients: Annotated[
+        int | None, typer.Option(help="Mask gradients [default: the pipeline's, or none with --masks].")
+    ] = None,
+    method: Annotated[str, typer.Option("--fit", help="auto, informed, ridge, lasso or ols.")] = "auto",
+    task: Annotated[list[str] | None, typer.Option(help="An edit; may be given several times.")] = None,
+    label: Annotated[int | None, typer.Option(help="The class of --task forget.")] = None,
+    device: DeviceOption = "auto",
+    out: OutOption = None,
+) -> None:
+    """Do every step that is missing, from collecting to edits, and show the results on one page.
+
+    The steps are those of coar collect, fit, baselines, evaluate, edit and report. One process does them all, which
+    saves the start of five.
+    """
+    if label is not None and "forget" not in (task or ()):
+        raise SettingsError("--label names the class of --task forget; add that task, or leave --label out")
+    tasks = [Asked(name, None, "edit", label if name == "forget" else None) for name in task or ()]
+    logging.getLogger("coar").setLevel(logging.WARNING)  # a line per step says it all
+    logging.getLogger("coar.pipelines").setLevel(logging.INFO)
+    loaded, study = _define(pipeline, ablation, tasks)
+    path = run or Path("runs") / f"{loaded.name}-{study.ablation.label}.zarr"
+    collected = _collect(loaded, study, path, loaded.sizes(masks, gradients), device)
+    attributions = _fit(collected, method)
+    _baselines(study, collected, device)
+    folder = out or reports(path)
+    _evaluate(collected, folder)
+    comparison = loaded.comparison()
+    if comparison is not None and comparison.ablation == study.ablation.label:
+        typer.echo(f"\n{comparison}")
+    for asked in tasks:
+        _edit(loaded, study, attributions, asked, folder, device)
+    _ending(collected, folder)
+
+
+@contextmanager
+def _step(name: str) -> Iterator[list[str]]:
+    """Print a step's name at once where somebody watches, then in one line its name, what came of it, and seconds."""
+    watched, began = sys.stdout.isatty(), time.monotonic()
+    if watched:
+        typer.echo(f"{name:10}...", nl=False)
+    told: list[str] = []
+    try:
+        yield told
+    except BaseException:
+        if watched:
+            typer.echo()  # what is said of it begins on a line of its own
+        raise
+    start = "\r" if watched else ""
+    typer.echo(f"{start}{f'{name:10}{told[0]}':{WIDTH}}{time.monotonic() - began:6.1f} s")
+
+
+def _define(pipeline: Path, ablation: str | None, tasks: list[Asked]) -> "tuple[Pipeline, Study]":
+    with _step("study") as told:
+        from coar.pipeline import load_pipeline
+
+        for asked in tasks:
+            check_options(asked.task, None, None, asked.name, asked.label, None)
+        loaded = load_pipeline(pipeline)
+        study = loaded.study(ablation=ablation)
+        what = repr(study.components).removeprefix("Components(").partition(", from")[0]
+        told.append(f"{loaded.name}: {what}, {len(study.examples)} examples, ablation {study.ablation.label}")
+    return loaded, study
+
+
+def _collect(loaded: "Pipeline", study: "Study", path: Path, sizes: dict[str, int], device: str) -> "Run":
+    with _step("collect") as told:
+        from coar.collection.collect import collect
+        from coar.store.gradients import MaskGradients
+
+        tests: dict[str, Any] = {"test_masks": loaded.test_masks, "test_fractions": loaded.test_fractions}
+        run = collect(study, path, **sizes, **tests, device=device, progress=sys.stderr.isatty())
+        counts = {
+            "mask gradients": MaskGradients(run).count,
+            "masks": run.plan.count("train", run.sampler.ablated_fraction),
+            "test masks": sum(run.plan.count("test", fraction) for fraction in run.plan.fractions("test")),
+        }
+        told.append(", ".join(f"{count:,} {what}" for what, count in counts.items() if count) + f" in {path}")
+    return run
+
+
+def _fit(run: "Run", method: str) -> "Attributions":
+    with _step("fit") as told:
+        from coar.regression.fitting import fit
+
+        attributions = fit(run, method=method, progress=sys.stderr.isatty())
+        facts = attributions.facts["fit"]
+        used = {"mask gradients": facts.get("gradients", 0), "masks": facts["masks"]}
+        told.append(
+            f"{facts['method']}, from " + " and ".join(f"{count:,} {what}" for what, count in used.items() if count)
+        )
+    return attributions
+
+
+def _baselines(study: "Study", run: "Run", device: str) -> None:
+    with _step("baselines") as told:
+        from coar.baselines import BASELINES, applicable
+
+        names = applicable(run)
+        for name in names:
+            BASELINES[name](study, run, device=device, progress=sys.stderr.isatty())
+        told.append(", ".join(names))
+
+
+def _evaluate(run: "Run", folder: Path) -> None:
+    with _step("evaluate") as told:
+        from coar.evaluation import evaluate
+        from coar.report import write_evaluation
+
+        evaluation: Evaluation = evaluate(run)
+        write_evaluation(evaluation, folder)
+        told.append("predicted against true outputs, under masks that no fit has seen")
+    typer.echo(scores(evaluation))
+
+
+def _edit(
+    loaded: "Pipeline", study: "Study", attributions: "Attributions", asked: Asked, folder: Path, device: str
+) -> None:
+    typer.echo()
+    with _step("edit") as told:
+        from coar.report import write_task
+
+        options = {"device": device, "progress": sys.stderr.isatty()}
+        result = run_task(loaded, study, attributions, asked, options)
+        write_task(result, study.model, folder / result.name)
+        told.append(heading(result, len(study.components)))
+    typer.echo(changes(result))
+
+
+def _ending(run: "Run", folder: Path) -> None:
+    from coar.report import write_page
+
+    typer.echo()
+    written([write_page(run, folder)])
+    typer.echo(f"the page has all tables and figures; 'coar info {run.path}' says what the run holds")
