@@ -98,7 +98,7 @@ edit: $(READY) ## All steps in one process, with an edit for each TASK, judged o
 edits: $(READY) ## All tasks and rules on all models, in one table: reports/edits/summary.md
 	$(BIN)/python benchmarks/edits.py
 
-report: edit ## Gather tables and figures on one page
+report: $(READY) ## Gather the tables and figures of the steps that are done on one page
 	$(BIN)/coar report $(RUN)
 
 clean: ## Remove runs, reports and caches; data and .venv stay
