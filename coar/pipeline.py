@@ -151,13 +151,21 @@ def load_pipeline(path: str | Path) -> Pipeline:
     fractions = settings["TEST_FRACTIONS"]
     if settings["MASKS"] is None:
         settings["MASKS"] = 0 if settings["GRADIENTS"] else MASKS
-    counts = {name: settings[name] for name in ("MASKS", "GRADIENTS", "TEST_MASKS")}
-    if not all(isinstance(count, int) for count in counts.values()) or not isinstance(fractions, tuple | list):
+    counts = [settings[name] for name in ("MASKS", "GRADIENTS", "TEST_MASKS")]
+    if not all(isinstance(count, int) for count in counts) or not isinstance(fractions, tuple | list):
         raise PipelineError(
             f"{file} sets {settings}; MASKS, GRADIENTS and TEST_MASKS must be whole numbers, TEST_FRACTIONS a tuple of "
             f"fractions"
         )
-    return Pipeline(file.stem, file, *counts.values(), tuple(fractions), module)
+    return Pipeline(
+        name=file.stem,
+        path=file,
+        masks=settings["MASKS"],
+        gradients=settings["GRADIENTS"],
+        test_masks=settings["TEST_MASKS"],
+        test_fractions=tuple(fractions),
+        module=module,
+    )
 
 
 def _function(path: Path, module: ModuleType, name: str) -> Callable[..., Any]:

@@ -98,7 +98,7 @@ def _define(pipeline: Path, ablation: str | None, tasks: list[Asked]) -> "tuple[
     return loaded, study
 
 
-def _collect(loaded: "Pipeline", study: "Study", path: Path, sizes: dict[str, int], device: str) -> "Run":
+def _collect(loaded: "Pipeline", study: "Study", path: Path, sizes: dict[str, Any], device: str) -> "Run":
     with _step("collect") as told:
         from coar.collection.collect import collect
         from coar.store.gradients import MaskGradients
