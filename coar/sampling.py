@@ -33,7 +33,7 @@ class Sampler(Settings):
 
     @abstractmethod
     def _mask(self, numbers: np.ndarray, fraction: float) -> np.ndarray:
-        """Turn (components,) uniform 32-bit numbers into a (components,) boolean mask."""
+        """Turn (masks, components) uniform 32-bit numbers into boolean masks of the same shape."""
 
     def masks(
         self, split: Split, indices: Iterable[int], components: int, *, ablated_fraction: float | None = None
@@ -53,8 +53,7 @@ class Sampler(Settings):
             SettingsError: When the fraction is not between 0 and 1.
         """
         fraction = self.ablated_fraction if ablated_fraction is None else check_fraction(ablated_fraction)
-        rows = [self._mask(self._numbers(split, index, components), fraction) for index in indices]
-        return np.stack(rows) if rows else np.zeros((0, components), dtype=bool)
+        return self._mask(self._numbers(split, indices, components), fraction)
 
     def stratified(self, split: Split, indices: Iterable[int], components: int) -> np.ndarray:
         """Return (indices, components) boolean masks that ablate every component equally often.
@@ -69,20 +68,23 @@ class Sampler(Settings):
             indices: The masks of the group; groups are independent of each other.
             components: Number of components.
         """
-        raw = np.stack([self._numbers(split, index, 2 * components) for index in indices])
+        raw = self._numbers(split, indices, 2 * components)
         order, inside = raw[:, :components], raw[:, components:].astype(np.uint64)
         strata = np.argsort(np.argsort(order, axis=0, kind="stable"), axis=0, kind="stable").astype(np.uint64)
         numbers = ((strata << np.uint64(32)) + inside) // np.uint64(len(raw))
-        return np.stack([self._mask(row, self.ablated_fraction) for row in numbers.astype(np.uint32)])
+        return self._mask(numbers.astype(np.uint32), self.ablated_fraction)
 
-    def _numbers(self, split: Split, index: int, count: int) -> np.ndarray:
-        """Draw from Philox4x64 with key (seed, split) and the mask's index in the counter's second word."""
-        generator = np.random.Philox(
-            key=np.array([self.seed, SPLITS.index(split)], dtype=np.uint64),
-            counter=np.array([0, index, 0, 0], dtype=np.uint64),
-        )
-        words = generator.random_raw(-(-count // 2)).astype("<u8")
-        return words.view("<u4")[:count]  # two numbers per word, the low half first, on every machine
+    def _numbers(self, split: Split, indices: Iterable[int], count: int) -> np.ndarray:
+        """Draw (indices, count) from Philox4x64 with key (seed, split), an index in the counter's second word."""
+        generator = np.random.Philox(key=np.array([self.seed, SPLITS.index(split)], dtype=np.uint64))
+        start = generator.state
+        rows: list[np.ndarray] = []
+        for index in indices:
+            start["state"]["counter"][:] = (0, index, 0, 0)
+            generator.state = start  # nothing drawn yet, whatever was drawn for other indices
+            words = generator.random_raw(-(-count // 2)).astype("<u8")
+            rows.append(words.view("<u4")[:count])  # two numbers a word, low half first, on every machine
+        return np.stack(rows) if rows else np.zeros((0, count), dtype="<u4")
 
     def settings(self) -> dict[str, Any]:
         """Return the name and settings that identify this sampler in a run's fingerprint."""
@@ -103,10 +105,11 @@ class FixedSizeSampler(Sampler):
     """
 
     def _mask(self, numbers: np.ndarray, fraction: float) -> np.ndarray:
-        count = min(max(round(fraction * len(numbers)), 1), max(len(numbers) - 1, 1))
-        mask = np.ones(len(numbers), dtype=bool)
-        mask[np.argsort(numbers, kind="stable")[:count]] = False
-        return mask
+        components = numbers.shape[1]
+        count = min(max(round(fraction * components), 1), max(components - 1, 1))
+        masks = np.ones(numbers.shape, dtype=bool)
+        np.put_along_axis(masks, np.argsort(numbers, axis=1, kind="stable")[:, :count], False, axis=1)
+        return masks
 
 
 SAMPLERS: dict[str, type[Sampler]] = {cls.__name__: cls for cls in (BernoulliSampler, FixedSizeSampler)}

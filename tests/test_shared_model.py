@@ -92,10 +92,8 @@ def test_predictions_are_centred_masks_times_the_weights_of_their_fold(problem):
         for place, number in enumerate(range(N)[block.examples]):
             group = int(ORDER[number]) % MASK_GROUPS
             centred = masks[block.fold, :, group] - masks[:, :, group].reshape(-1, D).mean(0)
-            at = divmod(place, found.shape[2])
-            np.testing.assert_allclose(
-                found[at[0], :, at[1]].numpy(), centred @ weight[block.fold, number].numpy(), atol=1e-5
-            )
+            at = divmod(place, found.shape[1])
+            np.testing.assert_allclose(found[at].numpy(), centred @ weight[block.fold, number].numpy(), atol=1e-5)
             seen.append((block.fold, number))
     assert sorted(seen) == [(fold, number) for fold in range(FOLDS) for number in range(N)]
 
@@ -155,7 +153,7 @@ def test_residuals_have_no_mean(problem):
     weight = learn(rows, gradients, SITES)[0].weights(gradients).mean(0, keepdim=True).expand(FOLDS, N, D)
     sums = torch.zeros(N)
     for block, part in zip(rows.blocks, rows.residual(weight), strict=True):
-        sums[block.examples] += part.sum(1).flatten()
+        sums[block.examples] += part.sum(2).flatten()
     assert float(sums.abs().max()) < 1e-3
 
 

@@ -52,7 +52,7 @@ class Correction:
             gram = gram or Gram.of(run, rows)
             spectrum, left = Spectrum.primal(gram.scaled(column)), torch.empty(0)
         examples = learning_examples(run)
-        weights, spread = prior.weights(prior.mask_gradients(run), examples)
+        weights, spread, _ = prior.weights(prior.mask_gradients(run), examples)
         scores, variation, _ = cls(column, spectrum, left, gram, 0.0).scores(FitBlock(run, rows, examples), weights)
         return cls(column, spectrum, left, gram, _penalty(spectrum, scores, variation, spread))
 

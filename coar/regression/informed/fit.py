@@ -57,8 +57,7 @@ class Informed:
         examples, masks, rounds = block.examples, len(block.rows), len(self.prior.kept)
         mask_gradients = self.prior.mask_gradients(block.run)
         count = sum(mask_gradients.rounds[:rounds])
-        weights, spread = self.prior.weights(mask_gradients, examples)
-        outputs = torch.from_numpy(mask_gradients.outputs(rounds, examples)).double().mean(0)
+        weights, spread, outputs = self.prior.weights(mask_gradients, examples)
         share = torch.from_numpy(sum(self.prior.kept) / np.float32(count))  # (mask groups, components)
         seen = share[torch.from_numpy(mask_gradients.group_of(examples))].double()  # (examples, components)
         if self.correction:

@@ -41,12 +41,14 @@ class Prior:
         """Return the mask gradients of the run, with the counts that are known here."""
         return MaskGradients(run, kept_counts=self.kept)
 
-    def weights(self, mask_gradients: MaskGradients, examples: slice) -> tuple[Tensor, Tensor]:
-        """Return (examples, components) weights and the (examples,) spread of the outputs."""
+    def weights(self, mask_gradients: MaskGradients, examples: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (examples, components) weights, and the (examples,) spread and float64 mean of the outputs."""
         rounds = len(self.kept)
         sums, counts = mask_gradients.sums(range(rounds), examples)
-        spread = _spread(torch.from_numpy(mask_gradients.outputs(rounds, examples)))
-        return self.shared.weights(_means(sums, counts) / spread[:, None]) * spread[:, None], spread
+        outputs = torch.from_numpy(mask_gradients.outputs(rounds, examples))
+        spread = _spread(outputs)
+        weights = self.shared.weights(_means(sums, counts) / spread[:, None]) * spread[:, None]
+        return weights, spread, outputs.double().mean(0)
 
 
 @dataclass(frozen=True)

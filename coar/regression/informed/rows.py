@@ -21,7 +21,7 @@ class RowBlock:
         examples: The examples, one mask group after another.
         masks: (groups, rows, components) booleans.
         mean: (groups, components) means of the groups' masks in all rounds.
-        outputs: (groups, rows, members) outputs less their mean in all rounds, in units of each example's spread.
+        outputs: (groups, members, rows) outputs less their mean in all rounds, in units of each example's spread.
         centred: (groups, rows, components) float32 masks less their mean; None where memory is short.
     """
 
@@ -39,8 +39,8 @@ class RowBlock:
 
     def by_group(self, values: Tensor) -> Tensor:
         """Return (..., examples, columns) values of the block's examples as (..., groups, members, columns)."""
-        groups, _, members = self.outputs.shape
-        return values.reshape(*values.shape[:-2], groups, members, values.shape[-1])
+        groups, members, _ = self.outputs.shape
+        return values.view(*values.shape[:-2], groups, members, values.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Rows:
         blocks, together = [], max(BLOCK_NUMBERS // (most * components), 1)
         for chosen, examples in _equal_groups(numbers, counts, together):
             for i, (part, values) in enumerate(zip(masks, outputs, strict=True)):
-                y = values[:, examples].reshape(len(values), len(chosen), -1).transpose(0, 1).contiguous()
+                y = values[:, examples].T.reshape(len(chosen), -1, len(values)).contiguous()
                 block = RowBlock(i % folds, i, examples, part[:, chosen].transpose(0, 1), mean[chosen].float(), y)
                 blocks.append(replace(block, centred=block.design()) if small else block)
         return cls(tuple(blocks), (folds, len(groups), components), kept)
@@ -110,14 +110,14 @@ class Rows:
         return [block.outputs for block in self.blocks]
 
     def predict(self, weight: Tensor) -> list[Tensor]:
-        """Map (folds, examples, components) weights to (groups, rows, members) predictions of each block."""
-        return [block.design() @ block.by_group(weight[block.fold, block.examples]).mT for block in self.blocks]
+        """Map (folds, examples, components) weights to (groups, members, rows) predictions of each block."""
+        return [block.by_group(weight[block.fold, block.examples]) @ block.design().mT for block in self.blocks]
 
     def adjoint(self, values: Sequence[Tensor]) -> Tensor:
         """Apply the transpose of `predict`."""
         out = torch.zeros(self.shape)
         for block, value in zip(self.blocks, values, strict=True):
-            out[block.fold, block.examples] += (value.mT @ block.design()).flatten(0, 1)
+            block.by_group(out[block.fold, block.examples]).baddbmm_(value, block.design())
         return out
 
     def gram(self, fold: int, weight: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Rows:
         for block in self.blocks:
             if block.fold == fold:
                 design, own = block.design(), block.by_group(weight[block.examples])
-                out[block.examples] += ((design @ own.mT).mT @ design).flatten(0, 1)
+                block.by_group(out[block.examples]).baddbmm_(own @ design.mT, design)
         return out
 
     def residual(self, weight: Tensor) -> list[Tensor]:

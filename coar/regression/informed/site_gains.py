@@ -40,9 +40,14 @@ def by_site(values: Tensor, sites: Tensor) -> Tensor:
     return sums[..., sites]
 
 
-def members_of(sites: Tensor) -> list[Tensor]:
-    """Return the numbers of the components of each site."""
-    return [(sites == site).nonzero()[:, 0] for site in range(int(sites.max()) + 1)]
+def members_of(sites: Tensor) -> list[Tensor | slice]:
+    """Return the numbers of the components of each site; a slice, which copies nothing, where they are in a row."""
+    found: list[Tensor | slice] = []
+    for site in range(int(sites.max()) + 1):
+        group = (sites == site).nonzero()[:, 0]
+        first, last = int(group[0]), int(group[-1])
+        found.append(slice(first, last + 1) if last - first + 1 == len(group) else group)
+    return found
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def moments_by_round(rows: Rows, features: Tensor, sites: Tensor) -> dict[int, S
     return {number: SiteMoments.total(parts) for number, parts in found.items()}
 
 
-def _moments_of(block: RowBlock, features: Tensor, members: list[Tensor]) -> SiteMoments:
+def _moments_of(block: RowBlock, features: Tensor, members: list[Tensor | slice]) -> SiteMoments:
     """Sum the table of what each factor predicts of a block's outputs, some mask groups at a time."""
     factors, design = len(features) * len(members), block.design()
     groups = max(TABLE_NUMBERS // (factors * block.outputs[0].numel()), 1)
@@ -131,8 +136,9 @@ def _moments_of(block: RowBlock, features: Tensor, members: list[Tensor]) -> Sit
         some = slice(start, start + groups)
         x, part, y = design[some], own[:, some], block.outputs[some]
         stacked = part.transpose(0, 1).flatten(1, 2)  # (groups, features x members, components)
-        table = torch.stack([x[..., group] @ stacked[..., group].mT for group in members])
-        table = table.view(*table.shape[:3], len(features), -1).permute(3, 0, 1, 2, 4).reshape(factors, -1).double()
+        table = torch.stack([stacked[..., group] @ x[..., group].mT for group in members])
+        table = table.view(len(members), len(x), len(features), *y.shape[1:]).permute(2, 0, 1, 3, 4)
+        table = table.reshape(factors, -1).double()  # (features x sites, outputs)
         outputs = y.flatten().double()
         parts.append(SiteMoments(table @ table.T, table @ outputs, float(outputs @ outputs), len(outputs)))
     return SiteMoments.total(parts)
