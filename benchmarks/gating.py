@@ -6,7 +6,7 @@
 Every number is a ratio of processor times, taken in turns, plain and gated by way of every ablation, and then the
 median over the turns. A pass is that of one mask, which is set anew before each; it follows another of its kind, as
 hundreds follow each other in a unit, since memory that the process has to get anew costs as much as the gates do.
-Donors are recorded once before, as they are for all masks of a unit. The second table is of few examples: the time per
+Resample sources are recorded once before, as for all masks of a unit. The second table is of few examples: the time per
 counterfactual with one mask per pass, in the weights, over that with several in one, in hooks.
 """
 
