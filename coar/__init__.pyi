@@ -8,6 +8,7 @@ from .ablation.means import Peak as Peak
 from .ablation.means import PositionMean as PositionMean
 from .ablation.optimal import Optimal as Optimal
 from .ablation.registry import choose_ablation as choose_ablation
+from .ablation.resample import Counterfactual as Counterfactual
 from .ablation.resample import Resample as Resample
 from .ablation.zero import ZeroActivation as ZeroActivation
 from .ablation.zero import ZeroWeight as ZeroWeight

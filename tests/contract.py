@@ -178,7 +178,7 @@ class Contract:
         gradient = np.where(masks[0], kept, ablated)
         double = study.model.double()
         x = study.examples.inputs.double()
-        sources = study.ablation.sources(EXAMPLES)
+        sources = study.ablation.sources(study.examples)
         constants = study.ablation.replacements(self.net(), study.components, batch_size=5).double()
         gates = Gates(double, study.components, constants, use_hooks=True, resample=sources is not None)
         with gates, torch.no_grad():

@@ -229,10 +229,15 @@ def constants_of(model, components, label, given, calibration):
     return found
 
 
+def numbered(count):
+    """As many examples, of which only the number matters."""
+    return coar.Examples(inputs=torch.zeros(count), targets=torch.zeros(count))
+
+
 def truth(model, x, components, masks, label, given, calibration):
     """(rows, ...) what the oracle returns, row i under mask i; `given` constants are read for trained ones only."""
     known = constants_of(model, components, label, given, calibration) if label != "resample" else {}
-    sources = coar.Resample().sources(len(x)) if label == "resample" else None
+    sources = coar.Resample().sources(numbered(len(x))) if label == "resample" else None
     seen = {(row.site, row.side) for row in components if row.side != "expert" and not block_of(model, row)}
     found = []
     for n, mask in enumerate(masks):
@@ -310,7 +315,7 @@ def cell(name, kind, label):
         return str(error)
     expected = truth(model, x, components, masks, label, constants, architecture.inputs(9))
     effect = float((expected - oracles.forward(model, x)).abs().max())
-    sources = ablation.sources(ROWS)
+    sources = ablation.sources(numbered(ROWS))
     errors = []
     for hooks in (False, True):
         if sources is not None and not hooks:

@@ -89,7 +89,7 @@ class TestResample(Contract):
     label = "resample"
 
     def patches(self, model, study, mask, n):
-        source = int(study.ablation.sources(EXAMPLES)[n])
+        source = int(study.ablation.sources(study.examples)[n])
         places = {(row.site, row.side) for row in study.components}
         passed = oracles.held(model, study.examples.inputs[source : source + 1], places)
         return [
@@ -102,16 +102,17 @@ class TestResample(Contract):
         return coar.Resample(seed=1)
 
     def test_sources_are_others_and_depend_on_seed_and_position_alone(self):
-        sources = coar.Resample(seed=5).sources(1000)
+        many = coar.Examples(inputs=torch.zeros(1000), targets=torch.zeros(1000))
+        sources = coar.Resample(seed=5).sources(many)
         assert (sources != np.arange(1000)).all()
         assert len(np.unique(sources)) > 550  # about 1 - 1/e of all
         counts = np.bincount((sources - np.arange(1000)) % 1000 // 100, minlength=10)
         assert counts.min() > 60  # shifts of all sizes
-        np.testing.assert_array_equal(coar.Resample(seed=5).sources(1000), sources)
-        assert (coar.Resample(seed=6).sources(1000) != sources).mean() > 0.9
-        np.testing.assert_array_equal(coar.Resample().sources(2), [1, 0])
+        np.testing.assert_array_equal(coar.Resample(seed=5).sources(many), sources)
+        assert (coar.Resample(seed=6).sources(many) != sources).mean() > 0.9
+        np.testing.assert_array_equal(coar.Resample().sources(many.subset([0, 1])), [1, 0])
         with pytest.raises(ExamplesError, match="one example"):
-            coar.Resample().sources(1)
+            coar.Resample().sources(many.subset([0]))
 
     def test_a_permanent_edit_gives_what_gates_give(self, study, tmp_path):
         run = self.collect(study, tmp_path / "r.zarr")
@@ -154,8 +155,31 @@ class TestResample(Contract):
         np.testing.assert_allclose(found, expected.T, atol=1e-4)
 
 
+def paired(count, seed):
+    """Pictures of which n and n + count / 2 are a pair, so that pairs are in different blocks."""
+    plain = pictures(count, seed)
+    return coar.Examples(inputs=plain.inputs, targets=plain.targets, metadata={"pair": np.arange(count) % (count // 2)})
+
+
+class TestCounterfactual(TestResample):
+    """What the example's partner has there."""
+
+    label, examples = "counterfactual", staticmethod(paired)
+
+    def other(self):
+        return coar.Counterfactual(pairs="twin")
+
+    def test_sources_are_others_and_depend_on_seed_and_position_alone(self):
+        examples = paired(6, 0).subset([4, 0, 1, 3])  # pairs 1, 0, 1, 0
+        np.testing.assert_array_equal(coar.Counterfactual().sources(examples), [2, 3, 0, 1])
+        with pytest.raises(ExamplesError, match=r"no metadata column 'twin'.*there are pair, id, label"):
+            coar.Counterfactual(pairs="twin").sources(examples)
+        with pytest.raises(ExamplesError, match=r"pair == .*1.* is the pair of 1 examples"):
+            coar.Counterfactual().sources(examples.subset([0, 1, 3]))
+
+
 def test_labels_are_those_of_the_contract():
-    here = (TestZeroWeight, TestZeroActivation, TestMean, TestPeak, TestResample)
+    here = (TestZeroWeight, TestZeroActivation, TestMean, TestPeak, TestResample, TestCounterfactual)
     assert set(ABLATIONS) == {cls.label for cls in (*here, test_optimal.TestOptimal, test_positions.TestPositionMean)}
     with pytest.raises(SettingsError, match="'median'; choose one of zero, zero_activation, mean, position_mean, peak"):
         coar.choose_ablation("median", calibration=pictures(4, 0))

@@ -115,7 +115,7 @@ def test_models_of_low_precision_are_near_their_own_kind(dtype, label, tmp_path)
     if label == "optimal":
         constants = run.replacements.tolist()
         assert np.isfinite(constants).all()
-    x, sources = pictures(dtype).inputs.double(), ablation.sources(EXAMPLES)
+    x, sources = pictures(dtype).inputs.double(), ablation.sources(pictures(dtype))
     masks = run.plan.masks(run.sampler, run.n_components, 0, 6)
     held = None if sources is None else oracles.held(exact, x[sources], [("conv", "output")])["conv", "output"]
     for mask, row in zip(masks, outputs(run), strict=True):

@@ -40,7 +40,7 @@ class Ablation(Settings):
             AblationError: When the ablation does not apply to a component.
         """
 
-    def sources(self, examples: int) -> np.ndarray | None:  # noqa: ARG002
+    def sources(self, examples: Examples) -> np.ndarray | None:  # noqa: ARG002
         """Return the (examples,) position of each example's resample source; None for ablations by constants."""
         return None
 

@@ -31,7 +31,7 @@ def activation_moments(
     Raises:
         AblationError: When a component has no activations, or its module is never called.
     """
-    if components[0].side == "edge":
+    if components.of_edges:
         return writer_moments(model, components, calibration, batch_size=batch_size)
     sums: dict[Place, Tensor] = {}  # (3, channels): number of values, their sum, and the sum of their squares
 

@@ -70,7 +70,7 @@ class Optimal(Calibrated):
         size = self.examples_per_step
         means, deviations = activation_moments(model, components, self.calibration, batch_size=size)
         starts = [means, torch.zeros_like(means)]
-        if all(row.side not in ("module", "edge") for row in components):  # which have no bias of their own
+        if not components.of_edges and all(row.side != "module" for row in components):  # which have no bias
             starts.append(ZeroWeight().replacements(model, components, batch_size=size))
         training = _Training(self, model, components)
         with training.gates:

@@ -1,5 +1,6 @@
 """Ablation by another example's activations."""
 
+from abc import abstractmethod
 from typing import ClassVar
 
 import numpy as np
@@ -10,24 +11,17 @@ from torch import Tensor, nn
 from coar.ablation.base import Ablation
 from coar.components.table import Components
 from coar.errors import AblationError, ExamplesError
+from coar.examples import Examples
 
 SOURCES = 2**32  # second word of the Philox key; no mask's key has it
 
 
-class Resample(Ablation):
-    """Replace what a component computes for an example by what it computes for another example of the study.
+class FromExamples(Ablation):
+    """Base of ablations that replace what a component computes by what it computes for another example of the study.
 
-    r_j = h_j(x'), where x', the resample source of x, is drawn once, uniformly from the other examples: it depends only
-    on the seed, the position of x and the number of examples. Its activations are those of the unablated model,
-    position by position (Chan et al. 2022, "Causal scrubbing", call this resampling ablation).
-
-    Attributes:
-        seed: Seed of the draw, 0 to 2**63 - 1.
+    r_j = h_j(x'), where x' is the resample source of x. Its activations are those of the unablated model, position by
+    position.
     """
-
-    label: ClassVar[str] = "resample"
-
-    seed: int = Field(default=0, ge=0, lt=2**63)
 
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:  # noqa: ARG002
         """Return NaN, since no constant replaces a component.
@@ -48,16 +42,76 @@ class Resample(Ablation):
                 )
         return torch.full((components.width,), torch.nan)
 
-    def sources(self, examples: int) -> np.ndarray:
+    @abstractmethod
+    def sources(self, examples: Examples) -> np.ndarray:
+        """Return the (examples,) position of each example's resample source."""
+
+
+class Resample(FromExamples):
+    """Replace what a component computes for an example by what it computes for another example, drawn at random.
+
+    The source is drawn once, uniformly from the other examples: it depends only on the seed, the position of x and the
+    number of examples (Chan et al. 2022, "Causal scrubbing", call this resampling ablation).
+
+    Attributes:
+        seed: Seed of the draw, 0 to 2**63 - 1.
+    """
+
+    label: ClassVar[str] = "resample"
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    def sources(self, examples: Examples) -> np.ndarray:
         """Return the (examples,) position of each example's resample source, never its own.
 
         Raises:
             ExamplesError: When there is only one example.
         """
-        if examples < 2:
+        n = len(examples)
+        if n < 2:
             raise ExamplesError("there is one example, and resampling takes activations from another; give two or more")
         key = np.array([self.seed, SOURCES], dtype=np.uint64)
-        words = np.random.Philox(key=key).random_raw(examples)  # the n-th word does not depend on how many follow
-        shifts = 1 + ((words >> np.uint64(32)) * np.uint64(examples - 1) >> np.uint64(32)).astype(np.int64)
-        sources: np.ndarray = (np.arange(examples) + shifts) % examples
+        words = np.random.Philox(key=key).random_raw(n)  # the n-th word does not depend on how many follow
+        shifts = 1 + ((words >> np.uint64(32)) * np.uint64(n - 1) >> np.uint64(32)).astype(np.int64)
+        sources: np.ndarray = (np.arange(n) + shifts) % n
+        return sources
+
+
+class Counterfactual(FromExamples):
+    """Replace what a component computes for an example by what it computes for the example's partner.
+
+    Partners differ in what a study is about, such as the names in a sentence, and in nothing else, so activations are
+    taken where they correspond: texts of a pair need equally many tokens.
+
+    Attributes:
+        pairs: Metadata column that names the pair of each example; two examples have each name, and each of them is
+            the other's partner.
+    """
+
+    label: ClassVar[str] = "counterfactual"
+
+    pairs: str = "pair"
+
+    def sources(self, examples: Examples) -> np.ndarray:
+        """Return (examples,) positions of the partners.
+
+        Raises:
+            ExamplesError: When there is no such column, or a name is not that of two examples.
+        """
+        if self.pairs not in examples.metadata:
+            raise ExamplesError(
+                f"there is no metadata column {self.pairs!r} that names each example's pair; there are "
+                f"{', '.join(examples.metadata)}: add it, or give Counterfactual(pairs=...)"
+            )
+        column = np.asarray(examples.metadata[self.pairs])
+        names, counts = np.unique(column, return_counts=True)
+        if (counts != 2).any():
+            odd = int(np.flatnonzero(counts != 2)[0])
+            raise ExamplesError(
+                f"{self.pairs} == {names[odd]!r} is the pair of {counts[odd]} examples; give every pair two, of which "
+                f"each is the other's counterfactual"
+            )
+        both = column.argsort(kind="stable").reshape(-1, 2)
+        sources = np.empty(len(column), dtype=np.int64)
+        sources[both] = both[:, ::-1]
         return sources

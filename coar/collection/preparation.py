@@ -172,7 +172,7 @@ def tuned(study: Study, run: Run, runner: FastRunner, missing: Sequence[Unit], b
         return runner
     spans = [run.rows_of(unit) for unit in missing]
     rows, span = spans[0]
-    examples = study.examples.subset(range(span.start, span.stop))
+    examples = study.examples.subset(_with_sources(study, range(span.start, span.stop)))
     masks = run.plan.masks(run.sampler, run.n_components, rows.start, rows.stop)
     work = sum((r.stop - r.start) * (e.stop - e.start) for r, e in spans) / len(examples)
     found = fastest_runner(runner, examples, masks, work=work, tune=batches.tune, compiled=batches.compiled)
@@ -203,7 +203,7 @@ def _create(
     runner = ModelRunner(model, study.output, batch_size=batch_size)
     constants = study.ablation.replacements(model, study.components, batch_size=runner.batch_size)
     parts = (model, study.components, constants, study.output)
-    first = study.examples.subset(range(min(CHECK_EXAMPLES, len(study.examples))))
+    first = study.examples.subset(_with_sources(study, range(min(CHECK_EXAMPLES, len(study.examples)))))
     few = runner.load(first, 0, len(first))
 
     def outputs(variant: nn.Module) -> Tensor:
@@ -238,6 +238,12 @@ def _create(
         blocks=blocks,
         plan=plan,
     )
+
+
+def _with_sources(study: Study, rows: range) -> list[int]:
+    """Return some examples' positions, then those of the examples whose activations they take."""
+    sources = study.ablation.sources(study.examples)
+    return list(rows) if sources is None else list(dict.fromkeys([*rows, *sources[rows].tolist()]))
 
 
 def check_same(run: Run, fingerprint: dict[str, Any], precision: str) -> None:

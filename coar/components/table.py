@@ -116,6 +116,11 @@ class Components(Sequence[Component]):
         return tuple(row.kind for row in self._rows)
 
     @property
+    def of_edges(self) -> bool:
+        """Whether the components are edges, or writers for all their edges; a table has nothing else then."""
+        return self._rows[0].side == "edge"
+
+    @property
     def width(self) -> int:
         """Number of channels of all components together; edges of one writer share its channels."""
         return int((self._starts + self._sizes).max())
@@ -161,7 +166,7 @@ class Components(Sequence[Component]):
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        if self._rows[0].side == "edge":
+        if self.of_edges:
             return np.array([row.position for row in self._rows])
         starts: np.ndarray = self._sizes.cumsum() - self._sizes
         return starts

@@ -101,7 +101,7 @@ class Benchmark:
 
     def __init__(self, runner: FastRunner, examples: Examples, masks: np.ndarray, timer: Timer) -> None:
         inputs, targets = examples.block(0, len(examples))  # a data set is read once
-        self._examples = Examples(inputs=inputs, targets=targets)
+        self._examples = Examples(inputs=inputs, targets=targets, metadata=examples.metadata)
         self._runner, self._masks, self._timer = runner, masks, timer
         self._expected = np.empty((0, len(targets)), dtype=np.float32)
         self._few = 1

@@ -117,7 +117,7 @@ def mask_bytes(study: Study, model: nn.Module) -> float:
     resample sources are held, the sum over all modules is added.
     """
     components = study.components
-    held = study.ablation.sources(len(study.examples)) is not None
+    held = study.ablation.sources(study.examples) is not None
     runner = ModelRunner(model, study.output, batch_size=MEASURED)
     zeros = torch.zeros(components.width)
     reference = ReferenceRunner(
@@ -136,7 +136,7 @@ def mask_bytes(study: Study, model: nn.Module) -> float:
             runner.base_output(block)
         return max(sizes, default=0.0) + sum(sizes) * held
 
-    return _per_row(used, len(study.examples))
+    return _per_row(used, len(study.examples)) + ledger_bytes(study) * (1 + held)
 
 
 def gradient_bytes(study: Study, model: nn.Module) -> float:
@@ -164,9 +164,18 @@ def gradient_bytes(study: Study, model: nn.Module) -> float:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             reference.full_model_gradients(block)
-        return float(sum(saved.values()))
+        return float(sum(saved.values())) + 2 * rows * ledger_bytes(study)
 
     return _per_row(used, len(study.examples))
+
+
+def ledger_bytes(study: Study) -> int:
+    """Return the bytes of what all writers write for one example, which a pass over edges holds; 0 for others."""
+    if not study.components.of_edges:
+        return 0
+    inputs = study.examples.block(0, 1)[0]
+    tokens = inputs.get("input_ids", next(iter(inputs.values()))) if isinstance(inputs, dict) else inputs
+    return 4 * tokens.shape[-1] * study.components.width
 
 
 def _per_row(used: Callable[[int], float], examples: int) -> float:

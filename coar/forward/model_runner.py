@@ -19,7 +19,7 @@ from coar.gates.gates import Gates
 from coar.inputs import Inputs
 from coar.outputs.base import Output
 
-Sources = Callable[[int], np.ndarray | None]  # see Ablation.sources
+Sources = Callable[[Examples], np.ndarray | None]  # see Ablation.sources
 GateKind = Literal["weights", "hooks", "sources", "constants"]
 
 
@@ -55,7 +55,7 @@ class ModelRunner:
         inputs, targets = examples.block(start, stop)
         parts = [slice(at, at + self.batch_size) for at in range(0, len(targets), self.batch_size)]
         batches = [(self._place(rows_of(inputs, part)), self._sent(targets[part])) for part in parts]
-        chosen = self._sources(len(examples)) if self._sources else None
+        chosen = self._sources(examples) if self._sources else None
         if chosen is None:
             return ExampleBlock(batches, len(targets), [])
         sources = examples.subset(chosen[start:stop]).block(0, len(targets))[0]
@@ -107,7 +107,7 @@ class GatedRunner(ModelRunner, ABC):
         components: The components of a mask.
         replacements: (components.width,) constants of the ablation, one per channel; or (positions, components.width).
         output: The scalar read per example.
-        sources: Maps the number of examples to the position of each one's resample source, see `Ablation.sources`;
+        sources: Maps examples to the position of each one's resample source, see `Ablation.sources`;
             an ablated component then takes the value that it has for the source, in hooks.
         precision: `float32`, or `bf16` for automatic mixed precision.
         batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on CUDA, 256 on MPS.

@@ -64,8 +64,10 @@ def compare_with_reference(
     block = fast.load(examples, 0, len(examples))
     if not rows or block.sources:
         return None
-    chosen = Components(components[i] for i in rows)
-    own = constants[..., torch.from_numpy(components.channels_of(rows))]
+    chosen, own = components, constants
+    if len(rows) < len(components):
+        chosen = Components(components[i] for i in rows)
+        own = constants[..., torch.from_numpy(components.channels_of(rows))]
     reference = ReferenceRunner(model, chosen, own, output, batch_size=fast.batch_size)
     shared = np.ones_like(masks)
     shared[:, rows] = masks[:, rows]

@@ -78,7 +78,7 @@ class FastRunner(GatedRunner):
         output: The scalar read per example.
         plan: How to run; by default one mask per forward pass in float32, with all shortcuts.
         batch_norms: Path of the batch norm that alone follows a site; it is folded into the gated weights.
-        sources: Maps the number of examples to the position of each one's resample source, see `Ablation.sources`;
+        sources: Maps examples to the position of each one's resample source, see `Ablation.sources`;
             an ablated component then takes the value that it has for the source, in hooks.
 
     Attributes:
@@ -143,13 +143,13 @@ class FastRunner(GatedRunner):
         Masks are boolean, or gates between 0, ablated, and 1, kept.
 
         Raises:
-            AblationError: When the plan compiles the model and the block has resample sources, which need hooks.
+            AblationError: When the plan compiles the model, and resample sources or edges need hooks.
         """
         keeps = torch.from_numpy(masks).to(self.device)
         out = torch.empty(len(masks), block.size, device=self.device)
         group = min(self.plan.masks_per_forward, self.batch_size // block.size)
         grouped = group > 1 and len(block.batches) == 1
-        cached = self.plan.prefix_cache and not (self.plan.compiled or block.sources)
+        cached = self.plan.prefix_cache and not (self.plan.compiled or block.sources or self.components.of_edges)
         if self.plan.compiled and self._compiled is None:
             self._compile(block)
         gated = self._hook_gates(block) if grouped or block.sources else self._weight_gates(block)
@@ -180,8 +180,8 @@ class FastRunner(GatedRunner):
 
         Masks are written into the tensors that the compiled model reads, so it is compiled once for all of them.
         """
-        if block.sources:
-            raise AblationError("resampling gates by hooks, and a compiled model is for gates in the weights")
+        if block.sources or self.components.of_edges:
+            raise AblationError("resampling and edges gate by hooks, and a compiled model is for gates in the weights")
         for buffer in self._weight_gates(block).buffers():
             torch._dynamo.mark_static_address(buffer)  # or CUDA graphs would copy the weights on every forward
         mode = "reduce-overhead" if self.device.type == "cuda" else None  # that is, CUDA graphs

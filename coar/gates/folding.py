@@ -48,6 +48,11 @@ def fold(
     pairs = list(zip(components, values, strict=True))
     chosen = list(zip(pairs, [1.0] * len(pairs) if strengths is None else strengths, strict=True))
     for component, value in pairs:
+        if component.side == "edge":
+            raise EditError(
+                f"{component.name!r} is an edge, or a writer of edges, and no weight belongs to one edge alone; make "
+                f"edits with other components, such as attention_heads"
+            )
         check_permanent(component, value)
     if pairs:
         check_components(model, Components(component for component, _ in pairs))
