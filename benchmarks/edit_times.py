@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import coar
-from coar.attributions import Attributions
+from coar.attributions import Attributions, Origin
 from coar.editing.rank import ranking, welch_t
 
 BLOCKS, SIZES = 12, (768, 2304, 768, 3072, 768)
@@ -45,9 +45,9 @@ def attributions(study: coar.Study) -> Attributions:
     weights[:TARGETS, ::1_000] += 5
     errors = np.full((EXAMPLES, d), 0.1, np.float32)
     held = Held({"weight": weights, "standard_error": errors, "intercept": np.zeros(EXAMPLES)})
-    facts = {"fit": {"masks": 0}, "replacements": [0.0] * d, "batch_norms": {}, "fingerprint": study.fingerprint()}
+    origin = Origin(np.zeros(d, np.float32), {}, study.fingerprint())
     columns = {"id": np.arange(EXAMPLES), "label": (np.arange(EXAMPLES) >= TARGETS).astype(int)}
-    return Attributions(study.components, columns, facts, held)
+    return Attributions(study.components, columns, {"masks": 0}, origin, held)
 
 
 def timed(what: str, work: Callable[[], Any]) -> Any:

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from coar.components.table import Components, read_component
 from coar.errors import RunError, SettingsError, StorageError, WeightsError
+from coar.renamed import no_attribute
 from coar.store.fits import FIELDS, fit_array, fit_facts, fit_fields, fit_names, read_fit
 from coar.store.run import Run
 
@@ -56,6 +57,32 @@ class _FileSource:
             return [field for field in FIELDS if field in file.keys()]  # noqa: SIM118
 
 
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """The study and the ablation that attributions come from, as far as edits need them.
+
+    Attributes:
+        constants: (components.width,) float32 constants that replaced ablated components, one per channel; NaN where
+            there are none, as under resampling.
+        batch_norms: By site, the path of the batch norm that takes the site's constants.
+        fingerprint: The fingerprint of the study.
+    """
+
+    constants: np.ndarray
+    batch_norms: dict[str, str]
+    fingerprint: dict[str, Any]
+
+    @property
+    def ablation(self) -> str:
+        """Name of the ablation."""
+        return str(self.fingerprint["ablation"]["name"])
+
+    @property
+    def weights(self) -> str:
+        """SHA-256 of the model's weights."""
+        return str(self.fingerprint["weights"])
+
+
 @dataclass(frozen=True)
 class Attributions:
     """Attributions of all examples of a run; nothing is read before it is asked for.
@@ -65,13 +92,20 @@ class Attributions:
     Attributes:
         components: The component table.
         metadata: Columns over the examples.
-        facts: Method, number of masks, ablation, replacement constants and what else an edit needs.
+        fit: Facts about the fit: its method, the number of masks, and others that depend on the method.
+        origin: The study and the ablation that the attributions come from.
     """
 
     components: Components
     metadata: dict[str, np.ndarray]
-    facts: dict[str, Any]
+    fit: dict[str, Any]
+    origin: Origin
     _source: _Source
+
+    if not TYPE_CHECKING:  # a type checker knows the attributes
+
+        def __getattr__(self, name: str) -> Any:
+            raise no_attribute(self, name)
 
     @classmethod
     def open(cls, run: Run, name: str) -> Self:
@@ -80,13 +114,8 @@ class Attributions:
         constants = run.replacements
         if constants.ndim == 2:  # at every position others: no one constant, as where donors replace
             constants = np.full(run.components.width, np.nan)
-        facts = {
-            "fit": fit_facts(run, name),
-            "fingerprint": run.fingerprint,
-            "batch_norms": run.facts["batch_norms"],
-            "replacements": constants.tolist(),
-        }
-        return cls(run.components, run.metadata, facts, _RunSource(run, name))
+        origin = Origin(constants.astype(np.float32), run.facts["batch_norms"], run.fingerprint)
+        return cls(run.components, run.metadata, fit_facts(run, name), origin, _RunSource(run, name))
 
     @classmethod
     def from_safetensors(cls, path: str | Path) -> Self:
@@ -101,8 +130,8 @@ class Attributions:
             with safe_open(file, framework="np") as data:
                 if tuple(data.get_slice("weight").get_shape()) != shape:
                     raise ValueError(f"the weights do not have shape {shape}")
-            facts = _check_facts(json.loads(header["facts"]), components)
-            return cls(components, metadata, facts, _FileSource(file))
+            fit, origin = _read_facts(json.loads(header["facts"]), components)
+            return cls(components, metadata, fit, origin, _FileSource(file))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise WeightsError(f"{file} does not hold attributions ({error!r}); export them again") from None
 
@@ -113,10 +142,16 @@ class Attributions:
             StorageError: When the disk refuses the write.
         """
         tensors = {field: self._read(field, slice(None)) for field in self._source.fields()}
+        facts = {
+            "fit": self.fit,
+            "fingerprint": self.origin.fingerprint,
+            "batch_norms": self.origin.batch_norms,
+            "replacements": self.origin.constants.tolist(),
+        }
         header = {
             "components": json.dumps(list(self.components)),
             "examples": json.dumps({name: column.tolist() for name, column in self.metadata.items()}),
-            "facts": json.dumps(self.facts),
+            "facts": json.dumps(facts),
         }
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +163,7 @@ class Attributions:
         return len(self.metadata["id"])
 
     def __repr__(self) -> str:
-        return f"Attributions({len(self)} examples, {len(self.components)} components, {self.facts['fit']['method']})"
+        return f"Attributions({len(self)} examples, {len(self.components)} components, {self.fit['method']})"
 
     @overload
     def __getitem__(self, index: int) -> "ExampleAttribution": ...
@@ -152,7 +187,7 @@ class Attributions:
     def standard_errors(self, examples: slice | np.ndarray | None = None) -> np.ndarray:
         """Return (examples, components) float32 standard errors; raise `RunError` when the method has none."""
         if not self.has_standard_errors:
-            raise RunError(f"{self.facts['fit']['method']} gives no standard errors; fit with ridge or ols for them")
+            raise RunError(f"{self.fit['method']} gives no standard errors; fit with ridge or ols for them")
         return self._chosen("standard_error", examples)
 
     @property
@@ -277,10 +312,10 @@ class ExampleAttribution:
         return frame if self.standard_error is None else frame.assign(standard_error=self.standard_error)
 
 
-def _check_facts(facts: dict[str, Any], components: Components) -> dict[str, Any]:
-    """Return the facts of an exported file; raise when something that is read later is missing or of another kind.
+def _read_facts(facts: dict[str, Any], components: Components) -> tuple[dict[str, Any], Origin]:
+    """Return facts about the fit and the origin from an exported file; raise when one is missing or of another kind.
 
-    Where one constant stands for all channels of a component, as older versions wrote them, every channel gets it.
+    Older versions wrote one constant for all channels of a component; every channel gets it.
     """
     needed = facts["fit"]["method"], facts["fingerprint"]["weights"], facts["fingerprint"]["ablation"]["name"]
     if not all(isinstance(value, str) for value in needed):
@@ -288,7 +323,7 @@ def _check_facts(facts: dict[str, Any], components: Components) -> dict[str, Any
     constants = components.per_channel(np.array([float(value) for value in facts["replacements"]]))
     if not all(isinstance(name, str) for name in facts["batch_norms"].values()):
         raise TypeError("batch norms are not named")
-    return facts | {"replacements": constants.tolist()}
+    return facts["fit"], Origin(constants.astype(np.float32), facts["batch_norms"], facts["fingerprint"])
 
 
 def load(path: str | Path, fit: str | None = None) -> Attributions:

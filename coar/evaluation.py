@@ -66,7 +66,7 @@ def evaluate(run: Run, *, fits: list[str] | None = None, seed: int = 0) -> Evalu
             scores.insert(0, "ablated_fraction", fraction)
             scores.insert(0, "fit", name)
             parts.append(scores)
-            facts = attributions.facts["fit"]
+            facts = attributions.fit
             rows.append(
                 {
                     "fit": name,

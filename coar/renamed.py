@@ -50,6 +50,10 @@ MEMBERS = {  # by base class
     "Output": {"tells_right": "hard_and_smooth", "sign_means_correct": "hard_and_smooth"},
     "Ablation": {"donors": "sources"},
 }
+ATTRIBUTES = {  # by class of results
+    "Attributions": {"facts": "fit or origin"},
+    "Selection": {"steps": "evaluated"},
+}
 VALUES = {  # by what the value is of
     "strength": {"whole": "full", "least": "minimal", "own": "per_component"},
     "fit": {"gradient_x_gate": "mask_gradient"},
@@ -61,6 +65,15 @@ def refuse_name(name: str) -> None:
     """Raise `RenamedNameError` for an old attribute of `coar`."""
     if name in NAMES:
         raise RenamedNameError(f"coar.{name} does not exist any more; use {NAMES[name]}")
+
+
+def no_attribute(found: object, name: str) -> AttributeError:
+    """Return the error for an attribute that a result does not have; for an old one it has the new name."""
+    owner = type(found).__name__
+    new = ATTRIBUTES.get(owner, {}).get(name)
+    if new:
+        return RenamedNameError(f"{owner}.{name} does not exist any more; use {new}")
+    return AttributeError(f"{owner!r} object has no attribute {name!r}", name=name, obj=found)
 
 
 def refuse_arguments(owner: str, given: Iterable[str]) -> None:

@@ -176,7 +176,7 @@ def arrays(attributions):
         "intercept": lambda: attributions.intercept,
         "penalty": lambda: attributions.penalty,
     }
-    lacking = {"lasso": "standard_error", "informed": "penalty"}.get(attributions.facts["fit"]["method"])
+    lacking = {"lasso": "standard_error", "informed": "penalty"}.get(attributions.fit["method"])
     return {name: values() for name, values in read.items() if name != lacking}
 
 

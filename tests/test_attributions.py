@@ -221,7 +221,10 @@ def test_to_xarray_says_how_to_get_xarray(found, monkeypatch):
 
 def test_safetensors_holds_everything(found, exported):
     assert exported.components == found.components
-    assert exported.facts == found.facts
+    assert exported.fit == found.fit
+    assert exported.origin.fingerprint == found.origin.fingerprint
+    assert exported.origin.batch_norms == found.origin.batch_norms
+    np.testing.assert_array_equal(exported.origin.constants, found.origin.constants)
     assert sorted(exported.metadata) == sorted(found.metadata)
     for name, column in found.metadata.items():
         np.testing.assert_array_equal(exported.metadata[name], column)
@@ -247,7 +250,7 @@ def test_safetensors_of_a_baseline_has_no_standard_errors(copy, tmp_path):
     writer.write(slice(0, N), weight=np.full((N, D), 2.0), intercept=np.zeros(N))
     writer.finish()
     coar.load(copy.path, "leave_one_out").to_safetensors(tmp_path / "b.safetensors")
-    assert coar.load(copy.path).facts["fit"]["method"] == "ridge"
+    assert coar.load(copy.path).fit["method"] == "ridge"
     for baseline in (coar.load(copy.path, "leave_one_out"), coar.load(tmp_path / "b.safetensors")):
         assert (baseline.weights() == 2).all()
         assert baseline[3].standard_error is None
@@ -291,10 +294,10 @@ def test_unwritable_place_is_a_storage_error(found, tmp_path):
 def test_load_prefers_ridge_and_takes_any_name(copy):
     fit(copy, name="another")
     fit(copy, method="ols")
-    assert coar.load(copy.path).facts["fit"]["method"] == "ridge"
-    assert coar.load(copy.path, "ols").facts["fit"]["method"] == "ols"
+    assert coar.load(copy.path).fit["method"] == "ridge"
+    assert coar.load(copy.path, "ols").fit["method"] == "ols"
     shutil.rmtree(copy.path / "attributions/ridge")
-    assert coar.load(copy.path).facts["fit"]["method"] == "ols"
+    assert coar.load(copy.path).fit["method"] == "ols"
     shutil.rmtree(copy.path / "attributions/ols")
     np.testing.assert_array_equal(coar.load(copy.path).weights(), coar.load(copy.path, "another").weights())
 
@@ -315,7 +318,7 @@ def test_a_baseline_is_loaded_only_by_name(copy):
     description.write_text(json.dumps(content))
     with pytest.raises(RunError, match=r"no finished fit 'ridge' \(finished: cheap\)"):
         coar.load(copy.path)
-    assert coar.load(copy.path, "cheap").facts["fit"]["method"] == "leave_one_out"
+    assert coar.load(copy.path, "cheap").fit["method"] == "leave_one_out"
 
 
 def test_missing_path_is_a_run_error(tmp_path):

@@ -142,7 +142,7 @@ def test_options_of_fit_are_those_of_python(copy):
     expected = coar.fit(coar.Run.open(copy), masks=40, name="again", progress=False)
     found = coar.load(copy, "short")
     np.testing.assert_array_equal(found.weights(), expected.weights())
-    assert found.facts["fit"] == expected.facts["fit"]
+    assert found.fit == expected.fit
     description = copy / "attributions/short/zarr.json"
     before = description.stat().st_ino, description.stat().st_mtime_ns
     works("fit", copy, "--masks", 40, "--name", "short")

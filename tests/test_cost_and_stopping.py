@@ -88,7 +88,7 @@ def test_until_flat_ends_when_more_promises_little(digits, tmp_path):
     assert re.match(r"flat at 0\.9\d\d: half as many passes again promise \+0\.00[0-4]\d; the linear", why), why
     assert steps[-1].correlation > 0.93
     later = coar.collect(digits_study(digits, 40), run.path, gradients=MaskGradients(run).count * 2, **QUIET)
-    assert coar.fit(later, progress=False).facts["fit"]["validation"] < steps[-1].correlation + 0.02
+    assert coar.fit(later, progress=False).fit["validation"] < steps[-1].correlation + 0.02
 
 
 def test_it_goes_on_with_a_run_that_is_there(tmp_path):
@@ -290,7 +290,7 @@ def test_commands_with_mask_gradients(place, tmp_path):
     works("collect", pipeline, "--run", path, "--gradients", 20, "--masks", 60, "--device", "cpu")
     assert "fitted on 60 masks and 16 mask gradients" in works("fit", path, "--method", "informed", "--gradients", 16)
     assert "fitted on 30 masks\n" in works("fit", path, "--gradients", 0, "--masks", 30)
-    assert coar.load(path).facts["fit"]["method"] == "informed"
+    assert coar.load(path).fit["method"] == "informed"
     told = CliRunner().invoke(app, ["fit", str(path), "--gradients", "7"])
     assert (told.exit_code, "choose one of 0, 4, 8, 12, 16" in told.stderr) == (1, True)
     assert "gradients   20" in works("info", path)

@@ -75,7 +75,7 @@ def test_shares_give_the_fit_of_one_process(small, fresh, fresh_gradients, metho
         fit_share(fresh, (number, count), method=method)
     merged = coar.fit(fresh, method=method, merge=True, progress=False)
     alike(merged, whole)
-    assert merged.facts["fit"] == whole.facts["fit"]
+    assert merged.fit == whole.fit
     assert verify(coar.Run.open(fresh.path)) == []
     assert [name for name in files(fresh.path) if name.startswith("sums/")] == ["sums/zarr.json"]
 
@@ -221,8 +221,8 @@ def test_fits_on_a_cluster(fresh, fresh_gradients):
             alone = coar.fit(fresh_gradients, masks=masks, name="alone", progress=False)
             shared = coar.fit(fresh_gradients, masks=masks, cluster=cluster, progress=False)
             alike(shared, alone)
-            assert shared.facts["fit"] == alone.facts["fit"]
-            assert alone.facts["fit"]["method"] == "informed"
+            assert shared.fit == alone.fit
+            assert alone.fit["method"] == "informed"
         before = files(fresh.path)
         with pytest.raises(RegressionError, match="least squares needs at least 14 masks"):
             coar.fit(fresh, masks=D, method="ols", cluster=cluster, progress=False)

@@ -127,7 +127,7 @@ def test_constants_for_the_goal_are_better_and_within_the_bound(case, bound):
         np.testing.assert_allclose([one.after.value, one.after.lost], [value, np.mean(lost)], rtol=1e-4, atol=1e-9)
         assert np.mean(lost) + error <= bound
         assert max(lost) <= 2 * bound
-    means = attributions.facts["replacements"]
+    means = attributions.origin.constants
     rows = [study.components.index(one.name) for one in usual.edit.components]
     assert usual.edit.replacements == tuple(means[row] for row in rows)
 
@@ -214,7 +214,7 @@ def test_the_best_constant_is_found_where_it_is_known(tmp_path):
     np.testing.assert_allclose(trained[0], 1.0, atol=0.1)
     found = coar.select(attributions, model, examples, goal, device="cpu", progress=False)
     assert (found.constants, found.after.targets, found.after.lost) == ("goal", 1.0, 0.0)
-    with pytest.raises(EditError, match="constants made for its goal"):
+    with pytest.raises(EditError, match="constants trained for its goal"):
         coar.predict_edit(attributions, found.edit)
 
 

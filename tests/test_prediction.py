@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import coar
-from coar.attributions import Attributions
+from coar.attributions import Attributions, Origin
 from coar.components.table import Components
 from coar.editing.rank import candidates, group_means, welch_t
 from coar.errors import GoalError, SettingsError
@@ -184,9 +184,9 @@ def test_many_components_and_references_are_chosen_among():
     labels = np.arange(n) % 10
     values[labels == 1, 500] += 5
     held = Held({"weight": values, "standard_error": np.full((n, d), 0.1, np.float32), "intercept": np.zeros(n)})
-    facts = {"fit": {"masks": 0}, "replacements": [0.0] * d, "batch_norms": {}}
-    facts["fingerprint"] = {"ablation": {"name": "Mean"}, "weights": "0" * 64}
-    attributions = Attributions(Components(table(d)), {"id": np.arange(n), "label": labels}, facts, held)
+    origin = Origin(np.zeros(d, np.float32), {}, {"ablation": {"name": "Mean"}, "weights": "0" * 64})
+    metadata = {"id": np.arange(n), "label": labels}
+    attributions = Attributions(Components(table(d)), metadata, {"masks": 0}, origin, held)
     edit = coar.edit(attributions, goal(), budget=20, rule="predicted")
     assert edit.components[0].name == table(d)[500].name
     assert len(edit) == 20

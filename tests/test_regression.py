@@ -223,7 +223,7 @@ def test_only_training_masks_are_read(tmp_path, settings):
 def test_masks_takes_the_first_training_masks(run, masks):
     found = fit(run, masks=masks, name=f"first-{masks}")
     x, y = (part[:masks] for part in design(run))
-    assert found.facts["fit"]["masks"] == masks
+    assert found.fit["masks"] == masks
     for i in (0, 10, 19):
         expected = Ridge(alpha=float(found.penalty[i])).fit(x, y[:, i])
         np.testing.assert_allclose(found.weights()[i], expected.coef_, **CLOSE)
@@ -253,7 +253,7 @@ def test_a_refused_fit_leaves_the_stored_one_as_it_is(run):
     with pytest.raises(RegressionError):
         fit(run, method="ols", name="kept", masks=13)
     assert files(run.path / "attributions/kept") == before
-    assert coar.load(run.path, "kept").facts["fit"]["masks"] == 200
+    assert coar.load(run.path, "kept").fit["masks"] == 200
 
 
 def test_a_refused_fit_leaves_nothing_behind(tmp_path):
@@ -298,7 +298,7 @@ def test_stored_fit_of_other_settings_is_replaced(run, change):
     written = aged(run, "changed")
     found = fit(run, name="changed", **change)
     assert written()
-    assert {key: found.facts["fit"][key] for key in change} == change
+    assert {key: found.fit[key] for key in change} == change
 
 
 def test_extended_run_is_fitted_again(tmp_path):
@@ -306,7 +306,7 @@ def test_extended_run_is_fitted_again(tmp_path):
     fit(make(tmp_path / "r.zarr", outputs, masks=50))
     longer = make(tmp_path / "long.zarr", outputs, steps=[{("train", FRACTION): 50}, {("train", FRACTION): 80}])
     shutil.copytree(tmp_path / "r.zarr/attributions", longer.path / "attributions")
-    assert fit(longer).facts["fit"]["masks"] == 80
+    assert fit(longer).fit["masks"] == 80
 
 
 def test_fit_cut_short_counts_for_nothing_until_it_is_made_again(run, tmp_path):

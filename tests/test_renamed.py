@@ -111,3 +111,14 @@ def test_an_old_member_of_a_subclass_is_refused():
         class Deeper(coar.Mean):
             def donors(self, examples):
                 return None
+
+
+def test_an_old_attribute_of_a_result_is_refused(path):
+    found = coar.load(path)
+    with pytest.raises(RenamedNameError, match=r"Attributions\.facts does not exist any more; use fit or origin"):
+        _ = found.facts
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = found.no_such_name
+    for owner, old in renamed.ATTRIBUTES.items():
+        known = getattr(coar, owner).__dataclass_fields__
+        assert all(new in known for names in old.values() for new in names.split(" or "))

@@ -292,12 +292,12 @@ def test_same_seed_same_choice(case):
     wide = coar.Bound(mean=1, group=1)
     one, other = (select(case, goal(), bound=wide, seed=5) for _ in range(2))
     assert one.edit == other.edit
-    assert one.steps.equals(other.steps)
+    assert one.evaluated.equals(other.evaluated)
 
 
 def test_result_has_all_evaluated_sets_and_the_number_of_examples(case):
     found = select(case, goal(), bound=coar.Bound(mean=1, group=1))
-    first, best = found.steps.iloc[0], found.steps[found.steps["within"]]["trade_off"].min()
+    first, best = found.evaluated.iloc[0], found.evaluated[found.evaluated["within"]]["trade_off"].min()
     assert (first["components"], first["trade_off"]) == (0, found.before.value)
     assert found.after.value == best
     assert found.examples == N + 60

@@ -119,7 +119,7 @@ def _fit(run: "Run", method: str) -> "Attributions":
         from coar.regression.fitting import fit
 
         attributions = fit(run, method=method, progress=sys.stderr.isatty())
-        facts = attributions.facts["fit"]
+        facts = attributions.fit
         used = {"mask gradients": facts.get("gradients", 0), "masks": facts["masks"]}
         told.append(
             f"{facts['method']}, from " + " and ".join(f"{count:,} {what}" for what, count in used.items() if count)

@@ -54,7 +54,7 @@ def fit(
         return
     options: dict[str, Any] = {"method": method, "masks": masks, "gradients": gradients, "name": name, "refit": refit}
     attributions = fit_run(Run.open(run), **options, merge=merge, cluster=crew)
-    facts = attributions.facts["fit"]
+    facts = attributions.fit
     with_gradients = f" and {facts['gradients']} mask gradients" if "gradients" in facts else ""
     typer.echo(f"{run}: {attributions!r}, fitted on {facts['masks']} masks{with_gradients}")
 

@@ -60,7 +60,7 @@ class RunQuality:
 
 def quality_of(fitted: Attributions, gradients: int, masks: int, before: RunQuality | None) -> RunQuality:
     """Return how well a fit predicts validation masks, beside the step before it where there was one."""
-    facts = fitted.facts["fit"]
+    facts = fitted.fit
     correlation = float(facts["validation"])
     quality = facts.get("prior_quality")
     if quality:

@@ -93,7 +93,7 @@ class Edit:
             ComponentError: When the edit has a component that the attributions do not have.
         """
         table = attributions.components
-        flat = np.array(attributions.facts["replacements"], dtype=np.float32)
+        flat = attributions.origin.constants.copy()
         for component, value in zip(self.components, self.replacements, strict=True):
             flat[table.channels_of([table.index(component.name)])] = value
         return flat
@@ -266,8 +266,8 @@ def edit_of(
     Raises:
         EditError: When a component has no constant, as under resampling.
     """
-    facts, table = attributions.facts, attributions.components
-    flat = facts["replacements"] if constants is None else constants.tolist()
+    origin, table = attributions.origin, attributions.components
+    flat = (origin.constants if constants is None else constants).tolist()
     components = tuple(table[int(i)] for i in indices)
     values = tuple(_constant([flat[n] for n in table.channels_of([int(i)])]) for i in indices)
     for component, value in zip(components, values, strict=True):
@@ -278,9 +278,9 @@ def edit_of(
         values,
         tuple(float(scores[int(i)]) for i in indices),
         goal,
-        str(facts["fingerprint"]["ablation"]["name"]),
-        {site: name for site, name in facts["batch_norms"].items() if site in sites},
-        str(facts["fingerprint"]["weights"]),
+        origin.ablation,
+        {site: name for site, name in origin.batch_norms.items() if site in sites},
+        origin.weights,
         strengths=() if strengths is None else tuple(strengths.tolist()),
     )
 

@@ -49,8 +49,8 @@ class GatedEvaluator:
         batch_size: int | None = None,
         output: Output | None = None,
     ) -> None:
-        self._facts, self.table = attributions.facts, attributions.components
-        self.constants = np.array(self._facts["replacements"], dtype=np.float32)
+        self.table, self.constants = attributions.components, attributions.origin.constants
+        self._batch_norms = attributions.origin.batch_norms
         self._model = device_copy(model, choose_device(device))
         self._plan = ExecutionPlan(precision=precision, batch_size=batch_size)
         self._largest, self._smooth = margin_pair(output or CorrectClassMargin())
@@ -141,7 +141,7 @@ class GatedEvaluator:
                 torch.from_numpy(constants),
                 output,
                 self._plan,
-                batch_norms=self._facts["batch_norms"],
+                batch_norms=self._batch_norms,
             )
         return self._runners[key]
 

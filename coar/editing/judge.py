@@ -55,12 +55,10 @@ def effect_curve(
     gates = np.ones((len(counts), len(attributions.components)), dtype=np.float32)
     for row, count in enumerate(counts):
         gates[row, rows[:count]] = np.broadcast_to(kept, rows.shape)[:count]
-    replacements = torch.tensor(
-        attributions.facts["replacements"] if constants is None else constants, dtype=torch.float32
-    )
+    replacements = torch.tensor(attributions.origin.constants if constants is None else constants, dtype=torch.float32)
     copy, (largest, _) = device_copy(model, choose_device(device)), margin_pair(output or CorrectClassMargin())
     runner = FastRunner(
-        copy, attributions.components, replacements, largest, batch_norms=attributions.facts["batch_norms"]
+        copy, attributions.components, replacements, largest, batch_norms=attributions.origin.batch_norms
     )
     return runner.outputs(runner.load(examples, 0, len(examples)), gates)
 

@@ -76,7 +76,7 @@ def predict_edit(attributions: Attributions, edit: Edit, *, goal: EditGoal | Non
             f"this edit ablates in part, at a strength of {min(edit.strengths):.2f}, and attributions only predict "
             f"full ablation; judge the edit on examples, or choose at full strength"
         )
-    if not np.array_equal(edit.constants(attributions), np.float32(attributions.facts["replacements"])):
+    if not np.array_equal(edit.constants(attributions), attributions.origin.constants):
         raise EditError(
             "this edit has constants trained for its goal, or of another run, and attributions only predict what the "
             "constants of their own run do; judge the edit on examples, or choose with constants='run'"
@@ -165,7 +165,7 @@ def _scatter(attributions: Attributions, error: np.ndarray, ablated: int) -> flo
     With m masks of ablated fraction p a weight's variance is about the residual's over m p (1 - p). Residuals under
     masks that ablate p d components are taken to grow in proportion to that number.
     """
-    fitted = attributions.facts["fit"]
+    fitted = attributions.fit
     masks, fraction = int(fitted.get("masks", 0)), float(fitted.get("ablated_fraction", 0))
     if not masks or not fraction or not len(error):
         return 0.0

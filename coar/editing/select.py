@@ -19,6 +19,7 @@ from coar.examples import Examples
 from coar.forward.execution_plan import Precision
 from coar.forward.malloc import memory_kept
 from coar.outputs.base import Output
+from coar.renamed import no_attribute
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +33,7 @@ class Selection:
         edit: The edit.
         before: What the choosing examples were like.
         after: What they are like with the edit.
-        steps: Every set that was evaluated on all choosing examples, in that order: number of components, trade-off,
+        evaluated: Every set evaluated on all choosing examples, in that order: number of components, trade-off,
             accuracy of targets, accuracy lost by references on average and in the worst group, and whether the set
             is within the bound.
         constants: `goal` where the edit has constants trained for the goal, `run` where it has those of the run.
@@ -44,10 +45,15 @@ class Selection:
     edit: Edit
     before: Outcome
     after: Outcome
-    steps: "pd.DataFrame"
+    evaluated: "pd.DataFrame"
     constants: ConstantsName
     passes: int
     examples: int
+
+    if not TYPE_CHECKING:  # a type checker knows the attributes
+
+        def __getattr__(self, name: str) -> Any:
+            raise no_attribute(self, name)
 
 
 def edit(
@@ -145,7 +151,7 @@ def select_in(context: SelectionContext, goal: EditGoal, options: SelectionOptio
         edit=edit.keep(context.model),
         before=choice.evaluated[0].outcome,
         after=best.outcome,
-        steps=_table(choice.evaluated),
+        evaluated=_table(choice.evaluated),
         constants="run" if np.array_equal(best.constants, context.exact.constants) else "goal",
         passes=context.passes - passes,
         examples=len(context.examples),

@@ -80,7 +80,7 @@ def fit(
     if len(rows) < 2 or name or not run.plan.count("validation", run.sampler.ablated_fraction) >= 2:
         return informed_fit
     ridge_fit = _fit(run, "ridge", rows, 0, "ridge", **common)
-    return max(informed_fit, ridge_fit, key=lambda fitted: fitted.facts["fit"]["validation"])
+    return max(informed_fit, ridge_fit, key=lambda fitted: fitted.fit["validation"])
 
 
 def fit_share(
