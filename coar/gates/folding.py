@@ -56,19 +56,60 @@ def fold(
         check_permanent(component, value)
     if pairs:
         check_components(model, Components(component for component, _ in pairs))
+    owners = _Owners(model)
+    outputs: dict[tuple[str, str | None], list[tuple[Component, Constant, float]]] = {}
     with torch.no_grad():
         for (component, value), strength in chosen:
             if component.side == "parameter":
                 parameter = model.get_parameter(component.site)
                 _shrink(parameter.narrow(component.axis, component.position, component.size), strength)
             elif component.side == "input":
-                _fold_input(model, component, value, strength)
+                _fold_input(owners, component, value, strength)
             elif component.side == "expert":
-                _fold_expert(model, component, value, strength)
+                _fold_expert(owners, component, value, strength)
             elif component.side == "module":
-                _fold_output(model, _last_layer(model, component), value, None, strength)
+                layer = _last_layer(model, component)
+                outputs.setdefault((layer.site, None), []).append((layer, value, strength))
             else:
-                _fold_output(model, component, value, batch_norms.get(component.site), strength)
+                key = component.site, batch_norms.get(component.site)
+                outputs.setdefault(key, []).append((component, value, strength))
+        for (site, batch_norm), replaced in outputs.items():
+            _fold_outputs(owners, site, replaced, batch_norm)
+
+
+class _Owners:
+    """Which modules hold each parameter of a model, gathered once.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._paths: dict[int, list[str]] = {}
+        for path, module in model.named_modules():
+            for parameter in {id(one) for one in module._parameters.values() if one is not None}:
+                self._paths.setdefault(parameter, []).append(path)
+
+    def own(self, site: str, name: str) -> nn.Parameter | None:
+        """Return a layer's weight or bias, None where it has none.
+
+        Raises:
+            EditError: When it is not a parameter of the layer alone.
+        """
+        layer = self.model.get_submodule(site)
+        if name not in layer._parameters:
+            raise EditError(
+                f"the {name} of {site!r} is computed from other parameters; bake it in first, for example with "
+                f"torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        parameter = layer._parameters[name]
+        owners = self._paths.get(id(parameter), [])
+        if len(owners) > 1:
+            raise EditError(
+                f"the {name} of {site!r} is shared by {', '.join(owners)}; changing it changes them all: untie it first"
+            )
+        return parameter
 
 
 def check_permanent(component: Component, value: Constant) -> None:
@@ -113,27 +154,50 @@ def _shrink(weight: Tensor, strength: float) -> None:
         weight.mul_(1 - strength)
 
 
-def _fold_output(
-    model: nn.Module, component: Component, value: Constant, batch_norm: str | None, strength: float
+def _fold_outputs(
+    owners: _Owners, site: str, replaced: list[tuple[Component, Constant, float]], batch_norm: str | None
 ) -> None:
-    layer, position = model.get_submodule(component.site), component.position
-    weight, bias = _own(model, component.site, "weight"), _own(model, component.site, "bias")
-    rows = range(position, position + component.size)
-    for row in rows:
-        _shrink(weight[_filter_index(layer, row)], strength)  # type: ignore[index]
-    constants = strength * layer.weight.new_tensor(value).expand(component.size)  # type: ignore[operator]
+    """Replace output channels of one layer by constants, all at once."""
+    layer = owners.model.get_submodule(site)
+    weight, bias = owners.own(site, "weight"), owners.own(site, "bias")
+    sizes = [component.size for component, _, _ in replaced]
+    rows = np.concatenate([component.position + np.arange(component.size) for component, _, _ in replaced])
+    values = np.concatenate([np.broadcast_to(value, size) for (_, value, _), size in zip(replaced, sizes, strict=True)])
+    strengths = np.repeat([strength for _, _, strength in replaced], sizes)
+    for strength in np.unique(strengths):
+        _shrink_outputs(layer, weight, rows[strengths == strength], float(strength))  # type: ignore[arg-type]
+    at = torch.from_numpy(rows).to(weight.device)  # type: ignore[union-attr]
+    constants = _scaled(weight.new_tensor(values), strengths)  # type: ignore[union-attr]
     if bias is None and constants.any() and batch_norm is None:
         layer.bias = bias = nn.Parameter(constants.new_zeros(output_channels(layer)))
     if bias is not None:
-        _shrink(bias[rows.start : rows.stop], strength)
-        bias[rows.start : rows.stop] += constants
+        kept = torch.where(torch.from_numpy(strengths == 1).to(at.device), 0, _scaled(bias[at], 1 - strengths))
+        bias[at] = kept + constants
     elif batch_norm is not None:
-        model.get_submodule(batch_norm).running_mean[rows.start : rows.stop] -= constants  # type: ignore[operator, index]
+        owners.model.get_submodule(batch_norm).running_mean[at] -= constants  # type: ignore[operator, index]
 
 
-def _fold_input(model: nn.Module, component: Component, value: Constant, strength: float) -> None:
-    layer = model.get_submodule(component.site)
-    weight, bias = _own(model, component.site, "weight"), _own(model, component.site, "bias")
+def _scaled(values: Tensor, factors: np.ndarray) -> Tensor:
+    """Return the product with a factor per number, rounded once to the type of the values."""
+    exact = torch.promote_types(values.dtype, torch.float32)
+    return (values.to(exact) * torch.from_numpy(factors).to(values.device, exact)).to(values.dtype)
+
+
+def _shrink_outputs(layer: nn.Module, weight: Tensor, rows: np.ndarray, strength: float) -> None:
+    """Take a share of the weight that makes these output channels away, in place."""
+    if isinstance(layer, TRANSPOSED_CONVOLUTIONS):
+        inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+        for row in rows.tolist():
+            group, position = divmod(row, outputs)
+            _shrink(weight[group * inputs : (group + 1) * inputs, position], strength)
+        return
+    by_output, at = weight.movedim(output_axis(layer), 0), torch.from_numpy(rows).to(weight.device)
+    by_output[at] = 0.0 if strength == 1 else by_output[at] * (1 - strength)
+
+
+def _fold_input(owners: _Owners, component: Component, value: Constant, strength: float) -> None:
+    layer = owners.model.get_submodule(component.site)
+    weight, bias = owners.own(component.site, "weight"), owners.own(component.site, "bias")
     axis = input_axis(layer)
     columns = weight.narrow(axis, component.position, component.size)  # type: ignore[union-attr]
     constants = strength * columns.new_tensor(value).expand(component.size)
@@ -144,11 +208,11 @@ def _fold_input(model: nn.Module, component: Component, value: Constant, strengt
     _shrink(columns, strength)
 
 
-def _fold_expert(model: nn.Module, component: Component, value: Constant, strength: float) -> None:
-    mixture, expert = model.get_submodule(component.site), component.position // component.size
+def _fold_expert(owners: _Owners, component: Component, value: Constant, strength: float) -> None:
+    mixture, expert = owners.model.get_submodule(component.site), component.position // component.size
     stack = stack_of(mixture)
-    weight = _own(model, component.site, stack.name if stack else "weight")
-    bias = _own(model, component.site, f"{stack.name}_bias") if stack and stack.bias is not None else None
+    weight = owners.own(component.site, stack.name if stack else "weight")
+    bias = owners.own(component.site, f"{stack.name}_bias") if stack and stack.bias is not None else None
     constants = strength * weight.new_tensor(value).expand(component.size)  # type: ignore[union-attr]
     if bias is None and constants.any():
         raise EditError(
@@ -159,29 +223,3 @@ def _fold_expert(model: nn.Module, component: Component, value: Constant, streng
     if bias is not None:
         _shrink(bias[expert], strength)
         bias[expert] += constants
-
-
-def _own(model: nn.Module, site: str, name: str) -> nn.Parameter | None:
-    """Return a layer's weight or bias, None where it has none; raise `EditError` when other modules share it."""
-    layer = model.get_submodule(site)
-    if name not in layer._parameters:
-        raise EditError(
-            f"the {name} of {site!r} is computed from other parameters; bake it in first, for example with "
-            f"torch.nn.utils.parametrize.remove_parametrizations"
-        )
-    parameter = layer._parameters[name]
-    owners = [n for n, module in model.named_modules() if any(p is parameter for p in module._parameters.values())]
-    if parameter is not None and len(owners) > 1:
-        raise EditError(
-            f"the {name} of {site!r} is shared by {', '.join(owners)}; changing it changes them all: untie it first"
-        )
-    return parameter
-
-
-def _filter_index(layer: nn.Module, position: int) -> tuple[slice | int, ...]:
-    """Return the index of the part of a layer's weight that computes output channel `position`."""
-    if not isinstance(layer, TRANSPOSED_CONVOLUTIONS):
-        return (slice(None),) * output_axis(layer) + (position,)
-    inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
-    group = position // outputs
-    return slice(group * inputs, (group + 1) * inputs), position % outputs
