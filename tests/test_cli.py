@@ -381,7 +381,7 @@ def test_mistakes_are_told_in_words(place, tmp_path, monkeypatch, mistake):
     assert not (tmp_path / "s3:").exists()
 
 
-COMMANDS = ("collect", "fit", "baselines", "evaluate", "edit", "undo", "report", "info", "verify", "plan")
+COMMANDS = ("all", "new", "collect", "fit", "baselines", "evaluate", "edit", "undo", "report", "info", "verify", "plan")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -391,6 +391,22 @@ def test_help_has_an_example_that_names_real_options(command):
     assert examples.startswith(f"coar {command} ")
     known = set(re.findall(r"--[a-z-]+", said[: said.index("Example")]))
     assert set(re.findall(r"--[a-z-]+", examples)) <= known
+
+
+def test_options_of_collect_are_listed_under_headings():
+    said = works("collect", "--help")
+    places = [
+        said.index(f"\n{heading}:\n") for heading in ("Arguments", "Study", "Sizes", "Execution", "Where", "Options")
+    ]
+    firsts = [said.index(word) for word in ("PIPELINE  ", "--run", "--masks", "--device", "--worker", "--help")]
+    assert sorted([*places, *firsts]) == [place for pair in zip(places, firsts, strict=True) for place in pair]
+
+
+@pytest.mark.parametrize("words", [("--probes", "64"), ("--probes=64",)], ids=str)
+def test_an_old_option_is_refused_with_the_new_name(words):
+    result = coar_command("collect", "pipelines/digits.py", *words)
+    assert result.exit_code == 2
+    assert "--probes does not exist any more; use --gradients" in " ".join(result.stderr.split())
 
 
 def test_help_lists_every_command():

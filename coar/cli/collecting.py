@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coar.cli.common import (
+    EXECUTION,
+    SIZES,
+    STUDY,
+    WHERE,
     AddressOption,
     DeviceOption,
     EngineOption,
+    GroupedCommand,
     WorkersOption,
     app,
     cluster,
@@ -25,39 +30,82 @@ if TYPE_CHECKING:
     from coar.study import Study
 
 
-@app.command(epilog="Example: coar collect pipelines/digits.py --ablation zero --masks 4000 --precision auto")
+@app.command(
+    cls=GroupedCommand, epilog="Example: coar collect pipelines/digits.py --ablation zero --masks 4000 --precision auto"
+)
 @report_errors
 def collect(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A pipeline file.")],
-    run: Annotated[Path | None, typer.Option(help="The run [default: runs/<pipeline>-<ablation>.zarr].")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="The run [default: runs/<pipeline>-<ablation>.zarr].", rich_help_panel=STUDY)
+    ] = None,
     masks: Annotated[
-        int | None, typer.Option(help="Training masks [default: the pipeline's, or none with --gradients].")
+        int | None,
+        typer.Option(help="Training masks [default: the pipeline's, or none with --gradients].", rich_help_panel=SIZES),
     ] = None,
-    gradients: Annotated[int | None, typer.Option(help="Mask gradients [default: the pipeline's].")] = None,
-    until: Annotated[float | None, typer.Option(help="Go on until validation masks are predicted so well.")] = None,
-    until_flat: Annotated[bool, typer.Option("--until-flat", help="Go on until more passes promise little.")] = False,
-    test_masks: Annotated[int | None, typer.Option(help="Held-out masks [default: the pipeline's].")] = None,
-    validation_masks: Annotated[int, typer.Option(help="Masks kept apart for choices along the way.")] = 0,
+    gradients: Annotated[
+        int | None, typer.Option(help="Mask gradients [default: the pipeline's].", rich_help_panel=SIZES)
+    ] = None,
+    until: Annotated[
+        float | None, typer.Option(help="Go on until validation masks are predicted so well.", rich_help_panel=SIZES)
+    ] = None,
+    until_flat: Annotated[
+        bool, typer.Option("--until-flat", help="Go on until more passes promise little.", rich_help_panel=SIZES)
+    ] = False,
+    test_masks: Annotated[
+        int | None, typer.Option(help="Held-out masks [default: the pipeline's].", rich_help_panel=SIZES)
+    ] = None,
+    validation_masks: Annotated[
+        int, typer.Option(help="Masks kept apart for choices along the way.", rich_help_panel=SIZES)
+    ] = 0,
     test_fractions: Annotated[
-        str | None, typer.Option(help="Further ablated fractions to test at, as in 0.05,0.2 [default: the pipeline's].")
+        str | None,
+        typer.Option(
+            help="Further ablated fractions to test at, as in 0.05,0.2 [default: the pipeline's].",
+            rich_help_panel=SIZES,
+        ),
     ] = None,
-    ablation: Annotated[str | None, typer.Option(help="Label, such as mean [default: the pipeline's].")] = None,
-    ablated_fraction: Annotated[float | None, typer.Option(help="Share of components ablated in a mask.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the masks.")] = None,
+    ablation: Annotated[
+        str | None, typer.Option(help="Label, such as mean [default: the pipeline's].", rich_help_panel=STUDY)
+    ] = None,
+    ablated_fraction: Annotated[
+        float | None, typer.Option(help="Share of components ablated in a mask.", rich_help_panel=STUDY)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the masks.", rich_help_panel=STUDY)] = None,
     device: DeviceOption = "auto",
-    precision: Annotated[str, typer.Option(help="float32, bf16, or auto: bf16 if faster and near enough.")] = "float32",
-    precision_tolerance: Annotated[float, typer.Option(help="Largest bf16 error, in units of the spread.")] = 0.05,
-    batch_size: Annotated[int | None, typer.Option(help="Most examples per forward pass [default: measured].")] = None,
-    memory_limit: Annotated[str | None, typer.Option(help="Memory for activations, as in 4GiB.")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model, if that is faster.")] = False,
-    mask_block: Annotated[int | None, typer.Option(help="Masks per unit of work, for a new run.")] = None,
-    example_block: Annotated[int | None, typer.Option(help="Examples per unit of work, for a new run.")] = None,
-    worker: Annotated[str | None, typer.Option(help="Do one share of the units, as in 3/64: the third of 64.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="float32, bf16, or auto: bf16 if faster and near enough.", rich_help_panel=EXECUTION)
+    ] = "float32",
+    precision_tolerance: Annotated[
+        float, typer.Option(help="Largest bf16 error, in units of the spread.", rich_help_panel=EXECUTION)
+    ] = 0.05,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Most examples per forward pass [default: measured].", rich_help_panel=EXECUTION)
+    ] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="Memory for activations, as in 4GiB.", rich_help_panel=EXECUTION)
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the model, if that is faster.", rich_help_panel=EXECUTION)
+    ] = False,
+    mask_block: Annotated[
+        int | None, typer.Option(help="Masks per unit of work, for a new run.", rich_help_panel=EXECUTION)
+    ] = None,
+    example_block: Annotated[
+        int | None, typer.Option(help="Examples per unit of work, for a new run.", rich_help_panel=EXECUTION)
+    ] = None,
+    worker: Annotated[
+        str | None, typer.Option(help="Do one share of the units, as in 3/64: the third of 64.", rich_help_panel=WHERE)
+    ] = None,
     engine: EngineOption = "local",
     address: AddressOption = None,
     workers: WorkersOption = 2,
-    log_file: Annotated[Path | None, typer.Option(help="Append what happens to a file, as lines of JSON.")] = None,
-    gpus_per_worker: Annotated[float, typer.Option(help="GPUs, or a share of one, for each.")] = 0.0,
+    log_file: Annotated[
+        Path | None, typer.Option(help="Append what happens to a file, as lines of JSON.", rich_help_panel=WHERE)
+    ] = None,
+    gpus_per_worker: Annotated[
+        float, typer.Option(help="GPUs, or a share of one, for each.", rich_help_panel=WHERE)
+    ] = 0.0,
 ) -> None:
     """Record the model's outputs under random masks. Run it again to go on, or with more masks to extend the run."""
     from coar.collection.collect import collect as collect_run

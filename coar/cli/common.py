@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from coar.errors import CoarError, SettingsError
+from coar.renamed import OPTIONS
 from coar.store.storage_errors import storage_errors
 
 if TYPE_CHECKING:
@@ -21,8 +23,40 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
+
+class CommandGroup(TyperGroup):
+    """All commands; an option under its old name is refused with the new one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Look through all words, those of the command included, before any is read."""
+        for word in args:
+            old = word.partition("=")[0]
+            if old in OPTIONS:
+                typer.secho(f"error: {old} does not exist any more; use {OPTIONS[old]}", fg=typer.colors.RED, err=True)
+                raise typer.Exit(2)
+        return super().parse_args(ctx, args)
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help lists options under headings, which are their `rich_help_panel`."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for each heading, in the order of its first option."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                heading = getattr(parameter, "rich_help_panel", None) or kind
+                sections.setdefault(heading, []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
 app = typer.Typer(
     name="coar",
+    cls=CommandGroup,
     help="Component attribution: which parts of a network made a prediction, and how to change that for good.",
     epilog="Example: coar collect pipelines/digits.py, then coar fit, evaluate, edit and report on the run it names.",
     no_args_is_help=True,
@@ -31,12 +65,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+STUDY, SIZES, EXECUTION, WHERE = "Study", "Sizes", "Execution", "Where"  # headings of options in the help of collect
+
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run, such as runs/digits-mean.zarr.")]
 PipelineOption = Annotated[Path, typer.Option("--pipeline", help="The pipeline file that the run was collected from.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-EngineOption = Annotated[str, typer.Option(help="local, or ray: workers on a cluster.")]
-AddressOption = Annotated[str | None, typer.Option(help="The Ray cluster's address [default: start one here].")]
-WorkersOption = Annotated[int, typer.Option(help="Workers on the Ray cluster.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=EXECUTION)]
+EngineOption = Annotated[str, typer.Option(help="local, or ray: workers on a cluster.", rich_help_panel=WHERE)]
+AddressOption = Annotated[
+    str | None, typer.Option(help="The Ray cluster's address [default: start one here].", rich_help_panel=WHERE)
+]
+WorkersOption = Annotated[int, typer.Option(help="Workers on the Ray cluster.", rich_help_panel=WHERE)]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write to [default: reports/<run>].")]
 
 
