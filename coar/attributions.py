@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from coar.components.table import Components, read_component
-from coar.errors import RunError, SettingsError, StorageError, WeightsError
+from coar.errors import RunError, SettingsError, StorageError, WeightsError, install_hint
 from coar.renamed import no_attribute
 from coar.store.fits import FIELDS, fit_array, fit_facts, fit_fields, fit_names, read_fit
 from coar.store.run import Run
@@ -223,13 +223,11 @@ class Attributions:
         return predicted
 
     def to_xarray(self) -> "xr.Dataset":
-        """Return a labelled data set over (example, component); needs the extra `coar-attribution[xarray]`."""
+        """Return a labelled data set over (example, component); needs the extra `xarray`."""
         try:
             import xarray
         except ImportError:
-            raise SettingsError(
-                "to_xarray needs xarray; install it with: pip install 'coar-attribution[xarray]'"
-            ) from None
+            raise SettingsError(f"to_xarray needs xarray; {install_hint('xarray')}") from None
         fields = {field: self._read(field, slice(None)) for field in self._source.fields()}
         coordinates = {name: ("example", column) for name, column in self.metadata.items()}
         coordinates["component"] = ("component", np.array(self.components.names))

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from coar.errors import CoarError, EngineError
+from coar.errors import CoarError, EngineError, install_hint
 from coar.settings import Settings
 from coar.store.gradients import AnyUnit
 from coar.study import Study
@@ -24,7 +24,7 @@ TRIES = 5  # workers that may be lost on one unit, or in a row before they are r
 
 
 class RayCluster(Settings):
-    """A Ray cluster whose workers do a run's units; needs the extra `coar-attribution[ray]`.
+    """A Ray cluster whose workers do a run's units; needs the extra `ray`.
 
     Attributes:
         study: Builds the study, to collect; each worker calls it once. What it imports and reads must be on every
@@ -51,7 +51,7 @@ def connected(cluster: RayCluster) -> Iterator[ModuleType]:
     try:
         import ray
     except ImportError:
-        raise EngineError("the Ray engine needs ray; install it with: pip install 'coar-attribution[ray]'") from None
+        raise EngineError(f"the Ray engine needs ray; {install_hint('ray')}") from None
     if cluster.address is not None:
         _reach(cluster.address)
     if ray.is_initialized():

@@ -87,3 +87,11 @@ class RenamedArgumentError(CoarError, TypeError):
 
 class RenamedModuleError(CoarError, ModuleNotFoundError):
     """A module of an earlier version was imported; the message says where its content is now."""
+
+
+def install_hint(extra: str) -> str:
+    """Return how to install what an extra of this package brings.
+
+    It names a clone: an index may hold another package under a name of ours.
+    """
+    return f"install it from the root of a clone of this repository, with: pip install '.[{extra}]'"

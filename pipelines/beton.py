@@ -61,10 +61,9 @@ def installed() -> Any:
         import ffcv.transforms
     except ImportError as error:
         raise coar.errors.PipelineError(
-            f"a .beton file is read by ffcv, which cannot be imported ({error}); install it with pip install "
-            f"'coar-attribution[ffcv]', which needs a C++ compiler, pkg-config, libturbojpeg and OpenCV with "
-            f"their headers, or "
-            f"give a folder of pictures instead"
+            f"a .beton file is read by ffcv, which cannot be imported ({error}); "
+            f"{coar.errors.install_hint('ffcv')}, which needs a C++ compiler, pkg-config, libturbojpeg and OpenCV with "
+            f"their headers, or give a folder of pictures instead"
         ) from None
     return ffcv
 

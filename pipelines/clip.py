@@ -1,6 +1,6 @@
 """The published CLIP (Radford et al. 2021), and photographs with and without a written word that is wrong.
 
-    pip install 'coar-attribution[text]'
+    pip install '.[text]'
     export COAR_CLIP=/path/to/clip-vit-base-patch32                    # optional: a folder, or a name on the hub
     export COAR_CLIP_PICTURES=/path/to/pictures
     coar collect pipelines/clip.py --gradients 96
@@ -28,8 +28,7 @@ try:
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 except ImportError as error:
     raise coar.errors.PipelineError(
-        f"the pipeline clip needs {error.name}, which is not installed; install it with pip install "
-        f"'coar-attribution[text]'"
+        f"the pipeline clip needs {error.name}, which is not installed; {coar.errors.install_hint('text')}"
     ) from None
 
 MASKS = 5_000

@@ -1,6 +1,6 @@
 """Passages of text and a causal language model: a small GPT-2 that is trained here, or one of yours.
 
-    pip install 'coar-attribution[text]'
+    pip install '.[text]'
     coar collect pipelines/gpt2.py --gradients 64
     coar fit runs/gpt2-mean.zarr
 
@@ -34,8 +34,7 @@ try:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 except ImportError as error:
     raise coar.errors.PipelineError(
-        f"the pipeline gpt2 needs {error.name}, which is not installed; install it with pip install "
-        f"'coar-attribution[text]'"
+        f"the pipeline gpt2 needs {error.name}, which is not installed; {coar.errors.install_hint('text')}"
     ) from None
 
 MASKS = 3_000

@@ -10,7 +10,7 @@ Classes are in the order of the folders' names. Without a checkpoint, which is t
 ResNet-50, torchvision fetches its own weights (IMAGENET1K_V1). The components are those of Shah et al. (2024): the
 filters of all convolutions but those of the shortcuts. `COAR_IMAGENET_RESNET50_MODEL` names another ResNet of
 torchvision's, such as resnet18, and `COAR_IMAGENET_CLASSES` another number of classes than 1,000. A .beton file, with
-the fields `image` and `label`, is read by ffcv: pip install 'coar-attribution[ffcv]'.
+the fields `image` and `label`, is read by ffcv: pip install '.[ffcv]'.
 """
 
 import coar

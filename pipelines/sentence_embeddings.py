@@ -1,6 +1,6 @@
 """Pairs of sentences and the pretrained MiniLM: 72 attention heads and 9,216 feed-forward neurons.
 
-    pip install 'coar-attribution[text]'
+    pip install '.[text]'
     coar collect pipelines/sentence_embeddings.py
     coar fit runs/sentence_embeddings-zero.zarr
 
@@ -25,8 +25,8 @@ try:
     from transformers import AutoModel, AutoTokenizer
 except ImportError as error:
     raise coar.errors.PipelineError(
-        f"the pipeline sentence_embeddings needs {error.name}, which is not installed; install it with "
-        f"pip install 'coar-attribution[text]'"
+        f"the pipeline sentence_embeddings needs {error.name}, which is not installed; "
+        f"{coar.errors.install_hint('text')}"
     ) from None
 
 MASKS = 2_000

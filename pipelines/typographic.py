@@ -1,6 +1,6 @@
 """A miniature CLIP that a written word fools: scans of digits, and labels that name another digit.
 
-    pip install 'coar-attribution[text]'
+    pip install '.[text]'
     coar collect pipelines/typographic.py
     coar fit runs/typographic-mean.zarr
     coar edit runs/typographic-mean.zarr --pipeline pipelines/typographic.py --task typographic
@@ -30,8 +30,7 @@ try:
     from transformers import CLIPConfig, CLIPModel
 except ImportError as error:
     raise coar.errors.PipelineError(
-        f"the pipeline typographic needs {error.name}, which is not installed; install it with pip install "
-        f"'coar-attribution[text]'"
+        f"the pipeline typographic needs {error.name}, which is not installed; {coar.errors.install_hint('text')}"
     ) from None
 
 MASKS = 3_000

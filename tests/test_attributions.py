@@ -215,7 +215,7 @@ def test_to_xarray_is_labelled(either, run):
 
 def test_to_xarray_says_how_to_get_xarray(found, monkeypatch):
     monkeypatch.setitem(sys.modules, "xarray", None)
-    with pytest.raises(SettingsError, match=r"pip install 'coar-attribution\[xarray\]'"):
+    with pytest.raises(SettingsError, match=r"clone .* pip install '\.\[xarray\]'"):
         found.to_xarray()
 
 

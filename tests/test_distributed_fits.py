@@ -26,7 +26,7 @@ from tests.synthetic import arrays, files, linear
 D, N = 12, 20
 MASKS = 200
 ROOT = Path(__file__).parents[1]
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra coar-attribution[ray]")
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,3 +159,38 @@ def test_help_has_examples_whose_options_exist():
         if shown.exit_code or not heading or not examples or any(unknown):
             wrong[command] = (shown.exit_code, examples, unknown)
     assert wrong == {}
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+INDEX_HINT = re.compile(
+    r"(?:install|uv add|uvx)[\s'\"`f]+(?:coar|" + PROJECT["name"] + r")(?![\w-])|(?<![\w.-])coar\[[a-z]", re.IGNORECASE
+)
+SUFFIXES = (".py", ".md", ".toml", ".txt", ".yaml", ".sbatch")
+
+
+def tracked():
+    """Text files that git follows, or without git all of the folders that it would."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
+        "\n"
+    )
+    folders = ("coar", "pipelines", "docs", "benchmarks", "deploy", "tests")
+    there = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    found = [ROOT / line for line in listed if line] or [*ROOT.glob("*"), *there]
+    return [path for path in found if path.is_file() and (path.suffix in SUFFIXES or path.name == "Makefile")]
+
+
+def test_no_hint_installs_a_package_of_our_name_from_an_index():
+    """PyPI's `coar` is another package, and it has none of ours: hints name the clone, as in '.[text]'."""
+    texts = {name(path): path.read_text(encoding="utf-8") for path in tracked() if path != Path(__file__)}
+    assert "coar/errors.py" in texts
+    assert [file for file, text in texts.items() if INDEX_HINT.search(text)] == []
+    hinted = {extra for text in texts.values() for extra in re.findall(r"pip install '\.\[(\w+)\]'", text)}
+    assert {"ray", "text"} <= hinted <= PROJECT["optional-dependencies"].keys()
+
+
+@pytest.mark.parametrize(
+    "hint",
+    ["pip install coar", "pip install 'coar[text]'", "pip install \"\n    f\"'coar-attribution[s3]'", "coar[ray]"],
+)
+def test_such_a_hint_is_seen(hint):
+    assert INDEX_HINT.search(hint)

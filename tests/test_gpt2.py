@@ -140,7 +140,7 @@ def test_text_that_cannot_be_used(own, tmp_path, damage):
 
 def test_without_the_extra_a_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(PipelineError, match=r"needs transformers, .* pip install 'coar-attribution\[text\]'"):
+    with pytest.raises(PipelineError, match=r"needs transformers, .* pip install '\.\[text\]'"):
         load_pipeline(FILE)
 
 

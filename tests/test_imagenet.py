@@ -242,9 +242,7 @@ def test_without_ffcv_a_message_says_what_to_install(small, monkeypatch):
     monkeypatch.setenv("COAR_IMAGENET", str(small / "val.beton"))
     monkeypatch.setitem(sys.modules, "ffcv", None)
     monkeypatch.setitem(sys.modules, "ffcv.loader", None)
-    with pytest.raises(
-        PipelineError, match=r"read by ffcv, which cannot .* pip install 'coar-attribution\[ffcv\]', which needs"
-    ):
+    with pytest.raises(PipelineError, match=r"read by ffcv, which cannot .* pip install '\.\[ffcv\]', which needs"):
         imagenet_resnet50.judge()
 
 

