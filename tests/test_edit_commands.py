@@ -157,7 +157,7 @@ def test_goal_by_hand_is_that_of_python(place, tmp_path, rule):
 
 
 @pytest.mark.parametrize("constants", ["goal", "run"])
-def test_constants_are_told(tmp_path, constants):
+def test_output_names_trained_constants(tmp_path, constants):
     ablation = "ablation=coar.Mean(calibration=examples(40, 5).subset(range(42)))"
     (tmp_path / "planted.py").write_text(PIPELINE.replace('exclude="2"))', f'exclude="2"), {ablation})'))
     pipeline = load_pipeline(tmp_path / "planted.py")
@@ -206,7 +206,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_told_in_words(place, tmp_path, mistake):
+def test_mistakes_have_messages(place, tmp_path, mistake):
     words, expected = MISTAKES[mistake]
     words = [place / "planted.py" if word == "PIPELINE" else word for word in words]
     done = command(place, tmp_path, *words)

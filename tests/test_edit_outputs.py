@@ -87,7 +87,7 @@ def test_an_edit_of_a_language_model_is_that_of_the_classifier_it_amounts_to(tra
     np.testing.assert_allclose(judged["margin_after"], table["margin_after"], atol=0.02)
 
 
-def test_tasks_try_out_and_judge_what_they_are_told(trained, by_class, read):
+def test_tasks_choose_and_judge_by_the_given_output(trained, by_class, read):
     study, attributions = read
     result = coar.reach_goal(
         attributions,

@@ -80,7 +80,7 @@ def test_corrections_are_counted_with_their_cost(folder):
     assert "the dearest -0.60" in told
 
 
-def test_groups_and_clean_examples_are_told_apart_from_the_others(folder):
+def test_groups_and_clean_examples_have_rows_of_their_own(folder):
     more = {"pipeline": "misled", "clean": [91.0, 89.0], "partners": [92.0, 90.5]}
     for seed in (0, 1):
         kept = {key: value for key, value in chosen(10.0, 0.0).items() if key not in ("lowest", "average")}

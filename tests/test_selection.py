@@ -153,7 +153,7 @@ def test_penalty_of_a_broken_bound_is_how_far_it_is_broken():
     targets, required = [sigmoid(-0.5) / 2, sigmoid(2) / 2], objective.required_margins(before)
     np.testing.assert_array_equal(required, [np.nan, np.nan, *before[2:]])
     np.testing.assert_allclose(
-        objective.losses(now, required, rows), [*targets, -0.2 / 0.5, 0, -1 / 0.5, 0], atol=1e-12
+        objective.shortfall_slopes(now, required, rows), [*targets, -0.2 / 0.5, 0, -1 / 0.5, 0], atol=1e-12
     )
 
 
@@ -175,7 +175,7 @@ def test_targets_with_partners_count_by_what_they_lack_of_their_margins():
     wrong = [1 / (1 + math.exp(margin / 2)) / 2 for margin in (1.0, 0.0)]
     lacking = [0, 1 / 4 / 4, 1 / 4 / 4, 1 / 4, 1 / 4]
     expected = [lacking[0], lacking[1] + wrong[0], lacking[2], lacking[3] + wrong[1], lacking[4]]
-    np.testing.assert_allclose(objective.losses(now, required, np.arange(5)), -np.array(expected), atol=1e-12)
+    np.testing.assert_allclose(objective.shortfall_slopes(now, required, np.arange(5)), -np.array(expected), atol=1e-12)
 
 
 def test_passes_are_those_of_the_model(case, monkeypatch):
@@ -360,7 +360,7 @@ def test_goal_that_no_set_nears_says_the_best_that_was_found(tmp_path):
 
 
 @pytest.mark.parametrize("direction", ["decrease", "increase"])
-def test_targets_that_are_as_wanted_are_a_goal_error(case, direction):
+def test_targets_that_meet_the_goal_already_are_a_goal_error(case, direction):
     study, _, _ = case
     right = margins(study.model, study.examples, ()) > 0
     done = np.flatnonzero(right if direction == "increase" else ~right)

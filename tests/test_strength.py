@@ -69,7 +69,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_other_kinds_fade_as_their_gates_say(model, kind):
+def test_other_kinds_are_ablated_in_part_as_by_gates(model, kind):
     """Gates between 0 and 1 are held against oracles of their own elsewhere."""
     find, rows_of = PARTS[kind]
     net, x = model, torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -93,7 +93,7 @@ def test_other_kinds_fade_as_their_gates_say(model, kind):
     assert float((expected - oracles.forward(net, x)).abs().max()) > 1e-3
 
 
-def test_components_of_one_layer_fade_in_any_order(model):
+def test_components_of_one_layer_are_ablated_in_part_in_any_order(model):
     some = {
         undo_tests.component("last", 4, "input", -1): 0.25,
         undo_tests.component("last", 1, axis=-1): 0.5,
@@ -115,7 +115,7 @@ def test_undo_gives_back_every_bit(model, kind):
     assert all(torch.equal(after[name].view(torch.uint8), value) for name, value in before.items())
 
 
-def test_strengths_survive_the_disk_and_older_files_are_whole(model, tmp_path):
+def test_strengths_survive_the_disk_and_are_full_in_older_files(model, tmp_path):
     edit = edit_of(model, strengths=STRENGTHS)
     edit.save(tmp_path / "edit.json")
     assert coar.Edit.load(tmp_path / "edit.json") == edit != edit_of(model)
@@ -248,7 +248,7 @@ def test_a_correction_in_part_does_less_to_the_others(case):
     assert np.less(moved["minimal"], moved["full"]).all()
 
 
-def test_whole_ablations_alone_are_predicted(case):
+def test_full_ablation_alone_is_predicted(case):
     _, attributions, _ = case
     edit = coar.edit(attributions, GOALS["decrease"], budget=2)
     coar.predict_edit(attributions, edit)

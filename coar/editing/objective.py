@@ -142,7 +142,7 @@ class Objective:
         found[paired] = before[self.partners[paired]]
         return found
 
-    def losses(self, margins: np.ndarray, required: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def shortfall_slopes(self, margins: np.ndarray, required: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return (examples,) directions like `slopes`, but by how far margins are below the required ones.
 
         The shortfall counts up to one reference scale. References count in no other way: a larger margin than before

@@ -254,13 +254,13 @@ def checked_search(search: Search, exact_evaluator: GatedEvaluator, found: np.nd
         return search
     exact = Search(exact_evaluator, search.objective, search.budget, minimal_strength=search.minimal_strength)
     within = [one for one in search.evaluated if one.outcome.excess == 0 and one.ablated]
-    hopeful = sorted(within, key=lambda one: one.outcome.value)
-    _evaluate_until_one_holds(exact, hopeful[:FIRST_CHECKED])
-    left, aimed = (search.objective.unmet_fraction(one.best.outcome) for one in (exact, search))
-    if within and len(found) and (not exact.best.ablated or left > aimed + MAX_UNMET):
+    promising = sorted(within, key=lambda one: one.outcome.value)
+    _evaluate_until_one_holds(exact, promising[:FIRST_CHECKED])
+    unmet_here, unmet_there = (search.objective.unmet_fraction(one.best.outcome) for one in (exact, search))
+    if within and len(found) and (not exact.best.ablated or unmet_here > unmet_there + MAX_UNMET):
         exact.take_over(search)
         exact.improve(found)
-    _evaluate_until_one_holds(exact, hopeful[FIRST_CHECKED:])
+    _evaluate_until_one_holds(exact, promising[FIRST_CHECKED:])
     return exact
 
 

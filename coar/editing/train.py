@@ -142,8 +142,8 @@ def train_strengths(
 
     Gates are 1 less the strengths, and stay between 0, ablated, and 1. Each step follows the gradients by all gates
     and constants at once. References count by how much margin they lose, and targets also by how far they are below
-    their partners' margins, see `Objective.losses`. Experts of a mixture keep their constants, since weights without
-    biases could not hold others.
+    their partners' margins, see `Objective.shortfall_slopes`. Experts of a mixture keep their constants, since weights
+    without biases could not hold others.
 
     Args:
         evaluator: Computes gradients.
@@ -161,7 +161,7 @@ def train_strengths(
 
     def slopes(_: int, rows: np.ndarray, shares: np.ndarray) -> list[np.ndarray]:
         def weights(margins: np.ndarray) -> np.ndarray:
-            return np.asarray(shares * objective.losses(margins, required[rows], rows))
+            return np.asarray(shares * objective.shortfall_slopes(margins, required[rows], rows))
 
         gates[candidates] = trained.values
         by_constant, by_gate = evaluator.weighted_gradients(gates, rows, constants=constants.present(), slopes=weights)
