@@ -71,7 +71,7 @@ def test_a_target_that_can_be_reached_is_reached(digits, tmp_path):
 
 
 def test_a_target_beyond_the_ceiling_is_given_up(digits, tmp_path):
-    what = digits_study(digits, 80)
+    what = digits_study(digits, 60)
     coar.collect(what, tmp_path / "r.zarr", gradients=96, **QUIET)
     run, why, steps = until(what, tmp_path / "r.zarr", correlation=0.999)
     words = r"stopped at ([\d.]+) short of 0.999: the linear model's ceiling is estimated at ([\d.]+) \+- ([\d.]+)"
@@ -84,10 +84,11 @@ def test_a_target_beyond_the_ceiling_is_given_up(digits, tmp_path):
 
 
 def test_until_flat_ends_when_more_promises_little(digits, tmp_path):
-    run, why, steps = until(digits_study(digits, 40), tmp_path / "r.zarr")
+    what = digits_study(digits, 24)
+    run, why, steps = until(what, tmp_path / "r.zarr")
     assert re.match(r"flat at 0\.9\d\d: half as many passes again promise \+0\.00[0-4]\d; the linear", why), why
     assert steps[-1].correlation > 0.93
-    later = coar.collect(digits_study(digits, 40), run.path, gradients=MaskGradients(run).count * 2, **QUIET)
+    later = coar.collect(what, run.path, gradients=MaskGradients(run).count * 2, **QUIET)
     assert coar.fit(later, progress=False).fit["validation"] < steps[-1].correlation + 0.02
 
 
@@ -200,7 +201,7 @@ PLANS = [{"masks": 400}, {"masks": 0, "gradients": 64}, {"masks": 200, "gradient
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_disk_and_passes_are_those_of_a_run_of_that_plan(digits, tmp_path, plan):
-    what = digits_study(digits, 150)
+    what = digits_study(digits, 60)
     found = estimate(what, device="cpu", **plan)
     run = coar.collect(what, tmp_path / "r.zarr", **QUIET, **plan)
     coar.fit(run, progress=False)
@@ -213,7 +214,7 @@ def test_disk_and_passes_are_those_of_a_run_of_that_plan(digits, tmp_path, plan)
 
 
 def test_estimate_has_a_pilot_and_is_told_in_words(digits):
-    what = digits_study(digits, 100)
+    what = digits_study(digits, 40)
     found = estimate(what, masks=1000, workers=4, device="cpu")
     assert found.hours == pytest.approx(found.seconds_per_mask * 1000 / 3600 / 4)
     assert (found.pilot.gradients, found.pilot.masks) == (32, 0)
