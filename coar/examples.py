@@ -163,7 +163,7 @@ def token_examples(
     Raises:
         ExamplesError: When there is no attention mask, tokens are missing between others, or a text is too short.
     """
-    ids, mask = _tokens_there(tokens)
+    ids, mask = _tokens_and_mask(tokens)
     lengths = mask.sum(1)
     shortest = 2 if answers is None else 1
     if int(lengths.min()) < shortest:
@@ -189,7 +189,7 @@ def token_examples(
     return Examples(inputs=inputs, targets=targets, metadata=metadata or {})
 
 
-def _tokens_there(tokens: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _tokens_and_mask(tokens: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Return (examples, length) tokens, and where they are text; raise `ExamplesError` when that is unknown."""
     for name in ("input_ids", "attention_mask"):
         if not isinstance(tokens.get(name), Tensor):
@@ -204,14 +204,14 @@ def _tokens_there(tokens: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
             f"input_ids have shape {tuple(ids.shape)} and attention_mask {tuple(mask.shape)}; give both as (examples, "
             f"length), the mask 1 where there is a token and 0 where there is padding"
         )
-    there = mask.bool()
-    torn = (there[:, 1:] & ~there[:, :-1]).sum(1) + there[:, 0].int() > 1  # tokens begin more than once
-    if bool(torn.any()):
+    mask = mask.bool()
+    interrupted = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0].int() > 1  # tokens begin more than once
+    if bool(interrupted.any()):
         raise ExamplesError(
-            f"the attention_mask of example {int(torn.int().argmax())} has zeros between ones; put padding before a "
-            f"text or after it"
+            f"the attention_mask of example {int(interrupted.int().argmax())} has zeros between ones; put padding "
+            f"before a text or after it"
         )
-    return ids, there
+    return ids, mask
 
 
 @overload

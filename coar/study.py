@@ -1,4 +1,4 @@
-"""What is examined: a model, examples, components, an output per example, an ablation, and how masks are drawn."""
+"""The definition of a study: model, examples, components, output function, ablation and sampler."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -66,7 +66,7 @@ def walk(
         model: The model in evaluation mode.
         components: The components, none of them a slice of a parameter.
         examples: The examples.
-        batch_size: Most examples per forward pass.
+        batch_size: Largest number of examples per forward pass.
         visit: Called with the place and (values, channels) at every call of a module.
         take: Turns activations into these values; by default all activations except those of padding.
 
@@ -74,24 +74,24 @@ def walk(
         AblationError: When a component has no activations, its module is never called, or padding is unknown.
     """
     _check_featured(components)
-    watch, sites = _Watch(components, visit, take), components.sites()
+    observer, sites = _Observer(components, visit, take), components.sites()
     with ExitStack() as stack, torch.inference_mode():
         stack.enter_context(called_projections(model, [site for site, _, _ in sites]))
         for (site, side, axis), rows in sites.items():
             module = model.get_submodule(site)
             if side == "expert":
-                handle = module.register_forward_pre_hook(watch.routes(site, rows), with_kwargs=True)
+                handle = module.register_forward_pre_hook(observer.routes(site, rows), with_kwargs=True)
             elif side != "parameter" and side != "edge":  # noqa: PLR1714 - so mypy narrows the type
-                handle = hook(module, side, watch.tensors((site, side, 0), axis, components[rows[0]].size))
+                handle = hook(module, side, observer.tensors((site, side, 0), axis, components[rows[0]].size))
             stack.callback(handle.remove)
         for start in range(0, len(examples), batch_size):
             inputs = examples.block(start, start + batch_size)[0]
-            watch.tokens = tokens_of(model, inputs)
+            observer.tokens = tokens_of(model, inputs)
             call_model(model, inputs)
-    watch.confirm()
+    observer.confirm()
 
 
-class _Watch:
+class _Observer:
     """Passes the activations of components on to a function, and records which of the components were reached.
 
     Attributes:

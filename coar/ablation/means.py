@@ -62,7 +62,7 @@ class Peak(Calibrated):
                 low, high = torch.minimum(low, ends[place][0]), torch.maximum(high, ends[place][1])
             ends[place] = low, high
 
-        sums: dict[Place, Tensor] = {}  # (2, bins x channels): how many values, and their sum
+        sums: dict[Place, Tensor] = {}  # (2, bins x channels): number of values, and their sum
 
         def count(place: Place, values: Tensor) -> None:
             low, high = ends[place]

@@ -13,7 +13,7 @@ from coar.components.table import Components
 from coar.errors import AblationError, ExamplesError
 from coar.examples import Examples
 
-SOURCES = 2**32  # second word of the Philox key; no mask's key has it
+STREAM = 2**32  # second word of the Philox key; no mask's key has it
 
 
 class FromExamples(Ablation):
@@ -70,7 +70,7 @@ class Resample(FromExamples):
         n = len(examples)
         if n < 2:
             raise ExamplesError("there is one example, and resampling takes activations from another; give two or more")
-        key = np.array([self.seed, SOURCES], dtype=np.uint64)
+        key = np.array([self.seed, STREAM], dtype=np.uint64)
         words = np.random.Philox(key=key).random_raw(n)  # the n-th word does not depend on how many follow
         shifts = 1 + ((words >> np.uint64(32)) * np.uint64(n - 1) >> np.uint64(32)).astype(np.int64)
         sources: np.ndarray = (np.arange(n) + shifts) % n

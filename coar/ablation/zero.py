@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from coar.ablation.base import Ablation
-from coar.components.layers import stack_of
+from coar.components.layers import expert_stack_of
 from coar.components.table import Components, Side
 from coar.errors import AblationError
 
@@ -47,7 +47,7 @@ class ZeroWeight(Ablation):
 
 def _bias(module: nn.Module, side: Side) -> Tensor | None:
     """Return the (outputs,) bias of a layer or the (experts, features) biases of experts; None without one."""
-    stack = stack_of(module) if side == "expert" else None
+    stack = expert_stack_of(module) if side == "expert" else None
     bias = stack.bias if stack else module.bias
     return bias if isinstance(bias, Tensor) else None
 

@@ -9,8 +9,8 @@ from coar.components.layers import input_channels, is_linear, unwrapped
 from coar.components.table import Component, Components
 from coar.errors import ComponentError
 
-COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")  # attributes with the number of heads
-SIZES = ("head_dim", "attention_head_size", "head_size", "dim_head")  # attributes with the width of a head
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")  # attributes with the number of heads
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head")  # attributes with the width of a head
 PROJECTIONS = (
     "o_proj",
     "out_proj",
@@ -24,7 +24,7 @@ PROJECTIONS = (
     "projection",
     "dense",
 )
-SIBLING = "output.dense"  # the projection in BERT and its relatives, next to the block that computes the heads
+SIBLING_PROJECTION = "output.dense"  # of BERT and its relatives, next to the block that computes the heads
 
 
 def attention_heads(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> Components:
@@ -85,14 +85,14 @@ def _projections(model: nn.Module, name: str) -> list[str]:
     modules = dict(model.named_modules())
     own = [inside(name, child) for child in PROJECTIONS]
     found = [path for path in own if path in modules and is_linear(modules[path])]
-    sibling = inside(name.rpartition(".")[0], SIBLING)
+    sibling = inside(name.rpartition(".")[0], SIBLING_PROJECTION)
     return found or [path for path in [sibling] if name and path in modules and is_linear(modules[path])]
 
 
 def _count(block: nn.Module, width: int) -> int:
     """Return the number of heads that fill the projection's input, 0 when the block's attributes do not fit it."""
-    count = _number(block, COUNTS) or _number(getattr(block, "config", None), COUNTS)
-    size = _number(block, SIZES)
+    count = _number(block, HEAD_COUNTS) or _number(getattr(block, "config", None), HEAD_COUNTS)
+    size = _number(block, HEAD_WIDTHS)
     count = count or (width // size if size else 0)
     fits = bool(count) and width % count == 0 and size in (0, width // count)
     return count if fits else 0
@@ -106,7 +106,7 @@ def _number(holder: object, names: Sequence[str]) -> int:
 
 def _not_understood(model: nn.Module, name: str, projections: list[str]) -> ComponentError:
     block, parent = model.get_submodule(name), name.rpartition(".")[0]
-    attributes = {key: getattr(block, key) for key in (*COUNTS, *SIZES) if hasattr(block, key)}
+    attributes = {key: getattr(block, key) for key in (*HEAD_COUNTS, *HEAD_WIDTHS) if hasattr(block, key)}
     widths = {path: input_channels(model.get_submodule(path)) for path in projections}
     around = f", in {_described(model.get_submodule(parent))}" if name else ""
     return ComponentError(

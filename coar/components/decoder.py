@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from coar.components.attention import attention_heads
-from coar.components.layers import is_linear, stack_of, unwrapped
+from coar.components.layers import expert_stack_of, is_linear, unwrapped
 from coar.components.ports import Block, Port, ports_of
 from coar.components.table import Component
 from coar.components.trace import Trace, is_inside, random_tokens, trace
@@ -166,7 +166,7 @@ def _mlp(model: nn.Module, passed: Trace, path: str, block: str) -> tuple[str, s
     found = []
     for name, child in model.get_submodule(path).named_children():
         own = f"{path}.{name}" if path else name
-        holds = any(is_linear(part) or stack_of(part) is not None for part in _with_weights(child))
+        holds = any(is_linear(part) or expert_stack_of(part) is not None for part in _with_weights(child))
         if holds and own in passed and not (block == own or is_inside(block, own)):
             found.append(own)
     found.sort(key=passed.index)

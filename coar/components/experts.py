@@ -3,7 +3,7 @@
 from torch import nn
 
 from coar.components.finders import Patterns, inside, matching
-from coar.components.layers import LAST, input_channels, is_linear, stack_of, unwrapped
+from coar.components.layers import LAST_PROJECTIONS, expert_stack_of, input_channels, is_linear, unwrapped
 from coar.components.table import Component, Components
 from coar.errors import ComponentError
 
@@ -46,13 +46,13 @@ def _is_mixture(name: str, module: nn.Module) -> bool:
 
 
 def _rows(name: str, mixture: nn.Module) -> list[Component]:
-    if stack := stack_of(mixture):
+    if stack := expert_stack_of(mixture):
         size = stack.features
         return [
             Component(f"{inside(name, 'expert')}[{i}]", "expert", name, "expert", -1, i * size, size)
             for i in range(len(stack.weight))
         ]
-    stacked = [key for key in LAST if (p := mixture._parameters.get(key)) is not None and p.ndim == 3]
+    stacked = [key for key in LAST_PROJECTIONS if (p := mixture._parameters.get(key)) is not None and p.ndim == 3]
     if len(stacked) == 1:
         site, count = inside(name, stacked[0]), mixture.get_parameter(stacked[0]).shape[0]
         return [Component(f"{inside(name, 'expert')}[{i}]", "expert", site, "parameter", 0, i, 1) for i in range(count)]
@@ -61,7 +61,7 @@ def _rows(name: str, mixture: nn.Module) -> list[Component]:
         raise _not_understood(name, mixture)
     rows = []
     for i, (key, expert) in enumerate(children.items()):
-        layers = [last for last in LAST if is_linear(getattr(expert, last, expert))]
+        layers = [last for last in LAST_PROJECTIONS if is_linear(getattr(expert, last, expert))]
         if len(layers) != 1:
             raise _not_understood(inside(name, key), expert)
         site = inside(inside(name, key), layers[0])
@@ -75,6 +75,7 @@ def _not_understood(name: str, module: nn.Module) -> ComponentError:
     children = {key: type(child).__name__ for key, child in module.named_children()}
     return ComponentError(
         f"cannot determine the experts of {name!r}: it is a {type(module).__name__} with parameters {parameters} and "
-        f"modules {children}; one last projection was expected, named {', '.join(LAST)}, which is a parameter of three "
-        f"axes for all experts or a linear layer in each: exclude it, or use parameter_slices"
+        f"modules {children}; one last projection was expected, named {', '.join(LAST_PROJECTIONS)}, "
+        f"which is a parameter of three axes for all experts or a linear layer in each: exclude it, or use "
+        f"parameter_slices"
     )

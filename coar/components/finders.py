@@ -190,8 +190,8 @@ def matching(names: list[str], include: Patterns, exclude: Patterns, noun: str) 
             matched |= hits
         return matched
 
-    wanted = set(names) if include is None else match(include)
-    left = [name for name in names if name in wanted - match(exclude)]
+    included = set(names) if include is None else match(include)
+    left = [name for name in names if name in included - match(exclude)]
     if not left:
         raise ComponentError(
             f"include={include!r} and exclude={exclude!r} together leave no {noun}; loosen one of them"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAST = ("down_proj", "w2", "wo", "fc2", "output_linear", "c_proj")  # names of an expert's last projection
+LAST_PROJECTIONS = ("down_proj", "w2", "wo", "fc2", "output_linear", "c_proj")  # names of an expert's last projection
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -64,7 +64,7 @@ def input_axis(layer: nn.Module) -> int:
     return 0 if is_conv1d(layer) else 1
 
 
-class Stack(NamedTuple):
+class ExpertStack(NamedTuple):
     """The last projections of all experts of a mixture, kept in one parameter.
 
     Attributes:
@@ -80,16 +80,16 @@ class Stack(NamedTuple):
     features: int
 
 
-def stack_of(mixture: nn.Module) -> Stack | None:
+def expert_stack_of(mixture: nn.Module) -> ExpertStack | None:
     """Return the stacked last projections of a mixture; None where there are none or the mixture gets no weights.
 
     A mixture that weights its experts has the signature of those of transformers: the states of tokens, the experts
     that each token is sent to, and their weights.
     """
-    names = [name for name in LAST if (p := mixture._parameters.get(name)) is not None and p.ndim == 3]
+    names = [name for name in LAST_PROJECTIONS if (p := mixture._parameters.get(name)) is not None and p.ndim == 3]
     if len(names) != 1 or len(inspect.signature(type(mixture).forward).parameters) != 4:
         return None
     (name,) = names
     weight, bias = mixture.get_parameter(name), mixture._parameters.get(f"{name}_bias")
     features = weight.shape[2 if getattr(mixture, "is_transposed", False) else 1] if bias is None else bias.shape[1]
-    return Stack(name, weight, bias, features)
+    return ExpertStack(name, weight, bias, features)

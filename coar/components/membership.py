@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from coar.components.layers import input_channels, output_channels, stack_of, unwrapped
+from coar.components.layers import expert_stack_of, input_channels, output_channels, unwrapped
 from coar.components.table import Components, Side
 from coar.errors import ComponentError
 
@@ -33,7 +33,7 @@ def check_components(model: nn.Module, components: Components) -> None:
 
 def _length(found: nn.Module | nn.Parameter, side: Side, axis: int) -> int:
     if isinstance(found, nn.Module) and side == "expert":
-        stack = stack_of(found)
+        stack = expert_stack_of(found)
         return len(stack.weight) * stack.features if stack else 0
     if isinstance(found, nn.Module):
         return input_channels(found) if side == "input" else output_channels(found)

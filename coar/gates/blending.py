@@ -9,7 +9,7 @@ from coar.gates.channels import along
 
 
 def blend(
-    y: Tensor, keep: Tensor, ablated: Tensor, difference: Tensor | None, axis: int, out: Tensor | None = None
+    y: Tensor, keep: Tensor, ablated: Tensor, offset: Tensor | None, axis: int, out: Tensor | None = None
 ) -> Tensor:
     """Return y blended channel by channel.
 
@@ -17,19 +17,19 @@ def blend(
         y: The activations; axis 0 is the batch.
         keep: (channels,) mask, or (batch, channels) with one mask per entry of the batch.
         ablated: (channels,) constants that replace what is ablated.
-        difference: (channels,) constants: `kept` minus `ablated`; None where all are 0.
+        offset: (channels,) constants: `kept` minus `ablated`; None where all are 0.
         axis: Axis of y along which the channels lie.
         out: Tensor for the result under one mask, which then has no gradients; it may be y itself.
     """
     if keep.ndim == 1:
         shape = along(axis, y)
         mask = keep.to(y.dtype).view(shape)
-        constant = ablated if difference is None else ablated + keep.to(ablated) * difference
+        constant = ablated if offset is None else ablated + keep.to(ablated) * offset
         constant = constant.to(y.dtype).view(shape)
         if out is not None and y.stride(axis) == 1:  # at other strides it is several times slower than two passes
             return torch.addcmul(constant, y, mask, out=out)
         return y * mask + constant if out is None else torch.mul(y, mask, out=out).add_(constant)
-    blended: Tensor = _Blend.apply(y, keep, ablated, difference, axis)
+    blended: Tensor = _Blend.apply(y, keep, ablated, offset, axis)
     return blended
 
 
@@ -37,9 +37,9 @@ class _Blend(torch.autograd.Function):
     """One mask per entry of the batch, with gradients by activations, mask and constants."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, keep: Tensor, ablated: Tensor, difference: Tensor | None, axis: int) -> Tensor:
-        ctx.axis, ctx.difference = axis % y.ndim, difference
-        constant = ablated if difference is None else ablated + keep.to(ablated) * difference
+    def forward(ctx: Any, y: Tensor, keep: Tensor, ablated: Tensor, offset: Tensor | None, axis: int) -> Tensor:
+        ctx.axis, ctx.offset = axis % y.ndim, offset
+        constant = ablated if offset is None else ablated + keep.to(ablated) * offset
         mask = keep.to(y.dtype)
         ctx.save_for_backward(y, mask)
         return _scale(y, mask, constant.to(y.dtype), ctx.axis)
@@ -50,14 +50,14 @@ class _Blend(torch.autograd.Function):
         y, mask = ctx.saved_tensors
         others = [i for i in range(1, y.ndim) if i != ctx.axis]
         by_keep = _sum(slope * y, others)
-        by_ablated = by_difference = None
-        if ctx.difference is not None:
+        by_ablated = by_offset = None
+        if ctx.offset is not None:
             by_constant = _sum(slope, others)  # (batch, channels)
-            by_keep = by_keep + by_constant * ctx.difference
+            by_keep = by_keep + by_constant * ctx.offset
             if ctx.needs_input_grad[2]:
-                by_ablated, by_difference = by_constant.sum(0), (by_constant * mask).sum(0)
+                by_ablated, by_offset = by_constant.sum(0), (by_constant * mask).sum(0)
         by_y = _scale(slope, mask, None, ctx.axis) if ctx.needs_input_grad[0] else None
-        return by_y, by_keep, by_ablated, by_difference, None
+        return by_y, by_keep, by_ablated, by_offset, None
 
 
 def _scale(y: Tensor, mask: Tensor, constant: Tensor | None, axis: int) -> Tensor:
@@ -74,14 +74,14 @@ def _scale(y: Tensor, mask: Tensor, constant: Tensor | None, axis: int) -> Tenso
         out = torch.empty_like(y)  # not a view of the product, which layers that follow could not write into
         flat, flat_out = (t.permute(0, 2, 3, 1).view(rows, height, width * channels) for t in (y, out))
         many = mask.repeat(1, width)[:, None]
-        _affine(flat, many, None if constant is None else constant.repeat(1, width)[:, None], flat_out)
+        _multiply_add(flat, many, None if constant is None else constant.repeat(1, width)[:, None], flat_out)
         return out
     shape = along(axis, y)[1:]
     constant = None if constant is None else constant.reshape(len(constant), *shape)
-    return _affine(y, mask.view(rows, *shape), constant, None)
+    return _multiply_add(y, mask.view(rows, *shape), constant, None)
 
 
-def _affine(y: Tensor, mask: Tensor, constant: Tensor | None, out: Tensor | None) -> Tensor:
+def _multiply_add(y: Tensor, mask: Tensor, constant: Tensor | None, out: Tensor | None) -> Tensor:
     return torch.mul(y, mask, out=out) if constant is None else torch.addcmul(constant, y, mask, out=out)
 
 

@@ -85,7 +85,7 @@ class GateKind:
     """One kind of gate: the sites that it gates, and how it builds their gates.
 
     Attributes:
-        accepts: Says whether this kind gates a site; of all kinds, the first that accepts a site gates it.
+        accepts: Returns whether this kind gates a site; of all kinds, the first that accepts a site gates it.
         build: Builds the gates of all the sites that the kind accepted; raises `AblationError` for components that
             cannot be gated as requested.
     """

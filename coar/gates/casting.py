@@ -9,11 +9,11 @@ from coar.components.table import Components
 from coar.gates.gate import Gate
 from coar.gates.weight import reads_own_weight
 
-USUAL = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers that alone read their weight
+CASTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # only the layer itself reads its weight
 
 
 class CastWeight(Gate):
-    """Replaces the weight of a layer by itself in another type.
+    """Replaces the weight of a layer by the same weight in another type.
 
     Attributes:
         layer: The layer.
@@ -51,7 +51,9 @@ class CastWeight(Gate):
 def cast_weights(
     model: nn.Module, components: Components, gates: Sequence[Gate], dtype: torch.dtype
 ) -> list[CastWeight]:
-    """Return a cast of each float32 weight of the usual layers that no gate replaces and no parameter slice cuts.
+    """Return casts of the float32 weights of linear layers and convolutions.
+
+    Weights that a gate replaces or that parameter slices cut are left out.
 
     Args:
         model: The model.
@@ -64,6 +66,6 @@ def cast_weights(
     return [
         CastWeight(layer, dtype)
         for layer in model.modules()
-        if type(layer) in USUAL and layer not in gated and reads_own_weight(layer)
+        if type(layer) in CASTABLE and layer not in gated and reads_own_weight(layer)
         if layer.weight.dtype == torch.float32 and id(layer.weight) not in sliced
     ]

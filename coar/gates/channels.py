@@ -34,7 +34,7 @@ class Channels:
         """Map each of `length` positions to its component's row.
 
         Args:
-            length: How many positions there are along the axis.
+            length: Number of positions along the axis.
             components: The table that a mask refers to.
             indices: Rows of the components that lie along this axis.
             values: (components.width,) constants, or (positions, components.width); their device is used.

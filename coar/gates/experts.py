@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from coar.components.layers import stack_of
+from coar.components.layers import expert_stack_of
 from coar.equivalence import Kind, compare
 from coar.errors import AblationError
 from coar.gates.building import GatedSite, GateKind, GateRequest
@@ -151,7 +151,7 @@ def _build(request: GateRequest, sites: Sequence[GatedSite]) -> list[ExpertGate]
                 f"channel, such as Mean(calibration=...)"
             )
         mixture = request.model.get_submodule(gated.site)
-        stack = stack_of(mixture)
+        stack = expert_stack_of(mixture)
         experts = len(stack.weight) if stack else 0  # `check_components` refuses mixtures without a stack
         channels = Channels.of_experts(experts, request.components, rows, request.replacements)
         gates.append(ExpertGate(mixture, gated.site, experts, channels))

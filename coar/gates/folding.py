@@ -6,7 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coar.components.layers import TRANSPOSED_CONVOLUTIONS, input_axis, is_layer, output_axis, output_channels, stack_of
+from coar.components.layers import (
+    TRANSPOSED_CONVOLUTIONS,
+    expert_stack_of,
+    input_axis,
+    is_layer,
+    output_axis,
+    output_channels,
+)
 from coar.components.membership import check_components
 from coar.components.table import Component, Components
 from coar.errors import EditError
@@ -210,7 +217,7 @@ def _fold_input(owners: _Owners, component: Component, value: Constant, strength
 
 def _fold_expert(owners: _Owners, component: Component, value: Constant, strength: float) -> None:
     mixture, expert = owners.model.get_submodule(component.site), component.position // component.size
-    stack = stack_of(mixture)
+    stack = expert_stack_of(mixture)
     weight = owners.own(component.site, stack.name if stack else "weight")
     bias = owners.own(component.site, f"{stack.name}_bias") if stack and stack.bias is not None else None
     constants = strength * weight.new_tensor(value).expand(component.size)  # type: ignore[union-attr]

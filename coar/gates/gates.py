@@ -82,8 +82,8 @@ class Gates:
         self._length, self._dtype = len(components), replacements.dtype
         self._stack = ExitStack()
         channels = [one for gate in self._gates for one in gate.channels]
-        self._masks = _Order([one.mask_index for one in channels])
-        self._constants = _Order([one.constant_index for one in channels])
+        self._masks = _ChannelIndex([one.mask_index for one in channels])
+        self._constants = _ChannelIndex([one.constant_index for one in channels])
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -175,22 +175,22 @@ def called_sites(model: nn.Module, components: Components, *, run: Callable[[nn.
     return called
 
 
-class _Order:
-    """Which entry of a mask, or of constants, each channel of all gates in a row takes.
+class _ChannelIndex:
+    """The entry of a mask, or of constants, for each channel of all gates, in the order of the gates.
 
     Args:
-        entries: (channels,) positions for each part; the last counts for channels without a component.
+        entries: (channels,) positions for each part; the last position stands for channels without a component.
     """
 
     def __init__(self, entries: Sequence[Tensor]) -> None:
-        self._order = torch.cat(list(entries))
+        self._index = torch.cat(list(entries))
         self._sizes = [len(part) for part in entries]
 
     def spread(self, values: Tensor, rest: int) -> tuple[Tensor, ...]:
         """Spread (..., entries) values over the channels of all gates; channels without a component get `rest`."""
         extended = torch.cat([values, values.new_full((*values.shape[:-1], 1), rest)], dim=-1)
-        order = self._order.expand(*values.shape[:-1], -1)
-        return torch.split(extended.gather(-1, order), self._sizes, dim=-1)  # backward, one scatter for all gates
+        index = self._index.expand(*values.shape[:-1], -1)
+        return torch.split(extended.gather(-1, index), self._sizes, dim=-1)  # backward, one scatter for all gates
 
 
 def _check_replacements(replacements: Tensor, components: Components, resample: bool) -> None:

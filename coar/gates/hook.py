@@ -17,7 +17,7 @@ from coar.gates.channels import Channels, along
 from coar.gates.gate import Gate
 from coar.gates.weight import FoldedNorm, reads_own_weight
 
-OWNERS = ("torch.", "transformers.")  # packages whose layers keep no reference to the tensor that they return
+LIBRARIES = ("torch.", "transformers.")  # packages whose layers keep no reference to the tensor that they return
 ModuleSide = Literal["output", "input", "module"]
 
 
@@ -137,7 +137,7 @@ class Hooked(Gate):
         module, side = self.point.module, self.point.side
         if torch.is_grad_enabled() or len(module._forward_hooks) + len(module._forward_pre_hooks) > 1:
             return None
-        if side == "output" and is_layer(module) and type(module).__module__.startswith(OWNERS):
+        if side == "output" and is_layer(module) and type(module).__module__.startswith(LIBRARIES):
             return y
         return torch.empty_like(y) if side == "input" else None
 
@@ -172,16 +172,16 @@ class HookGate(Hooked):
         super().__init__(point)
         replacement = point.channels.replacement
         kept, self._ablated = constants or (torch.zeros_like(replacement), replacement)
-        self._difference = None if torch.equal(kept, self._ablated) else kept - self._ablated
+        self._offset = None if torch.equal(kept, self._ablated) else kept - self._ablated
 
     def replace(self, constants: Sequence[Tensor]) -> None:
         """Take other (channels,) constants for the forwards that follow; gradients reach them."""
         (self._ablated,) = constants
-        self._difference = -self._ablated
+        self._offset = -self._ablated
 
     def _change(self, y: Tensor, keep: Tensor) -> Tensor:
         out = self._result_memory(y) if keep.ndim == 1 else None
-        return blend(y, keep, self._ablated, self._difference, self.point.axis, out)
+        return blend(y, keep, self._ablated, self._offset, self.point.axis, out)
 
 
 class ModuleGate(Hooked):

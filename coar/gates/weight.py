@@ -67,7 +67,7 @@ class LayerGate(Gate):
             raise AblationError(f"{type(layer).__name__} has no weight of its own to gate; give use_hooks=True")
         axis = output_axis(layer)
         plain = weight.new_zeros(weight.shape[axis]) if bias is None else bias.detach()
-        scale, shift = _affine(norm) if norm is not None else (torch.ones_like(plain), torch.zeros_like(plain))
+        scale, shift = _scale_and_shift(norm) if norm is not None else (torch.ones_like(plain), torch.zeros_like(plain))
         exact = weight.detach() if norm is None else weight.detach() * scale.view(along(axis, weight))
         self._weight = exact.to(dtype) if dtype is not None and exact.dtype == torch.float32 else exact
         self.kept = self.ablated = plain * scale + shift
@@ -163,7 +163,7 @@ class FoldedNorm(Gate):
         """Nothing to confirm: the layer cannot run without reading its weight."""
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return (channels,) scale and shift of a batch norm in evaluation mode."""
     mean: Tensor = norm.running_mean  # type: ignore[assignment]
     variance: Tensor = norm.running_var  # type: ignore[assignment]

@@ -40,8 +40,8 @@ class ClassLogit(Output):
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) logits."""
-        wanted = targets if self.label is None else torch.full_like(targets, self.label, dtype=torch.long)
-        logits, labels = class_logits(result, wanted)
+        classes = targets if self.label is None else torch.full_like(targets, self.label, dtype=torch.long)
+        logits, labels = class_logits(result, classes)
         return logits.gather(1, labels[:, None])[:, 0]
 
 

@@ -67,7 +67,7 @@ class TokenMargin(Margin):
 
     def positions_read(self, targets: Tensor) -> Tensor | None:
         """Return the positions that are read, as (examples, length) truth values."""
-        return positions_read(targets, last=self.reduction == "last")
+        return _target_positions(targets, last=self.reduction == "last")
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) margins."""
@@ -90,7 +90,7 @@ class TokenLogProbability(Output):
 
     def positions_read(self, targets: Tensor) -> Tensor | None:
         """Return the positions that are read, as (examples, length) truth values."""
-        return positions_read(targets, last=self.reduction == "last")
+        return _target_positions(targets, last=self.reduction == "last")
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) log-probabilities."""
@@ -145,7 +145,7 @@ class ChoiceMargin(Margin):
 
     def positions_read(self, targets: Tensor) -> Tensor | None:
         """Return the positions that are read, as (examples, length) truth values."""
-        return positions_read(targets, last=True)
+        return _target_positions(targets, last=True)
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) margins.
@@ -209,7 +209,7 @@ def token_logits(result: Any, targets: Tensor, *, last: bool = False) -> TokensR
     return TokensRead(logits[rows, columns].float(), tokens[rows, columns], rows, counts)
 
 
-def positions_read(targets: Tensor, *, last: bool) -> Tensor | None:
+def _target_positions(targets: Tensor, *, last: bool) -> Tensor | None:
     """Return (examples, length) truth values: the positions that have a target, or the last of them.
 
     None for targets that are not (examples, length).
