@@ -1,7 +1,7 @@
 """Seconds of an informed fit beside those of collecting the mask gradients that it fits.
 
-    python benchmarks/informed_fit.py                         # digits: 336 filters, 400 scans, 64 mask gradients
-    COAR_DATA=/path/to/folder python benchmarks/informed_fit.py --pipeline cifar10 --gradients 64 --examples 64
+    python -m benchmarks.informed_fit                         # digits: 336 filters, 400 scans, 64 mask gradients
+    COAR_DATA=/path/to/folder python -m benchmarks.informed_fit --pipeline cifar10 --gradients 64 --examples 64
 
 Prints wall seconds and this process's CPU seconds of both, and their ratio; a fit is to take at most a third. A few
 mask gradients are collected into another run first, so that first calls are not counted.

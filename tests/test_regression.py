@@ -11,7 +11,7 @@ from sklearn.linear_model import LinearRegression, Ridge
 import coar
 from coar.errors import IncompleteRunError, RegressionError, RunError, SettingsError
 from coar.regression import sums
-from coar.regression.ridge import Spectrum, solve
+from coar.regression.ridge import decompose_gram, decompose_kernel, scores_gram, solve
 from coar.regression.sums import Gram, Moments
 from coar.store import fits
 from tests.synthetic import FRACTION, arrays, design, files, fit, linear, make, weights
@@ -120,9 +120,9 @@ def test_primal_and_dual_forms_agree(masks):
     wide = x.double()
     gram = Gram(wide.T @ wide, wide.sum(0), masks)
     moments = Moments(wide.T @ y, y.sum(0), (y**2).sum(0), torch.zeros(6), masks)
-    primal = Spectrum.primal(gram)
-    dual, left = Spectrum.dual(x)
-    one = solve(primal, primal.scores_primal(gram.total, moments), mean, variation, method="ridge")
+    primal = decompose_gram(gram)
+    dual, left = decompose_kernel(x)
+    one = solve(primal, scores_gram(primal, gram.total, moments), mean, variation, method="ridge")
     other = solve(dual, left.T @ (y - mean), mean, variation, method="ridge")
     for field in ("weight", "intercept", "standard_error", "penalty"):
         np.testing.assert_allclose(getattr(one, field), getattr(other, field), rtol=1e-6, atol=1e-9, err_msg=field)

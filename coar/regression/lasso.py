@@ -1,4 +1,13 @@
-"""Sparse attributions: the lasso for many examples at once, from the same sums that ridge needs."""
+"""Sparse attributions: the lasso for many examples at once, from the same sums that ridge needs.
+
+For centred masks Xc and centred outputs yc of one example, the lasso (Tibshirani 1996) minimises
+
+    ||yc - Xc w||^2 / (2 masks) + penalty sum_j |w_j|.
+
+The path of penalties runs from the smallest that leaves no weight downwards. Each problem is solved until its duality
+gap, which bounds how far the objective is from its minimum, is small. An example's penalty minimises generalised
+cross-validation with the number of nonzero weights as degrees of freedom (Zou, Hastie and Tibshirani 2007).
+"""
 
 import os
 from dataclasses import dataclass

@@ -1,4 +1,19 @@
-"""Least squares and ridge from one eigendecomposition that all examples share."""
+"""Least squares and ridge from one eigendecomposition that all examples share.
+
+For centred masks Xc (masks, components) and centred outputs yc of one example, ridge minimises
+||yc - Xc w||^2 + penalty ||w||^2. With the decomposition Xc = U sqrt(L) Q',
+
+    w = Q sqrt(L) / (L + penalty) U'yc.
+
+The decomposition comes from the Gram matrix Xc'Xc (components, components) where masks are more than components, and
+from the kernel matrix Xc Xc' (masks, masks) otherwise: `decompose_gram` with `solve_gram`, `decompose_kernel` with
+`solve_kernel`. The penalty of each example minimises the score of generalised cross-validation (Golub, Heath and Wahba
+1979, Technometrics 21)
+
+    ||yc - Xc w(penalty)||^2 / (masks - 1 - sum_i L_i / (L_i + penalty))^2,
+
+where 1 is for the intercept. Least squares is the penalty 0.
+"""
 
 from dataclasses import dataclass
 
@@ -28,33 +43,6 @@ class Spectrum:
     mean: Tensor
     count: int
 
-    @classmethod
-    def primal(cls, gram: Gram) -> "Spectrum":
-        """Decompose the (components, components) Gram matrix: for more masks than components."""
-        values, vectors = torch.linalg.eigh(gram.centred())
-        kept = values > max(RANK * float(values[-1]), RANK)
-        return cls(values[kept], vectors[:, kept] * values[kept].sqrt(), gram.total / gram.count, gram.count)
-
-    def scores_primal(self, total: Tensor, moments: Moments) -> Tensor:
-        """Return U'Yc (rank, examples) from X'Y and the (components,) column sums of X."""
-        return (self.basis.T @ moments.centred(total)) / self.eigenvalues[:, None]
-
-    @classmethod
-    def dual(cls, masks: Tensor) -> "tuple[Spectrum, Tensor]":
-        """Decompose the (masks, masks) kernel of (masks, components) float32 masks: for fewer masks than components.
-
-        Returns:
-            The spectrum, and U (masks, rank), whose transpose turns centred outputs into scores.
-        """
-        mean = masks.mean(0, dtype=torch.float64)
-        row = masks.double() @ mean
-        kernel = (masks @ masks.T).double() - row[:, None] - row[None, :] + mean @ mean
-        values, vectors = torch.linalg.eigh(kernel)
-        kept = values > max(RANK * float(values[-1]), RANK)
-        left = vectors[:, kept]
-        basis = masks.T.double() @ left - torch.outer(mean, left.sum(0))
-        return cls(values[kept], basis, mean, len(masks)), left
-
 
 @dataclass(frozen=True)
 class LinearFit:
@@ -74,6 +62,55 @@ class LinearFit:
     penalty: Tensor
 
 
+def decompose_gram(gram: Gram) -> Spectrum:
+    """Decompose the (components, components) centred Gram matrix: for more masks than components."""
+    values, vectors = torch.linalg.eigh(gram.centred())
+    kept = values > max(RANK * float(values[-1]), RANK)
+    return Spectrum(values[kept], vectors[:, kept] * values[kept].sqrt(), gram.total / gram.count, gram.count)
+
+
+def scores_gram(spectrum: Spectrum, total: Tensor, moments: Moments) -> Tensor:
+    """Return U'Yc (rank, examples) from X'Y and the (components,) column sums of X."""
+    return (spectrum.basis.T @ moments.centred(total)) / spectrum.eigenvalues[:, None]
+
+
+def solve_gram(spectrum: Spectrum, total: Tensor, moments: Moments, *, method: str) -> LinearFit:
+    """Solve for the examples of some moments, after `decompose_gram`; raises as `solve` does.
+
+    Args:
+        spectrum: The masks' decomposition.
+        total: (components,) column sums of the masks.
+        moments: Sums over masks and outputs of the examples.
+        method: As for `solve`.
+    """
+    scores = scores_gram(spectrum, total, moments)
+    return solve(spectrum, scores, moments.mean(), moments.variation(), method=method)
+
+
+def decompose_kernel(masks: Tensor) -> tuple[Spectrum, Tensor]:
+    """Decompose the centred kernel matrix of (masks, components) masks: for no more masks than components.
+
+    Returns:
+        The spectrum, and U (masks, rank), whose transpose turns centred outputs into scores.
+    """
+    mean = masks.mean(0, dtype=torch.float64)
+    row = masks.double() @ mean
+    kernel = (masks @ masks.T).double() - row[:, None] - row[None, :] + mean @ mean
+    values, vectors = torch.linalg.eigh(kernel)
+    kept = values > max(RANK * float(values[-1]), RANK)
+    left = vectors[:, kept]
+    basis = masks.T.double() @ left - torch.outer(mean, left.sum(0))
+    return Spectrum(values[kept], basis, mean, len(masks)), left
+
+
+def solve_kernel(spectrum: Spectrum, left: Tensor, outputs: Tensor, *, method: str) -> LinearFit:
+    """Solve for (masks, examples) outputs, after `decompose_kernel`, which gives `left`; raises as `solve` does."""
+    centred = outputs.double()
+    mean = centred.mean(0)
+    centred -= mean
+    return solve(spectrum, left.T @ centred, mean, (centred**2).sum(0), method=method)
+
+
 def check_solvable(spectrum: Spectrum, method: str) -> None:
     """Raise `RegressionError` when the masks do not support a fit by a method, whatever the outputs are."""
     rank, components = len(spectrum.eigenvalues), len(spectrum.mean)
@@ -86,23 +123,6 @@ def check_solvable(spectrum: Spectrum, method: str) -> None:
             f"least squares needs at least {components + 2} masks for {components} components, and masks that tell "
             f"them all apart; there are {spectrum.count} masks of rank {rank}: collect more, or use ridge"
         )
-
-
-def solve_from_moments(spectrum: Spectrum, total: Tensor, moments: Moments, *, method: str) -> LinearFit:
-    """Solve for the examples of some moments and the column sums of their masks, in the primal form.
-
-    Raises as `solve` does.
-    """
-    scores = spectrum.scores_primal(total, moments)
-    return solve(spectrum, scores, moments.mean(), moments.variation(), method=method)
-
-
-def solve_from_outputs(spectrum: Spectrum, left: Tensor, outputs: Tensor, *, method: str) -> LinearFit:
-    """Solve for (masks, examples) outputs, in the dual form, `left` being its U; raises as `solve` does."""
-    centred = outputs.double()
-    mean = centred.mean(0)
-    centred -= mean
-    return solve(spectrum, left.T @ centred, mean, (centred**2).sum(0), method=method)
 
 
 def solve(spectrum: Spectrum, scores: Tensor, mean: Tensor, variation: Tensor, *, method: str) -> LinearFit:

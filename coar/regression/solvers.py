@@ -9,7 +9,15 @@ from torch import Tensor
 
 from coar.regression.informed.fit import Informed
 from coar.regression.lasso import Design, SparseFit, check_memory, solve_sparse
-from coar.regression.ridge import LinearFit, Spectrum, check_solvable, solve_from_moments, solve_from_outputs
+from coar.regression.ridge import (
+    LinearFit,
+    Spectrum,
+    check_solvable,
+    decompose_gram,
+    decompose_kernel,
+    solve_gram,
+    solve_kernel,
+)
 from coar.regression.sums import FitBlock, Gram
 from coar.store.run import Run
 
@@ -47,7 +55,7 @@ class FromMoments:
 
     def solve(self, block: FitBlock) -> LinearFit:
         """Fit a block of examples."""
-        return solve_from_moments(self.spectrum, self.total, block.moments(), method=self.method)
+        return solve_gram(self.spectrum, self.total, block.moments(), method=self.method)
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class FromOutputs:
     def solve(self, block: FitBlock) -> LinearFit:
         """Read the outputs of a block of examples and fit them."""
         outputs = torch.from_numpy(block.run.outputs_at(block.rows, block.examples))
-        return solve_from_outputs(self.spectrum, self.left, outputs, method=self.method)
+        return solve_kernel(self.spectrum, self.left, outputs, method=self.method)
 
 
 @dataclass(frozen=True)
@@ -113,9 +121,9 @@ def solver_of(run: Run, rows: np.ndarray, rounds: int, *, method: str, gram: Gra
         return Sparse(Design.of(gram or Gram.of(run, rows)))
     if takes_moments(method, len(rows), run.n_components):
         gram = gram or Gram.of(run, rows)
-        spectrum = Spectrum.primal(gram)
+        spectrum = decompose_gram(gram)
         check_solvable(spectrum, method)
         return FromMoments(spectrum, gram.total, method)
-    spectrum, left = Spectrum.dual(torch.from_numpy(run.masks_at(rows)).float())
+    spectrum, left = decompose_kernel(torch.from_numpy(run.masks_at(rows)).float())
     check_solvable(spectrum, method)
     return FromOutputs(spectrum, left, method)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from coar.regression.informed.prior import Prior, learning_examples
-from coar.regression.ridge import PENALTIES, Spectrum
+from coar.regression.ridge import PENALTIES, Spectrum, decompose_gram, decompose_kernel
 from coar.regression.sums import FitBlock, Gram, batches
 from coar.store.run import Run
 
@@ -23,8 +23,8 @@ class Correction:
     Attributes:
         column: (components,) float64 root mean squares of the prior's weights.
         spectrum: The decomposition of the masks, each component's entries times its column.
-        left: (masks, rank) U of the dual form; empty in the primal form.
-        gram: The sums over masks in the primal form; None in the dual form.
+        left: (masks, rank) U of the kernel matrix; empty where the Gram matrix is decomposed.
+        gram: The sums over masks; None where the kernel matrix is decomposed.
         penalty: The ridge penalty.
     """
 
@@ -47,10 +47,12 @@ class Correction:
         column = prior.column.double()
         if len(rows) <= run.n_components:
             x, gram = torch.from_numpy(run.masks_at(rows)), None
-            spectrum, left = Spectrum.dual(x.double() * column)  # scaled masks are no whole numbers, exact in float32
+            spectrum, left = decompose_kernel(
+                x.double() * column
+            )  # scaled masks are no whole numbers, exact in float32
         else:
             gram = gram or Gram.of(run, rows)
-            spectrum, left = Spectrum.primal(gram.scaled(column)), torch.empty(0)
+            spectrum, left = decompose_gram(gram.scaled(column)), torch.empty(0)
         examples = learning_examples(run)
         weights, spread, _ = prior.weights(prior.mask_gradients(run), examples)
         scores, variation, _ = cls(column, spectrum, left, gram, 0.0).scores(FitBlock(run, rows, examples), weights)

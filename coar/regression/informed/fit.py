@@ -1,4 +1,12 @@
-"""The informed fit: weights from mask gradients, then corrected example by example by masks."""
+"""The informed fit: weights from mask gradients, then corrected example by example by masks.
+
+For one example with weights w0 from the shared model (see `shared_model`), training masks X and outputs y, the fit is
+
+    w = w0 + argmin_v ||(y - X w0)c - Xc v||^2 + penalty sum_j (v_j / column_j)^2,
+
+where c centres over masks and column_j is the typical size of component j's weights over examples. Without masks, w is
+w0. The intercept makes the mean prediction over all mask gradients and masks equal to the mean output.
+"""
 
 import dataclasses
 from dataclasses import dataclass
