@@ -17,7 +17,8 @@ from coar.components.trace import random_tokens, run
 from coar.errors import ComponentError
 
 POSITIONS = 4  # tokens of the pass
-ROUNDED = 1e-4  # of an output's largest slope, below which a slope is rounding error
+DRAWS = 3  # random outputs of projections, so that no slope is near 0 by chance in all of them
+ROUNDED = 1e-5  # of an output's largest slope, below which a slope is rounding error
 
 
 class Port(NamedTuple):
@@ -54,16 +55,16 @@ def ports_of(model: nn.Module, blocks: Sequence[Block]) -> list[dict[str, tuple[
     Raises:
         ComponentError: When a block is not causal, or its outputs are no queries, keys and values of heads.
     """
-    rows = max(len(block.heads) for block in blocks)
-    tokens = random_tokens(model, 1, POSITIONS).expand(rows, -1)
+    most = max(len(block.heads) for block in blocks)
+    tokens = random_tokens(model, 1, POSITIONS).expand(DRAWS * most, -1)  # a row for each draw and head
     leaves: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}
     draw = torch.Generator().manual_seed(0)
 
     def replace(path: str, result: Tensor) -> Tensor:
         """Put random float32 outputs in the place of a projection's, from which no gradient flows back."""
-        noise = torch.randn(result.shape[1:], generator=draw).to(result.device)
-        leaves[path] = noise.expand_as(result).clone().requires_grad_()
+        noise = torch.randn(DRAWS, 1, POSITIONS, result.shape[-1], generator=draw).to(result.device)
+        leaves[path] = noise.expand(-1, most, -1, -1).reshape(result.shape).clone().requires_grad_()
         return leaves[path].clone()  # blocks may write into it
 
     with ExitStack() as stack:
@@ -89,7 +90,7 @@ def ports_of(model: nn.Module, blocks: Sequence[Block]) -> list[dict[str, tuple[
 
 def _of_block(block: Block, leaves: dict[str, Tensor], z: Tensor) -> dict[str, tuple[Port, ...]]:
     own = [leaves[path] for path in block.projections]
-    z = z.reshape(len(own[0]), POSITIONS, -1)
+    z = z.reshape(DRAWS, -1, POSITIONS, z.shape[-1])
     pairs = list(zip(_slopes(block, own, z, slice(0, 1)), _slopes(block, own, z, slice(1, None)), strict=True))
     scales = [torch.maximum(by_first, by_later).amax((0, 1)) * ROUNDED for by_first, by_later in pairs]  # of each row
     if any((by_first[:, 1:] > scale).any() for (by_first, _), scale in zip(pairs, scales, strict=True)):
@@ -106,15 +107,18 @@ def _of_block(block: Block, leaves: dict[str, Tensor], z: Tensor) -> dict[str, t
 
 
 def _slopes(block: Block, leaves: list[Tensor], z: Tensor, positions: slice) -> list[Tensor]:
-    """Return (heads, positions, rows) slopes of each head's output, at some positions, by what projections return."""
+    """Return (heads, positions, rows) slopes of each head's output, at some positions, by what projections return.
+
+    They are the largest in size of all draws.
+    """
     mix = torch.zeros_like(z)
     draw = torch.Generator().manual_seed(1)
     for number, head in enumerate(block.heads):
-        part = mix[number, positions, head.position : head.position + head.size]
-        part.copy_(torch.randn(part.shape, generator=draw))
+        part = mix[:, number, positions, head.position : head.position + head.size]
+        part.copy_(torch.randint(2, part.shape, generator=draw) * 2 - 1)
     slopes = torch.autograd.grad((z * mix).sum(), leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
-    count = len(block.heads)
-    return [slope[:count].abs().reshape(count, POSITIONS, -1) for slope in slopes]
+    shape = (DRAWS, z.shape[1], POSITIONS, -1)
+    return [slope.abs().reshape(shape)[:, : len(block.heads)].amax(0) for slope in slopes]
 
 
 KINDS = {(True, True, True): "v", (False, True, True): "k", (False, False, True): "q"}
@@ -123,9 +127,9 @@ KINDS = {(True, True, True): "v", (False, True, True): "k", (False, False, True)
 def _grouped(block: Block, path: str, signs: Tensor) -> tuple[Port, ...]:
     """Return the ports of a projection from (heads, rows, 3) truth values."""
     rows: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    for row in range(signs.shape[1]):
-        heads = tuple(signs[:, row, 2].nonzero().flatten().tolist())
-        seen = {tuple(signs[head, row].tolist()) for head in heads}
+    for row, own in enumerate(signs.transpose(0, 1).tolist()):
+        heads = tuple(head for head, (_, _, later) in enumerate(own) if later)
+        seen = {tuple(own[head]) for head in heads}
         kind = KINDS.get(next(iter(seen))) if len(seen) == 1 else None
         if kind is None or (kind == "q" and len(heads) > 1):
             raise ComponentError(
