@@ -24,10 +24,15 @@ class DurableStore(LocalStore):
     """
 
     async def _set(self, key: str, value: Buffer, exclusive: bool = False) -> None:
-        if not self._is_open:
-            await self._open()
+        await self._ensure_open()
         self._check_writable()
         await asyncio.to_thread(put, self.root / key, value.to_bytes(), exclusive=exclusive)
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        """Write a file and sync it, as `set` does."""
+        self._ensure_open_sync()
+        self._check_writable()
+        put(self.root / key, value.to_bytes())
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         """List all files below a folder of the store; several times as fast as Zarr's own, which asks after each."""

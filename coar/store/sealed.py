@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -86,6 +86,36 @@ class RunStore(WrapperStore[Store]):
         with storage_errors(self._place):
             await insist(lambda: self._store.set_if_not_exists(key, self._sealed(key, value)))
 
+    @property
+    def _supports_sync_io(self) -> bool:
+        """Keep zarr 3.4 from its synchronous path, which would start a thread for each chunk here."""
+        return False
+
+    def get_sync(
+        self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Read an object as `get` does; the wrapped store alone would not check the seal."""
+        return wait(self.get(key, prototype or default_buffer_prototype(), byte_range))
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        """Write an object as `set` does, a chunk with its seal."""
+        wait(self.set(key, value))
+
+    def delete_sync(self, key: str) -> None:
+        """Remove an object as `delete` does."""
+        wait(self.delete(key))
+
+    async def _set_many(self, values: Iterable[tuple[str, Buffer]]) -> None:
+        """Write several objects, each as `set` does."""
+        await asyncio.gather(*(self.set(key, value) for key, value in values))
+
+    async def _get_many(
+        self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
+    ) -> AsyncGenerator[tuple[str, Buffer | None], None]:
+        """Read several objects, each as `get` does."""
+        for key, prototype, byte_range in requests:
+            yield key, await self.get(key, prototype, byte_range)
+
     async def exists(self, key: str) -> bool:
         """Say whether there is an object."""
         with storage_errors(self._place, "read"):
@@ -119,21 +149,25 @@ class RunStore(WrapperStore[Store]):
         """Say whether a chunk that is whole has another chunk's seal; runs of the first version have none."""
         content = value.to_bytes()
         seal = content[-SEAL - CHECKSUM : -CHECKSUM]
-        if not seal.startswith(HEAD) or seal == HEAD + self._seal(key):
+        if not seal.startswith(HEAD) or seal == seal_of(key, self._study):
             return False
-        return _checksum(content[:-CHECKSUM]) == content[-CHECKSUM:]
-
-    def _seal(self, key: str) -> bytes:
-        return hashlib.blake2b(key.encode(), key=self._study, digest_size=DIGEST).digest()
+        return checksum(content[:-CHECKSUM]) == content[-CHECKSUM:]
 
     def _sealed(self, key: str, value: Buffer) -> Buffer:
         if not is_chunk(key):
             return value
-        content = value.as_numpy_array()[:-CHECKSUM].tobytes() + HEAD + self._seal(key)
-        return value.from_bytes(content + _checksum(content))
+        content = value.as_numpy_array()[:-CHECKSUM].tobytes() + seal_of(key, self._study)
+        return value.from_bytes(content + checksum(content))
 
 
-def _checksum(content: bytes) -> bytes:
+def seal_of(key: str, study: dict[str, Any] | bytes) -> bytes:
+    """Return the seal of the chunk at a path, of a study given by its fingerprint or by the digest of that."""
+    keyed_with = study if isinstance(study, bytes) else digest(study)
+    return HEAD + hashlib.blake2b(key.encode(), key=keyed_with, digest_size=DIGEST).digest()
+
+
+def checksum(content: bytes) -> bytes:
+    """Return the crc32c that ends a chunk."""
     return int(google_crc32c.value(content)).to_bytes(CHECKSUM, "little")
 
 
