@@ -40,6 +40,7 @@ from coar.regression.ridge import PENALTIES
 from coar.regression.sums import BATCH as ROWS
 from coar.store.arrays import write
 from coar.store.plan import Plan
+from coar.store.run import pack
 
 FEW = 20  # examples that scikit-learn's lasso is timed and compared on
 
@@ -68,10 +69,10 @@ def generate(path: Path, masks: int, components: int, examples: int) -> coar.Run
     block = run.blocks[0]
     for start in range(0, masks, 8 * block):
         rows = slice(start, min(start + 8 * block, masks))
-        packed = run.packed_masks(rows.start, rows.stop)
-        x = torch.from_numpy(np.unpackbits(packed, axis=1, count=components, bitorder="little")).float()
+        masks_of_rows = run.draw(rows)
+        x = torch.from_numpy(masks_of_rows).float()
         y = x @ weights + 0.3 * torch.randn(len(x), examples, generator=generator)
-        write(run.array("masks"), packed, rows, slice(None))
+        write(run.array("masks"), pack(masks_of_rows), rows, slice(None))
         write(run.array("outputs"), y.numpy(), rows, slice(None))
     write(run.array("base_output"), weights.sum(0).numpy(), slice(None))
     os.sync()  # so that no writing goes on in the background while the fit is timed

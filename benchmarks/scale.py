@@ -49,7 +49,8 @@ from coar.store.run import Run
 from pipelines import digits
 
 BATCH = 512
-SETTINGS: dict[str, Any] = {"device": "cpu", "batch_size": BATCH, "progress": False}
+SETTINGS: dict[str, Any] = {"device": "cpu", "progress": False}
+EXECUTION = coar.Execution(batch_size=BATCH)
 PAUSE = 5.0  # seconds between samples of memory
 CHUNKS = 1563, 64  # of mask blocks and example blocks: 100,032 in all
 
@@ -95,7 +96,7 @@ def throughput(folder: Path, units: int, rounds: int) -> None:
     logger.setLevel(logging.DEBUG)
     for _ in range(rounds):
         for way, cluster in ways.items():
-            coar.collect(made, path, masks=64 * units, cluster=cluster, **SETTINGS)
+            coar.collect(made, path, masks=64 * units, cluster=cluster, execution=EXECUTION, **SETTINGS)
             found[way].append(seconds_per_unit(path))
             shutil.rmtree(path)
     here, one, two = (statistics.median(found[way]) for way in ways)
@@ -110,7 +111,9 @@ def throughput(folder: Path, units: int, rounds: int) -> None:
 def storing(folder: Path, units: int) -> None:
     """Measure what storing takes of a unit's time, and of what."""
     made, model = study(), device_copy(study().model, choose_device("cpu"))
-    run = coar.collect(made, folder / "r.zarr", masks=2, mask_block=64, **SETTINGS)
+    run = coar.collect(
+        made, folder / "r.zarr", masks=2, execution=coar.Execution(batch_size=BATCH, mask_block=64), **SETTINGS
+    )
     run.extend(run.plan.extended({("train", made.sampler.ablated_fraction): 64 * units}))
     runner = unit_runner(made, run, model, BatchSettings(BATCH, BATCH, tune=False, compiled=False))
     stored: list[float] = []
@@ -198,7 +201,7 @@ def listing(folder: Path) -> None:
     """Time the search for missing units among 100,000 chunks."""
     made = study_of_few()
     blocks, path = (2, 1), folder / "r.zarr"
-    small = coar.collect(made, folder / "small.zarr", masks=2, **SETTINGS)
+    small = coar.collect(made, folder / "small.zarr", masks=2, execution=EXECUTION, **SETTINGS)
     rows = Plan().extended({("train", made.sampler.ablated_fraction): 2 * CHUNKS[0]})
     Run.create(
         path,
@@ -294,7 +297,7 @@ def soak(folder: Path, minutes: float, every: float, build: Callable[[], coar.St
         while time.monotonic() - began < 60 * minutes:
             masks += 64 * 200
             cluster = RayCluster(study=build, workers=2)
-            run = coar.collect(made, path, masks=masks, cluster=cluster, **SETTINGS)
+            run = coar.collect(made, path, masks=masks, cluster=cluster, execution=EXECUTION, **SETTINGS)
     finally:
         over.set()
         watcher.join()

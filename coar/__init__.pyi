@@ -20,6 +20,7 @@ from .cluster import RayCluster as RayCluster
 from .collection.adaptive import collect_until as collect_until
 from .collection.collect import collect as collect
 from .collection.cost import estimate as estimate
+from .collection.execution import Execution as Execution
 from .components.attention import attention_heads as attention_heads
 from .components.edges import edges as edges
 from .components.edges import nodes as nodes

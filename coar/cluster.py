@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from coar.errors import CoarError, EngineError, install_hint
+from coar.errors import CoarError, EngineError, SettingsError, install_hint
 from coar.settings import Settings
 from coar.store.gradients import AnyUnit
 from coar.study import Study
@@ -41,6 +41,12 @@ class RayCluster(Settings):
     address: str | None = None
     cpus_per_worker: float = Field(default=1.0, ge=0)
     gpus_per_worker: float = Field(default=0.0, ge=0)
+
+    def builder(self) -> Callable[[], Study]:
+        """Return what builds the study; raise `SettingsError` where there is nothing that does."""
+        if self.study is None:
+            raise SettingsError("the cluster has no study for its workers; give RayCluster(study=...) what builds it")
+        return self.study
 
 
 @contextmanager

@@ -38,10 +38,14 @@ NAMES = {  # of `coar`, and of its former modules
     "store.copy": "coar.store.copying.copy",
     "store.merge": "coar.store.copying.merge",
 }
+EXECUTION = {
+    name: f"execution=coar.Execution({name}=...)"
+    for name in ("batch_size", "memory_limit", "compile", "precision_tolerance", "mask_block", "example_block")
+}
 ARGUMENTS = {  # by function, or by class of settings
-    "collect": {"probes": "gradients="},
-    "collect_until": {"probes": "gradients="},
-    "estimate": {"probes": "gradients="},
+    "collect": {"probes": "gradients=", **EXECUTION},
+    "collect_until": {"probes": "gradients=", **EXECUTION},
+    "estimate": {"probes": "gradients=", "batch_size": EXECUTION["batch_size"]},
     "fit": {"probes": "gradients="},
     "select": {"near": "n_boundary_references="},
     "TradeOff": {"harm": "harm_weight="},

@@ -97,8 +97,8 @@ class Contract:
         )
 
     def collect(self, study, path, masks=6, **settings):
-        blocks = {"mask_block": 4, "example_block": 6, "batch_size": 4, **settings}
-        return coar.collect(study, path, masks=masks, device="cpu", progress=False, **blocks)
+        execution = coar.Execution(**{"mask_block": 4, "example_block": 6, "batch_size": 4, **settings})
+        return coar.collect(study, path, masks=masks, device="cpu", progress=False, execution=execution)
 
     def outputs(self, run):
         return run.array("outputs")[:]

@@ -93,7 +93,7 @@ def pairwise(examples=60, components=32, *, pairs=0.3, shared=3, own=0.5, ends=(
 def add_gradients(run, truth, count, *, mask_groups=10):
     """Give a run mask gradients whose numbers are a `Pairwise` truth's; the number of mask groups stays as it was."""
     if not run.entry("gradients"):
-        run.set_entry("gradients", {"rounds": [], "slots": mask_groups, "masks": "stratified"})
+        run.set_entry("gradients", {"rounds": [], "mask_groups": mask_groups, "masks": "stratified"})
     mask_gradients = MaskGradients(run)
     mask_gradients.extend(count)
     for unit in mask_gradients.missing_units():

@@ -338,7 +338,15 @@ def test_memory_limits_are_honoured(tmp_path, monkeypatch, limit):
 
     monkeypatch.setattr("coar.collection.preparation.batch_sizes", measured)
     handles = [module.register_forward_hook(measure) for module in study.model]
-    coar.collect(study, tmp_path / "r.zarr", masks=8, gradients=8, memory_limit=limit, device="cpu", progress=False)
+    coar.collect(
+        study,
+        tmp_path / "r.zarr",
+        masks=8,
+        gradients=8,
+        execution=coar.Execution(memory_limit=limit),
+        device="cpu",
+        progress=False,
+    )
     for handle in handles:
         handle.remove()
     largest = 2 * 8 * 16 * 16 * 4
@@ -353,13 +361,20 @@ def test_memory_limits_that_cannot_be_kept_are_errors(tmp_path):
     with pytest.raises(
         SettingsError, match="forward pass of one example takes 16 KiB, and the memory limit is 1000 bytes"
     ):
-        coar.collect(study, tmp_path / "r.zarr", masks=8, memory_limit=1000, device="cpu", progress=False)
+        coar.collect(
+            study,
+            tmp_path / "r.zarr",
+            masks=8,
+            execution=coar.Execution(memory_limit=1000),
+            device="cpu",
+            progress=False,
+        )
     deep = conv_study(nn.Tanh(), nn.Tanh())
     assert batch_sizes(deep, device_copy(deep.model, CPU), memory_limit="17KiB", gradients=False) == (1, 128)
     with pytest.raises(SettingsError, match="a mask gradient of one example takes"):
         batch_sizes(deep, device_copy(deep.model, CPU), memory_limit="17KiB", gradients=True)
     with pytest.raises(SettingsError, match="both bound a batch"):
-        coar.collect(study, tmp_path / "r.zarr", masks=8, memory_limit="1GB", batch_size=4, device="cpu")
+        coar.Execution(memory_limit="1GB", batch_size=4)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -27,7 +27,7 @@ def case(request, digits, tmp_path_factory):
     """A study of a dozen digits, and a run with both baselines computed in blocks of five; read only."""
     study = dozen(digits, request.param)
     path = tmp_path_factory.mktemp("run") / "r.zarr"
-    run = coar.collect(study, path, masks=2, example_block=5, device="cpu", progress=False)
+    run = coar.collect(study, path, masks=2, execution=coar.Execution(example_block=5), device="cpu", progress=False)
     for baseline in BASELINES.values():
         baseline(study, run, device="cpu", batch_size=5, progress=False)
     return study, run

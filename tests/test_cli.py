@@ -112,9 +112,7 @@ def test_options_of_collect_are_those_of_python(place, tmp_path):
         test_masks=3,
         validation_masks=2,
         test_fractions=[0.05, 0.4],
-        batch_size=20,
-        mask_block=4,
-        example_block=30,
+        execution=coar.Execution(batch_size=20, mask_block=4, example_block=30),
         device="cpu",
         progress=False,
     )
@@ -126,8 +124,8 @@ def test_memory_limit_and_compile_reach_collect(place, tmp_path, monkeypatch):
     given, collect = {}, coar.collection.collect.collect
 
     def spy(*args, **settings):
-        given.update({name: settings[name] for name in ("memory_limit", "compile")})
-        return collect(*args, **settings | {"compile": False})
+        given.update(settings["execution"].model_dump(include={"memory_limit", "compile"}))
+        return collect(*args, **settings | {"execution": coar.Execution()})
 
     monkeypatch.setattr("coar.collection.collect.collect", spy)
     words = ("--run", tmp_path / "m.zarr", "--masks", 5, "--test-masks", 0, "--device", "cpu")

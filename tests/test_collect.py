@@ -239,8 +239,8 @@ WRONG = {
     "no device": ({"device": ""}, "unknown device"),
     "meta device": ({"device": "meta"}, "unknown device"),
     "precision": ({"precision": "float16"}, "unknown precision 'float16'"),
-    "tolerance zero": ({"precision_tolerance": 0}, "precision tolerance"),
-    "tolerance nan": ({"precision_tolerance": float("nan")}, "precision tolerance"),
+    "tolerance zero": ({"precision_tolerance": 0}, "precision_tolerance: Input should be greater than 0"),
+    "tolerance nan": ({"precision_tolerance": float("nan")}, "precision_tolerance: Input should be greater than 0"),
     "zero masks": ({"masks": 0}, "zero masks"),
     "negative masks": ({"masks": -1}, "masks"),
     "negative masks beside others": ({"masks": -1, "test_masks": 5}, "-1 train masks"),
@@ -251,7 +251,7 @@ WRONG = {
     "fraction zero": ({"test_masks": 5, "test_fractions": [0.0]}, "ablated fraction"),
     "fraction beyond": ({"test_masks": 5, "test_fractions": [1.5]}, "ablated fraction"),
 } | {
-    f"{name} {size}": ({name: size}, f"{name.replace('_', ' ')} {size}")
+    f"{name} {size}": ({name: size}, f"Execution cannot be made: {name}: Input should be")
     for name in ("batch_size", "mask_block", "example_block")
     for size in (0, -1, 2.5)
 }

@@ -51,7 +51,9 @@ def study(model, **changes):
 
 
 def collect(what, path, masks=6, **settings):
-    return coar.collect(what, path, masks=masks, device="cpu", progress=False, batch_size=5, **settings)
+    return coar.collect(
+        what, path, masks=masks, device="cpu", progress=False, execution=coar.Execution(batch_size=5), **settings
+    )
 
 
 def outputs(run):

@@ -10,6 +10,7 @@ import coar
 from coar.errors import CorruptRunError, IncompleteRunError, RunError
 from coar.store import arrays
 from coar.store.integrity import Problem, repair, verify
+from coar.store.run import pack
 from tests.faults import helpers
 
 ASKED = {"masks": 100, "test_masks": 20}
@@ -211,7 +212,7 @@ def test_run_written_before_there_were_seals(run, fresh):
 
 
 def test_masks_of_other_rows_are_found_and_made_again(run, fresh):
-    fresh.array("masks")[16:32] = run.packed_masks(0, 16)
+    fresh.array("masks")[16:32] = pack(run.draw(slice(0, 16)))
     problems = verify(reopened(fresh))
     assert problems == [Problem("masks", "masks/c/1/0", "not from its seed", "coar collect")]
     row = 16 + int((run.masks(0, 16) != run.masks(16, 32)).any(axis=1).argmax())

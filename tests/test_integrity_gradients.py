@@ -13,14 +13,14 @@ from coar.store.integrity import Problem, repair, verify
 from tests.faults import helpers
 from tests.test_integrity import SPOILED, checksum_flipped, flipped, removed, reopened, replaced, truncated
 
-ASKED = {"masks": 40, "gradients": 13}  # rounds of 4, 4, 4 and 1 mask gradients, on 3 blocks of examples
+ASKED = {"masks": 40, "gradients": 13}  # rounds of 2, 2, 2, 2, 4 and 1 mask gradients, on 3 blocks of examples
 NAMES = ("gradient_kept", "gradient_ablated", "gradient_outputs")
-CHUNKS = ["gradient_kept/c/1/0/0", "gradient_ablated/c/3/2/0", "gradient_outputs/c/0/0/1", "gradient_outputs/c/3/0/2"]
+CHUNKS = ["gradient_kept/c/1/0/0", "gradient_ablated/c/3/2/0", "gradient_outputs/c/0/0/1", "gradient_outputs/c/5/0/2"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Forty masks and fourteen mask gradients of the tiny net, read only."""
+    """Forty masks and thirteen mask gradients of the tiny net, read only."""
     return helpers.collect(helpers.study(), tmp_path_factory.mktemp("run") / "tiny.zarr", **ASKED)
 
 
@@ -40,8 +40,8 @@ def check_mended(run, original, problems):
 
 def test_short_rounds_and_means_of_no_mask_gradients_are_no_problem(run):
     outputs = helpers.whole(run, "gradient_outputs")
-    assert outputs.shape == (4, 32, helpers.EXAMPLES)
-    assert [int(np.isfinite(part).all(1).sum()) for part in outputs] == [4, 4, 4, 1]
+    assert outputs.shape == (6, 32, helpers.EXAMPLES)
+    assert [int(np.isfinite(part).all(1).sum()) for part in outputs] == [2, 2, 2, 2, 4, 1]
     assert any(np.isnan(helpers.whole(run, name)).any() for name in NAMES[:2])
     assert verify(run) == []
 
@@ -70,14 +70,14 @@ def test_missing_chunk_is_found_and_made_again(run, fresh, chunk):
 def test_reading_a_spoiled_chunk_says_so(fresh, chunk, spoil):
     spoil(fresh.path / chunk)
     found = MaskGradients(reopened(fresh))
-    read, rounds = (found.outputs, 4) if "outputs" in chunk else (found.means, range(4))
+    read, rounds = (found.outputs, 6) if "outputs" in chunk else (found.means, range(6))
     with pytest.raises((CorruptRunError, IncompleteRunError), match="collect" if spoil is removed else chunk):
         read(rounds, slice(0, helpers.EXAMPLES))
 
 
 def test_every_chunk_file_is_watched(fresh):
     names = [name for name in helpers.chunks(fresh.path) if name.startswith("gradient_")]
-    assert len(names) == 3 * 4 * 3
+    assert len(names) == 3 * 6 * 3
     for name in names:
         flipped(fresh.path / name)
     problems = verify(reopened(fresh))
@@ -89,7 +89,7 @@ def test_many_problems_are_mended_at_once(run, fresh):
     flipped(fresh.path / "gradient_kept/c/0/0/0")
     removed(fresh.path / "gradient_outputs/c/0/0/0")
     truncated(fresh.path / "gradient_ablated/c/2/1/0")
-    removed(fresh.path / "gradient_kept/c/3/2/0")
+    removed(fresh.path / "gradient_kept/c/5/2/0")
     flipped(fresh.path / "outputs/c/1/1")
     problems = verify(reopened(fresh))
     assert len({problem.chunk for problem in problems}) == 5
@@ -99,10 +99,10 @@ def test_many_problems_are_mended_at_once(run, fresh):
 def entry_of_one(fresh, name, value, *, at=None):
     """Change an entry under a valid checksum: by default the first that is finite in the last round."""
     array = fresh.array(name)
-    values = array[3:]
+    values = array[5:]
     place = tuple(np.argwhere(np.isfinite(values))[0]) if at is None else at
     values[place] = value
-    array[3:] = values
+    array[5:] = values
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,7 +119,7 @@ def test_entry_that_is_not_finite(run, fresh, name, value):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [0.0, np.inf])
 def test_entry_where_there_was_no_mask_gradient(run, fresh, name, value):
-    nowhere = tuple(np.argwhere(np.isnan(helpers.whole(fresh, name)[3:]))[0])
+    nowhere = tuple(np.argwhere(np.isnan(helpers.whole(fresh, name)[5:]))[0])
     entry_of_one(fresh, name, value, at=nowhere)
     problems = verify(reopened(fresh))
     assert [(problem.array, problem.what) for problem in problems] == [(name, "not as planned")]
@@ -160,7 +160,7 @@ def test_extension_cut_short(run, fresh, tmp_path, stage):
 def test_chunks_beyond_the_plan_are_found_and_removed(run, fresh):
     unplanned(fresh)
     problems = verify(reopened(fresh))
-    assert len(problems) == 3 * 4 * 3
+    assert len(problems) == 3 * 6 * 3
     assert {problem.what for problem in problems} == {"not as planned"}
     check_mended(fresh, run, problems)
 

@@ -1,5 +1,6 @@
 """Mask gradients are the model's under each example's own mask, and rounds are never rewritten."""
 
+import itertools
 import json
 from copy import deepcopy
 from dataclasses import replace
@@ -14,13 +15,14 @@ from coar.description import describe
 from coar.errors import AblationError, CorruptRunError, IncompleteRunError, MismatchError, OutputError, SettingsError
 from coar.outputs.base import Output
 from coar.store import gradients as probing
-from coar.store.gradients import MaskGradients
+from coar.store.gradients import MaskGradients, deal, next_rounds
 from coar.store.integrity import verify
 from tests import oracles
 from tests.faults import helpers
 from tests.faults.helpers import collect, study
 
-GRADIENTS_COUNT = 10  # rounds of 3, 3, 3 and 1
+STARTS = (0, 2, 4, 6, 8, 11)  # of five rounds, the last of which is cut short
+GRADIENTS_COUNT = STARTS[-1]
 ENDS = ("gradient_kept", "gradient_ablated")
 
 
@@ -32,10 +34,10 @@ def digits_study(digits, ablation, count=12):
 @pytest.fixture(
     scope="module",
     params=[("zero", 64), ("mean", 64), ("mean", 5)],
-    ids=lambda case: f"{case[0]}, {case[1]} slots",
+    ids=lambda case: f"{case[0]}, {case[1]} mask groups",
 )
 def case(request, digits, tmp_path_factory):
-    """Ten mask gradients of 12 digits by the trained net, with more slots than examples or fewer; read only."""
+    """Mask gradients of 12 digits by the trained net, with more mask groups than examples or fewer; read only."""
     ablation, mask_groups = request.param
     what = digits_study(digits, ablation)
     with pytest.MonkeyPatch.context() as patch:
@@ -57,9 +59,8 @@ def fresh(run, tmp_path):
 
 
 def own_masks(what, mask_groups, gradient_pass):
-    """(examples, components) masks of one of the ten passes, example n taking that of group n modulo their number."""
-    first = gradient_pass - gradient_pass % 3  # rounds of three
-    later = min(first + 3, GRADIENTS_COUNT)
+    """(examples, components) masks of one of the passes, example n taking that of group n modulo their number."""
+    first, later = next(span for span in itertools.pairwise(STARTS) if span[0] <= gradient_pass < span[1])
     masks = []
     for n in range(len(what.examples)):
         indices = [of_round * mask_groups + n % mask_groups for of_round in range(first, later)]
@@ -95,7 +96,7 @@ def test_gradients_and_outputs_are_those_of_plain_autograd(case):
     what, run, mask_groups = case
     outputs, gradients, masks = expected(what, run, mask_groups)
     starts = np.cumsum([0, *MaskGradients(run).rounds])
-    assert starts.tolist() == [0, 3, 6, 9, 10]
+    assert tuple(starts) == STARTS
     for i, part in enumerate(map(slice, starts[:-1], starts[1:])):
         count = starts[i + 1] - starts[i]
         np.testing.assert_allclose(helpers.whole(run, "gradient_outputs")[i, :count], outputs[part], atol=1e-4)
@@ -111,7 +112,7 @@ def test_outputs_are_those_of_a_plain_forward_under_each_examples_own_mask(case)
     what, run, mask_groups = case
     x, y = what.examples.block(0, len(what.examples))
     constants = helpers.whole(run, "component/replacement")
-    for gradient_pass, place in ((0, (0, 0)), (4, (1, 1)), (9, (3, 0))):
+    for gradient_pass, place in ((0, (0, 0)), (3, (1, 1)), (10, (4, 2))):
         masks = own_masks(what, mask_groups, gradient_pass)
         for n in (0, 5, 11):
             ablated = {
@@ -143,23 +144,20 @@ def test_gradients_of_the_oracle_are_finite_differences(digits):
 def test_masks_are_functions_of_seed_split_and_index(case):
     what, run, mask_groups = case
     found = MaskGradients(coar.Run.open(run.path))
-    masks = np.concatenate([found.masks(number) for number in (3, 0, 2, 1)])  # in any order
-    masks = np.concatenate([masks[1:4], masks[7:], masks[4:7], masks[:1]])
+    by_round = {number: found.masks(number) for number in (3, 0, 4, 2, 1)}  # in any order
+    masks = np.concatenate([by_round[number] for number in sorted(by_round)])
     indices = range(GRADIENTS_COUNT * mask_groups)
     count = len(what.components)
     expected = np.empty((GRADIENTS_COUNT, mask_groups, count), dtype=bool)
-    for first in (0, 3, 6, 9):
+    for first, later in itertools.pairwise(STARTS):
         for mask_group in range(mask_groups):
-            own = [
-                gradient_pass * mask_groups + mask_group
-                for gradient_pass in range(first, min(first + 3, GRADIENTS_COUNT))
-            ]
-            expected[first : first + 3, mask_group] = what.sampler.stratified("gradient", own, count)
+            own = [gradient_pass * mask_groups + mask_group for gradient_pass in range(first, later)]
+            expected[first:later, mask_group] = what.sampler.stratified("gradient", own, count)
     expected = expected.reshape(-1, count)
     np.testing.assert_array_equal(masks.reshape(-1, len(what.components)), expected)
     assert (
         len({row.tobytes() for row in expected}) == GRADIENTS_COUNT * mask_groups
-    )  # no two mask gradients or slots have the same
+    )  # no two mask gradients or mask groups have the same
     for other in (
         what.sampler.masks("train", indices, len(what.components)),
         coar.BernoulliSampler(seed=1).masks("gradient", indices, len(what.components)),
@@ -170,7 +168,7 @@ def test_masks_are_functions_of_seed_split_and_index(case):
 
 def test_mask_gradients_of_another_way_to_draw_masks_are_refused(fresh):
     for words, entry in (
-        ("independent", {"rounds": [3], "slots": 64}),
+        ("independent", {"rounds": [3], "mask_groups": 64}),
         ("odd", {**fresh.entry("gradients"), "masks": "odd"}),
     ):
         fresh.set_entry("gradients", entry)
@@ -178,20 +176,23 @@ def test_mask_gradients_of_another_way_to_draw_masks_are_refused(fresh):
             MaskGradients(coar.Run.open(fresh.path))
 
 
+FIRST_64 = (2, 2, 2, 2, 4, 4, 8, 8, 16, 16)
 ROUNDS = [
     ((1,), (1,)),
-    ((3,), (1, 1, 1)),
-    ((10,), (3, 3, 3, 1)),
-    ((64,), (16, 16, 16, 16)),
-    ((130,), (32, 32, 32, 32, 2)),
-    ((200,), (32,) * 6 + (8,)),
+    ((3,), (2, 1)),
+    ((10,), (2, 2, 2, 2, 2)),
+    ((64,), FIRST_64),
+    ((130,), (*FIRST_64, 32, 32, 2)),
+    ((200,), (*FIRST_64, 32, 32, 32, 32, 8)),
+    ((64, 200), (*FIRST_64, 32, 32, 32, 32, 8)),
     ((8, 0, 8, 3), (2, 2, 2, 2)),
-    ((8, 11, 32), (2, 2, 2, 2, 1, 1, 1, 6, 6, 6, 3)),
+    ((8, 11, 32), (2, 2, 2, 2, 3, 4, 4, 8, 5)),
+    ((1, 5, 64), (1, 2, 2, 2, 2, 4, 4, 8, 8, 16, 15)),
 ]
 
 
 @pytest.mark.parametrize(("steps", "rounds"), ROUNDS, ids=str)
-def test_rounds_are_few_dozen_mask_gradients_and_only_added(tmp_path, steps, rounds):
+def test_rounds_grow_and_are_only_added(tmp_path, steps, rounds):
     made = collect(study(), tmp_path / "r.zarr", masks=2)
     for total in steps:
         MaskGradients(made).extend(total)
@@ -201,9 +202,40 @@ def test_rounds_are_few_dozen_mask_gradients_and_only_added(tmp_path, steps, rou
     totals = [sum(rounds[:i]) for i in range(len(rounds) + 1)]
     assert [found.whole_rounds(total) for total in totals] == list(range(len(rounds) + 1))
     assert found.whole_rounds(None) == len(rounds)
-    beside = next(total for total in range(max(steps) + 2) if total not in totals)
-    with pytest.raises(SettingsError, match=rf"{beside} mask gradients .* choose one of 0, {totals[1]}"):
-        found.whole_rounds(beside)
+    with pytest.raises(SettingsError, match=rf"{max(steps) + 1} mask gradients .* has {max(steps)}; choose up to"):
+        found.whole_rounds(max(steps) + 1)
+
+
+@pytest.mark.parametrize("steps", [(300,), (1, 300), (7, 9, 50, 300), (31, 63, 300), (100, 101, 300)], ids=str)
+def test_any_number_of_mask_gradients_fills_folds_of_about_a_size(steps):
+    rounds = ()
+    for total in steps:
+        rounds += next_rounds(sum(rounds), total)
+    assert sum(rounds) == 300
+    totals = np.cumsum(rounds)
+    for whole in range(4, len(rounds) + 1):
+        folds = deal(rounds[:whole], 4)
+        assert sorted(i for fold in folds for i in fold) == list(range(whole))
+        sizes = [sum(rounds[i] for i in fold) for fold in folds]
+        assert min(sizes) >= max(sizes) / 2
+        assert max(sizes) - min(sizes) <= max(rounds[:whole])
+    for wanted in range(8, 301):
+        used = totals[totals <= wanted][-1]
+        assert used > wanted * 2 / 3
+        assert (totals <= wanted).sum() >= 4
+    if steps == (300,):
+        for power in (8, 16, 32, 64, 128, 256):
+            whole = int((totals <= power).sum())
+            assert {sum(rounds[i] for i in fold) for fold in deal(rounds[:whole], 4)} == {power // 4}
+
+
+def test_mask_gradients_of_a_round_that_is_not_asked_for_whole_are_left_out_with_a_warning(run, caplog):
+    found = MaskGradients(run)
+    assert found.rounds == (2, 2, 2, 2, 4)
+    assert (found.whole_rounds(8), found.whole_rounds(12), caplog.text) == (4, 5, "")
+    assert found.whole_rounds(11) == 4
+    assert "8 of the 11 mask gradients are used" in caplog.text
+    assert "the next round has 4" in caplog.text
 
 
 def flat(run):
@@ -226,6 +258,25 @@ def test_mask_gradients_added_later_leave_the_old_ones(tmp_path, steps):
     assert MaskGradients(grown).count == 30
 
 
+def test_calls_that_end_with_a_round_give_the_run_of_one_call(tmp_path):
+    for total in (8, 16, 64):
+        steps = collect(study(), tmp_path / "steps.zarr", gradients=total)
+    whole = collect(study(), tmp_path / "whole.zarr", gradients=64)
+    assert helpers.differing(helpers.chunks(steps.path), helpers.chunks(whole.path)) == []
+
+
+@pytest.mark.parametrize("calls", [(256,), (60, 256)], ids=str)
+def test_any_number_of_a_long_runs_mask_gradients_can_be_fitted(tmp_path, calls):
+    for total in calls:
+        made = collect(study(), tmp_path / "r.zarr", gradients=total)
+    for wanted in (8, 64, 100, 255, 256):
+        fitted = coar.fit(made, method="informed", gradients=wanted, name=f"g-{wanted}", progress=False)
+        used = fitted.fit["gradients"]
+        assert wanted * 2 / 3 < used <= wanted
+        assert np.isfinite(fitted.weights()).all()
+        assert calls != (256,) or used == {100: 96, 255: 224}.get(wanted, wanted)
+
+
 @pytest.mark.parametrize("wanted", [{}, {"gradients": 12}, {"gradients": 3}, {"gradients": 12, "masks": 20}], ids=str)
 def test_asking_for_no_more_touches_nothing(fresh, wanted):
     before = helpers.stamps(fresh.path)
@@ -241,13 +292,14 @@ def test_masks_added_later_leave_the_mask_gradients(run, fresh):
 
 def test_gradients_over_rounds_are_means_over_their_mask_gradients(run):
     found = MaskGradients(run)
-    masks = np.concatenate([found.masks(i) for i in range(4)])[:, found.group_of(slice(0, 20))]  # (12, 20, 11)
+    masks = np.concatenate([found.masks(i) for i in range(5)])[:, found.group_of(slice(0, 20))]  # (12, 20, 11)
     per_round = np.stack([helpers.whole(run, end) for end in ENDS], axis=1)  # (rounds, 2, examples, components)
-    means, counts = found.means([0, 2], slice(1, 20, 3))
-    chosen = masks[[0, 1, 2, 6, 7, 8], 1::3]
+    means, counts = found.means([1, 4], slice(1, 20, 3))
+    chosen = masks[[2, 3, 8, 9, 10, 11], 1::3]
     np.testing.assert_array_equal(counts, np.stack([chosen.sum(0), (~chosen).sum(0)]))
-    weight = np.stack([np.stack([masks[i : i + 3].sum(0), (~masks[i : i + 3]).sum(0)]) for i in (0, 6)])
-    sums = np.nansum(per_round[[0, 2]] * weight, axis=0)[:, 1::3]
+    parts = masks[2:4], masks[8:12]
+    weight = np.stack([np.stack([part.sum(0), (~part).sum(0)]) for part in parts])
+    sums = np.nansum(per_round[[1, 4]] * weight, axis=0)[:, 1::3]
     np.testing.assert_allclose(means, sums / np.maximum(counts, 1), atol=1e-5)
 
 
@@ -282,12 +334,12 @@ def test_a_run_without_mask_gradients_is_as_before_and_takes_them(tmp_path, run)
 
 
 def test_description_counts_mask_gradients(fresh):
-    assert (describe(fresh)["gradients"], describe(fresh)["collected"]) == ("12", "18 of 18 units, complete")
+    assert (describe(fresh)["gradients"], describe(fresh)["collected"]) == ("12", "21 of 21 units, complete")
     (fresh.path / "gradient_kept/c/1/2/0").unlink()
-    assert describe(fresh)["collected"] == "17 of 18 units"
+    assert describe(fresh)["collected"] == "20 of 21 units"
 
 
-DAMAGED = [{"rounds": 3, "slots": 64}, {"slots": 64}, "none", {"rounds": ["many"], "slots": 64}]
+DAMAGED = [{"rounds": 3, "mask_groups": 64}, {"mask_groups": 64}, "none", {"rounds": ["many"], "mask_groups": 64}]
 
 
 @pytest.mark.parametrize("entry", DAMAGED, ids=str)
@@ -301,7 +353,7 @@ def test_damaged_description_is_corrupt(fresh, entry):
 
 def test_mask_gradients_that_are_missing_cannot_be_fitted(fresh):
     (fresh.path / "gradient_outputs/c/2/0/1").unlink()
-    with pytest.raises(IncompleteRunError, match=r"1 of 12 units of mask gradients .* run 'coar collect' again"):
+    with pytest.raises(IncompleteRunError, match=r"1 of 15 units of mask gradients .* run 'coar collect' again"):
         coar.fit(coar.Run.open(fresh.path), progress=False)
     with pytest.raises(IncompleteRunError, match="not been collected"):
         MaskGradients(fresh).outputs(4, slice(0, 20))
@@ -406,7 +458,7 @@ def test_gradient_that_is_not_finite_names_the_example(tmp_path):
         collect(what, tmp_path / "r.zarr", gradients=12, masks=20)
     opened = coar.Run.open(tmp_path / "r.zarr")
     assert {unit.example_block for unit in MaskGradients(opened).missing_units()} == {1, 2}
-    assert len([name for name in helpers.chunks(opened.path) if name.startswith("gradient_")]) == 3 * 4
+    assert len([name for name in helpers.chunks(opened.path) if name.startswith("gradient_")]) == 3 * 5
 
 
 def test_mask_gradients_in_bf16(tmp_path, run):

@@ -25,7 +25,8 @@ mean = coar.Mean(calibration=examples)
 def peak(components, masks, ablation, batch_size=8):
     study = coar.Study(model=model, examples=examples, components=components, ablation=ablation)
     name = f"{sys.argv[1]}/{len(components)}-{masks}-{ablation.label}-{batch_size}.zarr"
-    coar.collect(study, name, masks=masks, mask_block=16, device="cpu", batch_size=batch_size, progress=False)
+    execution = coar.Execution(mask_block=16, batch_size=batch_size)
+    coar.collect(study, name, masks=masks, device="cpu", execution=execution, progress=False)
     return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 print(json.dumps([peak(few, 16, mean), peak(few, 320, mean), peak(many, 320, mean), peak(few, 16, mean, 64)]))

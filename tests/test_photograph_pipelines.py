@@ -156,8 +156,8 @@ def test_study_is_of_the_checkpoint_and_judged_on_other_pictures(data, originals
 def test_a_run_of_the_study(data, originals, tmp_path):
     """Stored outputs are those of the plain model, on pictures read from disk block by block."""
     study = loaded(data[0]).study()
-    options = {"masks": 1, "test_masks": 0, "example_block": 5, "device": "cpu", "progress": False}
-    run = coar.collect(study, tmp_path / "run.zarr", **options)
+    options = {"masks": 1, "test_masks": 0, "device": "cpu", "progress": False}
+    run = coar.collect(study, tmp_path / "run.zarr", execution=coar.Execution(example_block=5), **options)
     plain = coar.load_weights(resnet18(num_classes=2), originals / "two.safetensors").eval()
     inputs, targets = study.examples.block(0, len(study.examples))
     with torch.no_grad():

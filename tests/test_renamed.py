@@ -82,6 +82,16 @@ def test_an_old_argument_is_refused_before_anything_is_done(call):
         call(None, no_such_argument=64)
 
 
+@pytest.mark.parametrize("name", renamed.EXECUTION)
+def test_a_setting_that_moved_into_another_is_refused_with_its_place(name, study, tmp_path):
+    assert name in coar.Execution.model_fields
+    words = rf"{name}= any more; use execution=coar\.Execution\({name}=\.\.\.\)"
+    for call in (coar.collect, coar.collect_until):
+        with pytest.raises(RenamedArgumentError, match=words):
+            call(study, tmp_path / "r.zarr", masks=4, **{name: 2})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_old_option_of_a_selection_is_refused():
     with pytest.raises(RenamedArgumentError, match="n_boundary_references="):
         renamed.refuse_arguments("select", {"near": 3})

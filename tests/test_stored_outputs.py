@@ -90,7 +90,15 @@ def collect(model, examples, components, ablation, path, *, kind="logsumexp", fr
         ablation=ablation,
         sampler=coar.BernoulliSampler(ablated_fraction=fraction, seed=3),
     )
-    coar.collect(study, path, masks=MASKS, test_masks=TEST_MASKS, device="cpu", mask_block=4, progress=False)
+    coar.collect(
+        study,
+        path,
+        masks=MASKS,
+        test_masks=TEST_MASKS,
+        device="cpu",
+        execution=coar.Execution(mask_block=4),
+        progress=False,
+    )
     group = zarr.open_group(path, mode="r")
     return np.asarray(group["outputs"][:]), np.asarray(group["base_output"][:]), stored_masks(path, len(components))
 

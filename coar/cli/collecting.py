@@ -109,6 +109,7 @@ def collect(
 ) -> None:
     """Record the model's outputs under random masks. Run it again to go on, or with more masks to extend the run."""
     from coar.collection.collect import collect as collect_run
+    from coar.collection.execution import Execution
     from coar.pipeline import load_pipeline
 
     if log_file is not None:
@@ -124,12 +125,14 @@ def collect(
         "test_fractions": loaded.test_fractions if test_fractions is None else _numbers(test_fractions),
         "device": device,
         "precision": precision,
-        "precision_tolerance": precision_tolerance,
-        "batch_size": batch_size,
-        "memory_limit": memory_limit,
-        "compile": compiled,
-        "mask_block": mask_block,
-        "example_block": example_block,
+        "execution": Execution(
+            batch_size=batch_size,
+            memory_limit=memory_limit,
+            compile=compiled,
+            precision_tolerance=precision_tolerance,
+            mask_block=mask_block,
+            example_block=example_block,
+        ),
     }
     if until is not None or until_flat:
         if (until is not None and until_flat) or masks is not None or gradients or worker:
@@ -158,6 +161,7 @@ def plan(
 ) -> None:
     """Time a few passes and make a small pilot run; say what a run would cost before anything is spent."""
     from coar.collection.cost import estimate
+    from coar.collection.execution import Execution
     from coar.description import describe_estimate
     from coar.pipeline import load_pipeline
 
@@ -170,7 +174,7 @@ def plan(
         workers=workers,
         device=device,
         precision=precision,
-        batch_size=batch_size,
+        execution=Execution(batch_size=batch_size),
     )
     for heading, words in describe_estimate(found).items():
         typer.echo(f"{heading:16} {words}")

@@ -78,9 +78,8 @@ def copy(
 ) -> None:
     """Copy a run, and check every chunk of it here and there."""
     from coar.store.copying import copy as copy_run
-    from coar.store.run import Run
 
-    typer.echo(f"{copy_run(Run.open(run), destination).path}: every chunk that was there is there and whole")
+    typer.echo(f"{copy_run(run, destination).path}: every chunk that was there is there and whole")
 
 
 @app.command(epilog="Example: coar merge runs/part-1.zarr runs/part-2.zarr --into runs/whole.zarr")

@@ -1,12 +1,14 @@
 """Before and while money is spent: what a run will cost, what more passes would buy, and when to stop."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
+from coar.cluster import RayCluster
 from coar.collection.collect import collect
 from coar.collection.cost import has_gradients, measure
+from coar.collection.execution import DEFAULTS, Execution
 from coar.collection.quality import FIRST_GRADIENTS, FIRST_MASKS, VALIDATION_MASKS, RunQuality, quality_of
 from coar.errors import SettingsError
 from coar.regression.fitting import fit
@@ -22,6 +24,19 @@ FLAT = 0.005  # least rise in correlation that half as many passes again must pr
 STEPS = 20
 
 
+class CollectOptions(TypedDict, total=False):
+    """Options of `coar.collect` that are the same for every round of `collect_until`."""
+
+    test_masks: int
+    test_fractions: Sequence[float]
+    device: str
+    precision: str
+    execution: Execution
+    worker: tuple[int, int]
+    cluster: RayCluster | None
+    progress: bool
+
+
 @new_arguments_only
 def collect_until(
     study: Study,
@@ -30,7 +45,7 @@ def collect_until(
     correlation: float | None = None,
     validation_masks: int = VALIDATION_MASKS,
     report: Callable[[RunQuality], None] | None = None,
-    **options: Any,
+    **options: Unpack[CollectOptions],
 ) -> tuple[Run, str]:
     """Collect until validation masks are predicted well enough, or until more passes promise little.
 
@@ -44,7 +59,7 @@ def collect_until(
         correlation: Mean correlation on validation masks to reach; None to go on until it is flat.
         validation_masks: Masks to judge by.
         report: Called after each round.
-        options: As for `coar.collect`.
+        options: Test masks, device, precision, execution, worker, cluster and progress, as for `coar.collect`.
 
     Returns:
         The run, and in words why collecting ended.
@@ -68,7 +83,12 @@ def collect_until(
         if correlation is not None and now.correlation >= correlation:
             return run, f"reached {now.correlation:.3f}, and {correlation} was asked for"
         if before is None and gradients:
-            per_mask, per_gradient = measure(study, run, **_where(options))
+            per_mask, per_gradient = measure(
+                study,
+                run,
+                device=options.get("device", "auto"),
+                batch_size=options.get("execution", DEFAULTS).batch_size,
+            )
             ratio = per_gradient / per_mask
         more = _next(now, gradients, run.n_components, ratio)
         promise = now.rise(*more, run.n_components)
@@ -87,10 +107,6 @@ def collect_until(
             return run, f"{short}: half as many passes again promise {promise:+.4f}; {now.ceiling()}"
         mask_gradients, masks, before = mask_gradients + more[0], masks + more[1], now
     return run, f"stopped at {now.correlation:.3f} after {STEPS} rounds"
-
-
-def _where(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("device", "batch_size") if name in options}
 
 
 def _next(now: RunQuality, gradients: bool, components: int, ratio: float) -> tuple[int, int]:

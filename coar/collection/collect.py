@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from coar.cluster import RayCluster
+from coar.collection.execution import DEFAULTS, Execution
 from coar.collection.preparation import BatchSettings, RunRequest, check_same, prepare, tuned, unit_runner
 from coar.collection.ray_engine import collect_on_cluster
 from coar.collection.units import Stage, UnitProgress, UnitRunner, gradient_stage, interrupts, mask_stage
@@ -43,12 +43,7 @@ def collect(
     test_fractions: Sequence[float] = (),
     device: str = "auto",
     precision: str = "float32",
-    precision_tolerance: float = 0.05,
-    batch_size: int | None = None,
-    mask_block: int | None = None,
-    example_block: int | None = None,
-    memory_limit: int | str | None = None,
-    compile: bool = False,  # noqa: A002
+    execution: Execution = DEFAULTS,
     worker: tuple[int, int] = (1, 1),
     cluster: RayCluster | None = None,
     progress: bool = True,
@@ -57,28 +52,18 @@ def collect(
 
     Args:
         study: What is examined.
-        path: The run: a path that does not exist yet, or a run of the same study; or the address of such in an object
-            store, as in `s3://bucket/digits.zarr`.
-        masks: Training masks the run shall have; those it already has count.
-        gradients: Mask gradients the run shall have, for informed attributions: forward and backward passes that give
-            the output's gradient by every gate, each example under masks of its own.
+        path: The run: a path that does not exist yet, or a run of the same study; or its address in an object store,
+            as in `s3://bucket/digits.zarr`.
+        masks: Number of training masks, those that the run already has included.
+        gradients: Number of mask gradients, for informed attributions: forward and backward passes that give the
+            output's gradient by every gate, each example under masks of its own.
         test_masks: Held-out masks at the sampler's fraction, for `coar.evaluate`.
         validation_masks: Masks kept apart for choices made along the way.
         test_fractions: Further ablated fractions, at each of which `test_masks` held-out masks are drawn.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `float32`, `bf16` (automatic mixed precision), or `auto`, which takes bfloat16 when it is faster and
             within the tolerance on the first unit.
-        precision_tolerance: Largest root mean square difference that bfloat16 may make, in units of the outputs'
-            standard deviation over masks.
-        batch_size: Most examples per forward pass; by default at most 128 on a CPU, 512 on CUDA, 256 on MPS, and what
-            is measured to be fastest, which may be several masks per forward pass.
-        mask_block: Masks per unit of work; fixed when the run is created; by default 64, and more in a run that would
-            have more than 131,072 units.
-        example_block: Examples per unit of work; fixed when the run is created; by default at most 512, or more as
-            above.
-        memory_limit: Bytes, or text such as `4GiB`, that activations may take, measured on some examples; by default
-            80 % of what is free on a CUDA device, and no limit elsewhere. Give this or a batch size.
-        compile: Compile the model, if that is faster on the first unit; a warning says why where it fails.
+        execution: Batches, memory and units of work.
         worker: k and n: do the k-th of n equal shares of the units, while other processes do the others. Each is given
             the same settings; whoever comes first creates or extends the run.
         cluster: Do the units on a Ray cluster instead of in this process.
@@ -98,29 +83,25 @@ def collect(
         EngineError: When the cluster cannot be reached, or its workers cannot do the work.
         KeyboardInterrupt: After Ctrl-C, once the current unit is stored.
     """
-    sizes = {"batch size": batch_size, "mask block": mask_block, "example block": example_block}
-    _check_settings(masks or gradients or test_masks or validation_masks, precision, precision_tolerance, sizes)
-    if batch_size is not None and memory_limit is not None:
-        raise SettingsError(f"batch size {batch_size} and memory limit {memory_limit} both bound a batch; give one")
+    _check_settings(masks or gradients or test_masks or validation_masks, precision)
     if cluster is not None and worker != (1, 1):
         raise SettingsError("a worker of a job array and a cluster were given; a cluster shares the units out itself")
-    if cluster is not None and cluster.study is None:
-        raise SettingsError("the cluster has no study for its workers; give RayCluster(study=...) what builds it")
+    if cluster is not None:
+        cluster.builder()  # raises before anything is made
     place, among = locate(path), check_worker(worker)
     wanted = _wanted(study.sampler.ablated_fraction, masks, test_masks, validation_masks, test_fractions)
     total = sum(count for count in wanted.values() if isinstance(count, int))  # `Plan` refuses what is no number
     order = RunRequest(
         wanted=wanted,
         gradients=check_count(gradients),
-        blocks=blocks_of(total, len(study.examples), mask_block, example_block),
+        blocks=blocks_of(total, len(study.examples), execution.mask_block, execution.example_block),
         precision=precision,
-        tolerance=precision_tolerance,
+        tolerance=execution.precision_tolerance,
     )
     target = choose_device(device)
     with _hold(place, among, order) as lock, memory_kept():
         model = device_copy(study.model, target)
-        limits: dict[str, Any] = {"batch_size": batch_size, "memory_limit": memory_limit, "compiled": compile}
-        batches = BatchSettings.choose(study, model, gradients=bool(gradients), **limits)
+        batches = BatchSettings.choose(study, model, execution, gradients=bool(gradients))
         if lock.alone:
             run = prepare(study, place, model, order, batches)
         else:
@@ -129,7 +110,7 @@ def collect(
         if among != (1, 1):
             lock.share()
         if cluster is not None:
-            collect_on_cluster(cluster, run, device=device, limits=limits, progress=progress)
+            collect_on_cluster(cluster, run, device=device, execution=execution, progress=progress)
         else:
             _collect_here(study, run, model, batches, among, progress=progress)
     return run
@@ -183,16 +164,11 @@ def _wanted(
     return wanted | {("validation", fraction): validation_masks, ("train", fraction): masks}
 
 
-def _check_settings(masks: int, precision: str, tolerance: float, sizes: dict[str, int | None]) -> None:
-    if masks == 0:
+def _check_settings(passes: int, precision: str) -> None:
+    if passes == 0:
         raise SettingsError(
             "zero masks and zero mask gradients were asked for; ask for at least 2 masks, better several "
             "thousand, or 32 mask gradients"
         )
     if precision not in PRECISIONS:
         raise SettingsError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    if not tolerance > 0:
-        raise SettingsError(f"precision tolerance {tolerance} is not above 0; 0.05 is usual")
-    for name, size in sizes.items():
-        if size is not None and (not isinstance(size, int) or size < 1):
-            raise SettingsError(f"{name} {size} is no size; give a whole number above 0")

@@ -7,11 +7,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from coar.collection.collect import collect
+from coar.collection.execution import DEFAULTS, Execution
 from coar.collection.preparation import check_gradients, fast_runner
 from coar.collection.quality import FIRST_GRADIENTS, FIRST_MASKS, VALIDATION_MASKS, RunQuality, quality_of
 from coar.errors import AblationError, SettingsError
@@ -19,8 +19,7 @@ from coar.forward.devices import choose_device, device_copy
 from coar.forward.malloc import memory_kept
 from coar.regression.fitting import fit
 from coar.renamed import new_arguments_only
-from coar.store.gradients import ROUNDS, MaskGradients
-from coar.store.layout import ROUND
+from coar.store.gradients import MaskGradients, next_rounds
 from coar.store.run import Run
 from coar.study import Study
 
@@ -94,7 +93,7 @@ def estimate(
     workers: int = 1,
     device: str = "auto",
     precision: str = "float32",
-    batch_size: int | None = None,
+    execution: Execution = DEFAULTS,
 ) -> Estimate:
     """Say what a run will cost, from timing a few passes and a pilot on some of the examples.
 
@@ -106,7 +105,7 @@ def estimate(
         workers: How many machines like this one share the work.
         device: Where to compute.
         precision: `float32`, `bf16` or `auto`.
-        batch_size: Most examples per forward pass.
+        execution: Batches and memory.
 
     Raises:
         SettingsError: When a number is out of range.
@@ -125,7 +124,6 @@ def estimate(
     n, d = len(study.examples), len(study.components)
     few = np.unique(np.linspace(0, n - 1, min(n, PILOT_EXAMPLES)).astype(int))
     small = dataclasses.replace(study, examples=study.examples.subset(few))
-    where: dict[str, Any] = {"device": device, "batch_size": batch_size}
     differentiable, half = has_gradients(study, device=device), FIRST_MASKS // 2
     with tempfile.TemporaryDirectory() as folder:
         run = collect(
@@ -134,10 +132,11 @@ def estimate(
             gradients=FIRST_GRADIENTS if differentiable else 0,
             masks=0 if differentiable else FIRST_MASKS,
             validation_masks=VALIDATION_MASKS,
+            device=device,
             precision=precision,
-            **where,
+            execution=execution,
         )
-        per_mask, per_gradient = measure(study, run, **where)
+        per_mask, per_gradient = measure(study, run, device=device, batch_size=execution.batch_size)
         before = (
             None if differentiable else quality_of(fit(run, masks=half, name="half", progress=False), 0, half, None)
         )
@@ -145,7 +144,7 @@ def estimate(
             fit(run, progress=False), MaskGradients(run).count, 0 if differentiable else FIRST_MASKS, before
         )
     seconds = per_mask * (masks + test_masks) + (per_gradient * gradients if gradients else 0.0)
-    rounds = max(-(-gradients // ROUND), min(ROUNDS, gradients))
+    rounds = len(next_rounds(0, gradients))
     return Estimate(
         seconds_per_mask=per_mask,
         seconds_per_gradient=per_gradient,

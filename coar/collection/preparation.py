@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coar.collection.execution import Execution
 from coar.collection.units import UnitRunner
 from coar.errors import MismatchError
 from coar.forward.autotune import fastest_runner
@@ -41,7 +42,7 @@ CHECK_ROWS = 8  # examples on which a mask per row is compared with one mask for
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a run shall have when work on it is done.
+    """What a run has when work on it is done.
 
     Attributes:
         wanted: Masks by split and ablated fraction.
@@ -87,22 +88,13 @@ class BatchSettings:
     compiled: bool
 
     @classmethod
-    def choose(
-        cls,
-        study: Study,
-        model: nn.Module,
-        *,
-        batch_size: int | None,
-        memory_limit: int | str | None,
-        gradients: bool,
-        compiled: bool,
-    ) -> "BatchSettings":
+    def choose(cls, study: Study, model: nn.Module, execution: Execution, *, gradients: bool) -> "BatchSettings":
         """Take the batch size that was given, or measure what fits into memory."""
-        if batch_size is not None:
-            return cls(batch_size, batch_size, tune=False, compiled=compiled)
-        return cls(
-            *batch_sizes(study, model, memory_limit=memory_limit, gradients=gradients), tune=True, compiled=compiled
-        )
+        size = execution.batch_size
+        if size is not None:
+            return cls(size, size, tune=False, compiled=execution.compile)
+        sizes = batch_sizes(study, model, memory_limit=execution.memory_limit, gradients=gradients)
+        return cls(*sizes, tune=True, compiled=execution.compile)
 
 
 def prepare(study: Study, place: Path | Address, model: nn.Module, order: RunRequest, batches: BatchSettings) -> Run:
@@ -173,7 +165,7 @@ def tuned(study: Study, run: Run, runner: FastRunner, missing: Sequence[Unit], b
     spans = [run.rows_of(unit) for unit in missing]
     rows, span = spans[0]
     examples = study.examples.subset(_with_sources(study, range(span.start, span.stop)))
-    masks = run.plan.masks(run.sampler, run.n_components, rows.start, rows.stop)
+    masks = run.draw(rows)
     work = sum((r.stop - r.start) * (e.stop - e.start) for r, e in spans) / len(examples)
     found = fastest_runner(runner, examples, masks, work=work, tune=batches.tune, compiled=batches.compiled)
     together = found.plan.masks_per_forward

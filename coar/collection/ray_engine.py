@@ -5,6 +5,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from coar.cluster import TRIES, RayCluster, _first, connected, unwrap
+from coar.collection.execution import Execution
 from coar.collection.preparation import BatchSettings, check_same, tuned, unit_runner
 from coar.collection.units import Stage, UnitProgress, gradient_stage, interrupts, mask_stage
 from coar.errors import EngineError
@@ -21,30 +23,54 @@ from coar.progress import WORKER_LOST
 from coar.store.gradients import AnyUnit
 from coar.store.plan import Unit
 from coar.store.run import Run
+from coar.study import Study
 
 log = logging.getLogger(__name__)
 STARTING = 300.0  # seconds for the first worker to be placed, and to build its study
 AHEAD = 2  # units that a worker has in hand: one to do, and one to go on with
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know of a run that is being collected.
+
+    Attributes:
+        study: Builds the study.
+        folder: The working directory of the driver, which pipelines may find their data from.
+        threads: Threads of a worker.
+        run: Where the run is.
+        device: Where to compute.
+        gradients: Whether mask gradients are collected.
+        execution: Batches, memory and units of work.
+    """
+
+    study: Callable[[], Study]
+    folder: str
+    threads: int
+    run: str
+    device: str
+    gradients: bool
+    execution: Execution
+
+
 class RayWorker:
     """What runs in an actor; the model stays in it from unit to unit."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
         self._tuned = False
 
     def build(self) -> None:
         """Build the study, and see that it is the one of the run."""
         job = self._job
-        if Path(job["folder"]).is_dir():
-            os.chdir(job["folder"])  # pipelines may find their data from here
-        torch.set_num_threads(job["threads"])
-        study = job["study"]()
-        run = Run.open(job["run"])
+        if Path(job.folder).is_dir():
+            os.chdir(job.folder)
+        torch.set_num_threads(job.threads)
+        study = job.study()
+        run = Run.open(job.run)
         check_same(run, study.fingerprint(), "auto")
-        model = device_copy(study.model, choose_device(job["device"]))
-        batches = BatchSettings.choose(study, model, gradients=job["gradients"], **job["limits"])
+        model = device_copy(study.model, choose_device(job.device))
+        batches = BatchSettings.choose(study, model, job.execution, gradients=job.gradients)
         self._study, self._run, self._batches = study, run, batches
         self._runner = unit_runner(study, run, model, batches)
         self._free_since = time.monotonic()
@@ -65,7 +91,7 @@ class RayWorker:
         return self._free_since - began, idle
 
 
-def collect_on_cluster(cluster: RayCluster, run: Run, *, device: str, limits: dict[str, Any], progress: bool) -> None:
+def collect_on_cluster(cluster: RayCluster, run: Run, *, device: str, execution: Execution, progress: bool) -> None:
     """Have a prepared run's missing units done by the workers of a cluster.
 
     Raises:
@@ -77,15 +103,15 @@ def collect_on_cluster(cluster: RayCluster, run: Run, *, device: str, limits: di
     stages = gradient_stage(run, (1, 1)), mask_stage(run, (1, 1))
     if not any(stage.missing for stage in stages):
         return
-    job = {
-        "study": cluster.study,
-        "folder": os.getcwd(),
-        "threads": max(1, int(cluster.cpus_per_worker)),
-        "run": str(run.path.resolve() if isinstance(run.path, Path) else run.path),
-        "device": device,
-        "gradients": bool(stages[0].share),
-        "limits": limits,
-    }
+    job = Job(
+        study=cluster.builder(),
+        folder=os.getcwd(),
+        threads=max(1, int(cluster.cpus_per_worker)),
+        run=str(run.path.resolve() if isinstance(run.path, Path) else run.path),
+        device=device,
+        gradients=bool(stages[0].share),
+        execution=execution,
+    )
     with connected(cluster) as ray:
         crew = ActorPool(ray, cluster, job)
         for stage in stages:
@@ -104,7 +130,7 @@ class ActorPool:
     handed out again, and another actor takes its place where there is room, now or once a machine joins.
     """
 
-    def __init__(self, ray: ModuleType, cluster: RayCluster, job: dict[str, Any]) -> None:
+    def __init__(self, ray: ModuleType, cluster: RayCluster, job: Job) -> None:
         self._ray = ray
         self._cluster = cluster
         self._job = job

@@ -58,7 +58,7 @@ class UnitRunner:
     def _ablate(self, unit: Unit) -> None:
         run = self._run
         rows, examples = run.rows_of(unit)
-        masks = run.plan.masks(run.sampler, run.n_components, rows.start, rows.stop)
+        masks = run.draw(rows)
 
         def compute(runner: FastRunner) -> tuple[np.ndarray, np.ndarray | None]:
             block = self._load(runner, examples)
@@ -66,7 +66,7 @@ class UnitRunner:
 
         self.masks, (outputs, base) = within_memory(self.masks, examples.stop - examples.start, compute)
         check_finite(self._study, run, unit, outputs, base)
-        run.write_unit(unit, outputs, base)
+        run.write_unit(unit, masks, outputs, base)
 
     def _do_gradients(self, unit: GradientUnit) -> None:
         mask_gradients = self._stored

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from zarr.abc.store import Store
@@ -14,7 +15,9 @@ from coar.store import arrays
 from coar.store import gradients as probing
 from coar.store.gradients import MaskGradients
 from coar.store.integrity import verify
+from coar.store.layout import SUMS
 from coar.store.lock import write_lock
+from coar.store.migration import migrated, study_to_migrate
 from coar.store.places import Address, locate, open_store
 from coar.store.plan import Plan, Unit
 from coar.store.run import Run, stretches
@@ -25,22 +28,32 @@ from coar.store.storage_errors import insist, storage_errors
 AT_ONCE = 16  # objects that are copied side by side
 
 
-def copy(run: Run, path: str | Path | Address) -> Run:
+def copy(source: Run | str | Path | Address, path: str | Path | Address) -> Run:
     """Copy a run, complete or not, to a path or address that holds nothing yet; then read every chunk of the copy.
+
+    A run of format 1 becomes one of the present format, with all that was collected and fitted; it stays as it is.
+    Sums that workers have stored for a fit that is not finished are left out.
+
+    Args:
+        source: The run, or where it is.
+        path: Where the copy goes.
 
     Raises:
         RunError: When there is something else at the destination.
         CorruptRunError: When a chunk is damaged, here or in the copy; it names the first.
         StorageError: When a disk or an object store refuses; the same call begins again.
     """
-    place = locate(path)
+    origin, place = source.path if isinstance(source, Run) else locate(source), locate(path)
+    study = study_to_migrate(origin)
+    run = Run.open(origin) if study is None else None
     with write_lock(place):
         if (state := state_of(place)) not in ("nothing", "creating"):
             raise RunError(f"{place} already holds {'a run' if state == 'ready' else state}; copy to another path")
-        _check_whole(run)
-        begin(place, run.fingerprint)
+        if run is not None:
+            _check_whole(run)
+        begin(place, run.fingerprint if run is not None else study or {})
         with storage_errors(place):
-            wait(_copy_objects(open_store(run.path), open_store(place)))
+            wait(_copy_objects(open_store(origin), open_store(place), study))
         end(place)
     made = Run.open(place)
     _check_whole(made)
@@ -114,7 +127,7 @@ def _merge_unit(made: Run, runs: list[Run], unit: Unit) -> None:
         _fill(base, arrays.read(run.array("base_output"), examples), run)
     with_base = unit.mask_block == 0
     if np.isfinite(values).all() and (np.isfinite(base).all() or not with_base):
-        made.write_unit(unit, values, base if with_base else None)
+        made.write_unit(unit, made.draw(rows), values, base if with_base else None)
 
 
 def _rows_from(run: Run, plan: Plan, rows: slice, examples: slice) -> np.ndarray:
@@ -174,8 +187,8 @@ def _check_whole(run: Run) -> None:
             )
 
 
-async def _copy_objects(source: Store, target: Store) -> None:
-    """Copy all objects byte for byte, the description of the run last."""
+async def _copy_objects(source: Store, target: Store, study: dict[str, Any] | None) -> None:
+    """Copy all objects, the description of the run last: byte for byte, or migrated where their old study is given."""
     keys = [key async for key in source.list_prefix("") if not key.endswith(".partial")]
     room = asyncio.Semaphore(AT_ONCE)
 
@@ -183,7 +196,9 @@ async def _copy_objects(source: Store, target: Store) -> None:
         async with room:
             value = await source.get(key, default_buffer_prototype())
             if value is not None:
-                await insist(partial(target.set_if_not_exists, key, value))
+                new, content = (key, value) if study is None else migrated(key, value, study)
+                await insist(partial(target.set_if_not_exists, new, content))
 
-    await asyncio.gather(*(one(key) for key in keys if key != ROOT))
+    left_out = f"{SUMS}/" if study is not None else ROOT
+    await asyncio.gather(*(one(key) for key in keys if key != ROOT and not key.startswith(left_out)))
     await one(ROOT)

@@ -1,5 +1,6 @@
 """Mask gradients inside a run: gate gradients and outputs of examples that each have masks of their own, in rounds."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +12,8 @@ from coar.store.layout import ROUND, laid_out, unit_specs
 from coar.store.plan import Unit
 from coar.store.run import Run
 
-MASK_GROUPS = 64  # different masks per mask gradient: example n takes that of slot n modulo 64
-ROUNDS = 4  # that mask gradients are collected in at least
+log = logging.getLogger(__name__)
+MASK_GROUPS = 64  # different masks per mask gradient: example n takes that of group n modulo 64
 CHUNK_BYTES = 64 * 2**20
 ENTRY = "gradients"
 MASKS = "stratified"  # how a round draws them
@@ -22,7 +23,7 @@ ARRAYS = (*GRADIENTS, OUTPUTS)
 
 
 class GradientUnit(NamedTuple):
-    """The smallest piece of probing: one round on one block of examples."""
+    """The smallest piece of work on mask gradients: one round on one block of examples."""
 
     round: int
     example_block: int
@@ -51,12 +52,12 @@ class MaskGradients:
     def __init__(self, run: Run, *, kept_counts: Sequence[np.ndarray] = ()) -> None:
         self.run = run
         self._kept: dict[int, np.ndarray] = dict(enumerate(kept_counts))
-        kept = run.entry(ENTRY) or {"rounds": [], "slots": MASK_GROUPS, "masks": MASKS}
+        kept = run.entry(ENTRY) or {"rounds": [], "mask_groups": MASK_GROUPS, "masks": MASKS}
         try:
             self.rounds = tuple(int(count) for count in kept["rounds"])
-            self.mask_groups = int(kept["slots"])
+            self.mask_groups = int(kept["mask_groups"])
             if self.mask_groups < 1 or any(not 1 <= count <= ROUND for count in self.rounds):
-                raise ValueError(f"rounds of {self.rounds} mask gradients in {self.mask_groups} slots")
+                raise ValueError(f"rounds of {self.rounds} mask gradients in {self.mask_groups} mask groups")
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptRunError(
                 f"the mask gradients of {run.path} are described wrongly ({error!r}); restore its zarr.json from a copy"
@@ -75,12 +76,7 @@ class MaskGradients:
 
     def extend(self, total: int) -> None:
         """Plan at least `total` mask gradients, in further rounds; arrays first, so that a cut leaves the old plan."""
-        missing = check_count(total) - self.count
-        if missing <= 0:
-            return
-        size = min(ROUND, max(-(-missing // ROUNDS), 1))
-        more = [size] * (missing // size) + [missing % size] * (missing % size > 0)
-        self.lay_out((*self.rounds, *more))
+        self.lay_out((*self.rounds, *next_rounds(self.count, check_count(total))))
 
     def lay_out(self, rounds: tuple[int, ...]) -> None:
         """Give the run these rounds, of which it has the first already."""
@@ -98,15 +94,15 @@ class MaskGradients:
                 arrays.create_beside_others(
                     self.run.group, name, shape=shape, chunks=chunks, dtype=form.dtype, dimensions=form.dimensions
                 )
-        self.run.set_entry(ENTRY, {"rounds": list(rounds), "slots": self.mask_groups, "masks": MASKS})
+        self.run.set_entry(ENTRY, {"rounds": list(rounds), "mask_groups": self.mask_groups, "masks": MASKS})
         self.rounds = rounds
 
     def group_of(self, examples: slice) -> np.ndarray:
-        """Return the slots of a slice of examples."""
+        """Return the mask groups of a slice of examples."""
         return np.arange(self.run.n_examples)[examples] % self.mask_groups
 
     def masks(self, number: int) -> np.ndarray:
-        """Return the (mask gradients, groups, components) boolean masks of one round, stratified over each group's."""
+        """Return the (mask gradients, mask groups, components) masks of one round, stratified within each group."""
         first, last = (sum(self.rounds[:end]) * self.mask_groups for end in (number, number + 1))
         mask_groups = (range(first + mask_group, last, self.mask_groups) for mask_group in range(self.mask_groups))
         masks = np.stack(
@@ -116,7 +112,7 @@ class MaskGradients:
         return masks
 
     def kept(self, number: int) -> np.ndarray:
-        """Return (groups, components) float32 how many mask gradients of a round keep each component; made once."""
+        """Return (mask groups, components) float32 counts of a round's mask gradients that keep each component."""
         if number not in self._kept:
             self.masks(number)
         return self._kept[number]
@@ -159,15 +155,32 @@ class MaskGradients:
         arrays.write(self._array(OUTPUTS), padded[None], number, slice(None), examples)
 
     def whole_rounds(self, gradients: int | None) -> int:
-        """Return how many rounds the first `gradients` mask gradients fill, by default all; raise unless exactly."""
-        totals: list[int] = np.cumsum([0, *self.rounds]).tolist()
-        if gradients is not None and gradients not in totals:
+        """Return how many rounds the first `gradients` mask gradients fill, by default all.
+
+        Where the number ends inside a round, the mask gradients of that round are left out, and a warning says so.
+
+        Raises:
+            SettingsError: When the run has fewer mask gradients.
+        """
+        if gradients is None:
+            return len(self.rounds)
+        if not 0 <= gradients <= self.count:
             raise SettingsError(
-                f"{gradients} mask gradients were asked for; those of {self.run.path} were collected in rounds, "
-                f"so choose one of "
-                f"{', '.join(map(str, totals))}"
+                f"{gradients} mask gradients were asked for and {self.run.path} has {self.count}; choose up to "
+                f"{self.count}, or collect more"
             )
-        return totals.index(self.count if gradients is None else gradients)
+        totals = np.cumsum(self.rounds)
+        rounds = int(np.searchsorted(totals, gradients, side="right"))
+        used = int(totals[rounds - 1]) if rounds else 0
+        if used != gradients:
+            log.warning(
+                "%d of the %d mask gradients are used: %s stores means of rounds, and the next round has %d",
+                used,
+                gradients,
+                self.run.path,
+                self.rounds[rounds],
+            )
+        return rounds
 
     def outputs(self, rounds: int, examples: slice) -> np.ndarray:
         """Return the (mask gradients, examples) outputs of the first rounds."""
@@ -206,6 +219,27 @@ class MaskGradients:
 
     def _array(self, name: str) -> Any:
         return self.run.array(name, rounds=len(self.rounds))
+
+
+def next_rounds(count: int, total: int) -> tuple[int, ...]:
+    """Return the sizes of the rounds that lead from `count` mask gradients to `total`.
+
+    Sizes are 2, 2, 2, 2, 4, 4, 8, 8, 16, 16 and then 32 each. So the first 8, 16, 32 or 64 mask gradients of any run
+    fill four equal folds of whole rounds, as the first 128, 256 and so on do, however many were collected after them.
+    """
+    sizes = []
+    while count < total:
+        sizes.append(min(1 << max(count.bit_length() - 2, 1), ROUND, total - count))
+        count += sizes[-1]
+    return tuple(sizes)
+
+
+def deal(sizes: Sequence[int], folds: int) -> list[list[int]]:
+    """Deal rounds of these sizes into folds, the largest first, each to the fold with the fewest mask gradients."""
+    dealt: list[list[int]] = [[] for _ in range(folds)]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        min(dealt, key=lambda fold: sum(sizes[j] for j in fold)).append(i)
+    return [sorted(fold) for fold in dealt]
 
 
 def check_count(total: int) -> int:

@@ -125,9 +125,8 @@ class Run:
         try:
             if int(manifest["format"]) < FORMAT:
                 raise RunError(
-                    f"the run at {place} has format {manifest['format']}, and this version reads format "
-                    f"{FORMAT}, which "
-                    f"names mask gradients anew; it stays as it is: read it with version 0.1.0, or collect it again"
+                    f"the run at {place} has format {manifest['format']}, and this version reads format {FORMAT}; "
+                    f"make a copy in format {FORMAT} with 'coar copy {place} NEW', which leaves the run as it is"
                 )
             if int(manifest["format"]) > FORMAT:
                 raise RunError(
@@ -240,7 +239,7 @@ class Run:
 
         mine = self.fingerprint
         if fingerprint.get("code") in self._manifest.get(ACCEPTED, []):
-            fingerprint = {**fingerprint, "code": mine["code"]}
+            fingerprint = {**fingerprint, "code": mine.get("code")}
         differing = [key for key in sorted({*mine, *fingerprint}) if mine.get(key) != fingerprint.get(key)]
         if not differing:
             return
@@ -293,7 +292,8 @@ class Run:
 
     def masks(self, start: int, stop: int) -> np.ndarray:
         """Return the (rows, components) boolean masks of rows `start` up to `stop`, checked against the stored ones."""
-        packed = self.packed_masks(start, stop)
+        masks = self.draw(slice(start, stop))
+        packed = pack(masks)
         stored = arrays.read(self.array("masks"), slice(start, stop), slice(None))
         if not np.array_equal(packed, stored):
             row = start + int((packed != stored).any(axis=1).argmax())
@@ -302,11 +302,11 @@ class Run:
                 f"chunk {chunk} of {self.path} is missing, or its row {row} ({self.plan.label(row)}) is not the one "
                 f"that its seed gives; run 'coar verify --repair' and collect again"
             )
-        return np.unpackbits(packed, axis=1, count=self.n_components, bitorder="little").astype(bool)
+        return masks
 
-    def packed_masks(self, start: int, stop: int) -> np.ndarray:
-        """Make the masks of these rows from their seed, packed to (rows, ceil(components / 8)) bytes."""
-        return np.packbits(self.plan.masks(self.sampler, self.n_components, start, stop), axis=1, bitorder="little")
+    def draw(self, rows: slice) -> np.ndarray:
+        """Draw the (rows, components) boolean masks of a slice of rows from their seed."""
+        return self.plan.masks(self.sampler, self.n_components, rows.start, rows.stop)
 
     def outputs(self, rows: slice, examples: slice) -> np.ndarray:
         """Read (rows, examples) outputs; raise `IncompleteRunError` when one of them has not been collected."""
@@ -362,11 +362,18 @@ class Run:
 
         return [unit for unit in self.units() if not done(unit)]
 
-    def write_unit(self, unit: Unit, outputs: np.ndarray, base_output: np.ndarray | None) -> None:
-        """Store one unit: the chunk of `outputs` last, since its presence is what says that the unit is done."""
+    def write_unit(self, unit: Unit, masks: np.ndarray, outputs: np.ndarray, base_output: np.ndarray | None) -> None:
+        """Store one unit, the chunk of `outputs` last: its presence marks the unit as done.
+
+        Args:
+            unit: The unit.
+            masks: Its (rows, components) masks, as `draw` gives them; stored with the first block of examples.
+            outputs: Its (rows, examples) outputs.
+            base_output: The (examples,) outputs of the unablated model, stored with the first block of masks.
+        """
         rows, examples = self.rows_of(unit)
         if unit.example_block == 0:
-            arrays.write(self.array("masks"), self.packed_masks(rows.start, rows.stop), rows, slice(None))
+            arrays.write(self.array("masks"), pack(masks), rows, slice(None))
         if base_output is not None:
             arrays.write(self.array("base_output"), base_output, examples)
         arrays.write(self.array("outputs"), outputs, rows, examples)
@@ -400,6 +407,11 @@ def _check_facts(manifest: dict[str, Any]) -> None:
     words = [facts["precision"]["name"], fingerprint["ablation"]["name"], fingerprint["weights"]]
     if not all(isinstance(word, str) for word in (*words, *facts["batch_norms"].values())):
         raise TypeError(f"{words} and {facts['batch_norms']} should be words")
+
+
+def pack(masks: np.ndarray) -> np.ndarray:
+    """Pack (rows, components) masks to (rows, ceil(components / 8)) bytes, little-endian within a byte."""
+    return np.packbits(masks, axis=1, bitorder="little")
 
 
 def stretches(rows: np.ndarray) -> list[np.ndarray]:

@@ -64,7 +64,17 @@ def digits_study(count: int = EXAMPLES) -> coar.Study:
 
 
 def collect(what: coar.Study, path: Path, **settings) -> coar.Run:
-    return coar.collect(what, path, **{"device": "cpu", "progress": False, "batch_size": 128, **BLOCKS, **settings})
+    """Collect on a CPU in small units; settings of `coar.Execution` are given among the others."""
+    return coar.collect(
+        what, path, **grouped({"device": "cpu", "progress": False, "batch_size": 128, **BLOCKS, **settings})
+    )
+
+
+def grouped(settings: dict) -> dict:
+    """Return settings for `coar.collect` with those of `coar.Execution` in one."""
+    execution = {name: value for name, value in settings.items() if name in coar.Execution.model_fields}
+    others = {name: value for name, value in settings.items() if name not in execution}
+    return {**others, "execution": coar.Execution(**execution)}
 
 
 def files(root: Path) -> dict[str, bytes]:

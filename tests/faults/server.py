@@ -97,7 +97,7 @@ def serve() -> None:
     import torch
 
     import coar
-    from tests.faults.helpers import digits_study
+    from tests.faults.helpers import digits_study, grouped
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
@@ -114,7 +114,7 @@ def serve() -> None:
             continue
         os.dup2(os.open(request["log"], os.O_WRONLY), sys.stderr.fileno())
         for call in request["calls"]:
-            coar.collect(study, request["path"], **{"device": "cpu", **call})
+            coar.collect(study, request["path"], **grouped({"device": "cpu", **call}))
         return
 
 

@@ -1,4 +1,4 @@
-"""Probing that is killed, stopped or out of room goes on to the same run, byte for byte."""
+"""Collecting mask gradients that is killed, stopped or out of room goes on to the same run, byte for byte."""
 
 import random
 import re
@@ -15,8 +15,8 @@ from coar.store.run import Run
 from tests.faults.helpers import collect, differing, files, fill, resize, study
 from tests.faults.server import stored_units, until
 
-CALLS = ({"gradients": 16}, {"gradients": 64, "masks": 12})  # made, then extended: 8 rounds and masks, on 3 blocks each
-UNITS = 8 * 3
+CALLS = ({"gradients": 16}, {"gradients": 64, "masks": 12})  # made, then extended, on 3 blocks of examples
+MADE, UNITS = 6 * 3, 10 * 3  # rounds of 2, 2, 2, 2, 4, 4, then of 8, 8, 16 and 16, on each block
 KILLS = 8
 
 
@@ -69,7 +69,7 @@ def stamp(file):
 def test_killed_while_it_is_extended(server, uninterrupted, tmp_path, watched):
     path = tmp_path / "killed.zarr"
     child = server.start(path, *CALLS)
-    until(lambda: stored_gradients(path) == 4 * 3, "the first call's last unit")
+    until(lambda: stored_gradients(path) == MADE, "the first call's last unit")
     before = stamp(path / watched)
     until(lambda: stamp(path / watched) != before, "the extension")
     child.send(signal.SIGKILL)
@@ -83,35 +83,35 @@ def test_first_interrupt_finishes_the_unit(server, uninterrupted, tmp_path):
     path = tmp_path / "stopped.zarr"
     server.finish(path, CALLS[0])
     child = server.start(path, CALLS[1])
-    until(lambda: stored_gradients(path) >= 4 * 3 + 2, "the second unit")
+    until(lambda: stored_gradients(path) >= MADE + 2, "the second unit")
     child.send(signal.SIGINT)
     assert child.wait() == -signal.SIGINT
-    said = re.search(r"KeyboardInterrupt: stopped after gradient unit (\d+) of 24; .* run the same", child.says())
+    said = re.search(r"KeyboardInterrupt: stopped after gradient unit (\d+) of 30; .* run the same", child.says())
     assert said, child.says()
     assert stored_gradients(path) == int(said[1]) == UNITS - len(MaskGradients(Run.open(path)).missing_units())
-    assert 14 <= int(said[1]) < UNITS
+    assert MADE + 2 <= int(said[1]) < UNITS
     server.finish(path, CALLS[1])
     assert differing(files(path), files(uninterrupted)) == []
 
 
 def test_interrupt_in_the_last_unit_of_mask_gradients_stops_before_the_masks(server, tmp_path):
-    call = {"gradients": 128, "masks": 20, "example_block": 24}  # four units of 32 mask gradients
+    call = {"gradients": 128, "masks": 20, "example_block": 24}  # twelve rounds, the last of 32
     for attempt in range(5):  # on a busy machine the signal may come after the unit
         path = tmp_path / f"{attempt}.zarr"
         child = server.start(path, call)
-        until(lambda path=path: stored_gradients(path) >= 3, "the last unit's start")
+        until(lambda path=path: stored_gradients(path) >= 11, "the last unit's start")
         child.send(signal.SIGINT)
         child.wait()
-        if "stopped after gradient unit 4 of 4;" in child.says():
+        if "stopped after gradient unit 12 of 12;" in child.says():
             break
-    assert "stopped after gradient unit 4 of 4;" in child.says()
-    assert (stored_gradients(path), stored_units(path)) == (4, 0)
+    assert "stopped after gradient unit 12 of 12;" in child.says()
+    assert (stored_gradients(path), stored_units(path)) == (12, 0)
     server.finish(path, call)
     assert stored_units(path) == 5
     assert verify(Run.open(path)) == []
 
 
-ASKED = {"gradients": 512, "masks": 4}  # 48 units, each of three files, and a file takes 4 kB at least
+ASKED = {"gradients": 512, "masks": 4}  # 72 units, each of three files, and a file takes 4 kB at least
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_disk_full_in_mid_run(disk, reference):
     with pytest.raises(StorageError, match=r"the disk is full.*what was stored before is intact"):
         collect(study(), path, **ASKED)
     missing = MaskGradients(Run.open(path)).missing_units()
-    assert 0 < len(missing) < 48
+    assert 0 < len(missing) < 72
     stored = files(path)
     assert not [name for name in stored if name.endswith(".partial")]
     done = {name for name in stored if name.startswith("gradient_outputs/c/")}
@@ -154,5 +154,5 @@ def test_disk_full_while_mask_gradients_are_planned(disk, pages):
     )
     filler.unlink()
     grown = collect(study(), path, gradients=16, masks=4)
-    assert MaskGradients(grown).rounds == (2,) * 8
+    assert MaskGradients(grown).rounds == (2, 2, 2, 2, 4, 4)
     assert verify(coar.Run.open(path)) == []

@@ -12,11 +12,11 @@ from coar.regression.informed.learning import learn, relearn
 from coar.regression.informed.quality import PriorQuality, judge
 from coar.regression.informed.rows import Rows, group_order
 from coar.regression.informed.shared_model import SharedModel
-from coar.store.gradients import MaskGradients
+from coar.store.gradients import MaskGradients, deal
 from coar.store.run import Run
 
 MIN_GRADIENTS = 8
-FOLDS, HALVES = 4, 2  # that mask gradients are dealt into, round by round, to learn and to judge
+FOLDS, HALVES = 4, 2  # that rounds of mask gradients are dealt into, to learn and to judge
 LEARNING_NUMBERS = 16 * 2**20  # examples x components that the shared model is learned from, at most
 COLUMN_FLOOR = 1e-2  # of the mean column: what a mask may correct where gradients saw nothing
 
@@ -81,11 +81,10 @@ class _Sample:
         parts = torch.split((outputs - outputs.mean(0)) / spread, list(sizes))
         masks = [torch.from_numpy(mask_gradients.masks(i)) for i in range(rounds)]
         rows = Rows.of(masks, parts, groups[order], folds=FOLDS, kept=1 - run.sampler.ablated_fraction)
-        sums = np.stack(
-            [mask_gradients.sums(range(fold, rounds, FOLDS), examples)[0][:, order] for fold in range(FOLDS)]
-        )
-        kept = np.stack([sum(mask_gradients.kept(i) for i in range(fold, rounds, FOLDS)) for fold in range(FOLDS)])
-        total = np.array([sum(sizes[fold::FOLDS]) for fold in range(FOLDS)], np.float32)
+        folds = deal(sizes, FOLDS)
+        sums = np.stack([mask_gradients.sums(fold, examples)[0][:, order] for fold in folds])
+        kept = np.stack([sum(mask_gradients.kept(i) for i in fold) for fold in folds])
+        total = np.array([sum(sizes[i] for i in fold) for fold in folds], np.float32)
         return cls(rows, groups[order], spread, sums, np.stack([kept, total[:, None, None] - kept], axis=1))
 
     def left_out(self, folds: int) -> Tensor:
@@ -114,10 +113,11 @@ def learn_prior(run: Run, rounds: int) -> Prior:
     """
     mask_gradients = MaskGradients(run)
     count = sum(mask_gradients.rounds[:rounds])
-    if count < MIN_GRADIENTS or rounds < FOLDS:
+    least = max(MIN_GRADIENTS, sum(mask_gradients.rounds[:FOLDS]))
+    if count < least:
         raise RegressionError(
-            f"an informed fit needs at least {MIN_GRADIENTS} mask gradients, in {FOLDS} rounds or more; it would use "
-            f"{count} in {rounds} of {run.path}: collect more with --gradients, 64 or so"
+            f"an informed fit needs at least {least} mask gradients and would use {count} of the "
+            f"{mask_gradients.count} in {run.path}; use more, or collect more with --gradients, 64 or so"
         )
     sample = _Sample.read(mask_gradients, rounds)
     whole = sample.whole()

@@ -7,6 +7,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from coar.store.gradients import deal
+
 BLOCK_NUMBERS = 16 * 2**20  # entries of a block's design, at most, where a block has several mask groups
 DESIGN_NUMBERS = 128 * 2**20  # entries of designs in float32 that are kept; more are made again for every product
 
@@ -61,7 +63,7 @@ class Rows:
     def of(
         cls, masks: Sequence[Tensor], outputs: Sequence[Tensor], groups: Tensor, *, folds: int, kept: float
     ) -> "Rows":
-        """Arrange the rows of all rounds; round i goes to fold i modulo `folds`.
+        """Arrange the rows of all rounds, dealt into folds of about as many rows by `deal`.
 
         Args:
             masks: (rows, mask groups, components) booleans of each round.
@@ -74,17 +76,18 @@ class Rows:
         numbers, counts = torch.unique_consecutive(groups, return_counts=True)
         mean = torch.stack([part.sum(0) for part in masks]).sum(0) / sum(map(len, masks))  # (mask groups, components)
         small = sum(map(len, masks)) * len(numbers) * components <= DESIGN_NUMBERS
+        fold_of = {i: fold for fold, own in enumerate(deal([len(part) for part in masks], folds)) for i in own}
         blocks, together = [], max(BLOCK_NUMBERS // (most * components), 1)
         for chosen, examples in _equal_groups(numbers, counts, together):
             for i, (part, values) in enumerate(zip(masks, outputs, strict=True)):
                 y = values[:, examples].T.reshape(len(chosen), -1, len(values)).contiguous()
-                block = RowBlock(i % folds, i, examples, part[:, chosen].transpose(0, 1), mean[chosen].float(), y)
+                block = RowBlock(fold_of[i], i, examples, part[:, chosen].transpose(0, 1), mean[chosen].float(), y)
                 blocks.append(replace(block, centred=block.design()) if small else block)
         return cls(tuple(blocks), (folds, len(groups), components), kept)
 
     def dealt(self, folds: int) -> "Rows":
-        """Return the same rows dealt to another number of folds, round by round."""
-        blocks = tuple(replace(block, fold=block.round % folds) for block in self.blocks)
+        """Return the same rows in fewer folds, each made of whole ones: fold i goes to fold i modulo `folds`."""
+        blocks = tuple(replace(block, fold=block.fold % folds) for block in self.blocks)
         return Rows(blocks, (folds, *self.shape[1:]), self.kept)
 
     def split(self, fold: int) -> tuple["Rows", "Rows"]:
