@@ -312,7 +312,10 @@ MISTAKES = {
     "no fractions": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--test-fractions", "a,b"), "no list of fractions"),
     "unknown ablation": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--ablation", "median"), "median"),
     "negative masks": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--masks", "-1"), "-1 train masks"),
-    "empty mask block": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--mask-block", "0"), "mask block 0"),
+    "empty mask block": (
+        ("collect", "PIPELINE", "--run", "OUT/n.zarr", "--mask-block", "0"),
+        "mask_block: Input should be greater than or equal to 1",
+    ),
     "unknown precision": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--precision", "fp8"), "unknown precision"),
     "another seed": (("collect", "PIPELINE", "--run", "RUN", "--seed", "5"), "sampler: the run has"),
     "unknown method": (("fit", "RUN", "--method", "elastic"), "unknown method 'elastic'"),
