@@ -272,7 +272,7 @@ def block_of(model, row):
 
 
 def without_heads(model, rows, source, known):
-    """A copy in which some heads are constants, or those that a donor has."""
+    """A copy in which some heads are constants, or those of a resample source."""
     by_block = {}
     for row in rows:
         by_block.setdefault(block_of(model, row), []).append(row)

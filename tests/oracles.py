@@ -252,8 +252,8 @@ def patched(model, x, patches, run=forward):
             t = t.clone()
             part = t if axis is None else t.narrow(axis, start, stop - start)
             if calls:
-                donor = next(calls)
-                part[...] = donor if axis is None else donor.narrow(axis, start, stop - start)
+                source = next(calls)
+                part[...] = source if axis is None else source.narrow(axis, start, stop - start)
             elif axis is None:
                 part[...] = value
             else:
@@ -313,23 +313,23 @@ def heads_of(model, path, x):
     return found
 
 
-def swap_heads(model, path, rows, donor=None, constants=None):
-    """Take features of heads away from an attention block, in the model itself, or put others there.
+def swap_heads(model, path, rows, source=None, constants=None):
+    """Remove features of heads from an attention block, in the model itself, or replace them.
 
-    What a block returns is a sum over heads, so a head's part is what is lost with its values. Others are those of a
-    donor, or constants, (features,) or (positions, features).
+    What a block returns is a sum over heads, so a head's part is what is lost with its values. Replacements are
+    those of a source, or constants, (features,) or (positions, features).
     """
     block = model.get_submodule(path)
     silent, added = silenced(block, rows), 0.0
     if constants is not None:
         added = constants @ projection_of(block).weight[:, rows].detach().T
-    if donor is not None:
+    if source is not None:
         parts, plain = [], deepcopy(model)
         whole = deepcopy(block)
         plain.get_submodule(path).register_forward_hook(
             lambda _m, a, k, _y: parts.append(first_of(whole(*a, **k)) - first_of(silent(*a, **k))), with_kwargs=True
         )
-        forward(plain, donor)
+        forward(plain, source)
         (added,) = parts
 
     def after(_module, args, kwargs, _y):
