@@ -12,7 +12,7 @@ import coar
 from coar.ablation.registry import ABLATIONS
 from coar.errors import AblationError, EditError, ExamplesError, SettingsError
 from coar.gates.gates import Gates
-from tests import oracles, test_optimal, test_positions
+from tests import oracles, test_optimal, test_position_means
 from tests.contract import EXAMPLES, Contract, net, parts, pictures
 
 
@@ -180,7 +180,9 @@ class TestCounterfactual(TestResample):
 
 def test_labels_are_those_of_the_contract():
     here = (TestZeroWeight, TestZeroActivation, TestMean, TestPeak, TestResample, TestCounterfactual)
-    assert set(ABLATIONS) == {cls.label for cls in (*here, test_optimal.TestOptimal, test_positions.TestPositionMean)}
+    assert set(ABLATIONS) == {
+        cls.label for cls in (*here, test_optimal.TestOptimal, test_position_means.TestPositionMean)
+    }
     with pytest.raises(SettingsError, match="'median'; choose one of zero, zero_activation, mean, position_mean, peak"):
         coar.choose_ablation("median", calibration=pictures(4, 0))
 

@@ -89,6 +89,12 @@ def test_relative_links_resolve():
     assert broken == []
 
 
+def test_tests_that_are_named_on_pages_exist():
+    named = {file for page in TEXTS for file in re.findall(r"`(?:tests/)?((?:\w+/)?test_\w+\.py)`", page.read_text())}
+    assert [file for file in sorted(named) if not (ROOT / "tests" / file).is_file()] == []
+    assert len(named) > 5
+
+
 def test_fences_are_of_known_languages():
     known = {"python", "bash", "console", "text", "bibtex", "{toctree}"}
     found = {name(page): {block.language for block in blocks(page)} - known for page in TEXTS}

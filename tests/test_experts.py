@@ -14,7 +14,7 @@ from coar.errors import AblationError, ComponentError, EditError
 from coar.gates.folding import fold
 from coar.gates.gates import Gates
 from coar.outputs.base import Output
-from tests import coverage, oracles, tiny
+from tests import architectures, oracles, tiny
 
 MIXTURES = {
     "Mixtral": "body.model.layers.{}.mlp.experts",
@@ -25,7 +25,7 @@ MIXTURES = {
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_of_a_stack_are_all_that_each_of_them_returns(name):
-    model = coverage.ARCHITECTURES[name].make()
+    model = architectures.ARCHITECTURES[name].make()
     paths = [MIXTURES[name].format(layer) for layer in (0, 1)]
     assert list(coar.experts(model)) == [
         Component(f"{path}.expert[{i}]", "expert", path, "expert", -1, 12 * i, 12) for path in paths for i in range(4)
@@ -41,7 +41,7 @@ def test_a_run_over_experts_is_the_oracles_and_an_edit_leaves_them_out(name, tmp
         def __call__(self, result, targets):
             return result[: len(targets), 0]
 
-    architecture = coverage.ARCHITECTURES[name]
+    architecture = architectures.ARCHITECTURES[name]
     model, x = architecture.make(), architecture.inputs(1)
     components = coar.experts(model)
     study = coar.Study(
@@ -55,8 +55,8 @@ def test_a_run_over_experts_is_the_oracles_and_an_edit_leaves_them_out(name, tmp
     masks = run.plan.masks(run.sampler, run.n_components, 0, 5)
     for mask, row in zip(masks, run.array("outputs")[:], strict=True):
         left_out = [components[i] for i in np.flatnonzero(~mask)]
-        biases = {row.name: coverage.last_bias(model, row) for row in left_out}
-        expected = oracles.forward(coverage.without_experts(model, left_out, biases), x)
+        biases = {row.name: architectures.last_bias(model, row) for row in left_out}
+        expected = oracles.forward(architectures.without_experts(model, left_out, biases), x)
         np.testing.assert_allclose(row, expected[:, 0], atol=1e-4)
         edited = deepcopy(model)
         fold(edited, left_out, [tuple(biases[row.name]) for row in left_out], batch_norms={})
@@ -65,14 +65,14 @@ def test_a_run_over_experts_is_the_oracles_and_an_edit_leaves_them_out(name, tmp
 
 def test_constants_of_experts_become_permanent_where_the_mixture_has_biases():
     for name in MIXTURES:
-        architecture = coverage.ARCHITECTURES[name]
+        architecture = architectures.ARCHITECTURES[name]
         model, x = architecture.make(), architecture.inputs(1)
         expert = coar.experts(model)[6]
         constants = tuple(0.1 * i - 0.5 for i in range(12))
         edited = deepcopy(model)
         if name == "GPT-OSS":
             fold(edited, [expert], [constants], batch_norms={})
-            expected = oracles.forward(coverage.without_experts(model, [expert], {expert.name: constants}), x)
+            expected = oracles.forward(architectures.without_experts(model, [expert], {expert.name: constants}), x)
             torch.testing.assert_close(oracles.forward(edited, x), expected, rtol=0, atol=1e-5)
         else:
             with pytest.raises(EditError, match=r"expert\[2\]' is an expert of a mixture without biases"):
@@ -80,7 +80,7 @@ def test_constants_of_experts_become_permanent_where_the_mixture_has_biases():
 
 
 def test_gates_on_experts_carry_gradients_and_leave_nothing_behind():
-    architecture = coverage.ARCHITECTURES["GPT-OSS"]
+    architecture = architectures.ARCHITECTURES["GPT-OSS"]
     model, x = architecture.make().double(), architecture.inputs(1)
     model.body.config._experts_implementation = "eager"  # the faster one knows no float64
     components, before = coar.experts(model), oracles.snapshot(model)
@@ -104,7 +104,7 @@ def test_gates_on_experts_carry_gradients_and_leave_nothing_behind():
 
 
 def test_experts_take_no_sources_and_no_constants_by_position():
-    model = coverage.ARCHITECTURES["Mixtral"].make()
+    model = architectures.ARCHITECTURES["Mixtral"].make()
     components = coar.experts(model)
     with pytest.raises(AblationError, match="an expert, and the tokens of a resample source"):
         Gates(model, components, torch.zeros(components.width), resample=True)
@@ -173,7 +173,7 @@ def test_mixtures_that_do_not_weigh_their_experts_are_errors(arguments, message)
 
 
 def test_experts_that_calibration_never_reaches_are_errors():
-    architecture = coverage.ARCHITECTURES["Mixtral"]
+    architecture = architectures.ARCHITECTURES["Mixtral"]
     examples = coar.Examples(inputs=architecture.inputs(9)[:1, :1], targets=torch.zeros(1))
     model = architecture.make()
     with pytest.raises(AblationError, match=r"was sent none of the calibration examples' tokens, .* give more"):

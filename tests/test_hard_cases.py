@@ -11,7 +11,7 @@ from torch import nn
 import coar
 from coar.errors import AblationError, OutputError, SettingsError
 from coar.gates.gates import Gates
-from tests import coverage, oracles, tiny
+from tests import architectures, oracles, tiny
 
 EXAMPLES, CLASSES = 12, 4
 
@@ -133,7 +133,7 @@ def test_models_of_low_precision_are_near_their_own_kind(dtype, label, tmp_path)
 @pytest.mark.parametrize("name", ["GPT-2", "torch TransformerEncoder"])
 def test_transformers_of_low_precision_are_near_those_of_full_precision(name, label, dtype, tmp_path):
     """Though two ways of gating differ by as much as roundings do."""
-    architecture, found = coverage.ARCHITECTURES[name], []
+    architecture, found = architectures.ARCHITECTURES[name], []
     for kind in (torch.float32, dtype):
         model = architecture.make().to(kind)
         x, given = (v if name == "GPT-2" else v.to(kind) for v in (architecture.inputs(1), architecture.inputs(9)))

@@ -10,10 +10,10 @@ from coar.editing.evaluator import GatedEvaluator
 from coar.editing.objective import Objective
 from coar.editing.rules import checked_search
 from coar.editing.search import GROWTH, MAX_UNMET, ROUNDS, Search
-from tests import test_selection
-from tests.test_selection import NEURONS, N, goal, judged, margins
+from tests import test_select
+from tests.test_select import NEURONS, N, goal, judged, margins
 
-case = test_selection.case
+case = test_select.case
 
 
 def test_components_are_dropped_again_when_that_helps(case):

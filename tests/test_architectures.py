@@ -5,7 +5,7 @@ import re
 import pytest
 
 from coar.ablation.registry import ABLATIONS
-from tests import coverage
+from tests import architectures
 
 LABELS = {cls.__name__: label for label, cls in ABLATIONS.items()}
 
@@ -21,14 +21,14 @@ def test_a_refusal_that_advises_nothing_is_noticed():
     assert advised("'conv[0]' is refused; use Mean(calibration=...) or Resample()") == ["mean", "resample"]
 
 
-@pytest.mark.parametrize(("name", "kind", "label"), coverage.CELLS)
+@pytest.mark.parametrize(("name", "kind", "label"), architectures.CELLS)
 def test_every_cell_equals_its_oracle_or_is_refused(name, kind, label):
-    found = coverage.cell(name, kind, label)
-    if coverage.reason(name, kind, label):
+    found = architectures.cell(name, kind, label)
+    if architectures.reason(name, kind, label):
         assert isinstance(found, str)
         others = advised(found)
         assert others
-        assert [label for label in others if coverage.reason(name, kind, label)] == []  # what is advised works
+        assert [label for label in others if architectures.reason(name, kind, label)] == []  # what is advised works
         return
     error, effect = found
     assert error < 1e-4

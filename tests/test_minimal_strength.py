@@ -16,10 +16,10 @@ from coar.editing.objective import Objective
 from coar.errors import EditError, SettingsError
 from coar.gates.folding import fold
 from coar.gates.gates import Gates
-from tests import coverage, oracles
+from tests import architectures, oracles
 from tests import test_edit_constants as constants_tests
-from tests import test_edit_undo as undo_tests
-from tests.test_edit_undo import CHOSEN, bits, edit_of
+from tests import test_originals as undo_tests
+from tests.test_originals import CHOSEN, bits, edit_of
 
 case, model, FILTERS = constants_tests.case, undo_tests.model, constants_tests.FILTERS
 STRENGTHS = (0.3, 1.0, 0.55, 0.125, 0.8)
@@ -74,7 +74,7 @@ def test_other_kinds_are_ablated_in_part_as_by_gates(model, kind):
     find, rows_of = PARTS[kind]
     net, x = model, torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     if kind == "stacked experts":
-        architecture = coverage.ARCHITECTURES["GPT-OSS"]
+        architecture = architectures.ARCHITECTURES["GPT-OSS"]
         net, x = architecture.make(), architecture.inputs(1)
     components = find(net)
     rows = list(rows_of(len(components)))

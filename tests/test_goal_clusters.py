@@ -6,10 +6,10 @@ import pytest
 import coar
 from coar.editing.objective import Objective
 from coar.errors import GoalError
-from tests import test_selection
-from tests.test_selection import N, chosen, goal, margins, select
+from tests import test_select
+from tests.test_select import N, chosen, goal, margins, select
 
-case = test_selection.case
+case = test_select.case
 
 
 def outcome(labels, base, now, source=None):
