@@ -12,7 +12,7 @@ from typing import Any
 from coar.ablation.registry import ABLATIONS
 from coar.comparison import Comparison
 from coar.editing.goal import EditGoal
-from coar.errors import CoarError, PipelineError
+from coar.errors import CoarError, PipelineError, RenamedArgumentError, RenamedModuleError, RenamedNameError
 from coar.examples import Examples
 from coar.store.run import Run
 from coar.study import Study
@@ -142,6 +142,8 @@ def load_pipeline(path: str | Path) -> Pipeline:
         sys.path.append(str(root))  # the file finds its neighbours, as a script does, and its own package
     try:
         spec.loader.exec_module(module)
+    except (RenamedNameError, RenamedArgumentError, RenamedModuleError) as error:
+        raise PipelineError(f"{file} was written for an earlier version: {error}") from None
     except CoarError:
         raise
     except Exception as error:

@@ -159,6 +159,11 @@ BROKEN = {
     "null byte": ("def study(): pass\0", "SyntaxError"),
     "failing import": ("import no_such_module_anywhere", "no_such_module_anywhere"),
     "failing code": ("1 / 0", "ZeroDivisionError"),
+    "an old name": ("from coar import gradient_x_gate", r"an earlier version: .* use coar\.mask_gradient"),
+    "an old member": (
+        "import coar\nclass Own(coar.Output):\n    tells_right = True",
+        "an earlier version: Own defines tells_right",
+    ),
     "no study": ("STUDY = 3", r"defines no function study\(\)"),
     "study is no function": ("study = 3", r"defines no function study\(\)"),
     "masks in words": ("MASKS = 'many'\ndef study(): pass", "MASKS"),

@@ -1,4 +1,4 @@
-"""The command that writes a pipeline file to begin with."""
+"""The command that writes a new pipeline file."""
 
 from importlib.resources import files
 from pathlib import Path
