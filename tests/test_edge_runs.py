@@ -11,6 +11,7 @@ from coar.forward.memory_limit import gradient_bytes, ledger_bytes, mask_bytes
 from coar.forward.runner import FastRunner, ReferenceRunner
 from tests import edge_oracle
 from tests.edge_oracle import WORDS, build
+from tests.faults.helpers import grouped
 
 FAMILY, EXAMPLES, LENGTH = "llama", 8, 5
 
@@ -41,8 +42,8 @@ def study_of(ablation: coar.Ablation, *, ragged: bool = False) -> coar.Study:
 
 def collected(study: coar.Study, path, masks: int = 6, **settings) -> coar.Run:
     """Collect a run in several units."""
-    blocks = {"mask_block": 4, "example_block": 5, "batch_size": 3} | settings
-    return coar.collect(study, path, masks=masks, device="cpu", progress=False, **blocks)
+    blocks = {"mask_block": 4, "example_block": 5, "batch_size": 3, "device": "cpu", "progress": False}
+    return coar.collect(study, path, masks=masks, **grouped(blocks | settings))
 
 
 def expected(study: coar.Study, mask: np.ndarray, n: int) -> float:
@@ -166,8 +167,9 @@ def test_memory_of_the_ledger_counts() -> None:
 
 def test_a_memory_limit_below_one_example(tmp_path) -> None:
     """The message names what one example takes."""
+    study, execution = study_of(ABLATIONS["zero"]), coar.Execution(memory_limit=5000)
     with pytest.raises(SettingsError, match=r"the memory limit is 4\.88 KiB"):
-        coar.collect(study_of(ABLATIONS["zero"]), tmp_path / "r.zarr", masks=4, memory_limit=5000, progress=False)
+        coar.collect(study, tmp_path / "r.zarr", masks=4, execution=execution, progress=False)
 
 
 def test_what_edges_do_not_have(tmp_path) -> None:
