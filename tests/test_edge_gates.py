@@ -133,6 +133,32 @@ def test_gradients_are_finite_differences(family: str) -> None:
                     assert abs(slope - expected) < 1e-5 * abs(slope)
 
 
+@pytest.mark.parametrize("lacking", ["nothing", "one reader's edges", "one row's edges"])
+def test_gradients_where_little_is_lacking(lacking: str) -> None:
+    """At the full model and near it, where modules that lack nothing take the residual itself, slopes are the same."""
+    model, ids = build("gpt2").double(), tokens()
+    edges = coar.edges(model)
+    masks = torch.ones(ROWS, len(edges), dtype=torch.float64)
+    if lacking == "one reader's edges":
+        masks[:, [name.endswith("-> L1.mlp") for name in edges.names]] = 0.3
+    if lacking == "one row's edges":
+        masks[1, ::3] = 0
+    masks.requires_grad_()
+    with Gates(model, edges, drawn(2, edges.width).double(), use_hooks=True) as gates:
+
+        def value(mask: Tensor) -> Tensor:
+            gates.set(mask)
+            return model(ids).logits.square().sum()
+
+        (slopes,) = torch.autograd.grad(value(masks), masks)
+        step, draw = 1e-5, torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for _ in range(3):
+                way = torch.randn(masks.shape, generator=draw, dtype=torch.float64)
+                slope = (value(masks + step * way) - value(masks - step * way)) / (2 * step)
+                assert abs(slope - (slopes * way).sum()) < 1e-5 * abs(slope)
+
+
 def test_gradients_of_a_root_mean_square_norm() -> None:
     """Norms that compute in float32 allow coarser differences; each mask entry's gradient is still its own slope."""
     model, ids = build("llama"), tokens()

@@ -131,6 +131,17 @@ def test_a_stopped_run_goes_on_and_is_fitted(tmp_path) -> None:
         np.testing.assert_allclose(eap[:, i], slope, atol=3e-2 * np.abs(eap).max())
 
 
+def test_two_workers_of_a_job_array_fill_a_run_in_an_object_store(tmp_path) -> None:
+    """Units dealt to two workers, in a store of fsspec, are those of one process on a disk."""
+    study = study_of(ABLATIONS["counterfactual"])
+    whole = collected(study, tmp_path / "whole.zarr", gradients=8)
+    for number in (1, 2):
+        run = collected(study, "memory://edges/run.zarr", gradients=8, worker=(number, 2))
+    np.testing.assert_array_equal(run.array("outputs")[:], whole.array("outputs")[:])
+    np.testing.assert_array_equal(run.array("gradient_kept")[:], whole.array("gradient_kept")[:])
+    assert coar.verify(run) == []
+
+
 def test_trained_constants(tmp_path) -> None:
     """Optimal constants belong to writers, and lose less on calibration texts than means do."""
     calibration = texts(6, 24)

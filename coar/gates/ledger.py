@@ -1,7 +1,8 @@
 """The arithmetic of gates on edges: what writers wrote in a pass, what readers take of it, and gradients of both.
 
 With o[w] written and c[w] in its place, a reader takes residual - sum over w of lacking[w] * (o[w] - c[w]), where
-lacking is 1 - keep. Near the full model little is subtracted, so nothing is lost to rounding there.
+lacking is 1 - keep. Near the full model little is subtracted, so nothing is lost to rounding there; a module whose
+readers lack nothing takes the residual as it is, at no cost.
 """
 
 from collections.abc import Callable, Iterator
@@ -75,8 +76,10 @@ class Ledger:
             for row in range(rows):
                 yield from ((slice(row, row + 1), slice(at, at + together)) for at in range(0, positions, together))
 
-    def taken(self, residual: Tensor, lacking: Tensor, rows: slice, positions: slice) -> Tensor:
-        """Return (rows, positions, readers, width), what readers take."""
+    def taken(self, residual: Tensor, lacking: Tensor, rows: slice, positions: slice, *, whole: bool) -> Tensor:
+        """Return (rows, positions, readers, width), what readers take; `whole` says that nothing is lacking."""
+        if whole:
+            return residual[rows, positions, None].expand(-1, -1, lacking.shape[1], -1)
         part = self.entries[rows, positions, : lacking.shape[2]]
         n, length, _, width = part.shape
         readers = lacking.shape[1]
@@ -88,19 +91,21 @@ class Ledger:
                 torch.bmm(of_row.expand(length, -1, -1), entries, out=own)
         return residual[rows, positions, None] - lost
 
-    def descend(self, slopes: Tensor, lacking: Tensor, rows: slice, positions: slice, by_lacking: Tensor) -> None:
-        """Add the gradients by entries and by what is lacking, from (rows, positions, readers, width) slopes."""
+    def descend_lacking(self, slopes: Tensor, rows: slice, positions: slice, by_lacking: Tensor) -> None:
+        """Add the gradients by what is lacking, from (rows, positions, readers, width) slopes."""
+        entries = self.entries[rows, positions, : by_lacking.shape[2]]
+        for i, (own, of_row) in enumerate(zip(slopes.to(entries.dtype), entries, strict=True)):
+            product = torch.bmm(own, of_row.transpose(1, 2)).float().sum(0)
+            by_lacking[0 if len(by_lacking) == 1 else rows.start + i] -= product
+
+    def descend_entries(self, slopes: Tensor, rows: slice, positions: slice, lacking: Tensor) -> None:
+        """Add the gradients by the entries, from (rows, positions, readers, width) slopes."""
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.entries)
-        writers = lacking.shape[2]
-        slopes = slopes.to(self.entries.dtype)
-        entries, gradient = (t[rows, positions, :writers] for t in (self.entries, self.gradient))
-        for i, (own, of_row, by_entry) in enumerate(zip(slopes, entries, gradient, strict=True)):
-            shared = len(lacking) == 1
-            weights = lacking[0 if shared else rows.start + i].T.expand(len(own), -1, -1)
-            by_entry.baddbmm_(weights, own, alpha=-1)
-            product = torch.bmm(own, of_row.transpose(1, 2)).float().sum(0)
-            by_lacking[0 if shared else rows.start + i] -= product
+        gradient = self.gradient[rows, positions, : lacking.shape[2]]
+        for i, (own, by_entry) in enumerate(zip(slopes.to(gradient.dtype), gradient, strict=True)):
+            weights = lacking[0 if len(lacking) == 1 else rows.start + i].T
+            by_entry.baddbmm_(weights.expand(len(own), -1, -1), own, alpha=-1)
 
 
 class _Write(torch.autograd.Function):
@@ -132,12 +137,13 @@ class _Read(torch.autograd.Function):
         ctx: Any, _token: Tensor, residual: Tensor, lacking: Tensor, ledger: Ledger, compute: Compute
     ) -> Tensor:
         ctx.ledger, ctx.compute, ctx.precision = ledger, compute, _autocast(residual)
+        ctx.whole = whole = not bool(lacking.any())
         ctx.save_for_backward(residual, lacking)
         weights = lacking.to(ledger.entries.dtype)
         parts = []
         for rows, positions in ledger.chunks(lacking.shape[1]):
             with _exactly(residual):
-                taken = ledger.taken(residual, weights, rows, positions)
+                taken = ledger.taken(residual, weights, rows, positions, whole=whole)
             parts.append((rows, positions, compute(taken)))
         if len(parts) == 1:
             return parts[0][2]
@@ -156,13 +162,16 @@ class _Read(torch.autograd.Function):
         by_residual, by_lacking = torch.zeros_like(residual), torch.zeros_like(lacking, dtype=torch.float32)
         for rows, positions in ledger.chunks(lacking.shape[1]):
             with _exactly(residual):
-                taken = ledger.taken(residual, weights, rows, positions).requires_grad_()
+                taken = ledger.taken(residual, weights, rows, positions, whole=ctx.whole).requires_grad_()
             with torch.enable_grad(), ctx.precision():
                 part = ctx.compute(taken)
             (slopes,) = torch.autograd.grad(part, taken, gradients[0][rows, positions].to(part.dtype))
             by_residual[rows, positions] = slopes.sum(2)
             with _exactly(residual):
-                ledger.descend(slopes, weights, rows, positions, by_lacking)
+                if ctx.needs_input_grad[2]:
+                    ledger.descend_lacking(slopes, rows, positions, by_lacking)
+                if not ctx.whole:
+                    ledger.descend_entries(slopes, rows, positions, weights)
         return torch.zeros(1, device=residual.device), by_residual, by_lacking.to(lacking.dtype), None, None
 
 
