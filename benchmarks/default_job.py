@@ -1,4 +1,4 @@
-"""What the default job of `make edit` costs beside the classic one: digits, 64 mask gradients against 3,000 masks.
+"""Costs of the default job of `make edit` and of the classic one: digits, 64 mask gradients against 3,000 masks.
 
     OMP_NUM_THREADS=1 python benchmarks/default_job.py     # some minutes; writes pipelines/digits.json
 

@@ -1,4 +1,4 @@
-"""What an informed fit cost beside a classic one, measured once and kept in a file."""
+"""The measured costs of an informed and a classic fit of one study, kept in a file."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pipeline files: Python files that define a study, and what a command line needs beside it."""
+"""Pipeline files: Python files that define a study and what commands need in addition."""
 
 import importlib.util
 import inspect

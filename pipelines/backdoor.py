@@ -86,7 +86,7 @@ def pairs(
         rows: Which pictures to look at.
         which: Which of those found there.
         airplanes: Add the airplanes, as they are. With the patch they are what the attacker wants; without it they
-            shall be airplanes still.
+            must stay airplanes.
         versions: What is made of the pictures before the patch is put on, one version after another.
     """
     pictures, labels = (cifar10.images()[f"{part}_{of}"][rows] for of in ("images", "labels"))

@@ -142,7 +142,7 @@ def study(*, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int =
 
 
 def choosing() -> coar.Examples:
-    """Return training pictures to choose edits on, beside the studied ones."""
+    """Return training pictures to choose edits on, in addition to the studied ones."""
     return examples("train", CHOOSING)
 
 

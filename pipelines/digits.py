@@ -126,7 +126,7 @@ def study(*, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int =
 
 
 def choosing() -> coar.Examples:
-    """Return training scans to choose edits on, beside the studied ones."""
+    """Return training scans to choose edits on, in addition to the studied ones."""
     return split()["train"]
 
 

@@ -104,7 +104,7 @@ def components(net: nn.Module) -> coar.Components:
 
 
 class Drift(coar.Output):
-    """1 less the cosine similarity of embeddings to what they shall be, the targets, on average over a pair."""
+    """1 less the cosine similarity of embeddings to the targets, on average over a pair."""
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (pairs,) numbers from (pairs, 2, width) embeddings and targets."""

@@ -74,19 +74,19 @@ def _step(name: str) -> Iterator[list[str]]:
     watched, began = sys.stdout.isatty(), time.monotonic()
     if watched:
         typer.echo(f"{name:10}...", nl=False)
-    told: list[str] = []
+    summary: list[str] = []
     try:
-        yield told
+        yield summary
     except BaseException:
         if watched:
             typer.echo()  # what is said of it begins on a line of its own
         raise
     start = "\r" if watched else ""
-    typer.echo(f"{start}{f'{name:10}{told[0]}':{WIDTH}}{time.monotonic() - began:6.1f} s")
+    typer.echo(f"{start}{f'{name:10}{summary[0]}':{WIDTH}}{time.monotonic() - began:6.1f} s")
 
 
 def _define(pipeline: Path, ablation: str | None, tasks: list[Asked]) -> "tuple[Pipeline, Study]":
-    with _step("study") as told:
+    with _step("study") as summary:
         from coar.pipeline import load_pipeline
 
         for asked in tasks:
@@ -94,12 +94,12 @@ def _define(pipeline: Path, ablation: str | None, tasks: list[Asked]) -> "tuple[
         loaded = load_pipeline(pipeline)
         study = loaded.study(ablation=ablation)
         what = repr(study.components).removeprefix("Components(").partition(", from")[0]
-        told.append(f"{loaded.name}: {what}, {len(study.examples)} examples, ablation {study.ablation.label}")
+        summary.append(f"{loaded.name}: {what}, {len(study.examples)} examples, ablation {study.ablation.label}")
     return loaded, study
 
 
 def _collect(loaded: "Pipeline", study: "Study", path: Path, sizes: dict[str, Any], device: str) -> "Run":
-    with _step("collect") as told:
+    with _step("collect") as summary:
         from coar.collection.collect import collect
         from coar.store.gradients import MaskGradients
 
@@ -110,41 +110,41 @@ def _collect(loaded: "Pipeline", study: "Study", path: Path, sizes: dict[str, An
             "masks": run.plan.count("train", run.sampler.ablated_fraction),
             "test masks": sum(run.plan.count("test", fraction) for fraction in run.plan.fractions("test")),
         }
-        told.append(", ".join(f"{count:,} {what}" for what, count in counts.items() if count) + f" in {path}")
+        summary.append(", ".join(f"{count:,} {what}" for what, count in counts.items() if count) + f" in {path}")
     return run
 
 
 def _fit(run: "Run", method: str) -> "Attributions":
-    with _step("fit") as told:
+    with _step("fit") as summary:
         from coar.regression.fitting import fit
 
         attributions = fit(run, method=method, progress=sys.stderr.isatty())
         facts = attributions.fit
         used = {"mask gradients": facts.get("gradients", 0), "masks": facts["masks"]}
-        told.append(
+        summary.append(
             f"{facts['method']}, from " + " and ".join(f"{count:,} {what}" for what, count in used.items() if count)
         )
     return attributions
 
 
 def _baselines(study: "Study", run: "Run", device: str) -> None:
-    with _step("baselines") as told:
+    with _step("baselines") as summary:
         from coar.baselines import BASELINES, applicable
 
         names = applicable(run)
         for name in names:
             BASELINES[name](study, run, device=device, progress=sys.stderr.isatty())
-        told.append(", ".join(names))
+        summary.append(", ".join(names))
 
 
 def _evaluate(run: "Run", folder: Path) -> None:
-    with _step("evaluate") as told:
+    with _step("evaluate") as summary:
         from coar.evaluation import evaluate
         from coar.report import write_evaluation
 
         evaluation: Evaluation = evaluate(run)
         write_evaluation(evaluation, folder)
-        told.append("predicted against true outputs, under masks that no fit has seen")
+        summary.append("predicted against true outputs, under masks that no fit has seen")
     typer.echo(scores(evaluation))
 
 
@@ -152,13 +152,13 @@ def _edit(
     loaded: "Pipeline", study: "Study", attributions: "Attributions", asked: Asked, folder: Path, device: str
 ) -> None:
     typer.echo()
-    with _step("edit") as told:
+    with _step("edit") as summary:
         from coar.report import write_task
 
         options = {"device": device, "progress": sys.stderr.isatty()}
         result = run_task(loaded, study, attributions, asked, options)
         write_task(result, study.model, folder / result.name)
-        told.append(heading(result, len(study.components)))
+        summary.append(heading(result, len(study.components)))
     typer.echo(changes(result))
 
 

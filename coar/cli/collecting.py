@@ -47,10 +47,10 @@ def collect(
         int | None, typer.Option(help="Mask gradients [default: the pipeline's].", rich_help_panel=SIZES)
     ] = None,
     until: Annotated[
-        float | None, typer.Option(help="Go on until validation masks are predicted so well.", rich_help_panel=SIZES)
+        float | None, typer.Option(help="Collect until this correlation on validation masks.", rich_help_panel=SIZES)
     ] = None,
     until_flat: Annotated[
-        bool, typer.Option("--until-flat", help="Go on until more passes promise little.", rich_help_panel=SIZES)
+        bool, typer.Option("--until-flat", help="Collect until more passes promise little.", rich_help_panel=SIZES)
     ] = False,
     test_masks: Annotated[
         int | None, typer.Option(help="Held-out masks [default: the pipeline's].", rich_help_panel=SIZES)

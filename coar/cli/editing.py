@@ -1,4 +1,4 @@
-"""The commands that edit: choose components, apply, judge, and undo."""
+"""The commands edit and undo."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ RULES = ("verified", "welch", "predicted")
 def edit(
     run: RunArgument,
     targets: Annotated[str | None, typer.Option(help="Condition over metadata columns: what to change.")] = None,
-    references: Annotated[str | None, typer.Option(help="Condition likewise: what to leave alone.")] = None,
+    references: Annotated[str | None, typer.Option(help="Condition of the same kind: what to leave alone.")] = None,
     direction: Annotated[str | None, typer.Option(help="decrease or increase the targets' output.")] = None,
     groups: Annotated[str | None, typer.Option(help="Column of the groups over which harm is bounded.")] = None,
     pairs: Annotated[str | None, typer.Option(help="Column that matches each target with a reference.")] = None,

@@ -1,4 +1,4 @@
-"""How far a run is, how fast it grows, when it will be done, and how many workers were lost on the way."""
+"""The progress of a run: units stored, rate, time left, and workers lost."""
 
 import json
 import os
@@ -22,7 +22,7 @@ class RunStatus:
 
     Attributes:
         done: Units that are stored, of masks and of mask gradients.
-        units: Units it shall have.
+        units: Units that the run has when it is complete.
         rate: Units per second since the first glance; None at that, and while nothing has been stored since.
         correlation: Mean correlation of the best of the run's fits with outputs under masks that none was fitted on,
             as fitting measured it on validation masks; None where there are none.
@@ -58,7 +58,7 @@ def watched(place: Path | Address, *, every: float | None, log_file: Path | None
     Args:
         place: Where the run is.
         every: Seconds between glances; None for a single one.
-        log_file: What `coar collect --log-file` writes, if lost workers shall be counted.
+        log_file: What `coar collect --log-file` writes, to count lost workers.
 
     Raises:
         SettingsError: When the pause is not above 0, or the log is not there or holds something else.
@@ -83,7 +83,7 @@ def write_metrics(glance: RunStatus, path: Path) -> None:
         "# HELP coar_units_stored Units of the run that are stored.",
         "# TYPE coar_units_stored gauge",
         f"coar_units_stored {glance.done}",
-        "# HELP coar_units_planned Units that the run shall have.",
+        "# HELP coar_units_planned Units that the run has when complete.",
         "# TYPE coar_units_planned gauge",
         f"coar_units_planned {glance.units}",
     ]
