@@ -1,4 +1,4 @@
-"""The measured costs of an informed and a classic fit of one study, kept in a file."""
+"""What an informed fit cost compared with a classic one, measured once and kept in a file."""
 
 import json
 from pathlib import Path
