@@ -399,7 +399,7 @@ def test_options_of_collect_are_listed_under_headings():
     places = [
         said.index(f"\n{heading}:\n") for heading in ("Arguments", "Study", "Sizes", "Execution", "Where", "Options")
     ]
-    firsts = [said.index(word) for word in ("PIPELINE  ", "--run", "--masks", "--device", "--worker", "--help")]
+    firsts = [said.index(word) for word in ("A pipeline file", "--run", "--masks", "--device", "--worker", "--help")]
     assert sorted([*places, *firsts]) == [place for pair in zip(places, firsts, strict=True) for place in pair]
 
 
