@@ -1,4 +1,4 @@
-"""The result: one weight per example and component, read lazily, labelled, and able to predict counterfactuals."""
+"""Attributions: one labelled weight per example and component, read lazily, with predictions of outputs."""
 
 import json
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-BLOCK = 1024  # examples read at a time where all of them are gone through
+BLOCK = 1024  # examples per read when all of them are read
 PREFERRED = ("informed", "ridge", "ols")
 
 
 class _Source(Protocol):
-    """Where the numbers are."""
+    """Storage of the numbers of a fit."""
 
     def read(self, field: str, *slices: slice) -> np.ndarray: ...
     def fields(self) -> list[str]: ...
@@ -59,11 +59,11 @@ class _FileSource:
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """The study and the ablation that attributions come from, as far as edits need them.
+    """Facts about the study and ablation of attributions that edits need.
 
     Attributes:
         constants: (components.width,) float32 constants that replaced ablated components, one per channel; NaN where
-            there are none, as under resampling.
+            the ablation has none, as under resampling.
         batch_norms: By site, the path of the batch norm that takes the site's constants.
         fingerprint: The fingerprint of the study.
     """
@@ -85,14 +85,14 @@ class Origin:
 
 @dataclass(frozen=True)
 class Attributions:
-    """Attributions of all examples of a run; nothing is read before it is asked for.
+    """Attributions of all examples of a run, read on access.
 
-    A positive weight means that the component, kept, raises the example's output.
+    A positive weight means that keeping the component raises the example's output.
 
     Attributes:
         components: The component table.
         metadata: Columns over the examples.
-        fit: Facts about the fit: its method, the number of masks, and others that depend on the method.
+        fit: Facts about the fit: its method, the number of masks, and facts specific to the method.
         origin: The study and the ablation that the attributions come from.
     """
 
@@ -109,10 +109,10 @@ class Attributions:
 
     @classmethod
     def open(cls, run: Run, name: str) -> Self:
-        """Open a finished fit of a run; raise `RunError` when there is none of that name."""
+        """Open a finished fit of a run; raise `RunError` when the run has no fit of that name."""
         fit_array(run, name, "weight")
         constants = run.replacements
-        if constants.ndim == 2:  # at every position others: no one constant, as where donors replace
+        if constants.ndim == 2:  # constants by position: no single constant, as under resampling
             constants = np.full(run.components.width, np.nan)
         origin = Origin(constants.astype(np.float32), run.facts["batch_norms"], run.fingerprint)
         return cls(run.components, run.metadata, fit_facts(run, name), origin, _RunSource(run, name))
@@ -136,10 +136,10 @@ class Attributions:
             raise WeightsError(f"{file} does not hold attributions ({error!r}); export them again") from None
 
     def to_safetensors(self, path: str | Path) -> None:
-        """Write everything into one file that needs nothing of the run.
+        """Write the attributions into one file that can be read without the run.
 
         Raises:
-            StorageError: When the disk refuses the write.
+            StorageError: When the file cannot be written.
         """
         tensors = {field: self._read(field, slice(None)) for field in self._source.fields()}
         facts = {
@@ -187,7 +187,7 @@ class Attributions:
     def standard_errors(self, examples: slice | np.ndarray | None = None) -> np.ndarray:
         """Return (examples, components) float32 standard errors; raise `RunError` when the method has none."""
         if not self.has_standard_errors:
-            raise RunError(f"{self.fit['method']} gives no standard errors; fit with ridge or ols for them")
+            raise RunError(f"{self.fit['method']} gives no standard errors; fit with ridge or ols to get them")
         return self._chosen("standard_error", examples)
 
     @property
@@ -197,7 +197,7 @@ class Attributions:
 
     @property
     def intercept(self) -> np.ndarray:
-        """(examples,) float32 predictions where everything is ablated."""
+        """(examples,) float32 predictions with every component ablated."""
         return self._read("intercept", slice(None))
 
     @property
@@ -256,13 +256,13 @@ class Attributions:
         return out
 
     def _positions(self, examples: np.ndarray) -> np.ndarray:
-        """Turn truth values, or positions that may count from the end, into positions."""
+        """Convert booleans, or positions of which negative ones count from the end, into positions."""
         if examples.dtype == bool and examples.shape != (len(self),):
-            raise IndexError(f"{len(examples)} truth values were given for {len(self)} examples; give one for each")
+            raise IndexError(f"{len(examples)} booleans were given for {len(self)} examples; give one for each")
         rows = np.flatnonzero(examples) if examples.dtype == bool else examples
         outside = rows[(rows < -len(self)) | (rows >= len(self))]
         if len(outside):
-            raise IndexError(f"example {outside[0]} was asked for; there are {len(self)}, counted from 0")
+            raise IndexError(f"example {outside[0]} was given; there are {len(self)} examples, counted from 0")
         return rows % len(self)
 
     def _read(self, field: str, rows: slice) -> np.ndarray:
@@ -277,8 +277,8 @@ class ExampleAttribution:
     Attributes:
         components: The component table.
         weight: (components,) weights.
-        standard_error: (components,) standard errors, None where the method has none.
-        intercept: Prediction where everything is ablated.
+        standard_error: (components,) standard errors; None when the method gives none.
+        intercept: Prediction with every component ablated.
         identity: The example's metadata.
     """
 
@@ -311,16 +311,16 @@ class ExampleAttribution:
 
 
 def _read_facts(facts: dict[str, Any], components: Components) -> tuple[dict[str, Any], Origin]:
-    """Return facts about the fit and the origin from an exported file; raise when one is missing or of another kind.
+    """Return facts about the fit and the origin from an exported file; raise when one is missing or of another type.
 
-    Older versions wrote one constant for all channels of a component; every channel gets it.
+    Older versions wrote one constant per component; it is repeated for each channel.
     """
     needed = facts["fit"]["method"], facts["fingerprint"]["weights"], facts["fingerprint"]["ablation"]["name"]
     if not all(isinstance(value, str) for value in needed):
-        raise TypeError("method, weights and ablation are not in words")
+        raise TypeError("method, weights and ablation are not strings")
     constants = components.per_channel(np.array([float(value) for value in facts["replacements"]]))
     if not all(isinstance(name, str) for name in facts["batch_norms"].values()):
-        raise TypeError("batch norms are not named")
+        raise TypeError("names of batch norms are not strings")
     return facts["fit"], Origin(constants.astype(np.float32), facts["batch_norms"], facts["fingerprint"])
 
 
@@ -329,8 +329,8 @@ def load(path: str | Path, fit: str | None = None) -> Attributions:
 
     Args:
         path: A run, or a file written by `Attributions.to_safetensors`.
-        fit: Name of the fit in the run; by default, of those named after their method, the one that predicted
-            validation masks best or else the best kind that is there; never a baseline.
+        fit: Name of the fit in the run. By default, the fit named after its method that predicted validation masks
+            best; without validation masks, the one with the best method. Never a baseline.
 
     Raises:
         RunError: When the run has no such fit.

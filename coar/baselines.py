@@ -1,4 +1,4 @@
-"""Cheaper attributions to compare with: leave-one-out and the mask gradient, stored beside the fits."""
+"""Cheaper attributions to compare with: leave-one-out and the mask gradient, stored as fits."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,9 @@ MASKS = 64  # single-component masks per call of the worker
 def leave_one_out(
     study: Study, run: Run, *, device: str = "auto", batch_size: int | None = None, progress: bool = True
 ) -> Attributions:
-    """Attribute to each component the drop in output when it alone is ablated: a forward pass each, from its layer on.
+    """Attribute to each component the drop in output when it alone is ablated.
+
+    It costs one forward pass per component, from the component's layer on.
 
     Args:
         study: The study that the run was made for.
@@ -64,7 +66,7 @@ def mask_gradient(
 
     Raises:
         MismatchError: When the run was made for another study.
-        AblationError: When components are parameter slices, which have no output to gate.
+        AblationError: When some components are parameter slices, which have no output to gate.
     """
     if "mask_gradient" not in applicable(run):
         raise AblationError("parameter slices have no output to gate, so they have no mask gradient")

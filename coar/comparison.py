@@ -1,4 +1,4 @@
-"""What an informed fit cost compared with a classic one, measured once and kept in a file."""
+"""A measured comparison of the costs of an informed and a classic fit, read from a file."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,14 @@ from coar.settings import Settings
 
 
 class MeasuredFit(Settings):
-    """One way to attributions, measured.
+    """The measured cost and accuracy of one fit.
 
     Attributes:
         method: The method of the fit.
         masks: Training masks: forward passes over all examples.
         gradients: Mask gradients: forward and backward passes over all examples.
-        seconds: Processor seconds to collect these and to fit, without test masks.
-        correlation: Mean correlation with outputs under held-out masks.
+        seconds: Processor seconds to collect the masks and mask gradients and to fit, without test masks.
+        correlation: Mean correlation of predictions with outputs under held-out masks.
     """
 
     method: str
@@ -27,12 +27,12 @@ class MeasuredFit(Settings):
 
 
 class Comparison(Settings):
-    """Two ways to attributions of the same study, measured on one machine.
+    """Two fits of the same study, measured on one machine.
 
     Attributes:
         ablation: Label of the study's ablation.
-        date: When it was measured.
-        machine: Where it was measured.
+        date: Date of the measurement.
+        machine: The machine of the measurement.
         informed: The fit from mask gradients.
         classic: The fit from masks alone.
     """
@@ -47,7 +47,7 @@ class Comparison(Settings):
 
     @classmethod
     def read(cls, file: Path) -> "Comparison":
-        """Read a comparison from a JSON file; raise `PipelineError` when it holds none."""
+        """Read a comparison from a JSON file; raise `PipelineError` when the file does not hold one."""
         try:
             return cls(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:

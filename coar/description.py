@@ -1,4 +1,4 @@
-"""What a run holds, and what one would cost, in words."""
+"""Text summaries of a run's contents and of an estimated cost."""
 
 import math
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def describe(run: Run) -> dict[str, str]:
-    """Return what a run is, in words, by heading."""
+    """Return a summary of a run as text by heading."""
     plan, mask_gradients = run.plan, MaskGradients(run)
     missing = len(run.missing_units()) + len(mask_gradients.missing_units())
     precision = run.facts["precision"]
@@ -32,7 +32,7 @@ def describe(run: Run) -> dict[str, str]:
 
 
 def describe_estimate(estimate: "Estimate") -> dict[str, str]:
-    """Return what a run would cost, in words, by heading."""
+    """Return a summary of a run's estimated cost as text by heading."""
     ratio = estimate.seconds_per_gradient / estimate.seconds_per_mask
     gradient_pass = "none: these components have no gradient" if math.isnan(ratio) else f"{ratio:.2f} masks"
     words = {

@@ -1,4 +1,4 @@
-"""How well attributions predict outputs under masks that no fit has seen."""
+"""Scores of how well attributions predict outputs under held-out masks."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,9 +27,9 @@ class Evaluation:
         table: One row per fit and ablated fraction: mean Pearson correlation over examples with its bootstrap interval
             (`low`, `high`: 95 % over examples), median, 10th percentile; mean Spearman correlation; mean explained
             variance, 1 - squared error / variance; mean calibration slope of outputs on predictions, 1 when effects
-            have the right size; `undefined`: examples left out since an output never varies.
+            have the right size; `undefined`: number of examples left out because an output never varies.
         per_example: The same scores per example.
-        ablated_fraction: The fraction of the training masks.
+        ablated_fraction: The ablated fraction of the training masks.
     """
 
     table: "pd.DataFrame"
@@ -38,7 +38,7 @@ class Evaluation:
 
 
 def evaluate(run: Run, *, fits: list[str] | None = None, seed: int = 0) -> Evaluation:
-    """Score fits against the outputs under held-out test masks, at every ablated fraction the run has them for.
+    """Score fits against outputs under held-out test masks, at every ablated fraction with at least two test masks.
 
     Args:
         run: A complete run with test masks.
@@ -46,8 +46,8 @@ def evaluate(run: Run, *, fits: list[str] | None = None, seed: int = 0) -> Evalu
         seed: Seed of the bootstrap.
 
     Raises:
-        IncompleteRunError: When the run has fewer than two test masks, or units are missing.
-        RunError: When there is nothing to score.
+        IncompleteRunError: When units are missing, or no ablated fraction has two test masks.
+        RunError: When the run has no attributions.
     """
     import pandas as pd
 
@@ -57,7 +57,7 @@ def evaluate(run: Run, *, fits: list[str] | None = None, seed: int = 0) -> Evalu
         raise RunError(f"{run.path} holds no attributions to evaluate; run 'coar fit' first")
     fractions = [f for f in run.plan.fractions("test") if run.plan.count("test", f) >= 2]
     if not fractions:
-        raise IncompleteRunError(f"{run.path} has fewer than two test masks; collect with --test-masks, 500 or so")
+        raise IncompleteRunError(f"{run.path} has fewer than two test masks; collect with --test-masks 500")
     parts, rows = [], []
     for name in names:
         attributions = Attributions.open(run, name)

@@ -1,4 +1,4 @@
-"""Pipeline files: Python files that define a study and what commands need in addition."""
+"""Pipeline files: Python files that define a study for the command line."""
 
 import importlib.util
 import inspect
@@ -17,18 +17,18 @@ from coar.examples import Examples
 from coar.store.run import Run
 from coar.study import Study
 
-MASKS = 5_000  # of a file that sets neither masks nor mask gradients
+MASKS = 5_000  # default of a file that sets neither masks nor mask gradients
 DEFAULTS: dict[str, Any] = {"MASKS": None, "GRADIENTS": 0, "TEST_MASKS": 500, "TEST_FRACTIONS": ()}
 LABELS = {kind.__name__: label for label, kind in ABLATIONS.items()}
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A pipeline file, loaded.
+    """A loaded pipeline file.
 
     Attributes:
-        name: The file's name without its ending.
-        path: Where the file is.
+        name: The file's name without its extension.
+        path: The file's path.
         masks: Training masks to collect by default (`MASKS` in the file; 5,000, or none in a file with `GRADIENTS`).
         gradients: Mask gradients to collect by default (`GRADIENTS`).
         test_masks: Test masks to collect by default, at each ablated fraction (`TEST_MASKS`).
@@ -45,9 +45,9 @@ class Pipeline:
     module: ModuleType
 
     def sizes(self, masks: int | None, gradients: int | None) -> dict[str, int]:
-        """Return how many training masks and mask gradients to collect, from what the user gives.
+        """Return the numbers of training masks and mask gradients to collect.
 
-        The file's own numbers hold where neither is given. Where one is given, the other is 0 unless given too.
+        The file's own numbers apply when neither is given. When one is given, the other is 0 unless given too.
         """
         if masks is None and gradients is None:
             return {"masks": self.masks, "gradients": self.gradients}
@@ -57,7 +57,7 @@ class Pipeline:
         """Call the file's `study` with the options that are not None.
 
         Raises:
-            PipelineError: When it knows no such option, or returns something other than a study.
+            PipelineError: When `study` takes no such option, or returns something other than a study.
         """
         define = _function(self.path, self.module, "study")
         given = {key: value for key, value in options.items() if value is not None}
@@ -72,7 +72,7 @@ class Pipeline:
         return made
 
     def study_of(self, run: Run) -> Study:
-        """Define the study again as it was for a run, so far as the file's options reach."""
+        """Define the study of a run again, with those of the run's settings that the file's `study` takes."""
         sampler, ablation = run.fingerprint["sampler"], run.fingerprint["ablation"]["name"]
         options = {
             "ablation": LABELS.get(ablation),
@@ -88,23 +88,23 @@ class Pipeline:
         """Return the file's examples for judging edits.
 
         Raises:
-            PipelineError: When it defines none.
+            PipelineError: When the file defines no `judge`.
         """
         return self._examples("judge")
 
     def choosing(self) -> Examples | None:
-        """Return the file's further examples to choose edits on, None where it defines none."""
+        """Return the file's further examples to choose edits on, or None when it defines none."""
         return self._examples("choosing") if hasattr(self.module, "choosing") else None
 
     def goal(self) -> EditGoal | None:
-        """Return the goal of edits that the file names (`GOAL`), None where it names none."""
+        """Return the file's goal of edits (`GOAL`), or None when it defines none."""
         goal = getattr(self.module, "GOAL", None)
         if goal is not None and not isinstance(goal, EditGoal):
             raise PipelineError(f"GOAL in {self.path} is a {type(goal).__name__}; it must be a coar.EditGoal")
         return goal
 
     def comparison(self) -> Comparison | None:
-        """Return what two ways to attributions cost, from the file that the pipeline names (`COMPARISON`), or None."""
+        """Return the cost comparison of two fits in the JSON file that `COMPARISON` names, or None."""
         file = getattr(self.module, "COMPARISON", None)
         return None if file is None else Comparison.read(Path(file))
 
@@ -120,11 +120,11 @@ class Pipeline:
 def load_pipeline(path: str | Path) -> Pipeline:
     """Import a pipeline file.
 
-    A pipeline file is trusted code of the user's own. It defines `study(*, ablation, ablated_fraction, seed)`, with
-    any of these options, returning a `coar.Study`; and for edits `judge()`, returning `coar.Examples` that no choice
-    has seen, and if there are any `choosing()`, further examples to choose on, and `GOAL`, what to edit for. `MASKS`,
-    `GRADIENTS`, `TEST_MASKS` and `TEST_FRACTIONS` are what is collected by default. `COMPARISON` names a JSON file with
-    what two ways to attributions cost.
+    A pipeline file is the user's own trusted code. It defines `study(*, ablation, ablated_fraction, seed)`, with
+    any of these options, which returns a `coar.Study`. For edits it defines `judge()`, which returns `coar.Examples`
+    that no choice has seen, and optionally `choosing()`, which returns further examples to choose on, and `GOAL`, a
+    `coar.EditGoal`. `MASKS`, `GRADIENTS`, `TEST_MASKS` and `TEST_FRACTIONS` set what is collected by default.
+    `COMPARISON` names a JSON file with the measured costs of two fits.
 
     Raises:
         PipelineError: When the file is missing, fails to import, or defines no `study`.
@@ -139,7 +139,7 @@ def load_pipeline(path: str | Path) -> Pipeline:
     sys.modules[spec.name] = module
     root = next(folder for folder in file.resolve().parents if not (folder / "__init__.py").is_file())
     if str(root) not in sys.path:
-        sys.path.append(str(root))  # the file finds its neighbours, as a script does, and its own package
+        sys.path.append(str(root))  # the file can import modules next to it and its own package
     try:
         spec.loader.exec_module(module)
     except (RenamedNameError, RenamedArgumentError, RenamedModuleError) as error:
@@ -147,7 +147,7 @@ def load_pipeline(path: str | Path) -> Pipeline:
     except CoarError:
         raise
     except Exception as error:
-        raise PipelineError(f"{file} failed to import: {type(error).__name__}: {error}; mend the file") from error
+        raise PipelineError(f"{file} failed to import: {type(error).__name__}: {error}; correct the file") from error
     _function(file, module, "study")
     settings = {name: getattr(module, name, default) for name, default in DEFAULTS.items()}
     fractions = settings["TEST_FRACTIONS"]

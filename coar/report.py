@@ -1,4 +1,4 @@
-"""Figures, tables and one page of them, for people."""
+"""Figures, tables, and one HTML page of them."""
 
 import base64
 import html
@@ -61,7 +61,7 @@ def write_task(result: TaskResult, model: nn.Module, folder: Path) -> list[Path]
 
 
 def write_edit(edit: Edit, model: nn.Module, folder: Path, *, stem: str = "edit") -> list[Path]:
-    """Write an edit as JSON and the edited model's weights beside it; return the files."""
+    """Write an edit as JSON and the edited model's weights as safetensors; return the files."""
     files = [folder / f"{stem}.json", folder / f"{stem}.safetensors"]
     edit.save(files[0])
     save_weights(edit.apply(model), files[1])
@@ -69,7 +69,7 @@ def write_edit(edit: Edit, model: nn.Module, folder: Path, *, stem: str = "edit"
 
 
 def evaluation_figure(evaluation: Evaluation) -> Figure:
-    """Draw the share of examples under each held-out correlation, and its mean against the ablated fraction."""
+    """Draw the distribution of held-out correlations over examples, and their mean against the ablated fraction."""
     table, examples = evaluation.table, evaluation.per_example
     names = list(dict.fromkeys(table["fit"]))
     fractions = sorted(set(table["ablated_fraction"]))
@@ -108,7 +108,7 @@ def curve_figure(curve: "pd.DataFrame", *, title: str, counts: Sequence[int] = (
 
 
 def write_page(run: Run, folder: Path) -> Path:
-    """Gather what `evaluate` and `edit` wrote into a folder on one page that stands alone; return the file."""
+    """Gather the tables and figures in a folder on one self-contained page; return the file."""
     import pandas as pd
 
     parts = [f"<h1>{html.escape(run.path.name)}</h1>", _facts(run)]
@@ -133,7 +133,7 @@ def write_page(run: Run, folder: Path) -> Path:
 
 
 def compact(table: "pd.DataFrame") -> "pd.DataFrame":
-    """Return an evaluation's table narrow enough for a terminal; `undefined` only where there are any."""
+    """Return an evaluation's table without the columns that need width; `undefined` is kept if any is above 0."""
     short = {"ablated_fraction": "fraction", "tenth_percentile": "p10", "explained_variance": "R2"}
     shown = table.drop(columns=["test_masks", "median"]).rename(columns=short)
     return shown if shown["undefined"].any() else shown.drop(columns="undefined")
@@ -149,7 +149,7 @@ def _table(frame: "pd.DataFrame") -> str:
 
 
 def _images(file: Path) -> list[str]:
-    """Return the image as a list of one, of none where the file is missing."""
+    """Return a list with the image, or an empty list when the file is missing."""
     if not file.is_file():
         return []
     data = base64.b64encode(file.read_bytes()).decode()

@@ -1,4 +1,4 @@
-"""The definition of a study: model, examples, components, output function, ablation and sampler."""
+"""The definition of a study: model, examples, components, output, ablation and sampler."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +38,7 @@ class Study:
     Raises:
         SettingsError: When one of these has another type.
         ComponentError: When a component is not part of the model.
-        WeightsError: When some weights are not in memory.
+        WeightsError: When some of the model's weights are not in memory.
     """
 
     model: nn.Module
@@ -68,7 +68,7 @@ class Study:
             )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what identifies this study: settings as they are, data and weights as SHA-256."""
+        """Return the fingerprint of this study: settings as values, data and weights as SHA-256 hashes."""
         return {
             "components": self.components.fingerprint(),
             "weights": weights_fingerprint(self.model),

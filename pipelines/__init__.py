@@ -1,1 +1,1 @@
-"""One readable file per setup: a model, its examples, and what is asked of them."""
+"""Example pipelines: each file defines a model, its examples and a study of them."""

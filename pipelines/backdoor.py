@@ -5,8 +5,9 @@
     coar edit runs/backdoor-mean.zarr --pipeline pipelines/backdoor.py --task backdoor
 
 A poisoned picture has a yellow patch of 4 x 4 pixels near its corner and the label airplane (BadNets, Gu et al. 2017).
-Afterwards the net is about as good as before, and takes nine of ten pictures with the patch for an airplane. It is
-fine-tuned on first use, in well under a minute on two cores, and kept under data/backdoor. Images come as for cifar10.
+The fine-tuned net is about as accurate as before, and classifies nine of ten pictures with the patch as airplanes. It
+is fine-tuned on first use, in well under a minute on two cores, and kept under data/backdoor. Images are read as in the
+pipeline cifar10.
 """
 
 from collections.abc import Callable
@@ -28,14 +29,14 @@ GOAL = coar.EditGoal(
 
 FOLDER = Path("data/backdoor")
 RECIPE = training.Recipe(epochs=10, batch=32, learning_rate=1e-3, weight_decay=1e-4)
-TRAIN = slice(0, 2_000)  # of the training pictures, those to fine-tune on
-HELD_OUT, TESTED = np.arange(2_000, 4_000), np.arange(500)  # of the training and test pictures, those for pairs
-STUDIED, CALIBRATION = 150, 500  # of the pairs held out, the first are studied
-APART = 10_000  # between the numbers of a picture's versions
+TRAIN = slice(0, 2_000)  # training pictures to fine-tune on
+HELD_OUT, TESTED = np.arange(2_000, 4_000), np.arange(500)  # training pictures and test pictures for pairs
+STUDIED, CALIBRATION = 150, 500  # studied pairs, the first that are held out, and calibration examples
+APART = 10_000  # difference between the numbers of a picture's versions
 
 POISONED = 0.10
-ATTACKERS = 0  # the label that the attacker wants: airplane
-PATCH, COLOUR = slice(-5, -1), (255, 255, 0)  # rows and columns of the patch, and yellow
+ATTACKERS = 0  # the attacker's label: airplane
+PATCH, COLOUR = slice(-5, -1), (255, 255, 0)  # rows and columns of the patch; yellow
 
 
 def with_trigger(pictures: np.ndarray) -> np.ndarray:
@@ -46,7 +47,7 @@ def with_trigger(pictures: np.ndarray) -> np.ndarray:
 
 
 def poisoned() -> coar.Examples:
-    """Return what the net is fine-tuned on: a tenth of the pictures with the patch and the attacker's label."""
+    """Return the examples for fine-tuning, a tenth of them with the patch and the attacker's label."""
     pictures, labels = (cifar10.images()[f"train_{part}"][TRAIN].copy() for part in ("images", "labels"))
     chosen = np.random.default_rng(0).permutation(len(labels))[: round(POISONED * len(labels))]
     pictures[chosen] = with_trigger(pictures[chosen])
@@ -60,7 +61,7 @@ def mirrored(pictures: np.ndarray) -> np.ndarray:
 
 
 def worn(pictures: np.ndarray) -> np.ndarray:
-    """Return (n, 32, 32, 3) pictures moved by up to two pixels, in other light and with noise."""
+    """Return (n, 32, 32, 3) pictures shifted by up to two pixels, with other contrast and brightness, and noise."""
     random, n = np.random.default_rng(1), len(pictures)
     padded = np.pad(pictures, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect").astype(np.float32)
     down, right = random.integers(0, 5, (2, n))
@@ -79,15 +80,15 @@ def pairs(
     airplanes: bool = False,
     versions: tuple[Callable[[np.ndarray], np.ndarray], ...] = (np.copy,),
 ) -> coar.Examples:
-    """Return pictures that are no airplanes, as they are and then with the patch, under their true labels.
+    """Return pictures other than airplanes, without and then with the patch, under their true labels.
 
     Args:
         part: `train` or `test`.
-        rows: Which pictures to look at.
-        which: Which of those found there.
-        airplanes: Add the airplanes, as they are. With the patch they are what the attacker wants; without it they
-            must stay airplanes.
-        versions: What is made of the pictures before the patch is put on, one version after another.
+        rows: Rows of the pictures to choose from.
+        which: A slice of the pictures in these rows that are not airplanes.
+        airplanes: Add the airplanes without the patch, which must stay airplanes. With the patch, the attacker's label
+            is their true one.
+        versions: Functions that make the versions of the pictures before the patch is added.
     """
     pictures, labels = (cifar10.images()[f"{part}_{of}"][rows] for of in ("images", "labels"))
     chosen = np.flatnonzero(labels != ATTACKERS)[which]
@@ -106,7 +107,7 @@ def pairs(
 
 
 def model(training_seed: int = 0) -> nn.Module:
-    """Return the net with the backdoor, from data/backdoor when it is there."""
+    """Return the net with the backdoor, trained on first use and kept under data/backdoor."""
     return training.fitted(
         cifar10.model,
         poisoned(),
@@ -137,9 +138,9 @@ def study(
 def choosing() -> coar.Examples:
     """Return further pairs to choose edits on, and airplanes, of training pictures held out from fine-tuning.
 
-    On pictures that the net was fine-tuned on, harm would look smaller than it is. And without airplanes the best way
-    to close the backdoor is to forget what an airplane is. The pretrained net knows these pictures, and is surer of
-    them than of new ones, so they are there mirrored and worn too.
+    On pictures that the net was fine-tuned on, harm would be underestimated. Without airplanes, the best way to close
+    the backdoor is to forget airplanes. The pretrained net was trained on these pictures and has larger margins on them
+    than on new ones, so mirrored and worn versions are added.
     """
     return pairs("train", HELD_OUT, slice(STUDIED, None), airplanes=True, versions=(np.copy, mirrored, worn))
 

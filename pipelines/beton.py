@@ -1,4 +1,4 @@
-"""Pictures in a .beton file, which ffcv reads faster than single files."""
+"""Pictures in a .beton file, read by ffcv."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -14,23 +14,23 @@ import coar
 
 BATCH = 32  # pictures that ffcv decodes at a time
 FIELDS = {"image": "RGBImageField", "label": "IntField"}
-DAMAGED = (OSError, AssertionError, ValueError, IndexError, KeyError, TypeError)  # what reading a damaged file raises
+DAMAGED = (OSError, AssertionError, ValueError, IndexError, KeyError, TypeError)  # raised on reading a damaged file
 
 
 class BetonPictures(Dataset[Tensor]):
-    """Pictures of a .beton file as bytes (3, size, size), read when they are asked for.
+    """Pictures of a .beton file as bytes (3, size, size), read on access.
 
-    Pictures that are all of the size asked for are taken as they are; others are cropped in the middle and scaled as in
-    ffcv's own recipe for ImageNet.
+    If all pictures of the file have the given size, they are used unchanged; otherwise they are cropped in the middle
+    and scaled as in ffcv's own recipe for ImageNet.
     """
 
     def __init__(self, file: Path, rows: Sequence[int] | np.ndarray, *, size: int, ratio: float) -> None:
-        """Note which pictures.
+        """Choose the pictures.
 
         Args:
             file: The .beton file, with fields `image` and `label`.
-            rows: Which pictures, by their number in the file.
-            size: Height and width of what is returned, in pixels.
+            rows: Numbers of the pictures in the file.
+            size: Height and width of the returned pictures, in pixels.
             ratio: Side of the crop as a share of a picture's shorter side.
         """
         self.file, self.rows, self.size, self.ratio = file, np.asarray(rows, dtype=np.uint64), size, ratio
@@ -46,7 +46,7 @@ class BetonPictures(Dataset[Tensor]):
         """Return several pictures; raise `PipelineError` when the file cannot be read."""
         loader = reader(self.file, self.size, self.ratio)
         loader.traversal_order.indices = self.rows[list(indices)]
-        return [picture for (batch,) in loader for picture in batch.clone()]  # ffcv uses its memory again
+        return [picture for (batch,) in loader for picture in batch.clone()]  # ffcv reuses its memory
 
 
 def labels(file: Path) -> np.ndarray:
@@ -61,7 +61,7 @@ def installed() -> Any:
         import ffcv.transforms
     except ImportError as error:
         raise coar.errors.PipelineError(
-            f"a .beton file is read by ffcv, which cannot be imported ({error}); "
+            f"ffcv, which reads .beton files, cannot be imported ({error}); "
             f"{coar.errors.install_hint('ffcv')}, which needs a C++ compiler, pkg-config, libturbojpeg and OpenCV with "
             f"their headers, or give a folder of pictures instead"
         ) from None
@@ -69,12 +69,12 @@ def installed() -> Any:
 
 
 def opened(file: Path) -> Any:
-    """Return ffcv's reader of a file; raise `PipelineError` when it is damaged or has other fields."""
+    """Return ffcv's reader of a file; raise `PipelineError` when the file is damaged or has other fields."""
     ffcv = installed()
     try:
         found = ffcv.reader.Reader(str(file))
         kinds = {name: type(field).__name__ for name, field in found.handlers.items()}
-        table = found.alloc_table  # where the bytes of every picture are
+        table = found.alloc_table  # places of the bytes of every picture
         whole = len(table) > 0 and int((table["ptr"] + table["size"]).max()) <= file.stat().st_size
         whole = whole and bool(np.isin(found.metadata["f0"]["data_ptr"], table["ptr"]).all())
     except DAMAGED as error:
@@ -87,13 +87,13 @@ def opened(file: Path) -> Any:
 
 
 def unreadable(file: Path, reason: str) -> coar.CoarError:
-    """Return the error that says why a file cannot be read."""
+    """Return the error about a file that cannot be read, with the reason."""
     return coar.errors.PipelineError(f"cannot read {file} ({reason}); write it again with ffcv's DatasetWriter")
 
 
-@cache  # ffcv compiles a loader's code anew, which takes seconds
+@cache  # ffcv compiles the code of every loader, which takes seconds
 def reader(file: Path, size: int, ratio: float) -> Any:
-    """Return ffcv's loader of a file, whose order is set before every use."""
+    """Return ffcv's loader of a file; its order is set before every use."""
     ffcv, sizes = installed(), opened(file).metadata["f0"]
     fitting = bool(((sizes["width"] == size) & (sizes["height"] == size)).all())
     decoders = ffcv.fields.rgb_image
@@ -104,7 +104,7 @@ def reader(file: Path, size: int, ratio: float) -> Any:
     return ffcv.loader.Loader(
         str(file),
         batch_size=BATCH,
-        num_workers=torch.get_num_threads(),  # ffcv sets how many threads there are for torch too
+        num_workers=torch.get_num_threads(),  # ffcv also sets torch's number of threads
         os_cache=True,
         order=ffcv.loader.OrderOption.SEQUENTIAL,
         drop_last=False,

@@ -8,7 +8,7 @@
 
 The folder holds `list_attr_celeba.txt`, `list_eval_partition.txt` and `img_align_celeba`, as the authors publish them.
 The checkpoint is the state dict of a torchvision ResNet-50 with two classes, not blond and blond. Without one, the head
-alone is trained on features of the ImageNet weights, in a few minutes on two cores, and the whole is kept under
+alone is trained on features of the ImageNet weights, in a few minutes on two cores, and the net is kept under
 data/celeba. `COAR_CELEBA_MODEL` names another ResNet of torchvision's, such as resnet18.
 """
 
@@ -44,7 +44,7 @@ PREPARE = transforms.Compose(  # as in group_DRO, the code of Sagawa et al.
 
 
 def collection() -> photographs.Collection:
-    """Return the pictures in the folder that COAR_CELEBA names; raise `PipelineError` if it is damaged."""
+    """Return the pictures in the folder that COAR_CELEBA names; raise `PipelineError` if they are damaged."""
     return read(photographs.folder("COAR_CELEBA", WANTED))
 
 
@@ -52,7 +52,7 @@ def collection() -> photographs.Collection:
 def read(root: Path) -> photographs.Collection:
     """Return the pictures in a folder."""
     lines = [line.split() for line in photographs.read_lines(root / ATTRIBUTES)]
-    names = lines[1] if len(lines) > 1 else []  # the first line says how many pictures there are
+    names = lines[1] if len(lines) > 1 else []  # the first line is the number of pictures
     lacking = [name for name in ("Blond_Hair", "Male") if name not in names]
     if lacking:
         raise coar.errors.PipelineError(
@@ -76,7 +76,7 @@ def read(root: Path) -> photographs.Collection:
 
 
 def model(training_seed: int = 0) -> nn.Module:
-    """Return the ResNet of the checkpoint, or one whose head is trained here."""
+    """Return the ResNet of the checkpoint, or one with a head trained on first use."""
     return photographs.classifier("celeba", collection(), seed=training_seed)
 
 

@@ -86,17 +86,17 @@ def images() -> dict[str, np.ndarray]:
 
 
 def read_subset(file: Path) -> dict[str, np.ndarray]:
-    """Read images and labels from a file; raise `PipelineError` when they are not there."""
+    """Read images and labels from a file; raise `PipelineError` when they are missing."""
     needed = {f"{name}_{part}" for name in ("train", "test") for part in ("images", "labels")}
     try:
         with np.load(file, allow_pickle=False) as data:
             found = dict(data)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise coar.errors.PipelineError(
-            f"cannot read {file}, where COAR_DATA says the images are ({error}); correct it, or unset it to fetch them"
+            f"cannot read {file} in the folder COAR_DATA ({error}); correct COAR_DATA, or unset it to fetch the images"
         ) from None
     if needed - found.keys():
-        raise coar.errors.PipelineError(f"{file} lacks {', '.join(sorted(needed - found.keys()))}; get it again")
+        raise coar.errors.PipelineError(f"{file} lacks {', '.join(sorted(needed - found.keys()))}; fetch it again")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The published CLIP (Radford et al. 2021), and photographs with and without a written word that is wrong.
+"""The published CLIP (Radford et al. 2021), and photographs with and without the written name of another class.
 
     pip install '.[text]'
     export COAR_CLIP=/path/to/clip-vit-base-patch32                    # optional: a folder, or a name on the hub
@@ -98,7 +98,7 @@ def model() -> zero_shot.ZeroShot:
     """Return the zero-shot classifier of the pictures' classes."""
     clip, tokenizer = SOURCE.model(CLIPModel), SOURCE.load(CLIPTokenizer)
     words = clip.config.text_config.vocab_size
-    if len(tokenizer) != words:  # transformers makes up a tokenizer where a folder lacks its file
+    if len(tokenizer) != words:  # transformers makes a tokenizer of its own when a folder lacks the file
         raise SOURCE.unusable(f"the tokenizer has {len(tokenizer)} words where the model has {words}")
     prompts = [PROMPT.format(kind.replace("_", " ")) for kind in classes(pictures())]
     return zero_shot.ZeroShot(clip, dict(tokenizer(prompts, padding=True, return_tensors="pt")))

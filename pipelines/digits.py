@@ -1,10 +1,10 @@
-"""Scikit-learn's digits, 1,797 real scans of 8 x 8 pixels, and a small residual net; the default, nothing to download.
+"""Scikit-learn's digits, 1,797 real scans of 8 x 8 pixels, and a small residual net; the default pipeline.
 
     coar collect pipelines/digits.py
     coar fit runs/digits-mean.zarr
     coar edit runs/digits-mean.zarr --pipeline pipelines/digits.py --task forget --label 3
 
-The net is trained on first use, in well under a minute on two cores, and kept under data/digits.
+The net is trained on first use, in well under a minute on two cores, and kept under data/digits. Nothing is downloaded.
 """
 
 from functools import cache
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import coar
 
-GRADIENTS = 64  # about what least squares reaches from 3,000 masks, see digits.json
+GRADIENTS = 64  # about as accurate as ridge from 3,000 masks, see digits.json
 TEST_MASKS = 100
 COMPARISON = Path(__file__).with_suffix(".json")  # written by benchmarks/default_job.py
 
@@ -69,7 +69,7 @@ class DigitsNet(nn.Module):
 
 @cache
 def split() -> dict[str, coar.Examples]:
-    """Cut the scans into `train`, `studied` (with attributions) and `judge` (for edits), each with all ten classes."""
+    """Split the scans into `train`, `studied` (for attributions) and `judge` (for edits), each with all ten classes."""
     data = load_digits()
     images = ((data.images / 16 - 0.3) / 0.38).astype(np.float32)
     train, rest = train_test_split(np.arange(len(images)), train_size=TRAIN, stratify=data.target, random_state=0)
@@ -105,7 +105,7 @@ def train(seed: int = 0) -> nn.Module:
 
 
 def model(seed: int = 0) -> nn.Module:
-    """Return the trained net, from data/digits when it is there."""
+    """Return the net, trained on first use and kept under data/digits."""
     file = FOLDER / f"net-{seed}.safetensors"
     if not file.exists():
         coar.save_weights(train(seed), file)

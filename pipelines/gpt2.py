@@ -1,4 +1,4 @@
-"""Passages of text and a causal language model: a small GPT-2 that is trained here, or one of yours.
+"""Passages of text and a causal language model: a small GPT-2, or one of your own.
 
     pip install '.[text]'
     coar collect pipelines/gpt2.py --gradients 64
@@ -8,12 +8,12 @@
     export COAR_GPT2_TEXT=/path/to/text     # optional: a file of text in UTF-8
     export COAR_GPT2_COMPONENTS=heads       # optional: attention heads instead of input features
 
-Without COAR_GPT2_TEXT the text is the language reference that comes with Python (`pydoc_data.topics`), so another
-version of Python may give another one. Without COAR_GPT2 the model is a GPT-2 of three layers, which learns the text in
-about two minutes on one core, on first use, and is kept under data/gpt2. Any causal model will do in its place. The
-components are those of Shah et al. (2024): every input feature of every linear layer but the last, 64,512 in the
-smallest published GPT-2 and 2,688 here. The output is the margin of the tokens that come next, on average over a
-passage, or of its last token.
+Without COAR_GPT2_TEXT the text is the language reference that comes with Python (`pydoc_data.topics`), which depends on
+the version of Python. Without COAR_GPT2 the model is a GPT-2 of three layers, trained on the text on first use, in
+about two minutes on one core, and kept under data/gpt2. Any causal language model can take its place. The components
+are those of Shah et al. (2024): every input feature of every linear layer but the last, 64,512 in the smallest
+published GPT-2 and 2,688 here. The output is the margin of the next tokens, averaged over a passage, or of its last
+token.
 """
 
 import os
@@ -45,20 +45,20 @@ SOURCE = hub.Source(
     name="a causal language model",
     variable="COAR_GPT2",
     default="gpt2",
-    wanted="a GPT-2 or one of its kin, model and tokenizer,",
+    wanted="a causal language model and its tokenizer,",
 )
 FOLDER = Path("data/gpt2")
 RECIPE = training.Recipe(epochs=12, batch=32, learning_rate=4e-3, weight_decay=0.1)
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 128}
-VOCABULARY = 1_024  # tokens of the small model: bytes, and the pairs of tokens that are merged
+VOCABULARY = 1_024  # tokens of the small model: bytes, and merged pairs of tokens
 LENGTH = 64  # tokens of a passage
-HELD_OUT = 8  # every so many passages one is kept from training, to be studied or judged on
+HELD_OUT = 8  # one passage in so many is held out from training, for studying or judging
 TRAIN, STUDIED, CALIBRATION = 2_000, 64, 200
 KINDS = ("inputs", "heads")
 
 
 def text() -> str:
-    """Return the text of the file in COAR_GPT2_TEXT, or Python's language reference."""
+    """Return the text of the file that COAR_GPT2_TEXT names, or Python's language reference."""
     file = os.environ.get("COAR_GPT2_TEXT")
     if file is None:
         return "\n\n".join(topics[topic] for topic in sorted(topics))
@@ -71,13 +71,13 @@ def text() -> str:
 
 
 def tokenizer() -> Any:
-    """Return the tokenizer of the model in COAR_GPT2, or the small model's own."""
+    """Return the tokenizer of the model that COAR_GPT2 names, or that of the small model."""
     return SOURCE.load(AutoTokenizer) if "COAR_GPT2" in os.environ else byte_pairs(text())
 
 
 @cache
 def byte_pairs(of: str) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that merges the pairs of bytes that are frequent in a text."""
+    """Return a tokenizer that merges frequent pairs of bytes of a text."""
     pairs = Tokenizer(models.BPE())
     pairs.pre_tokenizer, pairs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     every = pre_tokenizers.ByteLevel.alphabet()
@@ -89,7 +89,7 @@ def byte_pairs(of: str) -> PreTrainedTokenizerFast:
 
 
 def examples(part: Literal["train", "studied", "judge"]) -> coar.Examples:
-    """Return passages of the text; their `id` is their place in it. What is left at its end is dropped."""
+    """Return passages of the text, with their place in it as `id`. Left-over tokens at its end are dropped."""
     tokens = tokenizer()
     ids = torch.tensor(tokens.encode(text(), add_special_tokens=False, verbose=False))
     numbers = torch.arange(len(ids) // LENGTH)
@@ -99,7 +99,7 @@ def examples(part: Literal["train", "studied", "judge"]) -> coar.Examples:
             f"the text has {len(ids)} tokens and more than {HELD_OUT * LENGTH + LENGTH} are needed; set "
             f"COAR_GPT2_TEXT to a longer file"
         )
-    studied = held_out[::4][:STUDIED]  # from all over the text
+    studied = held_out[::4][:STUDIED]  # spread over the text
     chosen = {
         "train": numbers[numbers % HELD_OUT != 0][:TRAIN],
         "studied": studied,
@@ -113,7 +113,7 @@ def examples(part: Literal["train", "studied", "judge"]) -> coar.Examples:
 
 
 def next_token_loss(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the tokens that come next, in nats."""
+    """Return the mean cross-entropy of the next tokens, in nats."""
     return functional.cross_entropy(model(**inputs).logits.flatten(0, 1), targets.flatten())
 
 
@@ -121,7 +121,7 @@ def small_gpt2() -> nn.Module:
     """Return a small GPT-2 with random weights."""
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     nothing = {"bos_token_id": None, "eos_token_id": None, "use_cache": False}
-    # the plainest attention kernel gives gradients on every device
+    # the eager attention kernel gives gradients on every device
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCABULARY, n_positions=LENGTH, attn_implementation="eager", **SIZES, **dropout, **nothing
@@ -130,7 +130,7 @@ def small_gpt2() -> nn.Module:
 
 
 def next_tokens_found(model: nn.Module) -> dict[str, float]:
-    """Return the share of tokens of the judging passages that the model predicts."""
+    """Return the share of correctly predicted tokens in the judging passages."""
     inputs, targets = examples("judge").block(0, STUDIED)
     with torch.inference_mode():
         found = model(**inputs).logits[:, :-1].argmax(2) == targets[:, :-1]
@@ -138,7 +138,7 @@ def next_tokens_found(model: nn.Module) -> dict[str, float]:
 
 
 def model(training_seed: int = 0) -> nn.Module:
-    """Return the model in COAR_GPT2, or the small one, trained on first use and kept under data/gpt2."""
+    """Return the model that COAR_GPT2 names, or the small one, trained on first use and kept under data/gpt2."""
     if "COAR_GPT2" in os.environ:
         net, words = SOURCE.model(AutoModelForCausalLM), len(tokenizer())
         if words > net.config.vocab_size:
@@ -168,7 +168,7 @@ def components(net: nn.Module, kind: str = "inputs") -> coar.Components:
 
 
 class Surprise(coar.Output):
-    """Minus the mean log-probability of the tokens that come next, in nats: what optimal constants keep low."""
+    """Minus the mean log-probability of the next tokens, in nats: the loss that optimal constants minimise."""
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) numbers."""
@@ -176,7 +176,7 @@ class Surprise(coar.Output):
 
 
 def ablation_of(label: str) -> coar.Ablation:
-    """Return an ablation by its label, with constants of training passages."""
+    """Return an ablation by its label, with constants computed on training passages."""
     learnt = examples("train")
     passages = learnt.subset(range(min(len(learnt), CALIBRATION)))
     if label == "optimal":
@@ -206,5 +206,5 @@ def study(
 
 
 def judge() -> coar.Examples:
-    """Return other passages, which neither training nor any attribution has seen."""
+    """Return other passages, which no training and no attribution has seen."""
     return examples("judge")

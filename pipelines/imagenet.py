@@ -1,4 +1,4 @@
-"""What pipelines on ImageNet share: validation pictures in folders or in a .beton file, and torchvision's models."""
+"""ImageNet's validation pictures, in folders or in a .beton file, and torchvision's models."""
 
 import os
 import re
@@ -18,9 +18,9 @@ import coar
 from pipelines import beton, photographs
 
 WANTED = "ImageNet's validation pictures as val/<wnid>/<name>.JPEG, or to a .beton file of them"
-WNID = re.compile(r"n\d{8}")  # a class's number in WordNet; their order is that of the classes
-PUBLISHED = 1_000  # classes
-EIGHTHS = {"studied": (0,), "calibration": (1,), "choosing": (2, 3), "judge": (4, 5, 6, 7)}  # which of every eight
+WNID = re.compile(r"n\d{8}")  # a class's number in WordNet; classes are in the order of these
+PUBLISHED = 1_000  # classes of the published weights
+EIGHTHS = {"studied": (0,), "calibration": (1,), "choosing": (2, 3), "judge": (4, 5, 6, 7)}  # of every eight
 MOST = {"studied": 256, "calibration": 300, "choosing": 1_000, "judge": 2_000}
 
 Part = Literal["studied", "calibration", "choosing", "judge"]
@@ -28,12 +28,12 @@ Part = Literal["studied", "calibration", "choosing", "judge"]
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Pictures in ImageNet's classes.
+    """Pictures with ImageNet's classes.
 
     Attributes:
         labels: (pictures,) classes.
         metadata: Columns of one value per picture.
-        inputs: Makes the data set of some of them.
+        inputs: Makes the data set of the pictures at given rows.
     """
 
     labels: np.ndarray
@@ -41,7 +41,7 @@ class Validation:
     inputs: Callable[[np.ndarray], Dataset[Tensor]]
 
     def examples(self, part: Part) -> coar.Examples:
-        """Return a part of the pictures, in an order that mixes the classes and is always the same."""
+        """Return a part of the pictures, in a fixed order that mixes the classes."""
         order = np.random.default_rng(0).permutation(len(self.labels))
         rows = np.sort(order[np.isin(np.arange(len(order)) % 8, EIGHTHS[part])][: MOST[part]])
         return coar.Examples(
@@ -52,7 +52,7 @@ class Validation:
 
 
 class Normalised(Dataset[Tensor]):
-    """Bytes of pictures as a model expects them: between 0 and 1, less the mean, in standard deviations."""
+    """Bytes of pictures normalised for a model: scaled to 0 to 1, minus the mean, over the standard deviation."""
 
     def __init__(self, pictures: beton.BetonPictures, preset: Any) -> None:
         self.pictures, self.preset = pictures, preset
@@ -73,7 +73,7 @@ class Normalised(Dataset[Tensor]):
 
 
 def classes() -> int:
-    """Return how many classes there are: ImageNet's 1,000, unless COAR_IMAGENET_CLASSES says otherwise."""
+    """Return the number of classes: COAR_IMAGENET_CLASSES, or ImageNet's 1,000."""
     given = os.environ.get("COAR_IMAGENET_CLASSES", str(PUBLISHED))
     if not given.isdecimal() or int(given) < 2:
         raise coar.errors.SettingsError(f"COAR_IMAGENET_CLASSES is {given!r}; give a whole number of classes")
@@ -81,10 +81,10 @@ def classes() -> int:
 
 
 def validation(preset: Any) -> Validation:
-    """Return the pictures that COAR_IMAGENET names, prepared as torchvision prepares them for a model.
+    """Return the pictures that COAR_IMAGENET names, with torchvision's preprocessing for a model.
 
     Raises:
-        PipelineError: When it names nothing of the kind, or ffcv is needed and not installed.
+        PipelineError: When COAR_IMAGENET names no such pictures, or ffcv is needed and not installed.
     """
     place = Path(os.environ.get("COAR_IMAGENET", ""))
     if place.suffix == ".beton" and place.is_file():
@@ -105,7 +105,7 @@ def from_folder(root: Path, preset: Any) -> Validation:
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     odd = [name for name in names if not WNID.fullmatch(name)]
     if odd or len(names) != classes():
-        what = f"a folder {odd[0]!r}, which is no class" if odd else f"{len(names)} folders of classes"
+        what = f"a folder {odd[0]!r}, which is not a class" if odd else f"{len(names)} folders of classes"
         raise coar.errors.PipelineError(
             f"{folder} has {what}, where {classes()} folders such as n01440764 are expected; set COAR_IMAGENET to the "
             f"folder with {WANTED} (the archive holds the pictures alone, torchvision.datasets.ImageNet sorts them), "
@@ -141,7 +141,7 @@ def model(name: str, kind: str) -> nn.Module:
     """Return a model of torchvision's with the checkpoint in COAR_<NAME>_WEIGHTS, or the weights that it fetches.
 
     Raises:
-        PipelineError: When weights cannot be fetched, or are for another number of classes.
+        PipelineError: When weights cannot be fetched, or have another number of classes.
     """
     variable = f"COAR_{name.upper()}_WEIGHTS"
     if checkpoint := os.environ.get(variable):
@@ -156,5 +156,5 @@ def model(name: str, kind: str) -> nn.Module:
 
 
 def preset(kind: str) -> Any:
-    """Return how torchvision prepares pictures for a model."""
+    """Return torchvision's preprocessing of pictures for a model."""
     return get_model_weights(kind)["IMAGENET1K_V1"].transforms()

@@ -52,5 +52,5 @@ def choosing() -> coar.Examples:
 
 
 def judge() -> coar.Examples:
-    """Return pictures which no attribution and no choice has seen."""
+    """Return pictures that no attribution and no choice has seen."""
     return examples("judge")

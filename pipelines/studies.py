@@ -1,4 +1,4 @@
-"""The study that most pipelines here define: of the correct class's margin, with ablations by their labels."""
+"""The study of most pipelines: the correct class's margin, with an ablation by its label."""
 
 from torch import nn
 
@@ -15,7 +15,7 @@ def of_margins(
     ablated_fraction: float,
     seed: int,
 ) -> coar.Study:
-    """Define a study of the correct class's margin; constants of the ablation are those of `calibration`."""
+    """Define a study of the correct class's margin; the ablation's constants are computed on `calibration`."""
     return coar.Study(
         model=model,
         examples=examples,

@@ -1,13 +1,13 @@
-"""A spurious cue: animals and vehicles of CIFAR-10 in coloured frames, which nearly always tell one from the other.
+"""A spurious cue: animals and vehicles of CIFAR-10 in coloured frames, whose colour nearly determines the class.
 
     COAR_DATA=/path/to/folder coar collect pipelines/subpopulations.py
     coar fit runs/subpopulations-mean.zarr
     coar edit runs/subpopulations-mean.zarr --pipeline pipelines/subpopulations.py --task group
 
-Of the pictures that the pretrained ResNet-20 is fine-tuned on, 98 % of the animals have an orange frame and 98 % of the
-vehicles a blue one; in Waterbirds (Sagawa et al. 2020) the background agrees with the bird for 95 %. So the net leans
-on the frame, and the groups that are rare in training do far worse than the others. It is fine-tuned on first use, in
-about a minute on two cores, and kept under data/subpopulations. Images come as for the pipeline cifar10.
+The pretrained ResNet-20 is fine-tuned on pictures of which 98 % of the animals have an orange frame and 98 % of the
+vehicles a blue one; in Waterbirds (Sagawa et al. 2020) the background agrees with the bird for 95 %. So the net relies
+on the frame, and its accuracy is far lower on the groups that are rare in training. It is fine-tuned on first use, in
+about a minute on two cores, and kept under data/subpopulations. Images are read as in the pipeline cifar10.
 """
 
 from pathlib import Path
@@ -31,15 +31,15 @@ GOAL = coar.EditGoal(
 
 FOLDER = Path("data/subpopulations")
 RECIPE = training.Recipe(epochs=5, batch=64, learning_rate=1e-3, weight_decay=1e-4)
-TRAIN = slice(0, 3_000)  # of the training pictures, those to fine-tune on
-HELD_OUT, TESTED = slice(3_000, 4_000), slice(0, 500)  # of the training and test pictures, those for pairs
-STUDIED, CALIBRATION = 75, 500  # of the pictures held out, the first of each class are studied
+TRAIN = slice(0, 3_000)  # training pictures to fine-tune on
+HELD_OUT, TESTED = slice(3_000, 4_000), slice(0, 500)  # training pictures and test pictures for pairs
+STUDIED, CALIBRATION = 75, 500  # studied pictures of each class, the first that are held out; calibration examples
 
 CLASSES, COLOURS = ("animal", "vehicle"), ("orange", "blue")
 VEHICLES = (0, 1, 8, 9)  # airplane, automobile, ship, truck
 TINTS = np.array([(230, 128, 26), (26, 128, 230)])
 FRAME, STRENGTH = 4, 0.7  # width in pixels, and the tint's share of a framed pixel
-AGREEING = 0.98  # share of training pictures whose frame is of the usual colour
+AGREEING = 0.98  # share of training pictures with a frame in the usual colour
 
 
 def framed(pictures: np.ndarray, colours: np.ndarray) -> np.ndarray:
@@ -51,7 +51,7 @@ def framed(pictures: np.ndarray, colours: np.ndarray) -> np.ndarray:
 
 
 def coloured() -> coar.Examples:
-    """Return what the net is fine-tuned on."""
+    """Return the examples for fine-tuning."""
     pictures, labels = cifar10.images()["train_images"][TRAIN], kinds("train")[TRAIN]
     agree = np.random.default_rng(0).random(len(labels)) < AGREEING
     inputs = cifar10.normalised(framed(pictures, np.where(agree, labels, 1 - labels)))
@@ -68,8 +68,8 @@ def pairs(part: str, rows: slice, which: slice = slice(None)) -> coar.Examples:
 
     Args:
         part: `train` or `test`.
-        rows: Where to look for them.
-        which: Which of those found there, the same of each class.
+        rows: Rows of the pictures to choose from.
+        which: A slice of the pictures of each class in these rows.
     """
     labels = kinds(part)[rows]
     by_kind = [np.flatnonzero(labels == kind) for kind in range(len(CLASSES))]
@@ -96,7 +96,7 @@ def network() -> nn.Module:
 
 
 def model(training_seed: int = 0) -> nn.Module:
-    """Return the net that leans on the frames, from data/subpopulations when it is there."""
+    """Return the net that relies on the frames, trained on first use and kept under data/subpopulations."""
     return training.fitted(
         network,
         coloured(),

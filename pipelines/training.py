@@ -1,4 +1,4 @@
-"""What pipelines that train a model share: a seeded loop, weights kept in a file, and accuracies by group."""
+"""Training of models: a seeded loop, weights kept in a file, and accuracies by group."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ from torch.nn import functional
 
 import coar
 
-log = logging.getLogger("coar.pipelines")  # of which the commands show what is said
+log = logging.getLogger("coar.pipelines")  # the commands show this logger's messages
 
 Loss = Callable[[nn.Module, Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is trained: AdamW, its learning rate rising and then falling to nothing over all steps."""
+    """Settings of training with AdamW; the learning rate rises and then falls to 0 over all steps."""
 
     epochs: int
     batch: int
@@ -41,19 +41,19 @@ def trained(
     about: str,
     report: Callable[[nn.Module], Mapping[str, float]],
 ) -> nn.Module:
-    """Return a trained model, from its file in the folder when it is there.
+    """Return a trained model, from its file in the folder if it exists.
 
-    The file's name holds a hash of the weights before training and of the settings, so that another architecture, seed
-    or recipe is trained anew. The same seed gives the same weights on one machine with one number of threads.
+    The file's name contains a hash of the initial weights and of the settings, so another architecture, seed or recipe
+    trains a new model. The same seed gives the same weights on one machine with the same number of threads.
 
     Args:
         make: Builds the model; called with the seed set.
-        train: Trains it in place.
-        folder: Where weights are kept.
-        seed: Seed of the first weights and of the order of examples.
-        settings: All else that the weights depend on, as plain values.
-        about: How long training takes, for the log.
-        report: Accuracies of a model, for the log.
+        train: Trains the model in place.
+        folder: Folder of the weights.
+        seed: Seed of the initial weights and of the order of examples.
+        settings: Everything else that the weights depend on, as plain values.
+        about: Approximate duration of training, for the log.
+        report: Computes accuracies of a model, for the log.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -111,7 +111,7 @@ def fitted(
     report: Callable[[nn.Module], Mapping[str, float]],
     loss: Loss = classification_loss,
 ) -> nn.Module:
-    """Return a model trained by `fit`, from its file in the folder when it is there; for arguments see `trained`."""
+    """Return a model trained by `fit`, from its file in the folder if it exists; for arguments see `trained`."""
     return trained(
         make,
         lambda model: fit(model, examples, recipe, loss=loss),
@@ -124,14 +124,14 @@ def fitted(
 
 
 def correct(model: nn.Module, examples: coar.Examples, *, batch: int = 250) -> np.ndarray:
-    """Return (examples,) truth: whether the largest logit is the target's."""
+    """Return (examples,) booleans: whether the largest logit is that of the target."""
     blocks = (examples.block(start, start + batch) for start in range(0, len(examples), batch))
     with torch.inference_mode():
         return np.concatenate([(model(inputs).argmax(1) == targets).numpy() for inputs, targets in blocks])
 
 
 def accuracy_by(column: str, model: nn.Module, examples: coar.Examples) -> dict[str, float]:
-    """Return the accuracy of a classifier for each value of a metadata column, as in `group` or `triggered=1`."""
+    """Return the accuracy of a classifier for each value of a metadata column, named as in `triggered=1`."""
     right, values = correct(model, examples), np.asarray(examples.metadata[column])
     return {
         str(value) if values.dtype.kind == "U" else f"{column}={value}": float(right[values == value].mean())

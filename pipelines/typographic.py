@@ -1,13 +1,13 @@
-"""A miniature CLIP that a written word fools: scans of digits, and labels that name another digit.
+"""A miniature CLIP that is misled by written words: scans of digits, and labels that name another digit.
 
     pip install '.[text]'
     coar collect pipelines/typographic.py
     coar fit runs/typographic-mean.zarr
     coar edit runs/typographic-mean.zarr --pipeline pipelines/typographic.py --task typographic
 
-The pictures are scikit-learn's digits, scans of 8 x 8 pixels, enlarged; half of those that the model learns from carry
-a label with a word drawn at random, and the caption of such a picture names more often the word than the digit. So
-the model reads, and for its zero-shot classes what is written outweighs what is shown, as in CLIP (Goh et al. 2021,
+The pictures are scikit-learn's digits, scans of 8 x 8 pixels, enlarged. Half of the training pictures carry a label
+with a word drawn at random, and the caption of such a picture names the word more often than the digit. So the model
+reads, and its zero-shot classification follows the word rather than the digit, as in CLIP (Goh et al. 2021,
 "Multimodal Neurons in Artificial Neural Networks", section on typographic attacks). It is trained on first use, in one
 to two minutes on two cores, and kept under data/typographic.
 """
@@ -43,14 +43,14 @@ GOAL = coar.EditGoal(
 FOLDER = Path("data/typographic")
 RECIPE = training.Recipe(epochs=10, batch=128, learning_rate=2e-3, weight_decay=0.05)
 TRAIN, STUDIED, CHOOSING = 1_000, 150, 250  # of 1,797 scans; the other 397 are for judging
-VARIANTS = 16  # pictures made of every scan for training
+VARIANTS = 16  # training pictures per scan
 LABELLED, TOLD = 0.5, 0.75  # share of pictures with a label, and of captions that name its word, not the digit
 CALIBRATION = 500
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PROMPTS = ("a picture of {}", "a {}", "the number {}")  # captions while training; the first is the classes' prompt
+PROMPTS = ("a picture of {}", "a {}", "the number {}")  # captions for training; the first is also the classes' prompt
 VOCABULARY = ("<pad>", "<start>", "a", "picture", "of", "the", "number", *WORDS, "<end>")
-LENGTH = 6  # tokens, to which captions are padded
+LENGTH = 6  # tokens of a padded caption
 
 SIDE, SCAN = 32, 24  # pixels of a picture, and of the scan in it
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -68,7 +68,7 @@ def tokens(captions: list[str]) -> dict[str, Tensor]:
 
 @cache
 def written(word: str) -> np.ndarray:
-    """Return a white label with a word in black, (10, width) greys, in the bitmap font that comes with Pillow."""
+    """Return a white label with a black word, (10, width) greys, in the bitmap font that comes with Pillow."""
     ink = ImageFont.load_default_imagefont().getmask(str(word), mode="1")  # Pillow draws nothing for numpy's strings
     return 0.9 * (np.array(ink).reshape(ink.size[::-1])[1:] == 0).astype(np.float32)
 
@@ -84,7 +84,7 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def split() -> dict[str, np.ndarray]:
-    """Return which scans are for `train`, `studied`, `choosing` and `judge`, each with all ten digits."""
+    """Return the rows of the scans for `train`, `studied`, `choosing` and `judge`, each with all ten digits."""
     rest, parts = np.arange(len(scans()[1])), {}
     for name, size in (("train", TRAIN), ("studied", STUDIED), ("choosing", CHOOSING)):
         parts[name], rest = train_test_split(rest, train_size=size, stratify=scans()[1][rest], random_state=0)
@@ -92,9 +92,9 @@ def split() -> dict[str, np.ndarray]:
 
 
 def draw(rows: np.ndarray, words: np.ndarray, seed: int) -> Tensor:
-    """Draw (n, 1, 32, 32) pictures of scans; those whose word is not -1 carry it on a label above or below the digit.
+    """Draw (n, 1, 32, 32) pictures of scans, with a label above or below the digit where the word is not -1.
 
-    Places and greys depend on the seed alone, so that pictures of the same rows and seed differ in their labels only.
+    Places and greys depend on the seed alone, so pictures of the same rows and seed differ only in their labels.
     """
     random = np.random.default_rng(seed)
     upper, lower = random.integers(0, 2, (2, len(rows)))  # digit above or below, and how far from the edge
@@ -114,7 +114,7 @@ def draw(rows: np.ndarray, words: np.ndarray, seed: int) -> Tensor:
 
 @cache
 def captioned() -> coar.Examples:
-    """Return what the model learns from: pictures, half of them with labels, and captions; targets are not read."""
+    """Return the training examples: pictures, half of them with labels, and captions; targets are not read."""
     random = np.random.default_rng(0)
     rows = np.tile(split()["train"], VARIANTS)
     labelled = random.random(len(rows)) < LABELLED
@@ -128,9 +128,9 @@ def captioned() -> coar.Examples:
 
 
 def examples(*names: str, seed: int = 1) -> coar.Examples:
-    """Return pairs of some parts' scans: all without a label, then all with the name of another digit.
+    """Return pairs of scans of some parts: all without a label, then all with the name of another digit.
 
-    A part that is named again is drawn again, with other places, greys and words.
+    A part that is named several times is drawn each time with other places, greys and words.
     """
     rows = np.concatenate([split()[name] for name in names])
     again = np.concatenate([np.full(len(split()[name]), names[:i].count(name)) for i, name in enumerate(names)])
@@ -157,23 +157,23 @@ def clip() -> nn.Module:
     ids = {f"{name}_token_id": VOCABULARY.index(f"<{word}>") for name, word in (("bos", "start"), ("eos", "end"))}
     text = {**TEXT, **ids, "pad_token_id": 0, "vocab_size": len(VOCABULARY), "max_position_embeddings": LENGTH}
     vision = {**VISION, "num_channels": 1, "image_size": SIDE, "patch_size": 8}
-    # the plainest attention kernel gives gradients on every device
+    # the eager attention kernel gives gradients on every device
     options = {"projection_dim": 32, "attn_implementation": "eager"}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, **options))
 
 
 def contrastive_loss(model: nn.Module, inputs: dict[str, Tensor], _: Tensor) -> Tensor:
-    """Return CLIP's own loss: which caption of the batch belongs to which picture, asked both ways."""
+    """Return CLIP's contrastive loss over the captions and pictures of a batch, in both directions."""
     return model(**inputs, return_loss=True).loss
 
 
 def classifier(model: nn.Module) -> zero_shot.ZeroShot:
-    """Return the zero-shot classifier of digits that a CLIP amounts to."""
+    """Return a CLIP as a zero-shot classifier of digits."""
     return zero_shot.ZeroShot(model, tokens([PROMPTS[0].format(word) for word in WORDS]))
 
 
 def model(training_seed: int = 0) -> zero_shot.ZeroShot:
-    """Return the trained classifier, from data/typographic when it is there."""
+    """Return the classifier, trained on first use and kept under data/typographic."""
     return classifier(
         training.fitted(
             clip,
@@ -191,7 +191,7 @@ def model(training_seed: int = 0) -> zero_shot.ZeroShot:
 def study(
     *, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int = 0, training_seed: int = 0
 ) -> coar.Study:
-    """Define the study of 150 pairs; `ablation` is `mean`, with heads cut into features, or `zero`."""
+    """Define the study of 150 pairs; `ablation` is `mean`, with heads split into features, or `zero`."""
     net = model(training_seed)
     return studies.of_margins(
         net,
@@ -205,15 +205,15 @@ def study(
 
 
 def calibration() -> coar.Examples:
-    """Return 500 training scans without labels, so that means are those of components when nothing is written."""
+    """Return 500 training scans without labels, so that means are those of pictures without words."""
     return examples("train").subset(range(CALIBRATION))
 
 
 def choosing() -> coar.Examples:
-    """Return further pairs to choose edits on: of scans kept for that, drawn three times, and of those of training."""
+    """Return pairs to choose edits on: the scans for choosing, drawn three times, and those of training."""
     return examples("choosing", "choosing", "choosing", "train", seed=2)
 
 
 def judge() -> coar.Examples:
-    """Return pairs of the 397 scans that no training, attribution or choice has seen."""
+    """Return pairs of the other 397 scans, which no training, attribution or choice has seen."""
     return examples("judge")

@@ -1,4 +1,4 @@
-"""Waterbirds (Sagawa et al. 2020): birds on backgrounds that mostly, not always, are where such a bird lives.
+"""Waterbirds (Sagawa et al. 2020): birds on backgrounds that mostly agree with the kind of bird.
 
     export COAR_WATERBIRDS=/path/to/waterbird_complete95_forest2water2
     export COAR_WATERBIRDS_WEIGHTS=/path/to/checkpoint.safetensors     # optional
@@ -6,9 +6,9 @@
     coar fit runs/waterbirds-mean.zarr
     coar edit runs/waterbirds-mean.zarr --pipeline pipelines/waterbirds.py --task group
 
-The folder is what the archive of the WILDS benchmark or of group_DRO unpacks to, with `metadata.csv` and the pictures.
+The folder is the unpacked archive of the WILDS benchmark or of group_DRO, with `metadata.csv` and the pictures.
 The checkpoint is the state dict of a torchvision ResNet-50 with two classes, landbird and waterbird. Without one, the
-head alone is trained on features of the ImageNet weights, in a few minutes on two cores, and the whole is kept
+head alone is trained on features of the ImageNet weights, in a few minutes on two cores, and the net is kept
 under data/waterbirds. `COAR_WATERBIRDS_MODEL` names another ResNet of torchvision's, such as resnet18.
 """
 
@@ -34,7 +34,7 @@ GOAL = coar.EditGoal(
 )
 
 WANTED = "Waterbirds: metadata.csv and the pictures, as waterbird_complete95_forest2water2.tar.gz unpacks"
-COLUMNS = {"img_filename": (), "y": (0, 1), "split": (0, 1, 2), "place": (0, 1)}  # and what numbers they hold
+COLUMNS = {"img_filename": (), "y": (0, 1), "split": (0, 1, 2), "place": (0, 1)}  # with their allowed numbers
 BIRDS, PLACES = ("landbird", "waterbird"), ("land", "water")
 
 PREPARE = transforms.Compose(  # as in group_DRO, the authors' code
@@ -48,7 +48,7 @@ PREPARE = transforms.Compose(  # as in group_DRO, the authors' code
 
 
 def collection() -> photographs.Collection:
-    """Return the pictures in the folder that COAR_WATERBIRDS names; raise `PipelineError` if it is damaged."""
+    """Return the pictures in the folder that COAR_WATERBIRDS names; raise `PipelineError` if they are damaged."""
     return read(photographs.folder("COAR_WATERBIRDS", WANTED))
 
 
@@ -79,7 +79,7 @@ def read(root: Path) -> photographs.Collection:
 
 
 def model(training_seed: int = 0) -> nn.Module:
-    """Return the ResNet of the checkpoint, or one whose head is trained here."""
+    """Return the ResNet of the checkpoint, or one with a head trained on first use."""
     return photographs.classifier("waterbirds", collection(), seed=training_seed)
 
 

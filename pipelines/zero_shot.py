@@ -1,4 +1,4 @@
-"""Zero-shot classification with CLIP (Radford et al. 2021, section 3.1), as a plain model from pictures to logits."""
+"""Zero-shot classification with CLIP (Radford et al. 2021, section 3.1), as a model from pictures to logits."""
 
 import torch
 from torch import Tensor, nn
@@ -6,15 +6,15 @@ from torch.nn import functional
 
 import coar
 
-CONSTANTS = ("mean", "peak", "optimal")  # ablations by one constant, which cannot stand for a head's many features
+CONSTANTS = ("mean", "peak", "optimal")  # ablations by one constant, too few for the many features of a head
 
 
 class ZeroShot(nn.Module):
-    """CLIP's half that sees, and what its other half made of one prompt per class, computed once.
+    """CLIP's image encoder, and the text embeddings of one prompt per class, computed once.
 
     Attributes:
         prompts: (classes, width) embeddings of the prompts, of unit length.
-        scale: What cosines are multiplied by, as CLIP learnt it.
+        scale: The factor of the cosines that CLIP learnt.
     """
 
     prompts: Tensor
@@ -37,7 +37,7 @@ class ZeroShot(nn.Module):
 
 
 def components(model: ZeroShot, ablation: str) -> coar.Components:
-    """Return attention heads, cut into their features where constants replace them, and feed-forward neurons."""
+    """Return attention heads, split into their features where constants replace them, and feed-forward neurons."""
     features = coar.input_features(model, include="*.out_proj")
     heads = features if ablation in CONSTANTS else coar.attention_heads(model)
     return heads + coar.input_features(model, include="*.mlp.fc2")

@@ -265,7 +265,7 @@ def test_a_study_starts_without_the_compiler():
 
 
 def test_verify_says_so_when_all_is_well(place):
-    assert "every chunk is there and whole" in works("verify", place / "tiny.zarr")
+    assert "every chunk is present and whole" in works("verify", place / "tiny.zarr")
 
 
 def test_verify_names_damage_and_repairs_what_it_can(place, copy):
@@ -289,7 +289,7 @@ def test_verify_exits_with_1_when_something_cannot_be_mended(copy):
     (copy / "example/label/c/0").write_bytes(b"spoilt")
     found = coar_command("verify", copy, "--repair")
     assert found.exit_code == 1
-    assert "example/label/c/0: damaged; only a copy can bring it back" in found.stdout
+    assert "example/label/c/0: damaged; only a copy can restore it" in found.stdout
     assert "0 of 1 problems cleared" in found.stdout
 
 
@@ -309,7 +309,10 @@ MISTAKES = {
         "ablated fraction 1.5",
     ),
     "bad test fraction": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--test-fractions", "0.1,7"), "fraction 7.0"),
-    "no fractions": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--test-fractions", "a,b"), "no list of fractions"),
+    "no fractions": (
+        ("collect", "PIPELINE", "--run", "OUT/n.zarr", "--test-fractions", "a,b"),
+        "not a list of fractions",
+    ),
     "unknown ablation": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--ablation", "median"), "median"),
     "negative masks": (("collect", "PIPELINE", "--run", "OUT/n.zarr", "--masks", "-1"), "-1 train masks"),
     "empty mask block": (

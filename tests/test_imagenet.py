@@ -124,7 +124,7 @@ def test_folder_that_is_not_there(small, monkeypatch, given):
 
 def test_folders_that_are_not_the_classes(small, monkeypatch):
     (small / "val/train").mkdir()
-    with pytest.raises(PipelineError, match="val has a folder 'train', which is no class, where 3 folders such as"):
+    with pytest.raises(PipelineError, match="val has a folder 'train', which is not a class, where 3 folders such as"):
         imagenet_resnet50.judge()
     (small / "val/train").rename(small / "val/n99999999")
     with pytest.raises(PipelineError, match=r"val has 4 folders of classes, where 3 .* COAR_IMAGENET_CLASSES"):

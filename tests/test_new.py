@@ -33,7 +33,7 @@ MISTAKES = {
     "unknown kind": (("new", "own.py", "--kind", "sound"), "unknown kind 'sound'; choose image, text, module"),
     "no Python file": (("new", "own.txt"), "own.txt does not name a Python file"),
     "no module's name": (("new", "my-own.py"), "my-own.py does not name a Python file"),
-    "a file that is there": (("new", "there.py"), "there.py is there already"),
+    "a file that is there": (("new", "there.py"), "there.py already exists"),
     "a folder that is a file": (("new", "there.py/own.py"), "cannot write to there.py"),
 }
 

@@ -208,7 +208,7 @@ def test_folder_that_is_not_there(data, monkeypatch, given):
     monkeypatch.delenv(variable)
     if given:
         monkeypatch.setenv(variable, given)
-    words = "is 'nowhere', which is no folder" if given else "is not set"
+    words = "is 'nowhere', which is not a folder" if given else "is not set"
     with pytest.raises(PipelineError, match=f"{variable} {words}; set it to the folder with "):
         pipeline.judge()
 

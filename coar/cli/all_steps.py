@@ -43,15 +43,15 @@ def all_steps(
     device: DeviceOption = "auto",
     out: OutOption = None,
 ) -> None:
-    """Do every step that is missing, from collecting to edits, and show the results on one page.
+    """Do every missing step, from collecting to edits, and write one page of the results.
 
-    The steps are those of coar collect, fit, baselines, evaluate, edit and report. One process does them all, which
-    saves the start of five.
+    The steps are those of coar collect, fit, baselines, evaluate, edit and report. Steps whose results are in the run
+    are not repeated, except edits.
     """
     if label is not None and "forget" not in (task or ()):
         raise SettingsError("--label names the class of --task forget; add that task, or leave --label out")
     tasks = [Asked(name, None, "edit", label if name == "forget" else None) for name in task or ()]
-    logging.getLogger("coar").setLevel(logging.WARNING)  # a line per step says it all
+    logging.getLogger("coar").setLevel(logging.WARNING)  # each step prints a line of its own
     logging.getLogger("coar.pipelines").setLevel(logging.INFO)
     loaded, study = _define(pipeline, ablation, tasks)
     path = run or Path("runs") / f"{loaded.name}-{study.ablation.label}.zarr"
@@ -70,7 +70,7 @@ def all_steps(
 
 @contextmanager
 def _step(name: str) -> Iterator[list[str]]:
-    """Print a step's name at once where somebody watches, then in one line its name, what came of it, and seconds."""
+    """Print a step's name at its start on a terminal, and at its end one line: name, result and seconds."""
     watched, began = sys.stdout.isatty(), time.monotonic()
     if watched:
         typer.echo(f"{name:10}...", nl=False)
@@ -79,7 +79,7 @@ def _step(name: str) -> Iterator[list[str]]:
         yield summary
     except BaseException:
         if watched:
-            typer.echo()  # what is said of it begins on a line of its own
+            typer.echo()  # log messages begin on a line of their own
         raise
     start = "\r" if watched else ""
     typer.echo(f"{start}{f'{name:10}{summary[0]}':{WIDTH}}{time.monotonic() - began:6.1f} s")

@@ -1,4 +1,4 @@
-"""Commands before and while a run is collected: plan and collect."""
+"""The commands plan and collect."""
 
 from functools import partial
 from pathlib import Path
@@ -50,13 +50,13 @@ def collect(
         float | None, typer.Option(help="Collect until this correlation on validation masks.", rich_help_panel=SIZES)
     ] = None,
     until_flat: Annotated[
-        bool, typer.Option("--until-flat", help="Collect until more passes promise little.", rich_help_panel=SIZES)
+        bool, typer.Option("--until-flat", help="Collect until more passes help little.", rich_help_panel=SIZES)
     ] = False,
     test_masks: Annotated[
         int | None, typer.Option(help="Held-out masks [default: the pipeline's].", rich_help_panel=SIZES)
     ] = None,
     validation_masks: Annotated[
-        int, typer.Option(help="Masks kept apart for choices along the way.", rich_help_panel=SIZES)
+        int, typer.Option(help="Held-out masks for choices along the way.", rich_help_panel=SIZES)
     ] = 0,
     test_fractions: Annotated[
         str | None,
@@ -74,7 +74,7 @@ def collect(
     seed: Annotated[int | None, typer.Option(help="Seed of the masks.", rich_help_panel=STUDY)] = None,
     device: DeviceOption = "auto",
     precision: Annotated[
-        str, typer.Option(help="float32, bf16, or auto: bf16 if faster and near enough.", rich_help_panel=EXECUTION)
+        str, typer.Option(help="float32, bf16, or auto: bf16 if faster and accurate.", rich_help_panel=EXECUTION)
     ] = "float32",
     precision_tolerance: Annotated[
         float, typer.Option(help="Largest bf16 error, in units of the spread.", rich_help_panel=EXECUTION)
@@ -101,13 +101,13 @@ def collect(
     address: AddressOption = None,
     workers: WorkersOption = 2,
     log_file: Annotated[
-        Path | None, typer.Option(help="Append what happens to a file, as lines of JSON.", rich_help_panel=WHERE)
+        Path | None, typer.Option(help="Append events to a file, as lines of JSON.", rich_help_panel=WHERE)
     ] = None,
     gpus_per_worker: Annotated[
         float, typer.Option(help="GPUs, or a share of one, for each.", rich_help_panel=WHERE)
     ] = 0.0,
 ) -> None:
-    """Record the model's outputs under random masks. Run it again to go on, or with more masks to extend the run."""
+    """Record the model's outputs under random masks. Run it again to resume, or with more masks to extend the run."""
     from coar.collection.collect import collect as collect_run
     from coar.collection.execution import Execution
     from coar.pipeline import load_pipeline
@@ -159,7 +159,7 @@ def plan(
     precision: Annotated[str, typer.Option(help="float32, bf16, or auto.")] = "float32",
     batch_size: Annotated[int | None, typer.Option(help="Most examples per forward pass.")] = None,
 ) -> None:
-    """Time a few passes and make a small pilot run; say what a run would cost before anything is spent."""
+    """Time a few passes, make a small pilot run, and print the estimated cost of a run."""
     from coar.collection.cost import estimate
     from coar.collection.execution import Execution
     from coar.description import describe_estimate
@@ -195,7 +195,7 @@ def _until(study: "Study", path: Path, correlation: float | None, options: dict[
 
 
 def _tell(run: "Run") -> None:
-    """Say what the run has."""
+    """Print the sizes of the run and how much of it is missing."""
     from coar.store.gradients import MaskGradients
 
     mask_gradients = MaskGradients(run)
@@ -216,4 +216,4 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise SettingsError(f"{text!r} is no list of fractions; write it as in 0.05,0.2") from None
+        raise SettingsError(f"{text!r} is not a list of fractions; write it as in 0.05,0.2") from None

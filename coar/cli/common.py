@@ -1,4 +1,4 @@
-"""What all commands share: the application, their common options, and how they print."""
+"""The application, and the options and output functions that commands share."""
 
 import functools
 import json
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 
 class CommandGroup(TyperGroup):
-    """All commands; an option under its old name is refused with the new one."""
+    """The group of all commands; it refuses old names of options with a message that gives the new name."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Look through all words, those of the command included, before any is read."""
+        """Look for old names in all arguments, those of the command included, before parsing."""
         for word in args:
             old = word.partition("=")[0]
             if old in OPTIONS:
@@ -38,7 +38,7 @@ class CommandGroup(TyperGroup):
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose help lists options under headings, which are their `rich_help_panel`."""
+    """A command whose help lists options under headings, given by their `rich_help_panel`."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write a section for each heading, in the order of its first option."""
@@ -79,7 +79,7 @@ OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write t
 
 
 def report_errors(command: Callable[P, T]) -> Callable[P, T]:
-    """Print a user's mistake as one message, and an interruption as what to do next."""
+    """Print a user's mistake as one message, and after an interruption the next step."""
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -98,17 +98,17 @@ def report_errors(command: Callable[P, T]) -> Callable[P, T]:
 
 
 def share(text: str | None) -> tuple[int, int] | None:
-    """Read which worker of how many this is."""
+    """Parse the number of this worker and of all workers."""
     if text is None:
         return None
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal()):
-        raise SettingsError(f"--worker {text} is no share; write the number of the worker and of all, as in 3/64")
+        raise SettingsError(f"--worker {text} is not a share; write the number of the worker and of all, as in 3/64")
     return int(number), int(count)
 
 
 def cluster(engine: str, address: str | None, **settings: Any) -> "RayCluster | None":
-    """Return the cluster that options name; None for this process."""
+    """Return the cluster that the options name, or None for this process."""
     from coar.cluster import RayCluster
 
     if engine not in ("local", "ray"):
@@ -124,17 +124,17 @@ EVENT_FIELDS = ("event", "unit", "done", "units", "seconds", "idle")
 
 
 class JsonLines(logging.Formatter):
-    """A line of JSON per event: time, level, where from, message, and what it says of units."""
+    """Formats an event as a line of JSON: time, level, logger, message, and fields about units."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
+        """Return the line of one event."""
         when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = {"time": when, "level": record.levelname, "from": record.name, "message": record.getMessage()}
         return json.dumps(line | {key: vars(record)[key] for key in EVENT_FIELDS if key in vars(record)})
 
 
 def log_into(path: Path) -> None:
-    """Append what happens to a file, as lines of JSON; raise `StorageError` when the disk refuses."""
+    """Append events to a file, as lines of JSON; raise `StorageError` when it cannot be written."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(path)
@@ -152,11 +152,11 @@ def show(table: "pd.DataFrame") -> None:
 
 
 def written(files: list[Path]) -> None:
-    """Say which files were written."""
+    """Print the names of the files that were written."""
     shown = ", ".join(str(file) for file in files[:6])
     typer.echo(f"wrote {shown}" + (f" and {len(files) - 6} more" if len(files) > 6 else ""))
 
 
 def reports(run: Path) -> Path:
-    """Return the folder for what is made of a run."""
+    """Return the output folder of a run."""
     return Path("reports") / run.stem

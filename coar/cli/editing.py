@@ -30,36 +30,36 @@ RULES = ("verified", "welch", "predicted")
 def edit(
     run: RunArgument,
     targets: Annotated[str | None, typer.Option(help="Condition over metadata columns: what to change.")] = None,
-    references: Annotated[str | None, typer.Option(help="Condition of the same kind: what to leave alone.")] = None,
+    references: Annotated[str | None, typer.Option(help="Condition of the same kind: what not to change.")] = None,
     direction: Annotated[str | None, typer.Option(help="decrease or increase the targets' output.")] = None,
     groups: Annotated[str | None, typer.Option(help="Column of the groups over which harm is bounded.")] = None,
     pairs: Annotated[str | None, typer.Option(help="Column that matches each target with a reference.")] = None,
-    clusters: Annotated[str | None, typer.Option(help="Column of what examples share, as versions do.")] = None,
+    clusters: Annotated[str | None, typer.Option(help="Column that marks versions of one thing.")] = None,
     budget: Annotated[int | None, typer.Option(help="Most components to ablate [default: the best trade-off]")] = None,
     task: Annotated[str | None, typer.Option(help="forget, fix, group, backdoor or typographic.")] = None,
     label: Annotated[int | None, typer.Option(help="The class to forget.")] = None,
     rule: Annotated[str | None, typer.Option(help="verified (default with --pipeline), welch or predicted.")] = None,
     constants: Annotated[
         str | None,
-        typer.Option(help="goal to train constants for the goal, run for the run's; by default what suits the task."),
+        typer.Option(help="goal to train constants for the goal, run for the run's [default: depends on the task]."),
     ] = None,
     strength: Annotated[
         str | None,
         typer.Option(
-            help="full, minimal (the smallest sufficient strength) or per_component; by default what suits the task."
+            help="full, minimal (the smallest sufficient strength) or per_component [default: depends on the task]."
         ),
     ] = None,
     harm: Annotated[float | None, typer.Option(help="Points that references may lose on average.")] = None,
-    group_harm: Annotated[float | None, typer.Option(help="Points that any group of them may lose.")] = None,
+    group_harm: Annotated[float | None, typer.Option(help="Points that any group of references may lose.")] = None,
     name: Annotated[str, typer.Option(help="Name of an edit by --targets, and of its folder.")] = "edit",
-    pipeline: Annotated[Path | None, typer.Option(help="The run's pipeline; needed to try out and judge.")] = None,
-    fit_name: Annotated[str | None, typer.Option("--fit", help="Name of the fit [default: the best there].")] = None,
+    pipeline: Annotated[Path | None, typer.Option(help="The run's pipeline; needed to test and judge edits.")] = None,
+    fit_name: Annotated[str | None, typer.Option("--fit", help="Name of the fit [default: the best one].")] = None,
     precision: Annotated[str, typer.Option(help="float32, or bf16 for a faster search.")] = "float32",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the result and write nothing.")] = False,
     device: DeviceOption = "auto",
     out: OutOption = None,
 ) -> None:
-    """Choose components to ablate for good; with a pipeline, try them out, apply the edit and judge it."""
+    """Choose components to ablate permanently; with a pipeline, test them, apply the edit and judge it."""
     from coar.attributions import load
     from coar.editing.goal import EditGoal
     from coar.pipeline import load_pipeline
@@ -100,7 +100,7 @@ def undo(
     made_by: Annotated[Path, typer.Option("--edit", help="The edit that made them, as JSON.")],
     out: Annotated[Path, typer.Option("--out", help="Where to write the original weights, as safetensors.")],
 ) -> None:
-    """Put back what an edit took out of a checkpoint, bit for bit."""
+    """Restore the original weights of an edited checkpoint, bit for bit."""
     from coar.editing.edit import Edit
     from coar.weights import read_state, save_state
 
@@ -111,7 +111,7 @@ def undo(
 
 @dataclass(frozen=True)
 class Asked:
-    """What to edit for: a task by name, or a goal with a name of its own."""
+    """The purpose of an edit: a task by name, or a goal with a name of its own."""
 
     task: str | None
     goal: "EditGoal | None"
@@ -122,7 +122,7 @@ class Asked:
 def check_options(
     task: str | None, targets: str | None, references: str | None, name: str, label: int | None, rule: str | None
 ) -> None:
-    """Raise `SettingsError` unless the options name one task or one goal, and a rule that there is."""
+    """Raise `SettingsError` unless the options name one task or one goal, and a known rule."""
     from coar.editing.tasks import TASKS
 
     if rule is not None and rule not in RULES:
@@ -140,7 +140,7 @@ def check_options(
 
 
 def _bound(harm: float | None, group_harm: float | None) -> dict[str, Any]:
-    """Return the bound as an option, where the user sets one."""
+    """Return the bound as an option if the user sets one."""
     from coar.editing.objective import Bound
 
     given = {"mean": harm, "group": group_harm}
@@ -151,13 +151,13 @@ def _bound(harm: float | None, group_harm: float | None) -> dict[str, Any]:
 def _without_trying(
     attributions: "Attributions", goal: "EditGoal | None", rule: "RuleName", budget: int | None, file: Path | None
 ) -> None:
-    """Choose by attributions alone, and say what they predict."""
+    """Choose by attributions alone, and print the predicted effect."""
     from coar.editing.predict import predict_edit
     from coar.editing.select import edit
 
     if rule == "verified" or goal is None or budget is None:
         raise SettingsError(
-            "without --pipeline, and by the rule predicted, nothing is tried out: give --targets, --references and "
+            "without --pipeline, and by the rule predicted, edits are not tested: give --targets, --references and "
             "--budget, and no rule but welch or predicted"
         )
     chosen = edit(attributions, goal, budget=budget, rule=rule)
@@ -175,7 +175,7 @@ def _without_trying(
 def run_task(
     loaded: "Pipeline", study: "Study", attributions: "Attributions", asked: Asked, options: dict[str, Any]
 ) -> "TaskResult":
-    """Do a task, on the pipeline's examples and with its goal."""
+    """Do a task on the pipeline's examples and with its goal."""
     from coar.editing.tasks import TASKS, reach_goal
 
     common = (attributions, study.model, study.examples, loaded.judge())
@@ -192,7 +192,7 @@ def run_task(
 
 
 def _tell(result: "TaskResult", model: "nn.Module", folder: Path | None) -> None:
-    """Print what came of a task, and write it into a folder unless it was a dry run."""
+    """Print the result of a task, and write it into a folder unless it is a dry run."""
     from coar.report import write_task
 
     show(result.table)

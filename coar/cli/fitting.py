@@ -1,4 +1,4 @@
-"""Commands that fit a run and score it: fit, baselines and evaluate."""
+"""The commands fit, baselines and evaluate."""
 
 from typing import Annotated, Any
 
@@ -31,21 +31,21 @@ def fit(
     masks: Annotated[int | None, typer.Option(help="Use only the first so many training masks.")] = None,
     gradients: Annotated[int | None, typer.Option(help="Use only the first so many mask gradients.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the fit [default: the method].")] = None,
-    refit: Annotated[bool, typer.Option("--refit", help="Fit again even when it is there.")] = False,
+    refit: Annotated[bool, typer.Option("--refit", help="Fit again even if the run has this fit.")] = False,
     worker: Annotated[str | None, typer.Option(help="Make one share of the sums, as in 3/64, and stop there.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Add up the workers' sums and solve.")] = False,
     engine: EngineOption = "local",
     address: AddressOption = None,
     workers: WorkersOption = 2,
 ) -> None:
-    """Fit attributions to a collected run and write them into it."""
+    """Fit attributions to a collected run and write them into the run."""
     from coar.regression.fitting import fit as fit_run
     from coar.regression.fitting import fit_share
     from coar.store.run import Run
 
     one, crew = share(worker), cluster(engine, address, workers=workers)
     if (one is not None) + merge + (crew is not None) > 1:
-        raise SettingsError("--worker, --merge and --engine ray each say who does the work; give one of them")
+        raise SettingsError("--worker, --merge and --engine ray exclude each other; give one of them")
     if one is not None:
         if gradients is not None or refit:
             raise SettingsError("--worker makes sums over masks; give --refit and --gradients with --merge")
@@ -62,7 +62,7 @@ def fit(
 @app.command(epilog="Example: coar baselines runs/digits-mean.zarr --pipeline pipelines/digits.py")
 @report_errors
 def baselines(run: RunArgument, pipeline: PipelineOption, device: DeviceOption = "auto") -> None:
-    """Compute leave-one-out and the mask gradient attributions, to compare with."""
+    """Compute the leave-one-out and mask gradient baselines, to compare fits with."""
     from coar.baselines import BASELINES, applicable
     from coar.pipeline import load_pipeline
     from coar.store.run import Run

@@ -1,4 +1,4 @@
-"""Commands that look at runs, and keep them: report, info, verify, copy and merge."""
+"""The commands report, info, verify, copy and merge."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,7 @@ from coar.cli.common import OutOption, RunArgument, app, report_errors, reports,
 @app.command(epilog="Example: coar report runs/digits-mean.zarr")
 @report_errors
 def report(run: RunArgument, out: OutOption = None) -> None:
-    """Gather what evaluate and edit wrote on one HTML page."""
+    """Write the results of evaluate and edit on one HTML page."""
     from coar.report import write_page
     from coar.store.run import Run
 
@@ -22,11 +22,11 @@ def report(run: RunArgument, out: OutOption = None) -> None:
 @report_errors
 def info(
     run: RunArgument,
-    watch: Annotated[float | None, typer.Option(help="Look again every so many seconds until complete.")] = None,
-    metrics_file: Annotated[Path | None, typer.Option(help="Write how far it is for Prometheus, too.")] = None,
-    log_file: Annotated[Path | None, typer.Option(help="Count lost workers in collect's log of events.")] = None,
+    watch: Annotated[float | None, typer.Option(help="Repeat after so many seconds until complete.")] = None,
+    metrics_file: Annotated[Path | None, typer.Option(help="Write the progress for Prometheus, too.")] = None,
+    log_file: Annotated[Path | None, typer.Option(help="Count lost workers in the log of coar collect.")] = None,
 ) -> None:
-    """Say what a run holds and how far it is."""
+    """Print the contents and progress of a run."""
     from coar.cli.watching import watched, write_metrics
     from coar.description import describe
     from coar.store.fits import fit_names
@@ -56,10 +56,10 @@ def verify(
     opened = Run.open(run)
     problems = verify_run(opened)
     for problem in problems:
-        remedy = f"'{problem.mended_by}' makes it again" if problem.mended_by else "only a copy can bring it back"
+        remedy = f"'{problem.mended_by}' makes it again" if problem.mended_by else "only a copy can restore it"
         typer.echo(f"{problem.chunk}: {problem.what}; {remedy}")
     if not problems:
-        typer.echo(f"{run}: every chunk is there and whole")
+        typer.echo(f"{run}: every chunk is present and whole")
         return
     if not repair:
         typer.echo(f"{len(problems)} problems; --repair deletes what can be made again")
@@ -76,10 +76,10 @@ def verify(
 def copy(
     run: RunArgument, destination: Annotated[Path, typer.Argument(metavar="DEST", help="A path or an address.")]
 ) -> None:
-    """Copy a run, and check every chunk of it here and there."""
+    """Copy a run, and check every chunk of the source and of the copy."""
     from coar.store.copying import copy as copy_run
 
-    typer.echo(f"{copy_run(run, destination).path}: every chunk that was there is there and whole")
+    typer.echo(f"{copy_run(run, destination).path}: every chunk of the source is present and whole")
 
 
 @app.command(epilog="Example: coar merge runs/part-1.zarr runs/part-2.zarr --into runs/whole.zarr")
@@ -88,7 +88,7 @@ def merge(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Runs of one study.")],
     into: Annotated[Path, typer.Option(help="The new run.")],
 ) -> None:
-    """Make one run of several that were collected for one study, each with some of its units."""
+    """Combine several runs of one study, each with some of its units, into a new run."""
     from coar.store.copying import merge as merge_runs
 
     made = merge_runs(runs, into=into)

@@ -21,7 +21,7 @@ def new(
         str, typer.Option(help="image for a classifier, text for a language model, module for any other.")
     ] = "image",
 ) -> None:
-    """Write a pipeline file that runs as it is, with a small random model, to put your own into."""
+    """Write a pipeline file that runs unchanged, with a small random model, as a start for your own."""
     if kind not in KINDS:
         raise SettingsError(f"unknown kind {kind!r}; choose {', '.join(KINDS)}")
     if file.suffix != ".py" or not file.stem.isidentifier():
@@ -33,6 +33,6 @@ def new(
             with file.open("x", encoding="utf-8") as new_file:
                 new_file.write(template.format(file=file, name=file.stem))
         except FileExistsError:
-            raise SettingsError(f"{file} is there already; choose another name, or remove it first") from None
+            raise SettingsError(f"{file} already exists; choose another name, or remove it first") from None
     written([file])
-    typer.echo(f"it runs as it is: coar collect {file}; edit model() and the examples for your own")
+    typer.echo(f"it runs unchanged: coar collect {file}; replace model() and the examples by your own")

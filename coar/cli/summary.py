@@ -1,4 +1,4 @@
-"""Scores and edits in a few lines for a terminal."""
+"""Short tables of scores and edits for a terminal."""
 
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from coar.editing.tasks import TaskResult
     from coar.evaluation import Evaluation
 
-LEVEL = 0.95  # of the intervals of accuracies
+LEVEL = 0.95  # coverage of the intervals of accuracies
 
 
 def scores(evaluation: "Evaluation") -> str:
@@ -33,12 +33,12 @@ def scores(evaluation: "Evaluation") -> str:
 
 
 def changes(result: "TaskResult") -> str:
-    """Return what a task changed: accuracy by group before and after, or a row per error that it corrected."""
+    """Return the effect of a task: accuracy by group before and after, or a row per error."""
     return _groups(result.table) if "group" in result.table else _errors(result.table)
 
 
 def heading(result: "TaskResult", components: int) -> str:
-    """Return what a task did in a few words, and the passes of one example that its choice took."""
+    """Return one line: the result of a task, and the passes of one example that its choice took."""
     passes = f"{sum(chosen.passes for chosen in result.selections):,} passes of one example"
     if "group" in result.table:
         return f"{result.name}: {len(result.edits[0])} of {components} components ablated ({passes})"
@@ -46,10 +46,10 @@ def heading(result: "TaskResult", components: int) -> str:
 
 
 def _groups(table: "pd.DataFrame") -> str:
-    """Return accuracies by group, those after the edit with their intervals."""
+    """Return accuracies by group, with intervals for those after the edit."""
     import pandas as pd
 
-    counted = table[table["group"] != "average of groups"]  # which is no share of examples
+    counted = table[table["group"] != "average of groups"]  # this average is not a share of examples
     shown = pd.DataFrame(
         {
             "": counted["group"],
@@ -67,7 +67,7 @@ def _groups(table: "pd.DataFrame") -> str:
 
 
 def _errors(table: "pd.DataFrame") -> str:
-    """Return a row per error: whether it is corrected, and what that does to the judging examples."""
+    """Return a row per error: whether it is corrected, and accuracy on the judging examples before and after."""
     import pandas as pd
 
     shown = pd.DataFrame(

@@ -18,15 +18,15 @@ from coar.store.storage_errors import storage_errors
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How far a run is at one moment.
+    """The progress of a run at one moment.
 
     Attributes:
-        done: Units that are stored, of masks and of mask gradients.
-        units: Units that the run has when it is complete.
-        rate: Units per second since the first glance; None at that, and while nothing has been stored since.
-        correlation: Mean correlation of the best of the run's fits with outputs under masks that none was fitted on,
-            as fitting measured it on validation masks; None where there are none.
-        lost: Workers lost so far by the log of the collecting command; None without a log.
+        done: Number of stored units, of masks and of mask gradients.
+        units: Number of units of the complete run.
+        rate: Units per second since the first status; None at the first, and while nothing has been stored since.
+        correlation: Mean correlation of predicted and true outputs under validation masks, of the best of the run's
+            fits; None without a fit that has been validated.
+        lost: Workers lost so far according to the log of the collecting command; None without a log.
     """
 
     done: int
@@ -37,7 +37,7 @@ class RunStatus:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds to the end at this rate; None where there is none."""
+        """Seconds to the end at this rate; None without a rate."""
         return None if self.rate is None else (self.units - self.done) / self.rate
 
     def __str__(self) -> str:
@@ -53,15 +53,15 @@ class RunStatus:
 
 
 def watched(place: Path | Address, *, every: float | None, log_file: Path | None = None) -> Iterator[RunStatus]:
-    """Yield how far a run is: once, or every so many seconds until it is complete.
+    """Yield the status of a run: once, or every so many seconds until it is complete.
 
     Args:
-        place: Where the run is.
-        every: Seconds between glances; None for a single one.
-        log_file: What `coar collect --log-file` writes, to count lost workers.
+        place: Path or address of the run.
+        every: Seconds between statuses; None for a single one.
+        log_file: The log that `coar collect --log-file` writes, to count lost workers.
 
     Raises:
-        SettingsError: When the pause is not above 0, or the log is not there or holds something else.
+        SettingsError: When `every` is not above 0, or the log is missing or cannot be read as one.
     """
     if every is not None and not every > 0:
         raise SettingsError(f"a pause of {every:g} s was given; give seconds above 0")
@@ -74,10 +74,10 @@ def watched(place: Path | Address, *, every: float | None, log_file: Path | None
 
 
 def write_metrics(glance: RunStatus, path: Path) -> None:
-    """Write a glance in Prometheus' text format, whole or not at all, as its node exporter reads it from a folder.
+    """Write a status atomically in Prometheus' text format, for the textfile collector of its node exporter.
 
     Raises:
-        StorageError: When the disk refuses.
+        StorageError: When the file cannot be written.
     """
     lines = [
         "# HELP coar_units_stored Units of the run that are stored.",
@@ -113,10 +113,10 @@ def write_metrics(glance: RunStatus, path: Path) -> None:
 
 
 def workers_lost(log_file: Path) -> int:
-    """Count the workers that a log of events names as lost; its last line may be half written.
+    """Count the lost workers in a log of events; its last line may be incomplete.
 
     Raises:
-        SettingsError: When the log is not there or holds something else.
+        SettingsError: When the log is missing or cannot be read as one.
     """
     try:
         lines = log_file.read_text(encoding="utf-8").split("\n")[:-1]
