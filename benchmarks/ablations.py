@@ -1,13 +1,13 @@
-"""What each ablation does to a model, how well attributions fitted under it predict, and what edits with it give.
+"""Loss, held-out correlation and effects of edits under each ablation.
 
     COAR_DATA=/path/to/folder python benchmarks/ablations.py > ablations.md    # about 20 minutes on one core
     python benchmarks/ablations.py --pipelines digits
 
-Loss is the one that optimal constants are trained on, of judging examples, which no constant has seen, under random
-masks; the trained constants are those for an ablated fraction of 0.10 throughout. Attributions are fitted on mask
-gradients and masks at that fraction and predict test masks at all fractions. Edits make the model forget one class.
+The loss is that of training optimal constants, under random masks, on judging examples, which no constant has seen.
+Trained constants are those for an ablated fraction of 0.10 throughout. Attributions are fitted on mask gradients and
+masks at that fraction and predict test masks at all fractions. Edits make the model forget one class.
 
-Every piece of work is kept in reports/ablations, so that a benchmark that was stopped goes on.
+Results of every step are kept in reports/ablations, so an interrupted benchmark resumes.
 """
 
 import argparse
@@ -34,7 +34,7 @@ EDITED, LABEL, BUDGET = ("zero", "mean", "optimal"), 3, 20
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done with one pipeline: studied and judged examples, masks of a loss, and what a run has."""
+    """Sizes for one pipeline: studied and judging examples, masks of a loss, and masks and gradients of a run."""
 
     studied: int
     judged: int
@@ -43,7 +43,7 @@ class Size:
     gradients: int
     test_masks: int
     edits: bool = False
-    again: tuple[float, ...] = ()  # fractions at which optimal constants are trained too, for the loss there
+    again: tuple[float, ...] = ()  # further fractions at which optimal constants are trained and the loss is measured
 
 
 SIZES = {
@@ -93,7 +93,7 @@ def correlations(study: coar.Study, size: Size, path: Path) -> tuple[coar.Attrib
 
 
 def forgotten(module: ModuleType, study: coar.Study, attributions: coar.Attributions) -> dict[str, float]:
-    """Return what forgetting a class does to judging examples, in points of accuracy."""
+    """Return the change of accuracy on judging examples, in points, from an edit that forgets a class."""
     result = coar.forget_class(
         attributions, study.model, study.examples, module.judge(), label=LABEL, budget=BUDGET, progress=False
     )
@@ -106,7 +106,7 @@ def forgotten(module: ModuleType, study: coar.Study, attributions: coar.Attribut
 
 
 def measured(name: str, label: str) -> dict[str, Any]:
-    """Return all that is measured of one ablation on one pipeline, from the disk where it was before."""
+    """Return all measurements of one ablation on one pipeline, from the disk if they are there."""
     done = FOLDER / f"{name}-{label}.json"
     if done.exists():
         kept: dict[str, Any] = json.loads(done.read_text())
@@ -133,7 +133,7 @@ def measured(name: str, label: str) -> dict[str, Any]:
 
 
 def trained_there(name: str, at: float) -> float:
-    """Return the loss at a fraction by optimal constants that were trained at it, from the disk where it was before."""
+    """Return the loss of optimal constants trained at a fraction, at that fraction, from the disk if it is there."""
     done = FOLDER / f"{name}-optimal-{at}.json"
     if not done.exists():
         module = importlib.import_module(f"pipelines.{name}")
@@ -176,7 +176,7 @@ def tables(name: str, found: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Print the tables of every pipeline that is there."""
+    """Print the tables of every available pipeline."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipelines", choices=list(SIZES), nargs="+", default=list(SIZES))
     parser.add_argument("--ablations", choices=list(ABLATIONS), nargs="+", default=list(ABLATIONS))

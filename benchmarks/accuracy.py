@@ -3,8 +3,8 @@
     COAR_DATA=/path/to/folder python benchmarks/accuracy.py                     # both ablations, several minutes each
     COAR_DATA=/path/to/folder python benchmarks/accuracy.py --ablation zero
 
-256 test pictures, 4,000 training masks at ablated fraction 0.10, 512 test masks there and at 0.05 and 0.20, the margin
-against the log-sum-exp of the other logits. Runs go to runs/cifar10-*.zarr, where `make` finds them too.
+256 test pictures, 4,000 training masks at ablated fraction 0.10, 512 test masks at 0.10, 0.05 and 0.20, the margin
+against the log-sum-exp of the other logits. Runs are written to runs/cifar10-*.zarr, where `make` finds them.
 """
 
 import argparse

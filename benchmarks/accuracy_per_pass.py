@@ -6,10 +6,10 @@
 Zero weight, ablated fraction 0.10, 8,000 training masks, 512 test masks, three seeds of masks and mask gradients; 400
 digits, 256 pictures for ResNet-20 and 128 for ResNet-44, 48 pairs for MiniLM (2,000 masks, 256 test masks;
 leave-one-out would take 9,288 passes and is left out, and so is lasso, whose Gram matrix makes it take hours). Every
-method is judged on the same test masks of its seed. Cost is counted in forward passes over the examples, a mask
-gradient as many as it was measured to take on this machine in the same precision, and at 2.5 beside. Runs are kept in
-runs/passes/ with the times measured, and gone on with when they are there; tables go to stdout, and with the figures to
-reports/benchmarks/. Models may be examined apart, with `--out`, and put on one page by passes_report.py.
+method is judged on the same test masks of its seed. Cost is counted in forward passes over the examples. A mask
+gradient counts as its measured time on this machine in the same precision, and alternatively as 2.5 passes. Runs are
+kept in runs/passes/ with the measured times, and resumed if they exist. Tables are printed, and written with the
+figures to reports/benchmarks/. Models may be run separately, with `--out`, and combined by passes_report.py.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from pipelines import cifar10, digits, sentence_embeddings
 
 RUNS, OUT = Path("runs/passes"), Path("reports/benchmarks")
 MASKS, STAGES = (250, 500, 1000, 2000, 4000, 8000), (40, 80, 120, 160, 240)
-STEP = 40  # mask gradients collected at a time, in four rounds of ten, so that fits may use any multiple of ten
+STEP = 40  # mask gradients per call of collect, whose last round ends there, so that fits may use any multiple of 40
 PEER_EXAMPLES, PEER_STEPS = 32, 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One model: its study by seed, and the sizes at which fits are made."""
+    """One model: its study by seed, and the sizes of fits."""
 
     study: Callable[[int], coar.Study]
     masks: tuple[int, ...]
@@ -83,7 +83,7 @@ class Judge:
         self._outputs = run.outputs_at(rows, slice(None))
 
     def __call__(self, weights: np.ndarray) -> float:
-        """Return the mean correlation over the examples that the weights are for."""
+        """Return the mean correlation over the examples of the weights."""
         return float(np.nanmean(correlation(self._masks @ weights.T, self._outputs[:, : len(weights)])))
 
 
@@ -96,7 +96,7 @@ def collect(study: coar.Study, subject: Subject, path: Path, precision: str) -> 
 
 
 def prices(study: coar.Study, run: Run, file: Path) -> tuple[float, float]:
-    """Return the seconds that a mask and a mask gradient take, measured once on a machine with nothing else to do."""
+    """Return the seconds of a mask and of a mask gradient, measured once on an otherwise idle machine."""
     if not file.exists():
         file.write_text(json.dumps(measure(study, run)))
     per_mask, per_gradient = json.loads(file.read_text())
@@ -118,8 +118,8 @@ def regressions(run: Run, subject: Subject, judge: Judge) -> list[dict[str, obje
 def informed(run: Run, subject: Subject, judge: Judge) -> list[dict[str, object]]:
     """Fit and judge informed attributions at each number of mask gradients, alone and with a few or many masks.
 
-    Beside them stand the gradients alone: their plain mean, the mean of both ends (the trapezoid rule), and both ends
-    with the factors per site that the outputs teach.
+    For comparison, judge the gradients alone: their plain mean, the mean of both ends (the trapezoid rule), and both
+    ends with factors per site learnt from the outputs.
     """
     rows = []
     for mask_gradients in subject.gradients:
@@ -163,7 +163,7 @@ def baselines(study: coar.Study, run: Run, subject: Subject, judge: Judge, ratio
     few = dataclasses.replace(study, examples=study.examples.subset(range(PEER_EXAMPLES)))
     for name, peer in (("conductance", peers.conductance), ("internal influence", peers.internal_influence)):
         found = peer(few, PEER_STEPS, embedding=subject.embedding)
-        passes = (found.forwards + found.backwards * (ratio - 1)) / found.sites  # as if all sites shared one path
+        passes = (found.forwards + found.backwards * (ratio - 1)) / found.sites  # the cost if all sites shared one path
         rows.append({"method": name, "gradients": 0, "masks": 0, "r": judge(found.weights), "passes": passes})
     return rows
 

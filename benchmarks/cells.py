@@ -1,10 +1,11 @@
-"""Every architecture, kind of component and ablation: the largest difference from an oracle, or why there is none.
+"""Largest difference from an oracle for every architecture, kind of component and ablation.
 
     python benchmarks/cells.py > cells.md             # a minute on one core
     python benchmarks/cells.py --architecture GPT-2
 
-Small models with random weights; every row of a batch under a mask of its own, by weights and by hooks. The oracle, in
-tests/oracles.py, shares no code with the package.
+The models are small and have random weights. Every row of a batch has a mask of its own, applied in weights and in
+hooks. The oracle, in tests/oracles.py, shares no code with the package. Combinations without a meaning are listed with
+the reason.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from tests.coverage import ABLATIONS, ARCHITECTURES, CELLS, cell, reason
 
 
 def main() -> None:
-    """Print one table in Markdown, and the reasons for the cells that are not meaningful."""
+    """Print one table in Markdown, and the reasons why other cells are not meaningful."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", choices=list(ARCHITECTURES), nargs="+", default=list(ARCHITECTURES))
     arguments = parser.parse_args()

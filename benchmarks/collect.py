@@ -1,27 +1,26 @@
-"""Masks x images per second beside three other ways of running ablated models, on five models.
+"""Masks x images per second, compared with three other ways of running ablated models, on five models.
 
-    COAR_DATA=/path/to/folder python benchmarks/collect.py    # everything; mostly the large models
+    COAR_DATA=/path/to/folder python benchmarks/collect.py    # everything; most of the time for the large models
     python benchmarks/collect.py --models vit-b-16 gpt2 --examples 4 64 --rounds 5
 
-The others, all in float32:
+The other ways, all in float32, are:
 
 - the published loop copies the model for every mask, zeroes the ablated rows and reads the examples again through a
-  data loader: here the cheapest loader there is, without decoding or transforms, so ratios to it are lower bounds;
-- captum's LayerFeatureAblation makes one perturbation of one module per forward pass; all its passes count, also the
-  two that it makes before the first perturbation of a module;
+  data loader: here the cheapest possible loader, without decoding or transforms, so ratios to it are lower bounds;
+- captum's LayerFeatureAblation makes one perturbation of one module per forward pass; all its passes count, including
+  the two that it makes before the first perturbation of a module;
 - the hook loop multiplies activations by the mask in forward hooks, on one copy of the model, the examples in memory.
 
-Ours is what `coar.collect` computes, units of 64 masks by `FastRunner.outputs`, in float32 and in bfloat16, without the
-storing, with the plan that collecting measures: examples and masks per forward pass. Freed memory is kept meanwhile, as
-collecting does; the others have malloc as it comes. Where a unit would take too long, its time is that of its first
-mask, gates put on and taken off, plus 63 times what a further mask takes in a longer call. Masks are drawn within the
-time of whoever uses them.
+Ours is the computation of `coar.collect`, units of 64 masks by `FastRunner.outputs`, in float32 and in bfloat16,
+without storing, with the plan that collecting measures: examples and masks per forward pass. Freed memory is kept, as
+in collecting; the others use malloc's defaults. If a unit would take too long, its time is that of its first mask,
+including entering and leaving the gates, plus 63 times the time of a further mask in a longer call. The time of each
+way includes drawing its masks.
 
-The ways take turns, in rounds; the others are in a process of their own, or they would be served the memory that ours
-has got from the system, instead of getting theirs anew as they do by themselves. What is printed of each is its median
-over rounds, and of each ratio, taken within a round, the median and the range. The peak is the best of all matrix
-products of the same type made along the way; the share of it is our rate times the arithmetic of the plain forward
-pass.
+The ways take turns, in rounds. The others run in a process of their own, because they would otherwise reuse memory that
+ours obtained from the system, instead of requesting it as they do alone. The tables show the median of each rate over
+rounds, and for each ratio, taken within a round, the median and the range. The peak is the best of all matrix products
+of the same type measured during the run; the share of it is our rate times the arithmetic of the plain forward pass.
 """
 
 import argparse
@@ -61,10 +60,10 @@ from coar.forward.runner import FastRunner
 from coar.gates.batch_norms import following_batch_norms
 
 CPU = torch.device("cpu")
-BATCH = BATCH_SIZE["cpu"]  # examples per forward pass; ours starts from it, as a run does, and measures
-LONG = 2_000  # masks ahead, of which a small share goes to choosing the plan
+BATCH = BATCH_SIZE["cpu"]  # examples per forward pass; ours starts from it and measures, as a run does
+LONG = 2_000  # assumed length of the run in masks, a small share of which may be spent on choosing the plan
 MOST = 512  # masks per round
-FEW = 4  # examples on which batch norms are told to follow a layer
+FEW = 4  # examples on which following batch norms are found
 OURS = {"float32": torch.float32, "bf16": torch.bfloat16}
 PEERS = ("published loop", "captum", "hook loop")
 
@@ -74,15 +73,15 @@ Way = Callable[[int], float]  # takes a number of masks, returns forward passes 
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured on one model and one number of examples.
+    """Measurements on one model and one number of examples.
 
     Attributes:
         model: Name of the model.
-        components: How many it has.
-        examples: How many it was run on.
+        components: Number of components.
+        examples: Number of examples.
         rates: Masks x images per second in each round, by the way's name.
         flops: Floating-point operations of a plain forward pass of one example.
-        difference: Largest difference of our float32 outputs to the published loop's, relative to the largest output.
+        difference: Largest difference of our float32 outputs from the published loop's, relative to the largest output.
     """
 
     model: str
@@ -142,7 +141,7 @@ def hook_loop(study: coar.Study) -> Callable[[np.ndarray], Tensor]:
 
 @memory_kept()
 def workers(study: coar.Study) -> dict[str, tuple[FastRunner, ExampleBlock]]:
-    """Return, by precision, the runner that a long run would have, with its measured plan, and the examples."""
+    """Return, by precision, the runner of a long run, with its measured plan, and the examples."""
     model = device_copy(study.model, CPU)
     constants = study.ablation.replacements(model, study.components, batch_size=BATCH)
     few = ModelRunner(model, study.output).load(study.examples, 0, FEW)
@@ -162,7 +161,7 @@ def workers(study: coar.Study) -> dict[str, tuple[FastRunner, ExampleBlock]]:
 
 
 def seconds_of(study: coar.Study, run: Run, masks: range) -> float:
-    """Return how long it takes to draw some masks and run them."""
+    """Return the seconds to draw some masks and run them."""
     start = time.perf_counter()
     run(study.sampler.masks("train", masks, len(study.components)))
     return time.perf_counter() - start
@@ -174,7 +173,7 @@ def plain_way(study: coar.Study, run: Run) -> Way:
 
 
 def unit_way(study: coar.Study, run: Run) -> Way:
-    """Return a way that runs whole units of masks, or infers the time of one from less."""
+    """Return a way that runs whole units of masks, or extrapolates the time of one from fewer masks."""
 
     @memory_kept()
     def way(count: int) -> float:
@@ -190,7 +189,7 @@ def unit_way(study: coar.Study, run: Run) -> Way:
 
 
 def captum_way(study: coar.Study) -> Way:
-    """Return a way that ablates as many components, one at a time, spread over the table."""
+    """Return a way that ablates as many components as there are masks, one at a time, spread over the table."""
 
     def way(count: int) -> float:
         chosen = np.unique(np.linspace(0, len(study.components) - 1, count).astype(int))
@@ -202,7 +201,7 @@ def captum_way(study: coar.Study) -> Way:
 
 
 def masks_for(way: Way, seconds: float) -> int:
-    """Return how many masks a way runs in so many seconds, at least one; this also warms it up."""
+    """Return the number of masks that a way runs in some seconds, at least 1; this also warms it up."""
     count = 1
     while True:
         start = time.perf_counter()
@@ -214,13 +213,13 @@ def masks_for(way: Way, seconds: float) -> int:
 
 
 def subject(name: str, examples: int) -> coar.Study:
-    """Return a model's study of so many examples, or of all that it has."""
+    """Return a model's study of a number of examples, or of all that it has."""
     study = SUBJECTS[name].study(max((*SUBJECTS[name].examples, examples)))
     return replace(study, examples=study.examples.subset(range(min(examples, len(study.examples)))))
 
 
 def serve(pipe: Connection, name: str, examples: int, threads: int) -> None:
-    """Time the peers as asked for, pairs of a way's name and a number of masks, until None comes."""
+    """Time the requested peers, pairs of a way's name and a number of masks, until None is received."""
     torch.set_num_threads(threads)
     study = subject(name, examples)
     ways = {"published loop": plain_way(study, published_loop(study)), "captum": captum_way(study)}
@@ -231,11 +230,11 @@ def serve(pipe: Connection, name: str, examples: int, threads: int) -> None:
 
 @contextmanager
 def peers_apart(name: str, examples: int) -> Iterator[dict[str, Way]]:
-    """Give the ways of the peers, which run in another process."""
+    """Provide the ways of the peers, which run in another process."""
     here, there = get_context("spawn").Pipe()
     process = get_context("spawn").Process(target=serve, args=(there, name, examples, torch.get_num_threads()))
     process.start()
-    there.close()  # so that waiting for a process that failed ends in an error
+    there.close()  # waiting for a process that failed then ends in an error
 
     def asking(way: str) -> Way:
         def ask(count: int) -> float:
@@ -286,7 +285,7 @@ def product_speed(kind: torch.dtype) -> float:
 def flops_per_example(model: nn.Module, inputs: Tensor) -> float:
     """Return the floating-point operations of one forward pass of one example.
 
-    Attention's fused path, which the counter does not see into, is off while counting.
+    Attention's fused path, whose operations the counter does not see, is off while counting.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -341,7 +340,7 @@ def main() -> None:
     """Measure every model at every number of examples, and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", choices=SUBJECTS, nargs="+", default=list(SUBJECTS))
-    parser.add_argument("--examples", type=int, nargs="+", help="by default few and many, as each model allows")
+    parser.add_argument("--examples", type=int, nargs="+", help="by default few and many, depending on the model")
     parser.add_argument("--seconds", type=float, default=1.0, help="budget of each way in each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/default_job.py     # some minutes; writes pipelines/digits.json
 
-Processor seconds of one process with one thread, which other work on the machine hardly moves: to collect, without test
-masks, and to fit. Both fits are scored on the pipeline's test masks at the ablated fraction of training. `coar all`
-prints the file that this writes.
+It measures processor seconds of one process with one thread, which depend little on other work on the machine: to
+collect, without test masks, and to fit. Both fits are scored on the pipeline's test masks at the ablated fraction of
+training. `coar all` prints the comparison in the file.
 """
 
 import json
@@ -20,18 +20,18 @@ import coar
 from pipelines import digits
 
 CLASSIC = 3_000
-WARM_UP = 8  # masks and mask gradients of a run whose time does not count: it imports what the others need
+WARM_UP = 8  # masks and mask gradients of a first run, which is not timed, to import everything
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return the processor seconds that a call takes."""
+    """Return the processor seconds of a call."""
     before = time.process_time()
     work()
     return time.process_time() - before
 
 
 def measured(study: coar.Study, path: Path, method: str, sizes: dict[str, int]) -> dict[str, object]:
-    """Collect a run of these sizes and fit it; return what both cost, and the held-out correlation."""
+    """Collect a run of these sizes and fit it; return the cost of both, and the held-out correlation."""
     took = seconds(lambda: coar.collect(study, path, **sizes, progress=False))
     run = coar.Run.open(path)
     took += seconds(lambda: coar.fit(run, method=method, progress=False))
@@ -47,7 +47,7 @@ def measured(study: coar.Study, path: Path, method: str, sizes: dict[str, int]) 
 
 
 def machine() -> str:
-    """Name the processor, and the widest vectors that it has."""
+    """Return the names of the processor and of its widest vector instructions."""
     about = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
     lines = dict(line.split(":", 1) for line in about.splitlines() if ":" in line)
     named = {key.strip(): value.strip() for key, value in lines.items()}
@@ -57,7 +57,7 @@ def machine() -> str:
 
 
 def main() -> None:
-    """Measure both ways and write them down."""
+    """Measure both fits and write the comparison."""
     study = digits.study()
     with tempfile.TemporaryDirectory() as folder:
         warm = coar.collect(study, f"{folder}/warm.zarr", masks=WARM_UP, gradients=32, progress=False)

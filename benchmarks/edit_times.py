@@ -1,9 +1,9 @@
-"""How long ranking, the predicted rule and applying take with as many components as a ViT-B/16 has, 82,944.
+"""Times of ranking, of the predicted rule and of applying an edit with 82,944 components, as many as a ViT-B/16 has.
 
     python benchmarks/edit_times.py
 
 The net has linear layers of a ViT-B's sizes and random weights; attributions of 100 targets and 1,000 references are
-random numbers, held in memory as a fit's file would give them. The edit has 20 components.
+random numbers, held in memory in the form of a fit's file. The edit has 20 components.
 """
 
 import itertools
@@ -51,7 +51,7 @@ def attributions(study: coar.Study) -> Attributions:
 
 
 def timed(what: str, work: Callable[[], Any]) -> Any:
-    """Do a piece of work and print how long it took."""
+    """Do a piece of work and print its time."""
     start = time.perf_counter()
     done = work()
     print(f"{what:50}{time.perf_counter() - start:8.2f} s", flush=True)

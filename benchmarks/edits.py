@@ -1,16 +1,17 @@
-"""Verified choice against other rules, on all tasks whose pipelines are there: one table and one figure per task.
+"""Verified choice against other rules, on all tasks with an available pipeline: one table and one figure per task.
 
     COAR_DATA=/path/to/folder python benchmarks/edits.py                 # or: make edits
     python benchmarks/edits.py --pipelines digits --tasks forget --seeds 0
 
-Attributions come from mask gradients, with a mask seed each, or with a training seed each where the pipeline trains its
-model. Components are chosen on choosing examples and judged on others. On CIFAR-10 the studied examples beside the
-errors to fix, and all others that a choice is made on, are training pictures, so that all test pictures are left to
-judge on, but the one that is fixed. The rules that only rank are given the numbers of components that suit them best on
-the very examples they are judged on, the fewest with the verified choice's effect and the best with no more than its
-harm, so that the comparison errs in their favour.
+Attributions are fitted on mask gradients, with a mask seed each, or with a training seed each if the pipeline trains
+its model. Components are chosen on choosing examples and judged on others. On CIFAR-10 the studied examples other than
+the errors to fix, and all choosing examples, are training pictures, so that all test pictures are for judging, except
+the one that is fixed. For the rules that only rank, the number of components is chosen on the judging examples
+themselves, the smallest with the verified choice's effect and the best with no more than its harm, so the comparison
+is biased in their favour.
 
-Every piece of work is kept in reports/edits/done, so that a run that was stopped goes on; results go to reports/edits.
+Results of every step are kept in reports/edits/done, so an interrupted benchmark resumes; tables and figures are
+written to reports/edits.
 """
 
 import argparse
@@ -70,13 +71,13 @@ class Case:
 
     @cached_property
     def context(self) -> SelectionContext:
-        """What choices for several goals share."""
+        """The part of a selection that several goals share."""
         return SelectionContext.of(
             self.fitted, self.study.model, self.study.examples, choosing=self.choosing, precision="bf16"
         )
 
     def attributions(self, rule: str) -> coar.Attributions:
-        """Return what a rule ranks by, made when it is missing."""
+        """Return the attributions that a rule ranks by, made if they are missing."""
         if rule in ("leave_one_out", "mask_gradient"):
             return getattr(coar, rule)(self.study, self.run, progress=False)
         return self.fitted
@@ -99,7 +100,7 @@ def case(name: str, module: ModuleType, task: str, seed: int) -> Case:
 
 
 def with_errors(study: coar.Study, test: coar.Examples, others: coar.Examples) -> coar.Examples:
-    """Return all misclassified test examples, and after them those of others that are classified correctly."""
+    """Return all misclassified test examples, followed by the correctly classified examples among others."""
     errors = test.subset(margins(study.model, test) <= 0)
     others = others.subset(margins(study.model, others) > 0)
     both = [part.block(0, len(part)) for part in (errors, others)]
@@ -109,7 +110,7 @@ def with_errors(study: coar.Study, test: coar.Examples, others: coar.Examples) -
 
 
 def goals(case: Case, task: str) -> Iterator[tuple[str, coar.EditGoal]]:
-    """Yield what a task edits for: ten classes, every error, or the pipeline's own goal."""
+    """Yield the goals of a task: ten classes, every error, or the pipeline's own goal."""
     labels = np.asarray(case.study.examples.metadata.get("label"))
     if task == "forget":
         for label in np.unique(labels).tolist():
@@ -129,7 +130,7 @@ def goals(case: Case, task: str) -> Iterator[tuple[str, coar.EditGoal]]:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a rule chose: an order of components, the numbers of them to judge, constants, and passes it took."""
+    """A rule's choice: an order of components, the numbers of them to judge, constants, and the passes it took."""
 
     order: np.ndarray
     counts: list[int]
@@ -202,7 +203,7 @@ def judged(case: Case, task: str, goal: coar.EditGoal, rule: str) -> dict[str, A
 
 
 def kept(file: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what a file holds, or do the work and keep it there."""
+    """Return the contents of a file, or do the work and keep its result in the file."""
     if not file.is_file():
         found = work()
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -213,7 +214,7 @@ def kept(file: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def work(name: str, here: Case, task: str, rules: list[str]) -> None:
-    """Choose and judge by each rule what is not there yet, for all goals of a task."""
+    """Choose and judge by each rule, for all goals of a task whose results are missing."""
     for target, goal in goals(here, task):
         for rule in rules:
             file = FOLDER / "done" / f"{name}-{task}-{target}-{here.seed}-{rule}.json"
@@ -237,7 +238,7 @@ def work(name: str, here: Case, task: str, rules: list[str]) -> None:
 
 
 def main() -> None:
-    """Run everything that is missing, and write tables and figures."""
+    """Compute all missing results, and write tables and figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipelines", choices=TASKS, nargs="+", default=list(TASKS))
     parser.add_argument("--tasks", nargs="+", default=["forget", "fix", "group", "backdoor", "typographic"])

@@ -1,4 +1,4 @@
-"""Tables and figures of edits.py, from what it kept: reports/edits/done/*.json.
+"""Tables and figures of the results that edits.py kept in reports/edits/done/*.json.
 
 python benchmarks/edits_report.py                # reports/edits
 python benchmarks/edits_report.py another/folder
@@ -17,14 +17,14 @@ from matplotlib.figure import Figure
 RULES = ("verified", "welch", "mask_gradient", "leave_one_out", "random")
 COLOURS = dict(zip(RULES, ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#777777"), strict=True))
 KEYS = ["task", "pipeline", "seed", "target"]
-SPREAD = ("targets", "others_points", "worst_points")  # columns told with their spread over seeds
-ACCURACIES = {  # before and after, where a task tells them
+SPREAD = ("targets", "others_points", "worst_points")  # columns shown with their spread over seeds
+ACCURACIES = {  # before and after, for tasks that have them
     "lowest": "worst group",
     "average": "average of groups",
     "clean": "clean references",
     "partners": "those of them that are targets too",
 }
-COSTS = np.linspace(0, 10, 401)  # points that others may lose, in figures
+COSTS = np.linspace(0, 10, 401)  # allowed loss of others in figures, in points
 PLAIN = ("components", "targets_at_same_harm", "reached", "passes", "cpu_seconds")
 
 
@@ -33,7 +33,7 @@ def compared(points: dict[str, dict[str, Any]]) -> Iterator[dict[str, object]]:
     mine = points["verified"]
     effect, harm, sign = mine["targets"][-1], mine["others_points"][-1], 1 if mine["increase"] else -1
     if mine["task"] == "fix":
-        effect = 100.0  # an error that the verified choice leaves is not to be left by others too
+        effect = 100.0  # other rules must correct an error even if the verified choice does not
     for rule in (rule for rule in RULES if rule in points):
         found = points[rule]
         targets, others = np.array(found["targets"]), np.array(found["others_points"])
@@ -56,12 +56,12 @@ def compared(points: dict[str, dict[str, Any]]) -> Iterator[dict[str, object]]:
 
 
 def pieces(folder: Path) -> list[dict[str, Any]]:
-    """Return what was kept, a piece per target and rule."""
+    """Return the kept results, one per target and rule."""
     return [json.loads(file.read_text()) for file in sorted((folder / "done").glob("*.json"))]
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """Return a row per target and rule, of all targets that the verified choice was made for."""
+    """Return a row per target and rule, for all targets with a verified choice."""
     by_target: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for found in pieces(folder):
         by_target.setdefault(tuple(found[key] for key in KEYS), {})[found["rule"]] = found
@@ -69,7 +69,7 @@ def read(folder: Path) -> pd.DataFrame:
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Average over targets within seeds, then tell the mean over seeds and the standard deviation between them."""
+    """Average over targets within seeds, then return the mean over seeds and the standard deviation between them."""
     keys = ["task", "pipeline", "rule"]
     columns = ["before", *SPREAD, *PLAIN]
     by_seed = rows.groupby([*keys, "seed"], sort=False)[columns].mean().groupby(keys, sort=False)
@@ -79,7 +79,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(short: pd.DataFrame) -> str:
-    """Return the summary as a Markdown table; a dash stands where no number of components had the effect."""
+    """Return the summary as a Markdown table, with a dash if no number of components had the effect."""
     lines = [
         "| task | rule | edits, seeds | reached | components | targets before -> after (%) | others (points) | "
         "worst group (points) | targets at the same harm (%) | passes | CPU s |",
@@ -98,7 +98,7 @@ def markdown(short: pd.DataFrame) -> str:
 
 
 def corrections(rows: pd.DataFrame) -> str:
-    """Say how many errors each rule corrects, and how many of them at a cost of at most half a point."""
+    """Return the number of errors that each rule corrects, and of those at a cost of at most half a point."""
     lines = []
     for (pipeline, rule), some in rows[rows["task"] == "fix"].groupby(["pipeline", "rule"], sort=False):
         right = some["targets"] == 100
@@ -112,7 +112,7 @@ def corrections(rows: pd.DataFrame) -> str:
 
 
 def accuracies(rows: pd.DataFrame) -> str:
-    """Say what became of groups that are strengthened, and of clean examples where targets are paired with some."""
+    """Return accuracies before and after, by group and on clean partners of targets, for tasks that have them."""
     lines = []
     for (pipeline, rule), some in rows[rows["reached"]].groupby(["pipeline", "rule"], sort=False):
         told = [
@@ -131,15 +131,15 @@ def _told(mean: float, spread: float, *, sign: str) -> str:
 
 
 def best_within(found: dict[str, Any]) -> np.ndarray:
-    """Return the (costs,) best accuracy on targets that a rule gets for no more than each of `COSTS`."""
+    """Return the (costs,) best accuracy on targets that a rule reaches at no more than each of `COSTS`."""
     targets, costs = np.array(found["targets"]), -np.array(found["others_points"])
     sign = 1 if found["increase"] else -1
-    allowed = costs[:, None] <= COSTS  # (numbers of components, costs); with none at all nothing is lost
+    allowed = costs[:, None] <= COSTS  # (numbers of components, costs); zero components cost nothing
     return np.asarray(sign * np.where(allowed, sign * targets[:, None], -np.inf).max(0))
 
 
 def figure(kept: list[dict[str, Any]], task: str) -> Figure:
-    """Draw accuracy on targets, averaged over edits, against cost; of errors, how many are corrected at what cost."""
+    """Draw accuracy on targets, averaged over edits, or the share of errors corrected, against cost."""
     names = list(dict.fromkeys(found["pipeline"] for found in kept))
     drawing = Figure(figsize=(5 * len(names), 3.8), layout="constrained")
     for axes, name in zip(drawing.subplots(1, len(names), squeeze=False)[0], names, strict=True):

@@ -1,21 +1,21 @@
-"""Time and memory of fitting, beside the two bare matrix products it cannot do without and beside scikit-learn.
+"""Time and memory of fitting, compared with its two necessary matrix products and with scikit-learn.
 
     python benchmarks/fit.py                 # 50,000 masks x 2,304 components x 10,000 examples; about 2.3 GB of disk
     python benchmarks/fit.py --masks 10000 --examples 2000 --components 1000
-    python benchmarks/fit.py --masks 4096 --examples 100 --components 50 --scale 0.1   # a look at whether it works
+    python benchmarks/fit.py --masks 4096 --examples 100 --components 50 --scale 0.1   # a quick test
 
-The outputs are generated (linear in the masks plus noise) and stored in a real run on disk, which is then fitted as any
-other. The floor is X'X and X'Y of the same size and type (float32), from memory, in the same process. How time grows
-with masks is in `fit_growth.py`.
+The outputs are generated (linear in the masks plus noise) and stored in a real run on disk, which is then fitted like
+any other. The floor is X'X and X'Y of the same size and type (float32), from memory, in the same process.
+`fit_growth.py` measures the growth of time with masks.
 
-Lasso stands beside scikit-learn's Lasso at the penalties that ours chose, from the rows and from the Gram matrix, and
-beside its path of as many penalties as ours follows. scikit-learn solves example after example, so its times are taken
-on a few and multiplied up to all. What is computed once for all, the Gram matrix, is not multiplied.
+Lasso is compared with scikit-learn's Lasso at the penalties that ours chose, from the rows and from the Gram matrix,
+and with its path of as many penalties as ours follows. scikit-learn solves one example after another, so its times are
+measured on a few examples and scaled up to all. The time of the Gram matrix, which is computed once, is not scaled.
 
-fast_l1, the SAGA solver of the method's authors (github.com/MadryLab/fast_l1), needs a CUDA device: it imports CuPy,
-pins memory and sends tensors to the device by name. So it is left out. Its published settings are 100 penalties down to
-1e-6 of the largest, a learning rate of 0.01 and an end when no weight's squared move in a pass is above 5e-10; the
-settings published with the method have a single penalty, of zero.
+fast_l1, the SAGA solver of the method's authors (github.com/MadryLab/fast_l1), is left out because it needs a CUDA
+device: it imports CuPy, pins memory and sends tensors to the device by name. Its published settings are 100 penalties
+down to 1e-6 of the largest, a learning rate of 0.01 and an end when no weight's squared change in a pass is above
+5e-10; the settings published with the method have a single penalty, of zero.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from coar.store.arrays import write
 from coar.store.plan import Plan
 from coar.store.run import pack
 
-FEW = 20  # examples that scikit-learn's lasso is timed and compared on
+FEW = 20  # examples for timing scikit-learn's lasso and comparing with it
 
 
 def generate(path: Path, masks: int, components: int, examples: int) -> coar.Run:
@@ -75,12 +75,12 @@ def generate(path: Path, masks: int, components: int, examples: int) -> coar.Run
         write(run.array("masks"), pack(masks_of_rows), rows, slice(None))
         write(run.array("outputs"), y.numpy(), rows, slice(None))
     write(run.array("base_output"), weights.sum(0).numpy(), slice(None))
-    os.sync()  # so that no writing goes on in the background while the fit is timed
+    os.sync()  # no background writing while the fit is timed
     return run
 
 
 def bare_products(masks: int, components: int, examples: int) -> float:
-    """Return the seconds that X'X and X'Y take in float32, in blocks of rows that are already in memory."""
+    """Return the seconds of X'X and X'Y in float32, in blocks of rows that are already in memory."""
     x, y = torch.rand(ROWS, components), torch.rand(ROWS, examples)
     x.T @ x
     start = time.perf_counter()
@@ -97,7 +97,7 @@ def memory_gib(field: str) -> float:
 
 
 def forget_peak() -> None:
-    """Let the highest resident memory start again from what is resident now."""
+    """Reset the highest resident memory to the current one."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -109,17 +109,17 @@ def load(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def penalties(x: np.ndarray) -> np.ndarray:
-    """Return the grid of penalties that the package uses for this design."""
+    """Return the package's grid of penalties for this design."""
     return PENALTIES.numpy() * np.linalg.eigvalsh(np.cov(x.T) * (len(x) - 1)).mean()
 
 
 def measure(kind: str, path: Path, masks: int | None = None) -> tuple[float, float]:
-    """Fit in one way; return the seconds, and the GiB by which memory rose above what the imports take.
+    """Fit in one way; return the seconds, and the GiB of memory above that after the imports.
 
     Args:
         kind: A method of the package, or a class of scikit-learn.
         path: The run.
-        masks: For a method of the package, the first so many masks alone.
+        masks: For a method of the package, the number of masks to fit, the first ones.
     """
     forget_peak()
     before = memory_gib("VmRSS")
@@ -135,7 +135,7 @@ def measure(kind: str, path: Path, masks: int | None = None) -> tuple[float, flo
 
 
 def measure_apart(kind: str, path: Path, masks: int | None = None) -> tuple[float, float]:
-    """Measure in a process of its own, so that memory starts from the same."""
+    """Measure in a process of its own, so that memory starts at the same level."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, kind, path, masks).result()
 
@@ -148,7 +148,7 @@ def beside_scikit_learn(path: Path, masks: int, components: int, examples: int) 
         "Ridge": "from memory, one given penalty, no errors",
         "RidgeCV": "from memory, a penalty per example, no errors",
     }
-    print(f"beside scikit-learn at {masks} masks, {components} components, {examples} examples")
+    print(f"compared with scikit-learn at {masks} masks, {components} components, {examples} examples")
     for kind, (seconds, memory) in figures.items():
         time_ratio, memory_ratio = figures["ridge"][0] / seconds, figures["ridge"][1] / memory
         print(f"  {kind:8} {notes[kind]:61} {seconds:7.2f} s {memory:6.2f} GiB", end="  ")
@@ -194,7 +194,7 @@ def beside_scikit_learns_lasso(path: Path, masks: int, components: int, examples
         f"{len(PATH)} penalties, from the Gram matrix": once
         + seconds(lambda i: path_of(i, PATH.numpy() * np.abs(products[:, i]).max() / masks)),
     }
-    print(f"lasso beside scikit-learn's at {masks} masks, {components} components, {examples} examples")
+    print(f"lasso compared with scikit-learn's at {masks} masks, {components} components, {examples} examples")
     kept = f"{(weight != 0).mean():.2f} of weights kept"
     print(f"  ours, up to {len(PATH)} penalties and a choice: {ours:.2f} s {memory:.2f} GiB; {kept}")
     for note, taken in times.items():
@@ -206,12 +206,12 @@ def beside_scikit_learns_lasso(path: Path, masks: int, components: int, examples
 
 
 def main() -> None:
-    """Run all parts and print what they took."""
+    """Run all parts and print their times and memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, size in (("masks", 50_000), ("components", 2_304), ("examples", 10_000)):
         parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--folder", type=Path, default=None, help="where to put the run; a temporary folder by default")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the sizes at which others are compared with")
+    parser.add_argument("--folder", type=Path, default=None, help="folder for the run; a temporary one by default")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the sizes in comparisons with others")
     sizes = parser.parse_args()
     shape = (sizes.masks, sizes.components, sizes.examples)
     small = [max(round(size * sizes.scale), 10) for size in (10_000, 700, 500)]

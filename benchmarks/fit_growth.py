@@ -1,21 +1,22 @@
-"""How time and memory of fitting grow with the number of masks, and what a fit of the largest size would take.
+"""Growth of the time and memory of fitting with the number of masks, extrapolated to a fit of the largest size.
 
     python benchmarks/fit_growth.py                     # both parts at the sizes below; alone on the machine
-    python benchmarks/fit_growth.py --scale 0.1         # a look at whether it works
+    python benchmarks/fit_growth.py --scale 0.1         # a quick test
     python benchmarks/fit_growth.py --figures elsewhere
 
 The first part fits the first 5,000, 10,000, 20,000 and 40,000 masks of one generated run of 2,304 components and 300
 examples, by ridge and by lasso, each in a process of its own. It prints the median of `--rounds` rounds, the slope of
-the logarithm of time on that of masks, and the line of time on masks: what a fit takes whatever the masks (the
-eigendecomposition, or the paths of penalties) and what a thousand masks add. Lasso may get faster with more masks,
-since its paths then take fewer steps. Drawn in `fit_masks.png`.
+the logarithm of time on that of masks, and the line of time on masks: the time that does not depend on masks (the
+eigendecomposition, or the paths of penalties) and the time that a thousand masks add. Lasso may get faster with more
+masks, since its paths then take fewer steps. The figure is `fit_masks.png`.
 
 The second part is 22,720 components x 100,000 masks x 5,000 examples with each of the three numbers a tenth and a
 twentieth as large. No term in the time is of a higher order than the third in the three numbers together: masks x
 components^2 for X'X, masks x components x examples for X'Y, components^3 for the eigendecomposition, components^2 x
 examples for every step of a path. So with all three s times as large, time grows by s^3 at most, and memory, in which
-components^2 leads, by s^2 at most: reading and what is done entry by entry grow by less. The numbers of steps in a path
-depend on the ratio of masks to components, which stays. The smaller of the two sizes shows which exponent there is.
+components^2 leads, by s^2 at most: reading and elementwise operations grow by less. The numbers of steps in a path
+depend on the ratio of masks to components, which stays constant. The smaller of the two sizes shows the actual
+exponent.
 """
 
 import argparse
@@ -38,7 +39,7 @@ FIGURES = Path("reports/benchmarks")
 
 
 def growth(folder: Path, scale: float, rounds: int) -> tuple[list[int], dict[str, np.ndarray]]:
-    """Fit growing numbers of masks; return these numbers, and by method (2, sizes) seconds and GiB."""
+    """Fit increasing numbers of masks; return these numbers, and by method (2, sizes) seconds and GiB."""
     sizes = [round(masks * scale) for masks in MASKS]
     components, examples = round(COMPONENTS * scale), round(EXAMPLES * scale)
     print(f"growth with masks at {components} components, {examples} examples, {torch.get_num_threads()} threads")
@@ -66,7 +67,7 @@ def tell_growth(sizes: list[int], found: dict[str, np.ndarray]) -> None:
 
 
 def draw_growth(sizes: list[int], found: dict[str, np.ndarray], file: Path) -> None:
-    """Draw seconds, with the line that suits them best, and GiB against masks."""
+    """Draw seconds, with the line that fits them best, and GiB against masks."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for method, (seconds, memory) in found.items():
@@ -86,7 +87,7 @@ def draw_growth(sizes: list[int], found: dict[str, np.ndarray], file: Path) -> N
 
 
 def extrapolate(folder: Path, part: float, rounds: int) -> None:
-    """Fit the largest size scaled down, and half of that; print what follows for the largest."""
+    """Fit the largest size scaled down, and half of that; print the extrapolation to the largest."""
     print("towards {:,} masks, {:,} components, {:,} examples".format(*LARGEST))
     found = {method: np.empty((2, 2)) for method in METHODS}
     for i, share in enumerate((part / HALF, part)):
@@ -108,12 +109,12 @@ def extrapolate(folder: Path, part: float, rounds: int) -> None:
 
 
 def main() -> None:
-    """Run both parts, print what they took, and draw the first."""
+    """Run both parts, print their times and memory, and draw the first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", type=float, default=1.0, help="of all sizes: less than 1 for a quick look")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the medians are taken")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of all sizes: less than 1 for a quick test")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which medians are printed")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="folder for fit_masks.png")
-    parser.add_argument("--folder", type=Path, default=None, help="where to put runs; a temporary folder by default")
+    parser.add_argument("--folder", type=Path, default=None, help="folder for runs; a temporary one by default")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder, prefix="coar-fit-"))
     try:

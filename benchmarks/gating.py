@@ -1,13 +1,13 @@
-"""What a gated forward pass costs over a plain one, and what it saves to let masks share a pass.
+"""The cost of a gated forward pass relative to a plain one, and the saving when masks share a pass.
 
     COAR_DATA=/path/to/folder OMP_NUM_THREADS=1 python benchmarks/gating.py    # 20 minutes on a quiet core
     python benchmarks/gating.py --models digits resnet20 --repeats 21
 
-Every number is a ratio of processor times, taken in turns, plain and gated by way of every ablation, and then the
-median over the turns. A pass is that of one mask, which is set anew before each; it follows another of its kind, as
-hundreds follow each other in a unit, since memory that the process has to get anew costs as much as the gates do.
-Resample sources are recorded once before, as for all masks of a unit. The second table is of few examples: the time per
-counterfactual with one mask per pass, in the weights, over that with several in one, in hooks.
+Every number is a ratio of processor times: plain passes and passes gated under every ablation take turns, and the
+median over the turns is printed. Each pass has one mask, which is set before the pass. It follows a pass of the same
+kind, as in a unit, since memory that the process must request again costs as much as the gates do. Resample sources are
+recorded once before, as for all masks of a unit. The second table is on few examples: the time per counterfactual with
+one mask per pass, in the weights, relative to that with several per pass, in hooks.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def encoder(examples: int) -> coar.Study:
 
 
 def study_of(name: str, examples: int) -> coar.Study:
-    """Return the study of a model on so many examples."""
+    """Return the study of a model on a number of examples."""
     if name == "encoder":
         return encoder(examples)
     if name == "digits":
@@ -69,7 +69,7 @@ def study_of(name: str, examples: int) -> coar.Study:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Return the processor's time of the second of two calls."""
+    """Return the processor seconds of the second of two calls."""
     run()
     start = time.process_time()
     run()
@@ -77,14 +77,14 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def ratios(timed: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Return the median ratio of every time but the first to the first, all taken in turns after one to warm up."""
+    """Return the median ratio of every time but the first to the first, all measured in turns after a warm-up turn."""
     turns = [{name: time_of() for name, time_of in timed.items()} for _ in range(repeats + 1)][1:]
     first, *others = timed
     return {name: statistics.median(turn[name] / turn[first] for turn in turns) for name in others}
 
 
 def costs(name: str, repeats: int) -> dict[str, float]:
-    """Return the time of a pass gated in every way over that of a plain one."""
+    """Return the time of a pass gated in each way, relative to that of a plain pass."""
     study = study_of(name, EXAMPLES[name])
     model, table, count = device_copy(study.model, torch.device("cpu")), study.components, len(study.examples)
     plain = FastRunner(model, table, torch.zeros(table.width), study.output, ExecutionPlan(batch_size=count))
@@ -124,7 +124,7 @@ def costs(name: str, repeats: int) -> dict[str, float]:
 
 
 def saving(name: str, repeats: int) -> float:
-    """Return how much faster a counterfactual of few examples is when masks share a pass."""
+    """Return the speed-up of a counterfactual on few examples when masks share a pass."""
     study = study_of(name, FEW)
     model, table = device_copy(study.model, torch.device("cpu")), study.components
     masks = study.sampler.masks("test", range(MASKS), len(table))

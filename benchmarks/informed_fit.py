@@ -1,10 +1,10 @@
-"""Seconds of an informed fit beside those of collecting the mask gradients that it fits.
+"""Seconds of an informed fit, compared with those of collecting its mask gradients.
 
     python -m benchmarks.informed_fit                         # digits: 336 filters, 400 scans, 64 mask gradients
     COAR_DATA=/path/to/folder python -m benchmarks.informed_fit --pipeline cifar10 --gradients 64 --examples 64
 
-Prints wall seconds and this process's CPU seconds of both, and their ratio; a fit is to take at most a third. A few
-mask gradients are collected into another run first, so that first calls are not counted.
+It prints wall seconds and this process's CPU seconds of both, and their ratio; a fit may take at most a third. A few
+mask gradients are collected into another run first, so that first calls are not timed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import coar
 
-FIRST = 8  # mask gradients collected before the clock runs
+FIRST = 8  # mask gradients collected before timing starts
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--pipeline", default="digits", help="a module of pipelines/")
     parser.add_argument("--gradients", type=int, default=64)
     parser.add_argument("--masks", type=int, default=200)
-    parser.add_argument("--examples", type=int, help="the first so many examples; by default all")
+    parser.add_argument("--examples", type=int, help="number of examples, the first ones; by default all")
     options = parser.parse_args()
     study = importlib.import_module(f"pipelines.{options.pipeline}").study()
     if options.examples:

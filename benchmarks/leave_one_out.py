@@ -1,10 +1,10 @@
-"""Leave-one-out with the start of passes shared, beside the same masks one pass after another, in one run.
+"""Leave-one-out with the prefix cache, compared with the same masks in whole passes.
 
     COAR_DATA=/path/to/folder python benchmarks/leave_one_out.py                     # alone on the machine: minutes
     python benchmarks/leave_one_out.py --models resnet18 --masks 16
 
-Components are taken evenly over the table, few of them, so that what holding costs weighs more than with all. The floor
-is what the calls before a component's layer do not have to do again: the share of products is printed beside. Outputs
+A few components are taken, spread evenly over the table, so that the cost of caching weighs more than with all. The
+upper bound of the gain follows from the share of products at or after a component's layer, and is printed too. Outputs
 of both ways are compared.
 """
 
@@ -27,7 +27,7 @@ from coar.study import Study
 
 
 def floor(study: Study, rows: np.ndarray) -> float:
-    """Return the mean share of a pass's products that come at or after a component's layer."""
+    """Return the mean share of a pass's products at or after a component's layer."""
     done: dict[str, int] = {}  # products before each layer
     with FlopCounterMode(display=False) as counter, torch.no_grad(), ExitStack() as stack:
         for site, _, _ in study.components.sites():
@@ -43,7 +43,7 @@ def floor(study: Study, rows: np.ndarray) -> float:
 
 
 def seconds(work: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    """Return how long a call takes, and what it returns."""
+    """Return the seconds of a call, and its result."""
     start = time.perf_counter()
     found = work()
     return time.perf_counter() - start, found
@@ -81,7 +81,7 @@ def main() -> None:
     """Print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", choices=SUBJECTS, nargs="+", default=list(SUBJECTS))
-    parser.add_argument("--masks", type=int, default=48, help="components that are left out")
+    parser.add_argument("--masks", type=int, default=48, help="number of components to leave out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--many", action="store_true", help="many examples instead of few")
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")

@@ -1,13 +1,13 @@
-"""How fast pictures are read: from memory, from a .beton file by ffcv, and from single files as torchvision does.
+"""Pictures read per second from memory, from a .beton file by ffcv, and from single files as by torchvision.
 
     python benchmarks/loading.py                             # half a minute on one core
     python benchmarks/loading.py --pictures 5000 --workers 8
 
 The pictures are random patterns in 224 x 224 pixels, as JPEG files in a folder per class and as bytes in a .beton file,
-in a temporary folder; all come from the disk's cache. Every way gives the same batches, each of which is copied once,
-and the table says how far their numbers are apart. Times are wall-clock, the median of several readings of all
-pictures, with the machine to itself. Without ffcv its row says so. (Run as a file this would hide the package
-`coverage`, which numba looks for, behind the file of that name beside it.)
+in a temporary folder; all are read from the disk's cache. Every way gives the same batches, each of which is copied
+once, and the table shows their largest difference. Times are wall-clock, the median of several readings of all
+pictures, on an otherwise idle machine. Without ffcv its row says so. (Run as a file this would hide the package
+`coverage`, which numba imports, behind the file of that name in this folder.)
 """
 
 import argparse
@@ -55,14 +55,14 @@ def write_beton(file: Path, pictures: ImageFolder) -> None:
 
 
 def in_blocks(inputs: object, labels: Tensor) -> Reading:
-    """Return what reads examples as collecting does, a block at a time."""
+    """Return a function that reads examples block by block, as in collecting."""
     examples = coar.Examples(inputs=inputs, targets=labels)
     starts = range(0, len(labels), BATCH)
     return lambda: (examples.block(start, start + BATCH)[0] for start in starts)
 
 
 def ways(root: Path, count: int, workers: int) -> dict[str, Reading | str]:
-    """Return what reads all pictures in each way, or why it cannot."""
+    """Return for each way a function that reads all pictures, or the reason why there is none."""
     write_folder(root / "val", count)
     pictures = ImageFolder(str(root / "val"))
     files, labels = [Path(file) for file, _ in pictures.samples], torch.tensor(pictures.targets)
@@ -89,7 +89,7 @@ def measure(read: Reading, reference: list[Tensor]) -> tuple[float, float]:
     for _ in range(REPEATS):
         start = time.perf_counter()
         for batch in read():
-            batch.clone()  # reading from memory would else be nothing but views
+            batch.clone()  # without a copy, reading from memory would only make views
         took.append(time.perf_counter() - start)
     return statistics.median(took), apart
 

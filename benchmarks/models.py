@@ -1,8 +1,8 @@
-"""The models that collecting is timed on, each as a study of some examples of the right shape.
+"""Models for timing collection, each as a study of some examples of the right shape.
 
-Only cifar10's ResNet-20 has trained weights, and real pictures, when COAR_DATA names the folder that
-pipelines/cifar10.py reads; all else is random, which changes no time. Every output is the margin of one class, which
-for GPT-2 is the next token.
+Only cifar10's ResNet-20 has trained weights and real pictures, when COAR_DATA names the folder that
+pipelines/cifar10.py reads; all others are random, which does not affect times. Every output is the margin of one class,
+which for GPT-2 is the next token.
 """
 
 import os
@@ -24,8 +24,8 @@ TOKENS = 128  # length of a sequence
 class NextToken(nn.Module):
     """A transformer of GPT-2's size (124 million parameters) that returns the logits of the token after the last.
 
-    Its layers are transformers' Conv1D, which is a linear layer with the weight the other way round; the same numbers
-    are put into linear layers here, whose neurons `coar.neurons` finds.
+    The layers of transformers are Conv1D, linear layers with a transposed weight. The same numbers are put into linear
+    layers here, so that `coar.neurons` finds their neurons.
     """
 
     def __init__(self) -> None:
@@ -53,8 +53,8 @@ class Subject:
     """A model to time.
 
     Attributes:
-        study: Makes the study of so many examples.
-        examples: How many examples, few and many; many is what a few seconds per mask allow on two cores.
+        study: Makes the study of a number of examples.
+        examples: Numbers of examples, few and many; many takes a few seconds per mask on two cores.
     """
 
     study: Callable[[int], coar.Study]
@@ -62,7 +62,7 @@ class Subject:
 
 
 def resnet20(examples: int) -> coar.Study:
-    """Study cifar10's ResNet-20 on up to 256 pictures: the real thing, or random numbers where the data is missing."""
+    """Study cifar10's ResNet-20 on up to 256 pictures, or on random numbers and weights if the data is missing."""
     if "COAR_DATA" in os.environ:
         study = cifar10.study(ablation="zero")
         few = study.examples.subset(range(min(examples, len(study.examples))))

@@ -1,7 +1,7 @@
 """Tables and figures of accuracy_per_pass.py, from its curves alone.
 
-python benchmarks/passes_report.py reports/benchmarks            # the tables in there, figures beside them
-python benchmarks/passes_report.py one other reports/benchmarks  # those of two folders, figures in the third
+python benchmarks/passes_report.py reports/benchmarks            # reads tables and writes figures in the folder
+python benchmarks/passes_report.py one other reports/benchmarks  # reads tables of two folders, writes to the third
 """
 
 import sys
@@ -29,7 +29,7 @@ POINTS = {
 
 
 def frontier(curve: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of a curve that no cheaper row beats, by passes; seeds averaged before."""
+    """Return the rows of a curve, averaged over seeds, that no cheaper row beats, sorted by passes."""
     mean = curve.groupby(["gradients", "masks"], as_index=False)[["r", "passes", "nominal", "seconds"]].mean()
     mean = mean.sort_values("passes")
     return mean[mean["r"] > mean["r"].cummax().shift(fill_value=-1.0)]
@@ -44,7 +44,7 @@ def passes_for(curve: pd.DataFrame, target: float, cost: str = "passes") -> floa
 
 
 def savings(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return, per model and number of masks, what regression reaches and what informed fits need for the same."""
+    """Return, per model and number of masks, the correlation of regression and the passes of informed fits for it."""
     rows = []
     for model, table in curves.groupby("model", sort=False):
         plain, quick = table[table["method"].isin(["ols", "ridge"])], table[table["method"] == "informed"]
@@ -87,7 +87,7 @@ def curve_figure(curves: pd.DataFrame) -> Figure:
 
 
 def ratio_figure(table: pd.DataFrame) -> Figure:
-    """Draw how many times fewer passes informed fits need, against the number of components."""
+    """Draw the factor by which informed fits need fewer passes, against the number of components."""
     figure = Figure(figsize=(5.2, 4.2), layout="constrained")
     axis = figure.subplots()
     best = table.loc[table.groupby(["model", "masks"])["r"].idxmax()].dropna(subset=["times fewer"])

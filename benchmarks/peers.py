@@ -1,16 +1,16 @@
-"""Attributions of published peers for the components of a study, by captum, with what they cost.
+"""Attributions of published peers for the components of a study, by captum, with their costs.
 
 Conductance and internal influence integrate along the straight path from a baseline input to the example. Where
 F is the output and y a component's activations, of which a filter has one per position:
 
 - conductance (Dhamdhere, Sundararajan and Yan 2018) adds up dF/dy times the change of y along the path: the part of
-  F(example) - F(baseline) that flows through the component. Parts of one layer through which all flows add up to that
-  difference.
+  F(example) - F(baseline) that flows through the component. The parts of a layer through which everything flows add up
+  to that difference.
 - internal influence (Leino et al. 2018) adds up dF/dy alone, averaged over the path: how the output responds to the
-  component. It is not multiplied by the activation, nor by its change, and so is no estimate of what an ablation does,
-  whose size it does not know.
+  component. It is multiplied neither by the activation nor by its change, so it does not estimate the effect of an
+  ablation, which depends on the activation's size.
 
-Leave-one-out is here as captum computes it, one perturbation per forward pass, to be timed beside the package's own.
+Leave-one-out is captum's, one perturbation per forward pass, for comparison with the package's own.
 """
 
 import time
@@ -32,16 +32,16 @@ from coar.forward.devices import BATCH_SIZE, choose_device
 
 @dataclass(frozen=True)
 class PeerAttributions:
-    """Scores of a peer for every example, and what they cost.
+    """Scores of a peer for every example, and their cost.
 
     Attributes:
         weights: (examples, components) float32 scores, added up over positions.
-        forwards: Forward passes per example. Captum makes them anew for each site, though one would serve all sites;
-            divide by `sites` for the cost of a program that saw to that.
+        forwards: Forward passes per example. Captum repeats them for each site, though one would serve all sites;
+            divide by `sites` for the cost of a program that shares them.
         backwards: Backward passes per example, likewise. No weight has a gradient, so one takes the arithmetic of a
-            forward pass, and less where it ends at a late site.
-        sites: How many outputs and inputs of modules the components lie in.
-        seconds: Time on the clock, from the first example to the last.
+            forward pass, and less if it ends at a late site.
+        sites: Number of outputs and inputs of modules with components.
+        seconds: Wall-clock time, from the first example to the last.
     """
 
     weights: np.ndarray
@@ -63,16 +63,16 @@ def conductance(
     """Attribute to each component its conductance: the part of the output's change along the path that it carries.
 
     Captum evaluates `n_steps` + 1 Gauss-Legendre points and takes the changes between them, so the ends of the path
-    outside the outer points are left out: 0.6 % of it for 20 steps. The baseline is the zero input, which for
-    normalised pictures is the mean colour, or zero embeddings.
+    outside the outer points are left out: 0.6 % of the path for 20 steps. The default baseline is the zero input, which
+    for normalised pictures is the mean colour, or zero embeddings.
 
     Args:
         study: Whose components and output to attribute; its ablation and sampler are not used.
         n_steps: Steps along the path.
-        embedding: For token inputs, the path of the embedding that reads the tokens: its output is what is moved along
-            the path, other embeddings and masks stay as they are. Inside the model an example may have several entries
-            side by side, such as both sentences of a pair, if it has as many at every site; they are added up.
-        baseline: Where the path starts: one number, or a tensor (1, ...) of the shape of an input or its embeddings.
+        embedding: For token inputs, the path of the embedding that reads the tokens: its output moves along the path,
+            and other embeddings and masks stay constant. Inside the model an example may have several entries, such as
+            both sentences of a pair, if their number is the same at every site; their scores are added up.
+        baseline: Start of the path: one number, or a tensor (1, ...) of the shape of an input or its embeddings.
         device: Where to compute.
         batch_size: Most points on the path per forward pass, at least 2; by default as in `coar.collect`.
 
@@ -99,7 +99,7 @@ def internal_influence(
         study: Whose components and output to attribute; its ablation and sampler are not used.
         n_steps: Gauss-Legendre points on the path.
         embedding: For token inputs, the path of the embedding that reads the tokens, see `conductance`.
-        baseline: Where the path starts, see `conductance`.
+        baseline: Start of the path, see `conductance`.
         device: Where to compute.
         batch_size: Most points on the path per forward pass; by default as in `coar.collect`.
 
@@ -116,12 +116,12 @@ def layer_feature_ablation(
 ) -> PeerAttributions:
     """Attribute to each component the drop in output when it alone is ablated, one perturbation per forward pass.
 
-    The positions of a component are one group of captum's feature mask, and the channels of a module that are no
-    component are another, whose pass is made for nothing. Besides, captum makes two passes per module before the first
+    The positions of a component are one group of captum's feature mask, and the channels of a module outside all
+    components are another, whose pass is not used. In addition, captum makes two passes per module before the first
     perturbation. An example must have one entry inside the model.
 
     Args:
-        study: What is examined; its ablation gives the constants that replace.
+        study: The study; its ablation gives the replacement constants.
         device: Where to compute.
         batch_size: Most examples per forward pass; by default as in `coar.collect`.
 
@@ -154,9 +154,9 @@ def layer_feature_ablation(
 class _Reader:
     """Runs a copy of the model, returns the study's output per example, and counts the examples that pass through.
 
-    Its arguments are tensors (rows, ...): the point on the path first where there is an embedding, then the model's
-    inputs in order, then the targets. Modules of the copy do not work in place, since that would change what captum
-    has kept of the module before.
+    Its arguments are tensors (rows, ...): first the point on the path if there is an embedding, then the model's
+    inputs in order, then the targets. Modules of the copy do not work in place, since that would change activations
+    that captum has kept of the module before.
     """
 
     def __init__(self, study: coar.Study, device: str, embedding: str | None = None) -> None:
@@ -180,7 +180,7 @@ class _Reader:
         return [tensor.to(self.device) for tensor in (*tensors, targets)]
 
     def load_path(self, examples: coar.Examples, rows: slice) -> list[Tensor]:
-        """Return the end of the path, which captum scales, then everything else that a call needs."""
+        """Return the end of the path, which captum scales, and all other arguments of a call."""
         arguments = self.load(examples, rows)
         if self._embedding is not None:
             return [self._embedded(self._embedding, arguments), *arguments]
@@ -239,9 +239,9 @@ def _along_path(
     baseline: Tensor | float,
     batch_size: int | None,
 ) -> PeerAttributions:
-    """Run one of captum's path methods, which evaluates so many points, at every site."""
+    """Run one of captum's path methods, which evaluates `points` points, at every site."""
     rows = max(batch_size or BATCH_SIZE[reader.device.type], 2)  # conductance takes differences of two
-    examples = max(rows // points, 1)  # at a time; what has more points than rows is cut by captum
+    examples = max(rows // points, 1)  # at a time; captum splits an example with more points than rows
     weights = np.empty((len(study.examples), len(study.components)), dtype=np.float32)
     start = time.perf_counter()
     for at in range(0, len(study.examples), examples):
@@ -300,7 +300,7 @@ def _groups(shape: tuple[int, ...], axis: int, chosen: list[Component]) -> Tenso
 
 
 def _constants(shape: tuple[int, ...], axis: int, chosen: list[Component], constants: Tensor) -> Tensor:
-    """Return what replaces each channel, 0 where there is no component."""
+    """Return the replacement of each channel, 0 where there is no component."""
     values = constants.new_zeros(shape[axis])
     for component, constant in zip(chosen, constants, strict=True):
         values[component.position : component.position + component.size] = constant

@@ -1,18 +1,18 @@
-"""How collecting scales to many workers, masks and examples: throughput, overheads, driver, listing, a soak.
+"""Scaling of collection to many workers, masks and examples: throughput, overheads, driver, listing, a soak test.
 
 Run it on a machine that does nothing else, from the root of a clone:
 
     OMP_NUM_THREADS=1 python benchmarks/scale.py                # throughput, storing, driver and listing
-    OMP_NUM_THREADS=1 python benchmarks/scale.py --quick        # the same in small, to see that it works
+    OMP_NUM_THREADS=1 python benchmarks/scale.py --quick        # the same with small sizes, as a quick test
     OMP_NUM_THREADS=1 python benchmarks/scale.py --soak 60      # collect for an hour while workers are killed
 
-**Throughput** is that of two Ray workers against one, of one thread each, from the first unit that is stored to the
-last, on the pipeline's study; and of one Ray worker against this process. Rounds alternate, and the medians count.
-**Waiting** is what workers spent without a unit, as they tell it, of their time since they were ready; it is what
-handing out costs, however fast the machine is. **Storing** is the time that `write_unit` takes of the time that a unit
-takes, with files synced to the disk. **The driver** is its own work per unit when 1 to 1,000 workers take units at
-once, with a Ray that does nothing. **Listing** is how long it takes to find the missing units of a run of 100,000
-chunks. **The soak** collects one run under kills at random moments, samples the memory of driver and workers, and
+**Throughput** compares two Ray workers with one, of one thread each, from the first stored unit to the last, on the
+pipeline's study; and one Ray worker with this process. Rounds alternate, and medians are printed. **Waiting** is the
+share of the workers' time since they were ready that they spent without a unit, as they report it; it is the cost of
+distributing units, independent of the machine's speed. **Storing** is the share of `write_unit` in the time of a unit,
+with files synced to the disk. **The driver** is the driver's own work per unit when 1 to 1,000 workers take units at
+once, with a Ray that does nothing. **Listing** is the time to find the missing units of a run of 100,000 chunks. **The
+soak** collects one run while workers are killed at random moments, samples the memory of driver and workers, and
 verifies the run.
 """
 
@@ -61,26 +61,26 @@ def study() -> coar.Study:
 
 
 def study_of_few() -> coar.Study:
-    """A few of them, so that units are short and kills many."""
+    """A few of the digits, so that units are short and kills frequent."""
     whole = study()
     return replace(whole, examples=whole.examples.subset(range(64)))
 
 
 def seconds_per_unit(path: Path) -> float:
-    """Return the time between units of a finished run, by when their files were put in place."""
+    """Return the time between units of a finished run, from the times of their files."""
     stamps = sorted(file.stat().st_mtime for file in path.glob("outputs/c/*/*"))
     return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
 
 
 class Waits(logging.Handler):
-    """Adds up what Ray workers tell of their time."""
+    """Adds up the times that Ray workers report."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
         self.busy = self.idle = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take what a record says of a unit."""
+        """Add the times in a record of a unit."""
         self.busy += getattr(record, "seconds", 0.0)
         self.idle += getattr(record, "idle", 0.0)
 
@@ -109,7 +109,7 @@ def throughput(folder: Path, units: int, rounds: int) -> None:
 
 
 def storing(folder: Path, units: int) -> None:
-    """Measure what storing takes of a unit's time, and of what."""
+    """Measure the time of storing a unit and its share of the unit's time."""
     made, model = study(), device_copy(study().model, choose_device("cpu"))
     run = coar.collect(
         made, folder / "r.zarr", masks=2, execution=coar.Execution(batch_size=BATCH, mask_block=64), **SETTINGS
@@ -136,17 +136,17 @@ def storing(folder: Path, units: int) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """What an actor's method is to a driver."""
+    """An actor's method, as the driver sees it."""
 
     ray: "Idle"
 
     def remote(self, *_: Any) -> object:
-        """Start a task that is over at once."""
+        """Start a task that ends at once."""
         return self.ray.start()
 
 
 class Idle:
-    """A Ray whose tasks are done a moment after they are handed out, so that the driver's own work is what remains."""
+    """A Ray whose tasks end just after they are submitted, so that only the driver's own work remains."""
 
     def __init__(self) -> None:
         self._tasks = 0
@@ -158,20 +158,20 @@ class Idle:
         return self._tasks
 
     def remote(self, _: type) -> "Idle":
-        """Return a kind of actor: this."""
+        """Return this object as a class of actors."""
         return self
 
     def options(self, **_: Any) -> SimpleNamespace:
-        """Return what makes actors."""
+        """Return the factory of actors."""
         return SimpleNamespace(remote=lambda _: Actor(self))
 
     def wait(self, tasks: list[int], *, num_returns: int, timeout: float) -> tuple[list[int], list[int]]:  # noqa: ARG002
-        """Say that a tenth of the tasks are done."""
+        """Return a tenth of the tasks as done."""
         done = tasks[: max(1, min(num_returns, len(tasks) // 10))]
         return done, tasks[len(done) :]
 
     def get(self, _: int) -> tuple[float, float]:
-        """Return what a task took."""
+        """Return the result of a task, its times."""
         return 0.0, 0.0
 
     def kill(self, _: Any) -> None:
@@ -231,10 +231,10 @@ def growth() -> None:
     """Print how a run's objects and the driver's lists grow, by the sizes that `collect` chooses."""
     tracemalloc.start()
     names = [Unit(i, 0) for i in range(10_000)]
-    lists = list(names), deque(names), dict.fromkeys(names, 1.0)  # those that a driver keeps
+    lists = list(names), deque(names), dict.fromkeys(names, 1.0)  # the lists that a driver keeps
     each = tracemalloc.get_traced_memory()[0] / len(lists[0])
     tracemalloc.stop()
-    print(f"growth, by the sizes of units that are chosen, and {each:.0f} bytes a unit measured in the driver")
+    print(f"growth, by the chosen sizes of units, and {each:.0f} bytes a unit measured in the driver")
     print("      masks   examples  masks/unit  examples/unit      units  MB/unit  driver MB")
     for masks, examples in ((5_000, 1_000), (10**5, 10**4), (10**5, 10**5), (10**6, 10**5), (10**6, 10**6)):
         height, width = blocks_of(masks, examples, None, None)
@@ -253,7 +253,7 @@ def resident(pid: int) -> float:
 
 
 def own_workers() -> list[int]:
-    """Return the processes of actors that this process' Ray has started, by their titles and their session."""
+    """Return the processes of actors that this process's Ray has started, by their titles and ancestors."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -265,14 +265,14 @@ def own_workers() -> list[int]:
 
 
 def descends(pid: int, from_: int) -> bool:
-    """Say whether a process is a descendant of another."""
+    """Return whether a process is a descendant of another."""
     while pid > 1 and pid != from_:
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return pid == from_
 
 
 def soak(folder: Path, minutes: float, every: float, build: Callable[[], coar.Study] = study_of_few) -> bool:
-    """Collect for some minutes while a worker is killed every so many seconds; return whether all went well."""
+    """Collect for some minutes while workers are killed; return whether the run is whole and memory steady."""
     path, made, over = folder / "r.zarr", build(), threading.Event()
     samples: list[tuple[float, float, float]] = []
     killed: list[int] = []
@@ -310,10 +310,10 @@ def soak(folder: Path, minutes: float, every: float, build: Callable[[], coar.St
 
 
 def tell_memory(samples: list[tuple[float, float, float]]) -> bool:
-    """Print memory over time, and say whether it stayed: no more in the last third than 10 % over the middle one."""
+    """Print memory over time; return whether it is steady: in the last third at most 10 % above the middle third."""
     thirds = [samples[len(samples) // 3 : 2 * len(samples) // 3], samples[2 * len(samples) // 3 :]]
     if not all(thirds):
-        print("  too short to say anything of memory")
+        print("  too short to judge memory")
         return True
     steady = True
     for at, name in ((1, "driver"), (2, "largest worker")):
@@ -325,13 +325,13 @@ def tell_memory(samples: list[tuple[float, float, float]]) -> bool:
 
 
 def main() -> None:
-    """Run what is asked for, and print it."""
+    """Run the chosen parts and print their results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few units and one round")
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="nothing but a soak of so many minutes")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="only a soak of so many minutes")
     parser.add_argument("--every", type=float, default=30.0, help="seconds between kills in a soak, on average")
     parser.add_argument("--only", choices=["throughput", "storing", "driver", "listing", "growth"], help="one part")
-    parser.add_argument("--folder", type=Path, default=None, help="where to put runs; a temporary folder by default")
+    parser.add_argument("--folder", type=Path, default=None, help="folder for runs; a temporary one by default")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder, prefix="coar-scale-"))
     units, rounds = (6, 1) if arguments.quick else (60, 3)

@@ -1,4 +1,4 @@
-"""Masks x texts per second on texts of different lengths, beside loops that run them as they are given.
+"""Masks x texts per second on texts of different lengths, compared with loops that run them with all padding.
 
     python benchmarks/texts.py                     # ten minutes on two quiet cores
     python benchmarks/texts.py --models minilm --rounds 5
@@ -6,10 +6,10 @@
 `minilm` is the pretrained MiniLM on pairs of sentences; `gpt2` a GPT-2 of the published size with random weights, on
 paragraphs of which the last token is read. Both texts are from the documentation that comes with Python, padded to the
 longest. The loops are in float32: the published one copies the model for every mask and zeroes the weights of ablated
-neurons, the other multiplies what layers are given by the mask in hooks. Ours is `FastRunner.outputs` with the plan
-that collecting measures, with padding and all logits (`whole`) and as collecting does it. All ways take turns in one
-process, masks are drawn beforehand, and what is printed is each one's median over rounds, and the median and range of
-ratios within a round. Outputs are compared with the published loop's.
+neurons, the other multiplies the inputs of layers by the mask in hooks. Ours is `FastRunner.outputs` with the plan
+that collecting measures, with padding and all logits (`whole`) and as in collecting. All ways take turns in one
+process, and masks are drawn beforehand. The tables show the median rate over rounds, and the median and range of ratios
+within a round. Outputs are compared with the published loop's.
 """
 
 import argparse
@@ -34,9 +34,9 @@ from coar.forward.malloc import memory_kept
 from coar.forward.runner import FastRunner
 from pipelines import sentence_embeddings
 
-TEXTS, LONGEST = 32, 128  # paragraphs, and the tokens that they are cut at
-FEWEST = 20  # words of a paragraph
-WORK = 2_000  # masks ahead, of which a small share goes to choosing the plan
+TEXTS, LONGEST = 32, 128  # paragraphs, and tokens at which they are cut
+FEWEST = 20  # words of the shortest paragraph
+WORK = 2_000  # assumed length of the run in masks, a small share of which may be spent on choosing the plan
 CPU = torch.device("cpu")
 LOOPS = ("published loop", "hook loop")
 OURS = ("float32 whole", "float32", "bf16 whole", "bf16")
@@ -45,7 +45,7 @@ Run = Callable[[np.ndarray], np.ndarray]  # from (masks, components) masks to (m
 
 
 def minilm() -> coar.Study:
-    """Study the neurons of MiniLM on 48 pairs of sentences; its heads are left out, which loops do not know."""
+    """Study the neurons of MiniLM on 48 pairs of sentences, without heads, which the loops do not support."""
     study = sentence_embeddings.study()
     neurons = coar.input_features(study.model, include="*.layer.*.output.dense", exclude="*.attention.*")
     return coar.Study(model=study.model, examples=study.examples, components=neurons, output=study.output)
@@ -68,7 +68,7 @@ SUBJECTS = {"minilm": minilm, "gpt2": gpt2}
 
 
 def published_loop(study: coar.Study) -> Run:
-    """Return a way that copies the model for every mask and zeroes what ablated neurons are multiplied by."""
+    """Return a way that copies the model for every mask and zeroes the weights of ablated neurons."""
 
     def run(masks: np.ndarray) -> np.ndarray:
         rows = []
@@ -79,7 +79,7 @@ def published_loop(study: coar.Study) -> Run:
                 dead = torch.from_numpy(~mask[indices])
                 if isinstance(layer, torch.nn.Linear):
                     layer.weight.data[:, dead] = 0
-                else:  # transformers' Conv1D holds its weight the other way round
+                else:  # the weight of transformers' Conv1D is transposed
                     layer.weight.data[dead] = 0
             with torch.inference_mode():
                 rows.append(study.output(net(**study.examples.inputs), study.examples.targets))
@@ -89,7 +89,7 @@ def published_loop(study: coar.Study) -> Run:
 
 
 def hook_loop(study: coar.Study) -> Run:
-    """Return a way that multiplies what layers are given by the mask."""
+    """Return a way that multiplies the inputs of layers by the mask."""
     net = copy.deepcopy(study.model)
     keeps: dict[str, Tensor] = {}
     sites = {site: indices for (site, _, _), indices in study.components.sites().items()}
@@ -108,7 +108,7 @@ def hook_loop(study: coar.Study) -> Run:
 
 
 def ours(study: coar.Study, name: str, masks: np.ndarray) -> Run:
-    """Return a way by a runner with its measured plan."""
+    """Return a way that uses a runner with its measured plan."""
     precision, *whole = name.split()
     zeros, plan = torch.zeros(study.components.width), ExecutionPlan(precision=precision)
     runner = FastRunner(device_copy(study.model, CPU), study.components, zeros, study.output, plan)
@@ -127,7 +127,7 @@ def ours(study: coar.Study, name: str, masks: np.ndarray) -> Run:
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured on one model: rates by the way's name, round by round, and differences of outputs."""
+    """Measurements on one model: rates by the way's name, round by round, and differences of outputs."""
 
     model: str
     texts: int

@@ -28,8 +28,8 @@ from coar.errors import SettingsError
 def fit(
     run: RunArgument,
     method: Annotated[str, typer.Option(help="auto, informed, ridge, lasso or ols.")] = "auto",
-    masks: Annotated[int | None, typer.Option(help="Use only the first so many training masks.")] = None,
-    gradients: Annotated[int | None, typer.Option(help="Use only the first so many mask gradients.")] = None,
+    masks: Annotated[int | None, typer.Option(help="Use only this many training masks, the first.")] = None,
+    gradients: Annotated[int | None, typer.Option(help="Use only this many mask gradients, the first.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the fit [default: the method].")] = None,
     refit: Annotated[bool, typer.Option("--refit", help="Fit again even if the run has this fit.")] = False,
     worker: Annotated[str | None, typer.Option(help="Make one share of the sums, as in 3/64, and stop there.")] = None,

@@ -22,7 +22,7 @@ def report(run: RunArgument, out: OutOption = None) -> None:
 @report_errors
 def info(
     run: RunArgument,
-    watch: Annotated[float | None, typer.Option(help="Repeat after so many seconds until complete.")] = None,
+    watch: Annotated[float | None, typer.Option(help="Repeat every N seconds until complete.")] = None,
     metrics_file: Annotated[Path | None, typer.Option(help="Write the progress for Prometheus, too.")] = None,
     log_file: Annotated[Path | None, typer.Option(help="Count lost workers in the log of coar collect.")] = None,
 ) -> None:

@@ -91,7 +91,7 @@ def _errors(table: "pd.DataFrame") -> str:
 
 
 def interval(share: float, count: int) -> str:
-    """Return Wilson's interval of a share of so many examples (Wilson, 1927), in percent."""
+    """Return the Wilson interval of a share of examples (Wilson, 1927), in percent."""
     from scipy.stats import binomtest
 
     found = binomtest(round(share * count), count).proportion_ci(LEVEL, method="wilson")
