@@ -1,4 +1,4 @@
-"""What people give as inputs and targets, as tensors; what cannot be taken without a guess is refused."""
+"""User-supplied inputs and targets, as tensors; ambiguous ones are refused."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,10 +17,10 @@ def as_inputs(given: Any) -> "Inputs | Dataset[Any]":
     """Return inputs as a tensor, a dict of tensors, or a data set with a length and items by position.
 
     Arrays and data frames become tensors; NumPy's default type, float64, becomes torch's, float32. Tensors keep their
-    type. A mapping, such as what a tokenizer returns, becomes a dict.
+    type. A mapping, such as the result of a tokenizer, becomes a dict.
 
     Raises:
-        ExamplesError: When the inputs are of a kind that says nothing sure about single examples.
+        ExamplesError: When the inputs are of a kind that does not determine single examples.
     """
     if isinstance(given, Mapping):
         if not given:
@@ -31,7 +31,7 @@ def as_inputs(given: Any) -> "Inputs | Dataset[Any]":
     if isinstance(given, DataLoader):
         raise ExamplesError(
             "inputs is a DataLoader, which may shuffle and returns batches; give the data set itself, loader.dataset: "
-            "batches are cut to what the device holds"
+            "batches of a size that fits the device are made from it"
         )
     if isinstance(given, tuple | str | bytes | set | frozenset):
         raise ExamplesError(
@@ -41,7 +41,7 @@ def as_inputs(given: Any) -> "Inputs | Dataset[Any]":
     if isinstance(given, IterableDataset) or not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
         raise ExamplesError(
             f"inputs is a {type(given).__name__} without a length or without items by position; give a tensor, a dict "
-            f"of tensors, or a data set with __len__ and __getitem__, such as a list of what it yields"
+            f"of tensors, or a data set with __len__ and __getitem__, such as a list of its items"
         )
     return given  # type: ignore[no-any-return]
 
@@ -50,7 +50,7 @@ def as_targets(given: Any) -> Tensor:
     """Return targets as a tensor with one entry per example.
 
     Raises:
-        ExamplesError: When they are no numbers, or a single one.
+        ExamplesError: When they are not numbers, or are a single number.
     """
     if isinstance(given, list | tuple):
         try:
@@ -63,19 +63,19 @@ def as_targets(given: Any) -> Tensor:
 
 
 def as_tensor(given: Any, name: str) -> Tensor:
-    """Return a dense tensor with at least one axis, the examples', of what a tensor can be made of.
+    """Return numbers as a dense tensor whose first axis is that of examples.
 
     Args:
         given: A tensor, an array, a column or a table of numbers.
-        name: What it is called in messages.
+        name: Its name in messages.
 
     Raises:
-        ExamplesError: When it is of another kind, holds no numbers, or has no axis of examples.
+        ExamplesError: When it is of another kind, does not hold numbers, or has no axis of examples.
     """
     if not _is_array(given):
         raise ExamplesError(
-            f"{name} is a {type(given).__name__}; give a tensor with one entry per example (what is the same for all "
-            f"examples belongs into the model: wrap it in a module that passes it on)"
+            f"{name} is a {type(given).__name__}; give a tensor with one entry per example; to pass one value for all "
+            f"examples, wrap the model in a module that adds it"
         )
     if isinstance(given, Tensor):
         tensor = given.detach()
@@ -92,8 +92,8 @@ def as_tensor(given: Any, name: str) -> Tensor:
         tensor = torch.tensor(array)
     if tensor.ndim == 0:
         raise ExamplesError(
-            f"{name} is a single number; give one entry per example, or wrap the model in a module that passes on what "
-            f"is the same for all"
+            f"{name} is a single number; give one entry per example, or wrap the model in a module that adds this "
+            f"number"
         )
     return tensor
 
@@ -103,7 +103,7 @@ def batch_of(items: list[Any], named: str) -> Inputs:
 
     Args:
         items: Inputs, dicts of inputs, or tuples that start with one.
-        named: What these items are called in messages.
+        named: Name of these items in messages.
 
     Raises:
         ExamplesError: When they do not fit into tensors.
@@ -114,25 +114,25 @@ def batch_of(items: list[Any], named: str) -> Inputs:
         batch = default_collate(inputs)
     except RuntimeError as error:
         raise ExamplesError(
-            f"{named} do not fit into one tensor ({error}); let the data set return all in one shape: scale or crop "
+            f"{named} do not fit into one tensor ({error}); let the data set return one shape for all: scale or crop "
             f"pictures, pad tokens and give their attention_mask"
         ) from None
     except TypeError as error:
         raise ExamplesError(
-            f"{named} cannot be made a tensor ({error}); let the data set return tensors: give it a transform, such as "
-            f"torchvision.transforms.ToTensor(), or with_format('torch')"
+            f"{named} cannot be converted to a tensor ({error}); let the data set return tensors: give it a transform, "
+            f"such as torchvision.transforms.ToTensor(), or use with_format('torch')"
         ) from None
     for name, part in batch.items() if isinstance(batch, dict) else [("", batch)]:
         if not isinstance(part, Tensor):
             raise ExamplesError(
-                f"{named} are a {type(part).__name__}{f' in {name!r}' if name else ''} once they are put together; let "
-                f"the data set return tensors, or a dict of tensors by the names of the model's arguments"
+                f"{named} are a {type(part).__name__}{f' in {name!r}' if name else ''} after collation; let the data "
+                f"set return tensors, or a dict of tensors by the names of the model's arguments"
             )
     return batch  # type: ignore[no-any-return]
 
 
 def _is_array(given: Any) -> bool:
-    """Whether a value is a tensor, an array of NumPy, or a column or table of pandas or the like."""
+    """Return whether a value is a tensor, a NumPy array, or a column or table of a data frame library."""
     return isinstance(given, Tensor | np.ndarray | np.generic) or (
         hasattr(given, "to_numpy") and hasattr(given, "shape")
     )

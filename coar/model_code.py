@@ -1,4 +1,4 @@
-"""What a model computes besides its weights: the code of its classes and their settings, as hashes to compare."""
+"""Hashes of the code of a model's classes and of their settings."""
 
 import ast
 import hashlib
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-SKIPPED = {"training", "call_super_init", "dump_patches", "T_destination"}  # of a module's attributes: not its function
-DIGITS = 16  # of a hash; enough to tell versions of code apart
+SKIPPED = {"training", "call_super_init", "dump_patches", "T_destination"}  # of a module's attributes: no settings
+DIGITS = 16  # of a hash; enough to distinguish versions of code
 
 
 def model_code(model: nn.Module) -> dict[str, dict[str, str]]:
     """Return hashes of a model's code and settings.
 
-    Two models with equal weights compute different outputs where a class's source differs, where a module has another
-    class or other settings (an activation, a number of heads, a stride), or where a method was replaced on an instance.
+    Two models with equal weights may compute different outputs if a class's source differs, if a module has another
+    class or other settings (an activation, a number of heads, a stride), or if a method was replaced on an instance.
 
     Returns:
         `classes`: by qualified name, a hash of the source of each class of a module, without comments, and of the
-            functions of its own file that its methods call; of the bytecode where there is no source.
+            functions of its file that its methods call; of the bytecode if there is no source.
         `modules`: by path, a hash of each module's class, plain attributes, configuration and replaced methods.
         `libraries`: versions of the packages that the classes come from.
     """
@@ -39,7 +39,7 @@ def model_code(model: nn.Module) -> dict[str, dict[str, str]]:
 
 
 def differences(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Return what differs between two results of `model_code`, in words, one entry each."""
+    """Return the differences between two results of `model_code`, one description each."""
     words = {"classes": "the code of {}", "modules": "the class or the settings of module {!r}", "libraries": "{}"}
     found = []
     for part, word in words.items():
@@ -60,7 +60,7 @@ def _own_classes(kind: type) -> Iterator[type]:
 
 def _sources(kind: type) -> Iterator[str]:
     """Yield a class's own methods, the functions of its file that they call, and its plain attributes, as text."""
-    if kind.__module__.partition(".")[0] == "torch":  # the version says it
+    if kind.__module__.partition(".")[0] == "torch":  # its version is in the fingerprint
         return
     helpers: dict[str, FunctionType] = {}
     for name, member in vars(kind).items():
@@ -80,7 +80,7 @@ def _functions(member: Any) -> list[FunctionType]:
 
 
 def _helpers(code: CodeType, scope: Mapping[str, Any], module: str) -> dict[str, FunctionType]:
-    """Return the functions of one file that this code names, and those that they name."""
+    """Return the functions of one file that this code names, directly or through others."""
     found: dict[str, FunctionType] = {}
     pending = [code]
     while pending:
@@ -93,10 +93,10 @@ def _helpers(code: CodeType, scope: Mapping[str, Any], module: str) -> dict[str,
 
 
 def _source(function: FunctionType) -> str:
-    """Return a function's source without comments and layout; its bytecode where there is no source."""
+    """Return a function's source without comments and layout; its bytecode if there is no source."""
     try:
         return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(function))))
-    except (OSError, TypeError, SyntaxError):  # typed in, generated, or a lambda amid other code
+    except (OSError, TypeError, SyntaxError):  # entered at a prompt, generated, or a lambda inside other code
         return _bytecode(function.__code__)
 
 
@@ -109,14 +109,14 @@ def _settings(module: nn.Module) -> str:
     """Return a module's plain attributes, its configuration, and the source of methods replaced on the instance."""
     own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in SKIPPED}
     found = {name: text for name, value in own.items() if (text := _plain(value)) is not None}
-    describe = getattr(own.get("config"), "to_dict", None)  # as configurations of transformers have
+    describe = getattr(own.get("config"), "to_dict", None)  # configurations of transformers have it
     if describe:
         found["config"] = json.dumps(describe(), sort_keys=True, default=str)
     return json.dumps(found, sort_keys=True)
 
 
 def _plain(value: Any) -> str | None:
-    """Return a value that is a setting as text; None for tensors, modules and whatever has no text of its own."""
+    """Return a setting as text; None for tensors, modules and other values without a stable text."""
     function = getattr(value, "__func__", value) if isinstance(value, MethodType) else value
     if isinstance(function, FunctionType):
         return _source(function)

@@ -110,7 +110,7 @@ def test_what_is_missing_is_named(small, fresh):
         coar.fit(fresh, merge=True, progress=False)
     for number in (1, 3):
         fit_share(fresh, (number, 4))
-    with pytest.raises(IncompleteRunError, match=r"2 of 4 workers have not done their share .*: 2/4, 4/4"):
+    with pytest.raises(IncompleteRunError, match=r"2 of 4 workers have not finished their share .*: 2/4, 4/4"):
         coar.fit(fresh, merge=True, progress=False)
     with pytest.raises(IncompleteRunError, match="no worker has made sums for a fit on 100 masks"):
         coar.fit(fresh, masks=100, merge=True, progress=False)
@@ -127,7 +127,7 @@ def test_a_damaged_sum_is_found_and_made_again(small, fresh):
     problems = verify(coar.Run.open(fresh.path))
     assert [(problem.what, problem.mended_by) for problem in problems] == [("damaged", "coar fit --worker")]
     assert repair(fresh, problems) == []
-    with pytest.raises(IncompleteRunError, match=r"1 of 2 workers have not done their share .*: 2/2"):
+    with pytest.raises(IncompleteRunError, match=r"1 of 2 workers have not finished their share .*: 2/2"):
         coar.fit(fresh, merge=True, progress=False)
     fit_share(fresh, (2, 2))
     alike(coar.fit(fresh, merge=True, progress=False), whole)
@@ -146,7 +146,7 @@ MISTAKES = {
         RegressionError,
         "needs mask gradients",
     ),
-    "few masks": (lambda run: fit_share(run, (1, 2), masks=D), RegressionError, "nothing to add up"),
+    "few masks": (lambda run: fit_share(run, (1, 2), masks=D), RegressionError, "needs more masks than components"),
     "counted from 0": (lambda run: fit_share(run, (0, 2)), SettingsError, "counted from 1/2"),
     "a path for a name": (lambda run: fit_share(run, (1, 2), name="../x"), SettingsError, "cannot name a fit"),
 }

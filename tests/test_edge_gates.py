@@ -303,5 +303,5 @@ def test_tables_that_do_not_fit() -> None:
         Gates(model, table, torch.zeros(table.width), use_hooks=True)
     with pytest.raises(ComponentError, match="cannot be in one table"):
         edges + coar.attention_heads(model)
-    with pytest.raises(AblationError, match="not for each position"):
+    with pytest.raises(AblationError, match="not one per position"):
         Gates(model, edges, torch.zeros(4, edges.width), use_hooks=True)

@@ -78,14 +78,14 @@ class Resample(FromExamples):
 
 
 class Counterfactual(FromExamples):
-    """Replace what a component computes for an example by what it computes for the example's partner.
+    """Replace a component's activations for an example by its activations for the example's partner.
 
-    Partners differ in what a study is about, such as the names in a sentence, and in nothing else, so activations are
-    taken where they correspond: texts of a pair need equally many tokens.
+    Partners differ only in the studied property, such as the names in a sentence, and activations are replaced position
+    by position, so texts of a pair need the same number of tokens.
 
     Attributes:
-        pairs: Metadata column that names the pair of each example; two examples have each name, and each of them is
-            the other's partner.
+        pairs: Metadata column with the name of each example's pair; exactly two examples have each name, and each of
+            them is the other's partner.
     """
 
     label: ClassVar[str] = "counterfactual"
@@ -96,11 +96,11 @@ class Counterfactual(FromExamples):
         """Return (examples,) positions of the partners.
 
         Raises:
-            ExamplesError: When there is no such column, or a name is not that of two examples.
+            ExamplesError: When the column is missing, or a name does not belong to exactly two examples.
         """
         if self.pairs not in examples.metadata:
             raise ExamplesError(
-                f"there is no metadata column {self.pairs!r} that names each example's pair; there are "
+                f"there is no metadata column {self.pairs!r} with the pair of each example; there are "
                 f"{', '.join(examples.metadata)}: add it, or give Counterfactual(pairs=...)"
             )
         column = np.asarray(examples.metadata[self.pairs])
@@ -108,8 +108,8 @@ class Counterfactual(FromExamples):
         if (counts != 2).any():
             odd = int(np.flatnonzero(counts != 2)[0])
             raise ExamplesError(
-                f"{self.pairs} == {names[odd]!r} is the pair of {counts[odd]} examples; give every pair two, of which "
-                f"each is the other's counterfactual"
+                f"{self.pairs} == {names[odd]!r} is the pair of {counts[odd]} examples; give every pair exactly two, "
+                f"each the other's counterfactual"
             )
         both = column.argsort(kind="stable").reshape(-1, 2)
         sources = np.empty(len(column), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Means and standard deviations of what the writers of a decoder write, the constants of its edges."""
+"""Means and standard deviations of the outputs of a decoder's writers, the constants of its edges."""
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ def writer_moments(
 ) -> tuple[Tensor, Tensor]:
     """Return (components.width,) means and standard deviations over examples and their positions from the second on.
 
-    The first token of a text is never ablated, and what is written there is unlike what is written elsewhere.
+    The first token of a text is never ablated, and the outputs of writers there differ from those elsewhere.
 
     Args:
         model: The model in evaluation mode.
@@ -24,7 +24,7 @@ def writer_moments(
         batch_size: Most examples per forward pass.
 
     Raises:
-        AblationError: When there is no second position, or what is written is not finite.
+        AblationError: When there is no second position, or an output of a writer is not finite.
     """
     device = next(model.parameters()).device
     gate = edge_gate(model, components, torch.zeros(components.width, device=device))
@@ -52,7 +52,7 @@ def writer_moments(
 
 
 def _sum(written: Tensor, counted: Tensor, power: int) -> Tensor:
-    """Return the (writers, width) float64 sum of powers of what was written at the positions that count."""
+    """Return the (writers, width) float64 sum of powers of the outputs at the positions that count."""
     total = torch.zeros(written.shape[2:], dtype=torch.float64, device=written.device)
     for row, there in zip(written, counted, strict=True):
         total += row[there].double().pow(power).sum(0)
@@ -62,11 +62,11 @@ def _sum(written: Tensor, counted: Tensor, power: int) -> Tensor:
 def _check(count: int, sums: Tensor) -> None:
     if count == 0:
         raise AblationError(
-            "no calibration text has a second token, and means of writers leave out the first one, which is never "
-            "ablated; give longer texts"
+            "no calibration text has a second token; means of writers leave out the first token, which is never "
+            "ablated: give longer texts"
         )
     if not sums.isfinite().all():
         raise AblationError(
-            "what the model writes is not finite while the calibration examples pass through it, so no constant can be "
-            "taken from it; leave such examples out, or use float32"
+            "the outputs of the model's writers for some calibration example are not finite, so they have no mean; "
+            "leave out such examples, or use float32"
         )

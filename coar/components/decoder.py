@@ -1,8 +1,8 @@
-"""The writers and readers of a decoder-only transformer, found by what its modules do in a plain pass.
+"""The writers and readers of a decoder-only transformer, found by one plain pass and the gradients of another.
 
 The residual stream of such a model is a sum. Writers add to it: the embedding, every attention head and every
 feed-forward block (MLP). Readers take it, most of them after a norm: the queries, keys and values of every head, every
-MLP, and what comes after the last layer.
+MLP, and the first module after the last layer.
 """
 
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ from coar.components.table import Component
 from coar.components.trace import Trace, is_inside, random_tokens, trace
 from coar.errors import ComponentError
 
-EXACT, COARSE = 1e-4, 5e-2  # allowed error of the sum of writers, of a token's largest entry: float32, lower precision
+EXACT, COARSE = 1e-4, 5e-2  # largest error of the sum, as a share of a token's largest entry: float32, lower precision
 ROWS, POSITIONS = 2, 5  # texts and tokens of the plain pass
 
 
 class Writer(NamedTuple):
-    """What adds to the residual stream.
+    """A part of the model that adds to the residual stream.
 
     Attributes:
         label: `embed`, `L9.H6`, `L9.mlp`, or `L9.attn` for all heads of a layer under one norm.
-        site: Path of the module that returns what is written; of the first module that reads, for the embedding.
-        head: First index and number of the features of the site's input that make up a head, whose product with the
-            site's weight is what it writes; None where the whole output is written.
+        site: Path of the module that returns the writer's output; for the embedding, of the first module that reads.
+        head: First index and number of the features of the site's input that make up a head; the head writes their
+            product with the site's weight. None if the writer writes the whole output.
     """
 
     label: str
@@ -42,11 +42,11 @@ class Reading(NamedTuple):
 
     Attributes:
         site: Path of the module.
-        norm: Path of the norm between the residual stream and the module; None where there is none.
-        before: How many writers have written by then.
-        block: What reads, as a whole: `L10.attn`, `L10.mlp` or `out`.
-        labels: A label for each reader: `L10.H0.q`, `L10.mlp` or `out`; `L10.G0.k` where heads share keys and values.
-        rows: The outputs of a projection in the order of its readers, equally many for each; None where the whole
+        norm: Path of the norm between the residual stream and the module; None if there is none.
+        before: Number of writers that write before it.
+        block: Label of the block that reads: `L10.attn`, `L10.mlp` or `out`.
+        labels: A label for each reader: `L10.H0.q`, `L10.mlp` or `out`; `L10.G0.k` if heads share keys and values.
+        rows: The outputs of a projection in the order of its readers, the same number for each; None if the whole
             module is one reader.
     """
 
@@ -63,7 +63,7 @@ class Decoder:
     """The writers and readers of a decoder-only transformer; an edge is a reader and a writer before it.
 
     Attributes:
-        path: Path of the module that is given the tokens' embeddings or numbers, and their attention mask.
+        path: Path of the module that takes the tokens' embeddings or numbers, and their attention mask.
         width: Features of the residual stream.
         writers: All writers, in the order in which they write; the embedding is the first.
         readings: All modules that read, in the order in which they do.
@@ -79,13 +79,13 @@ def find_decoder(model: nn.Module) -> Decoder:
     """Find the writers and readers of a decoder-only transformer.
 
     Attention blocks and their heads are those of `attention_heads`. A layer is the part of the model's list of layers
-    in which a block lies; its MLP is what else in it has linear layers. Two passes over a few random tokens find the
-    rest: norms, what is written after a norm, parallel blocks, and the outputs of projections that are queries, keys
-    and values. The first also checks that what each module reads is the sum of what was written before.
+    that contains a block; its MLP consists of its other children with linear layers. Two passes over a few random
+    tokens find the rest: norms before and after blocks, parallel blocks, and the outputs of projections that are
+    queries, keys and values. The first pass also checks that each module reads the sum of all earlier writes.
 
     Raises:
-        ComponentError: When the model is an encoder, has an encoder, or its residual stream is no such sum; the message
-            names the module.
+        ComponentError: When the model is an encoder, has an encoder, or its residual stream is not such a sum; the
+            message names the module.
     """
     model = unwrapped(model)
     _check_kind(model)
@@ -115,8 +115,8 @@ def _check_kind(model: nn.Module) -> None:
     configs = [getattr(module, "config", None) for module in model.modules()]
     if any(getattr(config, "is_encoder_decoder", False) is True for config in configs):
         raise ComponentError(
-            f"{type(model).__name__} is an encoder-decoder; edges are found in decoder-only language models, such as "
-            f"GPT-2 or Llama: use attention_heads and modules for this model"
+            f"{type(model).__name__} is an encoder-decoder; only decoder-only language models, such as GPT-2 or "
+            f"Llama, have edges: use attention_heads and modules for this model"
         )
 
 
@@ -133,8 +133,7 @@ def _layers(model: nn.Module, passed: Trace) -> list[_Layer]:
         path = _layer_of(model, block)
         if any(layer.path == path for layer in found):
             raise ComponentError(
-                f"{path!r} has two attention blocks that are called; edges are found in layers with one: use "
-                f"attention_heads and modules"
+                f"{path!r} calls two attention blocks; edges need layers with one: use attention_heads and modules"
             )
         number = path.rpartition(".")[2]
         label = f"L{number}" if number.isdecimal() else f"L{len(found)}"
@@ -143,7 +142,7 @@ def _layers(model: nn.Module, passed: Trace) -> list[_Layer]:
 
 
 def _layer_of(model: nn.Module, block: str) -> str:
-    """Return the path of the part of a list of modules in which a block lies; of its parent where there is none."""
+    """Return the path of the part of a list of modules that contains a block; without a list, of the block's parent."""
     path = block
     while path:
         parent = path.rpartition(".")[0]
@@ -157,7 +156,7 @@ def _owner(layers: list[_Layer]) -> str:
     """Return the path of the module that holds the list of all layers."""
     owners = {layer.path.rpartition(".")[0].rpartition(".")[0] for layer in layers}
     if len(owners) > 1:
-        raise ComponentError(f"attention blocks lie in several lists of layers, of {sorted(owners)}; edges need one")
+        raise ComponentError(f"attention blocks are in several lists of layers, of {sorted(owners)}; edges need one")
     return owners.pop()
 
 
@@ -178,7 +177,7 @@ def _with_weights(module: nn.Module) -> list[nn.Module]:
 
 
 def _projections(passed: Trace, layer: _Layer) -> tuple[str, ...]:
-    """Return the paths of the linear layers of a block that read what the block is given."""
+    """Return the paths of the linear layers of a block that read the block's input."""
     last = layer.heads[0].site
     linear = [c for c in passed.calls if is_linear(c.module) and is_inside(c.path, layer.block) and c.path != last]
     for call in linear:
@@ -186,7 +185,7 @@ def _projections(passed: Trace, layer: _Layer) -> tuple[str, ...]:
         first = linear[0].values[0]
         if call.values[0] is None or first is None or not torch.equal(call.values[0], first):
             raise ComponentError(
-                f"{call.path!r} reads neither what {layer.block!r} is given nor its heads; low-rank projections have "
+                f"{call.path!r} reads neither the input nor the heads of {layer.block!r}; low-rank projections have "
                 f"no edges here: use attention_heads and modules"
             )
     if not linear:
@@ -195,7 +194,7 @@ def _projections(passed: Trace, layer: _Layer) -> tuple[str, ...]:
 
 
 def _add_layer(draft: "_Draft", layer: _Layer, block: Block, ports: dict[str, tuple[Port, ...]]) -> None:
-    """Add a layer's readers and writers in the order in which they come."""
+    """Add a layer's readers and writers in their order in the pass."""
     groups = sorted({port.heads for own in ports.values() for port in own if port.kind != "q"})
     before, stream = len(draft.writers), draft.stream(block.projections[0], layer.path)
     for path in block.projections:
@@ -223,7 +222,7 @@ def _add_layer(draft: "_Draft", layer: _Layer, block: Block, ports: dict[str, tu
 
 
 class _Draft:
-    """Readers and writers as they are found, and the sum of what the writers so far have written.
+    """The readers and writers found so far, and the sums of the writers' outputs.
 
     Args:
         passed: The plain pass.
@@ -234,11 +233,11 @@ class _Draft:
         self.readings: list[Reading] = []
         self.width = 0
         self._passed = passed
-        self._sums: list[tuple[int, Tensor]] = []  # (writers, what they have written together)
+        self._sums: list[tuple[int, Tensor]] = []  # (number of writers, sum of their outputs)
         self._last, self._since = "", "the embedding"
 
     def stream(self, site: str, within: str) -> Tensor | None:
-        """Return the residual stream that a module reads, before its norm: the tensor of the pass."""
+        """Return the tensor of the pass that is the residual stream a module reads, before its norm."""
         norm = self._norm(site, within)
         return self._passed[norm or site].given
 
@@ -257,11 +256,11 @@ class _Draft:
         rows: tuple[int, ...] | None = None,
         before: int | None = None,
     ) -> None:
-        """Add the readers of a module, after a check that what it reads is the sum of what was written before."""
+        """Add the readers of a module; check first that it reads the sum of all earlier writes."""
         norm = self._norm(site, within)
         residual = self._passed[norm or site].values[0]
         if residual is None:
-            raise ComponentError(f"{site!r} was given no tensor, so it reads no residual stream; edges need one")
+            raise ComponentError(f"{site!r} was given no tensor, so it does not read the residual stream")
         if not self.writers:
             self.writers.append(Writer("embed", norm or site))
             self.width = residual.shape[-1]
@@ -284,15 +283,15 @@ class _Draft:
         else:
             seen = f"its shape is {tuple(residual.shape)}, of {self.width} features"
         maker = self._passed.maker(self._passed[reader], "")
-        culprit = f"{maker.path!r} returned it" if maker else f"since then {self._since} has written"
+        culprit = f"{maker.path!r} returned it" if maker else f"only {self._since} has written since"
         raise ComponentError(
-            f"what {reader!r} reads is not the sum of what was written to the residual stream before it ({seen}): the "
-            f"sum still held at {self._last!r}, and {culprit}; edges need a model whose blocks are added to a stream "
-            f"as they are: use attention_heads and modules for this one"
+            f"the input of {reader!r} is not the sum of all earlier writes to the residual stream ({seen}): the sum "
+            f"was right at {self._last!r}, and {culprit}; edges need a model that adds the outputs of its blocks to a "
+            f"stream unchanged: use attention_heads and modules for this one"
         )
 
     def written(self, site: str, within: str) -> tuple[str, bool]:
-        """Return the path of the module that returns what is written, and whether that is a norm after the site."""
+        """Return the path of the module whose output is written, and whether it is a norm after the site."""
         call = self._passed[site]
         taker = self._passed.taker(call, within)
         width = None if call.returned is None else call.returned.numel()
@@ -301,7 +300,7 @@ class _Draft:
         return site, False
 
     def write(self, writers: list[Writer], site: str) -> None:
-        """Add writers that a module's output is the sum of, but for a bias."""
+        """Add writers whose outputs sum to a module's output, except for a bias."""
         self.writers += writers
         values = self._passed[site].values[1]
         _, total = self._sums[-1]
@@ -309,7 +308,8 @@ class _Draft:
             shape = None if values is None else tuple(values.shape)
             raise ComponentError(
                 f"{site!r} returned {shape}, which cannot be added to a residual stream of {tuple(total.shape)}; edges "
-                f"need a model whose blocks are added to a stream: use attention_heads and modules for this one"
+                f"need a model that adds the outputs of its blocks to a stream: use attention_heads and modules for "
+                f"this one"
             )
         self._sums.append((len(self.writers), total + values.double().view_as(total)))
         self._since = repr(site)

@@ -1,4 +1,4 @@
-"""The finders of edges between the writers and readers of a decoder-only transformer, and of its writers alone."""
+"""The finders of a decoder-only transformer's edges between writers and readers, and of its writers alone."""
 
 from torch import nn
 
@@ -10,34 +10,34 @@ ARROW = " -> "
 
 
 def edges(model: nn.Module, *, ports: bool = True) -> Components:
-    """Find the edges of a decoder-only transformer: one component per reader and writer before it.
+    """Find the edges of a decoder-only transformer: one component for each reader and each writer before it.
 
-    Writers add to the residual stream: the embedding (with positions), every attention head and every MLP; where a norm
+    Writers add to the residual stream: the embedding (with positions), every attention head and every MLP. If a norm
     follows the attention's output projection (Gemma 2 and 3), all heads of a layer are one writer. Readers take the
     stream, most after a norm: the queries of every head, the keys and the values of every head or of every group that
-    shares them, every MLP, and what comes after the last layer. GPT-2 small has 32,491 edges.
+    shares them, every MLP, and the first module after the last layer. GPT-2 small has 32,491 edges.
 
-    An ablated edge changes what its reader takes: instead of what its writer wrote in this very pass it takes the
-    writer's replacement. So r, what a reader takes before its norm, is
+    If an edge is ablated, its reader takes the writer's replacement instead of the writer's output in the same pass. So
+    the input r of a reader, before its norm, is
 
         r = residual + sum over writers w of (1 - keep[w, r]) * (replacement[w] - o[w])
 
-    and what a reader then computes reaches all that follows. Replacements are constants of writers, which all edges of
-    a writer share. The bias of an output projection is no writer's and always there. Nothing is replaced up to the
-    first token of a text, to which many heads attend when they have nothing to do.
+    and the reader's result reaches all later modules. Replacements are constants of writers; all edges of a writer
+    share them. The bias of an output projection belongs to no writer and is always kept. Nothing is replaced up to and
+    at the first token of a text, since many heads attend to it by default.
 
-    Edges are labelled `L9.H6 -> L10.H0.q`: from head 6 of layer 9 to the queries of head 0 of layer 10. The other
-    labels are `embed`, `L9.mlp` and `L9.attn` of writers, and `L10.H0.k`, `L10.G0.k` of a group, `L10.mlp` and `out` of
-    readers.
+    The label `L9.H6 -> L10.H0.q` stands for the edge from head 6 of layer 9 to the queries of head 0 of layer 10. Other
+    labels of writers are `embed`, `L9.mlp` and `L9.attn`; other labels of readers are `L10.H0.k`, `L10.G0.k` for a
+    group, `L10.mlp` and `out`.
 
     Args:
-        model: The model, or one that holds it; it must run on token numbers alone.
-        ports: Whether queries, keys and values of each head are readers of their own; else each layer's attention is
-            one reader, `L10.attn`.
+        model: The model, or a module that contains it; it must run on token numbers alone.
+        ports: Whether the queries, keys and values of each head are separate readers; otherwise each layer's attention
+            is one reader, `L10.attn`.
 
     Raises:
-        ComponentError: When the model is no decoder-only transformer, or something else than a sum of what was written
-            before is read; the message names the module.
+        ComponentError: When the model is not a decoder-only transformer, or a module reads something other than the sum
+            of all earlier writes; the message names the module.
     """
     decoder = find_decoder(model)
     rows: dict[str, Component] = {}
@@ -57,7 +57,7 @@ def nodes(model: nn.Module) -> Components:
     They are the embedding, every attention head and every MLP, labelled `embed`, `L9.H6` and `L9.mlp`; see `edges`.
 
     Args:
-        model: The model, or one that holds it; it must run on token numbers alone.
+        model: The model, or a module that contains it; it must run on token numbers alone.
 
     Raises:
         ComponentError: As `edges` does.
@@ -71,12 +71,12 @@ def nodes(model: nn.Module) -> Components:
 
 
 def component_of_pairs(decoder: Decoder, components: Components) -> list[int]:
-    """Return which component each pair of a reader and a writer before it belongs to, reader by reader.
+    """Return the component of each pair of a reader and a writer before it, reader by reader.
 
-    A pair that no component has gets the number of components.
+    A pair without a component gets the number of components.
 
     Raises:
-        ComponentError: When a component is no edge or writer of this model, or two have the same pair.
+        ComponentError: When a component is not an edge or writer of this model, or two components share a pair.
     """
     index, none = {row.name: i for i, row in enumerate(components)}, len(components)
     used: set[int] = set()
@@ -95,7 +95,7 @@ def component_of_pairs(decoder: Decoder, components: Components) -> list[int]:
     strange = set(range(none)) - used
     if strange:
         raise ComponentError(
-            f"this model has no {components[min(strange)].name!r}; the components belong to another model: find those "
-            f"of this one with coar.edges"
+            f"this model has no {components[min(strange)].name!r}; the components belong to another model: find this "
+            f"model's with coar.edges"
         )
     return found

@@ -1,8 +1,8 @@
-"""Which outputs of an attention block's projections are queries, keys and values, of which head: read off gradients.
+"""The roles of the outputs of an attention block's projections, found by gradients: query, key or value, and its head.
 
-With a causal mask, what a head returns at the first position depends on that position's value alone; what it returns
-later depends on the keys and values of the first position too, and on its own queries. So gradients tell the outputs of
-projections apart, separate or fused, whatever they are called and however heads are laid out.
+With a causal mask, a head's output at the first position depends on that position's value alone. Its later outputs also
+depend on the keys and values of the first position, and on the queries at their own position. So gradients distinguish
+the outputs of projections, separate or fused, for any names and any layout of heads.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from coar.components.trace import random_tokens, run
 from coar.errors import ComponentError
 
 POSITIONS = 4  # tokens of the pass
-DRAWS = 3  # random outputs of projections, so that no slope is near 0 by chance in all of them
-ROUNDED = 1e-5  # of an output's largest slope, below which a slope is rounding error
+DRAWS = 3  # draws of random outputs of projections, so that no slope is near 0 by chance in all draws
+ROUNDED = 1e-5  # share of an output's largest slope, below which a slope is rounding error
 
 
 class Port(NamedTuple):
-    """Outputs of a projection that only some heads read, in one role.
+    """Outputs of a projection that the same heads read, in one role.
 
     Attributes:
         kind: `q`, `k` or `v`: queries, keys or values.
@@ -40,8 +40,8 @@ class Block(NamedTuple):
 
     Attributes:
         path: Its path.
-        projections: Paths of the linear layers that read what the block is given.
-        heads: Its heads, slices of what its output projection reads.
+        projections: Paths of the linear layers that read the block's input.
+        heads: Its heads, slices of its output projection's input.
     """
 
     path: str
@@ -53,7 +53,7 @@ def ports_of(model: nn.Module, blocks: Sequence[Block]) -> list[dict[str, tuple[
     """Return the ports of every block's projections by path, in the order of their rows.
 
     Raises:
-        ComponentError: When a block is not causal, or its outputs are no queries, keys and values of heads.
+        ComponentError: When a block is not causal, or an output of a projection is not a query, key or value of heads.
     """
     most = max(len(block.heads) for block in blocks)
     tokens = random_tokens(model, 1, POSITIONS).expand(DRAWS * most, -1)  # a row for each draw and head
@@ -62,7 +62,7 @@ def ports_of(model: nn.Module, blocks: Sequence[Block]) -> list[dict[str, tuple[
     draw = torch.Generator().manual_seed(0)
 
     def replace(path: str, result: Tensor) -> Tensor:
-        """Put random float32 outputs in the place of a projection's, from which no gradient flows back."""
+        """Return random float32 outputs, which replace a projection's and end the flow of gradients."""
         noise = torch.randn(DRAWS, 1, POSITIONS, result.shape[-1], generator=draw).to(result.device)
         leaves[path] = noise.expand(-1, most, -1, -1).reshape(result.shape).clone().requires_grad_()
         return leaves[path].clone()  # blocks may write into it
@@ -95,8 +95,8 @@ def _of_block(block: Block, leaves: dict[str, Tensor], z: Tensor) -> dict[str, t
     scales = [torch.maximum(by_first, by_later).amax((0, 1)) * ROUNDED for by_first, by_later in pairs]  # of each row
     if any((by_first[:, 1:] > scale).any() for (by_first, _), scale in zip(pairs, scales, strict=True)):
         raise ComponentError(
-            f"{block.path!r} lets tokens see later ones, as encoders do; edges are found in decoder-only models, whose "
-            f"attention is causal: use attention_heads and modules for this one"
+            f"{block.path!r} lets tokens see later ones, as encoders do; edges need a decoder-only model, with causal "
+            f"attention: use attention_heads and modules for this one"
         )
     found = {}
     for path, (by_first, by_later), scale in zip(block.projections, pairs, scales, strict=True):
@@ -107,9 +107,9 @@ def _of_block(block: Block, leaves: dict[str, Tensor], z: Tensor) -> dict[str, t
 
 
 def _slopes(block: Block, leaves: list[Tensor], z: Tensor, positions: slice) -> list[Tensor]:
-    """Return (heads, positions, rows) slopes of each head's output, at some positions, by what projections return.
+    """Return (heads, positions, rows) slopes of each head's output, at some positions, by the projections' outputs.
 
-    They are the largest in size of all draws.
+    Each is the largest absolute slope of all draws.
     """
     mix = torch.zeros_like(z)
     draw = torch.Generator().manual_seed(1)
@@ -133,9 +133,9 @@ def _grouped(block: Block, path: str, signs: Tensor) -> tuple[Port, ...]:
         kind = KINDS.get(next(iter(seen))) if len(seen) == 1 else None
         if kind is None or (kind == "q" and len(heads) > 1):
             raise ComponentError(
-                f"output {row} of {path!r} acts on heads {list(heads)} of {block.path!r} in another way than a query "
-                f"of one head, or a key or a value of a group; such attention (gates, low-rank projections, norms over "
-                f"all heads) has no edges here: use attention_heads and modules"
+                f"output {row} of {path!r} acts on heads {list(heads)} of {block.path!r} neither as a query of one "
+                f"head nor as a key or a value of a group; such attention (gates, low-rank projections, norms over all "
+                f"heads) has no edges here: use attention_heads and modules"
             )
         rows.setdefault((kind, heads), []).append(row)
     ports = [Port(kind, heads, tuple(numbers)) for (kind, heads), numbers in rows.items()]

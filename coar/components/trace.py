@@ -1,4 +1,4 @@
-"""The calls of a model's modules in one pass, and which of them handed a tensor to which."""
+"""The calls of a model's modules in one pass, and the tensors that pass between them."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +12,7 @@ from torch.utils import _pytree as trees
 from coar.components.layers import unwrapped
 from coar.errors import ComponentError
 
-MANY = 10_000  # tokens that random ones are drawn from
+MANY = 10_000  # number of tokens from which random ones are drawn
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Call:
     Attributes:
         path: The module's path.
         module: The module.
-        given: The first floating-point tensor among its arguments; None where there is none.
-        returned: The first tensor that it returned; None where there is none.
+        given: The first floating-point tensor among its arguments; None if there is none.
+        returned: The first tensor that it returned; None if there is none.
         values: Copies of these two, made when the call ended.
     """
 
@@ -35,15 +35,15 @@ class Call:
 
     @property
     def passes_on(self) -> bool:
-        """Whether the module returned the very tensor that it was given, as dropout does in evaluation mode."""
+        """Whether the module returned its input tensor, as dropout does in evaluation mode."""
         return _same(self.given, self.values[0], self.returned, self.values[1])
 
 
 class Trace:
     """The calls of one pass, in the order in which they ended.
 
-    Tensors of the pass stay in memory, so two of one address and size are the same tensor. Equal values are asked for
-    too, since a later module may have written into it.
+    Tensors of the pass stay in memory, so two with the same address and size are the same tensor. Their values must be
+    equal too, since a later module may have written into it.
 
     Args:
         calls: The calls.
@@ -59,12 +59,12 @@ class Trace:
         return path in self._by_path
 
     def index(self, path: str) -> int:
-        """Return the number of a module's only call; raise `ComponentError` where there are several."""
+        """Return the number of a module's only call; raise `ComponentError` if there are several."""
         numbers = self._by_path[path]
         if len(numbers) > 1:
             raise ComponentError(
-                f"{path!r} is called {len(numbers)} times in one pass, so its calls are no writers and readers of "
-                f"their own; edges need a model that calls every layer once: use attention_heads and modules instead"
+                f"{path!r} is called {len(numbers)} times in one pass; edges need a model that calls every layer once: "
+                f"use attention_heads and modules instead"
             )
         return numbers[0]
 
@@ -72,7 +72,7 @@ class Trace:
         return self.calls[self.index(path)]
 
     def maker(self, call: Call, within: str) -> Call | None:
-        """Return the call inside a module that made the tensor which another call was given; None where none did."""
+        """Return the call inside the module `within` that made the input of a call; None if there is none."""
         for other in self.calls:
             made = _same(other.returned, other.values[1], call.given, call.values[0])
             if made and not other.passes_on and is_inside(other.path, within):
@@ -80,7 +80,7 @@ class Trace:
         return None
 
     def taker(self, call: Call, within: str) -> Call | None:
-        """Return the call inside a module that changed the tensor which another call returned; None where none did."""
+        """Return the call inside `within` that took and changed the result of a call; None if there is none."""
         for other in self.calls:
             taken = _same(call.returned, call.values[1], other.given, other.values[0])
             if taken and not other.passes_on and is_inside(other.path, within) and other.returned is not None:
@@ -110,19 +110,19 @@ def trace(model: nn.Module, tokens: Tensor) -> Trace:
 
 
 def run(model: nn.Module, tokens: Tensor) -> None:
-    """Run a model on tokens in evaluation mode; every module's mode is as before afterwards."""
+    """Run a model on tokens in evaluation mode, then restore every module's mode."""
     with _evaluating(model):
         try:
             model(tokens)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             raise ComponentError(
                 f"{type(model).__name__} cannot be run on {tuple(tokens.shape)} token numbers alone ({error}); edges "
-                f"are found in decoder-only language models: give such a model itself"
+                f"need a decoder-only language model: give such a model itself"
             ) from error
 
 
 def random_tokens(model: nn.Module, rows: int, positions: int) -> Tensor:
-    """Return (rows, positions) random token numbers that the model's embedding holds."""
+    """Return (rows, positions) random token numbers from the model's vocabulary."""
     table = _embedding(unwrapped(model))
     tokens = torch.tensor([token for token in range(min(table.num_embeddings, MANY)) if token != table.padding_idx])
     picks = torch.randint(len(tokens), (rows, positions), generator=torch.Generator().manual_seed(0))
@@ -130,7 +130,7 @@ def random_tokens(model: nn.Module, rows: int, positions: int) -> Tensor:
 
 
 def _embedding(model: nn.Module) -> nn.Embedding:
-    """Return the embedding of tokens: the one that the model names, or its first."""
+    """Return the embedding of tokens: that of `get_input_embeddings`, or the model's first."""
     try:
         named = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -138,13 +138,13 @@ def _embedding(model: nn.Module) -> nn.Embedding:
     tables = [table for table in (named, *model.modules()) if isinstance(table, nn.Embedding)]
     if not tables:
         raise ComponentError(
-            f"{type(model).__name__} has no embedding of tokens; edges are found in decoder-only language models"
+            f"{type(model).__name__} has no embedding of tokens; edges need a decoder-only language model"
         )
     return tables[0]
 
 
 def is_inside(path: str, outer: str) -> bool:
-    """Say whether a module's path lies below another's."""
+    """Return whether a module's path lies below another's."""
     return not outer or path.startswith(f"{outer}.")
 
 

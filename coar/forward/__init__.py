@@ -1,1 +1,1 @@
-"""Fast forward passes that give the numbers of plain ones."""
+"""Fast forward passes with the numbers of plain ones."""

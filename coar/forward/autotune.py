@@ -17,13 +17,13 @@ from coar.forward.runner import FastRunner
 
 log = logging.getLogger(__name__)
 
-SECONDS = 1.5  # that measuring may take,
-SHARE = 0.05  # or this share of the work ahead, whichever is larger
+SECONDS = 1.5  # most time of the measurement,
+SHARE = 0.05  # or this share of the work ahead, if that is longer
 WORTHWHILE = 3.0  # seconds of work ahead, below which nothing is measured
-GAIN = 0.95  # of the time that the best plan so far takes: what another must stay below
-HOPELESS = 1.5  # times the best plan so far: a plan that takes as long at first sight is not measured further
-GROUPS = (2, 4, 8, 16, 32, 64)  # masks per forward; when one is hopeless, so are more, as are smaller batches
-LEAST_BATCH = 2  # examples per forward below which no batch is cut, unless memory requires it
+GAIN = 0.95  # share of the best plan's time that a better plan may take at most
+HOPELESS = 1.5  # times the best plan's time, from which on a plan is not measured further
+GROUPS = (2, 4, 8, 16, 32, 64)  # masks per forward pass; after a hopeless number, no larger one
+LEAST_BATCH = 2  # fewest examples per forward pass, unless memory requires fewer
 COMPILED = "the compiled model"
 TIMED = 2  # repetitions, of which the faster counts
 
@@ -32,11 +32,11 @@ Timer = Callable[[FastRunner, ExampleBlock, np.ndarray], float]
 
 @dataclass(frozen=True)
 class TimedRunner:
-    """A runner and what its plan takes.
+    """A runner and the time of its plan.
 
     Attributes:
         runner: The runner.
-        seconds: Seconds per mask on the block that was measured.
+        seconds: Seconds per mask on the measured block.
     """
 
     runner: FastRunner
@@ -44,7 +44,7 @@ class TimedRunner:
 
 
 def seconds_per_mask(runner: FastRunner, block: ExampleBlock, masks: np.ndarray) -> float:
-    """Return the seconds that a mask takes, the fastest of a few calls with these masks."""
+    """Return the seconds per mask in the fastest of a few calls with these masks."""
     took = []
     for _ in range(TIMED):
         start = time.perf_counter()
@@ -63,18 +63,18 @@ def fastest_runner(
     compiled: bool = False,
     timer: Timer = seconds_per_mask,
 ) -> FastRunner:
-    """Return the runner with the plan by which masks pass fastest on a block of examples.
+    """Return the runner with the fastest plan for a block of examples.
 
-    A plan is taken only if it gives the outputs of the runner's own plan and is clearly faster.
+    Another plan is chosen only if it gives the outputs of the runner's own plan and is clearly faster.
 
     Args:
         runner: The runner; its batch size is the largest that is tried.
-        examples: The block's examples.
+        examples: The examples of the block.
         masks: (masks, components) boolean masks to measure with, as many as a unit has.
-        work: Passes over such a block that lie ahead. Measuring takes at most 1.5 seconds or 5 % of their time, the
-            compiler's time aside, and is left out where they take less than 3 seconds.
+        work: Number of passes over such a block that lie ahead. The measurement takes at most 1.5 seconds or 5 % of
+            their time, plus the compiler's time; it is skipped if they take less than 3 seconds.
         tune: Try other batch sizes and masks per forward pass.
-        compiled: Try a compiled model too; where it fails, a warning says why.
+        compiled: Try a compiled model too; if it fails, a warning gives the reason.
         timer: Measures the seconds per mask of a runner on a block under masks.
     """
     benchmark = Benchmark(runner, examples, masks, timer)
@@ -111,7 +111,7 @@ class Benchmark:
         runner = self._runner.with_plan(replace(self._runner.plan, masks_per_forward=1, compiled=False))
         block = self._load(runner)
         seconds = self._timer(runner, block, self._masks[:1])
-        if seconds < SECONDS / 30:  # so short that the time to enter and leave gates would show
+        if seconds < SECONDS / 30:  # the time to enter and leave gates would count
             self._few = min(8, len(self._masks))
             seconds = self._timer(runner, block, self._masks[: self._few])
         self._expected = runner.outputs(block, self._masks[: self._few])
@@ -119,7 +119,7 @@ class Benchmark:
 
     def search(self, best: TimedRunner, deadline: float) -> TimedRunner:
         """Return the fastest of all plans that can be timed until the deadline."""
-        going = {True: True, False: True}  # on with more masks per forward, and with smaller batches
+        going = {True: True, False: True}  # whether to go on: with more masks per pass, with smaller batches
         for plan in self._candidates(best.runner):
             needed = (1 + TIMED) * best.seconds * self._count(plan)
             grouped = plan.masks_per_forward > 1
@@ -138,13 +138,13 @@ class Benchmark:
         return best
 
     def try_compiling(self, best: TimedRunner) -> TimedRunner:
-        """Return the best plan, or the same compiled where that is faster and agrees; warn where it fails."""
+        """Return the best plan, or the same compiled if that is faster and agrees; warn if it fails."""
         runner = best.runner.with_plan(replace(best.runner.plan, masks_per_forward=1, compiled=True))
         block = self._load(runner)
         try:
             runner.outputs(block, self._masks[:1])
             found = self._time(runner, best)
-        except Exception as error:  # whatever a compiler may raise: without it nothing is lost but time
+        except Exception as error:  # any error of a compiler; only time is lost without it
             said = next(iter(str(error).splitlines()), "")
             fall_back(COMPILED, f"{type(error).__name__}: {said}", level=logging.WARNING)
             return best

@@ -17,8 +17,8 @@ class ExampleBlock:
     Attributes:
         batches: Inputs and targets, batch by batch.
         size: Number of examples.
-        sources: Batch by batch the inputs whose activations replace the examples'; empty where constants do.
-        order: (examples,) the number of the example at each place of the batches; None where they are in order.
+        sources: Batch by batch, the inputs whose activations replace those of the examples; empty for constants.
+        order: (examples,) the number of the example at each place of the batches; None if they are in order.
     """
 
     batches: list[Batch]
@@ -35,7 +35,7 @@ class ExampleBlock:
         return values if self.order is None else values[self.order]
 
     def pieces(self) -> Iterator[tuple["ExampleBlock", slice]]:
-        """Yield blocks whose sources' activations are held at the same time, and their examples: one batch, or all."""
+        """Yield blocks whose sources' activations are in memory together, and their examples: one batch, or all."""
         if not self.sources:
             yield self, slice(0, self.size)
             return

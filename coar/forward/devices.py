@@ -33,12 +33,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return a copy of a model on the device, in evaluation mode; the user's model stays as it is.
+    """Return a copy of a model on the device, in evaluation mode; the user's model does not change.
 
     In the copy, one kernel of torch replaces activations that are written as several elementwise steps.
     """
     copy = deepcopy(model).to(device).eval().requires_grad_(False)
-    if rounding(copy) <= torch.finfo(torch.float32).eps:  # coarser models round between the passes
+    if rounding(copy) <= torch.finfo(torch.float32).eps:  # models of lower precision round between the steps
         _fuse_activations(copy)
     for module in copy.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):

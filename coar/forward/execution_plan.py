@@ -9,15 +9,15 @@ from coar.errors import SettingsError
 from coar.forward.devices import BATCH_SIZE
 
 Precision = Literal["float32", "bf16"]
-PRECISIONS = (*get_args(Precision), "auto")  # what a user may ask for
+PRECISIONS = (*get_args(Precision), "auto")  # values that a user may give
 
 
 @dataclass(frozen=True)
 class ExecutionPlan:
     """How a fast runner runs its passes.
 
-    A plan allows shortcuts; a runner checks each of them before use and falls back where the check fails. A plan never
-    changes what is computed, up to rounding, so it is not part of a run.
+    A plan allows shortcuts; a runner checks each of them before use and falls back if the check fails. A plan
+    changes results by rounding only, so it is not part of a run.
 
     Attributes:
         precision: `float32`, or `bf16` for automatic mixed precision.
@@ -28,7 +28,7 @@ class ExecutionPlan:
         compiled: Run batches of the size of a block's first one through a compiled model.
         low_weights: With `bf16`, hold weights in bfloat16 instead of converting them on every forward pass.
         prefix_cache: Run what masks have in common at the start of a pass once.
-        length_bucketing: Put texts of about one length into one batch, without the padding that none of them needs.
+        length_bucketing: Put texts of similar length into one batch, without needless padding.
         logit_positions: Compute logits of language models only at the positions that the output reads.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Batches of texts of about one length, without padding that no text of the batch needs.
+"""Batches of texts of similar length, without padding that no text of the batch needs.
 
-A padding token takes as long as any other token. So texts are sorted by length and cut into batches, where shorter
-batches save more than a further pass costs. Each batch is as long as its longest text: its padding is removed at the
-end, or in front where all texts end at the last position.
+A padding token takes as long as any other token. So texts are sorted by length and cut into batches, as far as shorter
+batches save more than another pass costs. Each batch is as long as its longest text: its padding is removed at the
+end, or in front if all texts end at the last position.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from coar.inputs import Inputs
 from coar.outputs.base import Output
 
 IDS, MASK = "input_ids", "attention_mask"
-# A pass costs as much as its tokens and so many more: 40 to 150 were measured on a CPU, the others are guesses.
+# A pass costs as much as this many tokens more than it has: 40 to 150 measured on a CPU, the others are guesses.
 OVERHEAD = {"cpu": 256, "cuda": 16_384, "mps": 4_096}
 FEW = 2  # examples of the comparison with padded texts
 
-Cut = tuple[Tensor, int]  # positions of examples, and the length that they need
+Cut = tuple[Tensor, int]  # positions of examples, and their largest length
 
 
 class LengthBucketing:
@@ -36,7 +36,7 @@ class LengthBucketing:
         model: The model.
         components: The components of a mask; none may be a position of a text.
         output: What is read off the model's result.
-        front: Whether positions may move forward, which they may not where constants belong to positions.
+        front: Whether positions may move forward; they may not if constants belong to positions.
 
     Attributes:
         path: Whether the model was found to give the same outputs.
@@ -47,7 +47,7 @@ class LengthBucketing:
         self.path = FastPath("length bucketing")
 
     def bucketed(self, block: ExampleBlock, most: int, run: Callable[[Inputs], Any]) -> ExampleBlock:
-        """Return a block whose batches have no needless padding, or the same block where that saves nothing.
+        """Return a block whose batches have no needless padding, or the same block if that saves nothing.
 
         The first time, outputs of the examples with the most padding are compared with and without it.
 
@@ -87,7 +87,7 @@ class LengthBucketing:
 
 
 def joined(batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor] | None:
-    """Return one batch of those of several; None where inputs have no names."""
+    """Join several batches into one; None if inputs have no names."""
     parts = [inputs for inputs, _ in batches if isinstance(inputs, dict)]
     if not parts:
         return None
@@ -98,7 +98,7 @@ def joined(batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor] | None:
 def ends_of(inputs: dict[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return (examples,) lengths from the first position on, and (examples,) lengths from the last one backwards.
 
-    A position counts if it is not padding, or has a target that is read. None where inputs do not mark padding.
+    A position counts if it is not padding, or has a target that is read. None if inputs do not mark padding.
     """
     if not {IDS, MASK} <= inputs.keys():
         return None
@@ -117,7 +117,7 @@ def cut(lengths: Tensor, most: int, overhead: float) -> list[Cut]:
     """Return the cheapest cut of (examples,) lengths into batches, from the shortest to the longest.
 
     Args:
-        lengths: How long each example is.
+        lengths: The length of each example.
         most: Most examples of a batch.
         overhead: Cost of a batch on top of its examples times the longest length, in tokens.
     """
@@ -137,7 +137,7 @@ def cut(lengths: Tensor, most: int, overhead: float) -> list[Cut]:
 
 
 def shortened(inputs: dict[str, Tensor], targets: Tensor, length: int, *, front: bool) -> tuple[Inputs, Tensor]:
-    """Return the first positions of inputs, or the last, and of targets where these have one for every token."""
+    """Return the first or last positions of inputs, and of targets if these have one for every token."""
     whole = inputs[MASK].shape
     part = slice(-length, None) if front else slice(length)
     short = {name: value[..., part] if value.shape == whole else value for name, value in inputs.items()}

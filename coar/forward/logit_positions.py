@@ -1,4 +1,4 @@
-"""Logits of language models only at the positions that an output reads, which saves products with the vocabulary.
+"""Logits of language models only at the positions that an output reads, to save products with the vocabulary.
 
 Causal language models of transformers take `logits_to_keep`, the (examples, positions) that get logits.
 """
@@ -17,7 +17,7 @@ from coar.inputs import Inputs
 from coar.outputs.base import Output, find_logits
 
 ARGUMENT = "logits_to_keep"
-WORTHWHILE = 0.75  # share of a text's positions above which all get logits, since the others would save little
+WORTHWHILE = 0.75  # share of a text's positions above which all get logits, since the rest would save little
 FEW = 2  # examples of the comparison with logits at all positions
 
 
@@ -39,7 +39,7 @@ class LogitPositions:
         self.path = FastPath("computing logits only where they are read")
 
     def selected(self, batch: Batch, run: Callable[[Inputs], Any]) -> Batch:
-        """Return inputs and targets that request logits at the positions that are read, or the batch as it is.
+        """Return inputs and targets that request logits at the positions that are read, or the batch unchanged.
 
         The first time, logits at these positions are compared with logits at all positions, on two examples.
 
@@ -80,7 +80,7 @@ def takes(model: nn.Module, argument: str) -> bool:
 def select_positions(inputs: dict[str, Tensor], targets: Tensor, read: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Return inputs that request logits where they are read, and the targets there.
 
-    Where an example has fewer such positions than another, its row is filled up with positions that are not read.
+    If an example has fewer such positions than another, its row is filled with positions that are not read.
 
     Args:
         inputs: Tensors by name.

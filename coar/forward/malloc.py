@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # numbers of glibc's settings, from malloc.h
 NEVER = 2**31 - 1
-# the values that glibc itself sets in a process that has freed large tensors; it has no call that returns them
+# glibc sets these values itself in a process that has freed large tensors; it has no call that returns them
 USUAL = {MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**26, MMAP_MAX: 2**16}
 
 _lock, _users = threading.Lock(), 0
@@ -21,7 +21,7 @@ def memory_kept() -> Iterator[None]:
 
     By default glibc returns large blocks to the system as soon as they are free. The next pass of a model on a CPU
     gets them again page by page, each cleared first, which takes up to a third of its time. Nothing changes with other
-    allocators, or where environment variables configure malloc.
+    allocators, or if environment variables configure malloc.
     """
     libc = _glibc()
     if libc is not None:

@@ -1,4 +1,4 @@
-"""Batch sizes within a memory limit, from bytes measured per example, and halved where memory runs out."""
+"""Batch sizes within a memory limit, from measured bytes per example, and halved when memory runs out."""
 
 import logging
 import re
@@ -39,13 +39,13 @@ def bytes_of(limit: int | str) -> int:
 
 
 def batch_sizes(study: Study, model: nn.Module, *, memory_limit: int | str | None, gradients: bool) -> tuple[int, int]:
-    """Return how many rows a forward pass of masks may have, and one of mask gradients, from measured bytes.
+    """Return the most rows of a forward pass of masks, and of one of mask gradients, from measured bytes.
 
     Args:
         study: What is examined.
         model: A copy made by `device_copy`.
-        memory_limit: Bytes, or text such as `4GiB`, that activations may take; by default 80 % of the free memory of a
-            CUDA device, and no limit elsewhere. The usual batch size of the device bounds both sizes in any case.
+        memory_limit: Most memory for activations, in bytes or as text such as `4GiB`; by default 80 % of the free
+            memory of a CUDA device, and no limit elsewhere. The default batch size of the device bounds both sizes too.
         gradients: Whether to measure mask gradients.
 
     Raises:
@@ -65,16 +65,16 @@ def batch_sizes(study: Study, model: nn.Module, *, memory_limit: int | str | Non
 
 
 def within_memory(runner: FastRunner, examples: int, run: Callable[[FastRunner], T]) -> tuple[FastRunner, T]:
-    """Run something, and again with half the batch as long as the device runs out of memory.
+    """Run a function, and repeat it with half the batch size as long as the device runs out of memory.
 
-    The prediction of `batch_sizes` comes first; this is for models that take more under some masks, and for memory that
-    other programs take meanwhile. The idea is that of accelerate's `find_executable_batch_size`. Other batches change
+    `batch_sizes` predicts a size first; this is for models that take more memory under some masks, and for memory that
+    other programs take meanwhile. accelerate's `find_executable_batch_size` does the same. Other batch sizes change
     outputs by rounding alone, as other execution plans do.
 
     Args:
-        runner: The runner to begin with.
-        examples: How many examples a block has.
-        run: Loads the block and runs it, both by the runner that it is given.
+        runner: The runner of the first try.
+        examples: Number of examples of a block.
+        run: Loads the block and runs it, both by the runner of its argument.
 
     Returns:
         The runner that had enough memory, and what `run` returned.
@@ -142,7 +142,7 @@ def mask_bytes(study: Study, model: nn.Module) -> float:
 def gradient_bytes(study: Study, model: nn.Module) -> float:
     """Return the bytes that one example takes in a forward and backward pass.
 
-    On CUDA this is the peak of allocated memory, elsewhere the size of what is saved for the backward pass.
+    On CUDA this is the peak of allocated memory, elsewhere the size of the tensors saved for the backward pass.
 
     Raises:
         AblationError: When components or output have no gradient.
@@ -170,7 +170,7 @@ def gradient_bytes(study: Study, model: nn.Module) -> float:
 
 
 def ledger_bytes(study: Study) -> int:
-    """Return the bytes of what all writers write for one example, which a pass over edges holds; 0 for others."""
+    """Return the bytes of all writers' outputs for one example, which a pass with gates on edges keeps; else 0."""
     if not study.components.of_edges:
         return 0
     inputs = study.examples.block(0, 1)[0]
@@ -179,7 +179,7 @@ def ledger_bytes(study: Study) -> int:
 
 
 def _per_row(used: Callable[[int], float], examples: int) -> float:
-    """Return what one more row adds, so that weights, which take the same for any number of rows, do not count."""
+    """Return the increase for one more row, so that weights, of constant size, do not count."""
     rows = min(MEASURED, examples)
     if rows == 1:
         return used(1)

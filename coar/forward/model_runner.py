@@ -1,4 +1,4 @@
-"""Runs of one model on one device: outputs of the whole model, and gradients under masks by gates in hooks."""
+"""The base of runners, one model on one device: outputs of the whole model, and gradients by gates in hooks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -79,7 +79,7 @@ class ModelRunner:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Set precision for what runs inside."""
+        """Set the precision inside the context."""
         with full_float32(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             yield
 
@@ -89,7 +89,7 @@ class ModelRunner:
         return self._sent(self._laid_out(inputs))
 
     def _laid_out(self, inputs: Tensor) -> Tensor:
-        """Return inputs in the memory format that convolutions are fastest on."""
+        """Return inputs in the fastest memory format for convolutions."""
         return inputs.to(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
 
     def _sent(self, value: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class GatedRunner(ModelRunner, ABC):
         replacements: (components.width,) constants of the ablation, one per channel; or (positions, components.width).
         output: The scalar read per example.
         sources: Maps examples to the position of each one's resample source, see `Ablation.sources`;
-            an ablated component then takes the value that it has for the source, in hooks.
+            hooks then give an ablated component its value for the source.
         precision: `float32`, or `bf16` for automatic mixed precision.
         batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on CUDA, 256 on MPS.
 
@@ -142,7 +142,7 @@ class GatedRunner(ModelRunner, ABC):
 
     @abstractmethod
     def _hook_gates(self, block: ExampleBlock) -> Gates:
-        """Return gates in hooks, which rows may have their own masks in and gradients reach."""
+        """Return gates in hooks, which support gradients and a mask per row."""
 
     def full_model_gradients(self, block: ExampleBlock) -> np.ndarray:
         """Return (examples, components) float32 gradients of the output by each gate of the unablated model."""
@@ -152,7 +152,7 @@ class GatedRunner(ModelRunner, ABC):
     def mask_gradients(
         self, block: ExampleBlock, masks: np.ndarray, mask_groups: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Run each example forward and backward under masks of its own.
+        """Run each example forward and backward under its own masks.
 
         Args:
             block: The examples.
@@ -161,11 +161,11 @@ class GatedRunner(ModelRunner, ABC):
 
         Returns:
             (examples, components) float32 mean gradients of the output by each gate over the mask gradients that keep
-            the component, the same over those that ablate it (NaN where there is none), and (mask gradients, examples)
+            the component, the same over those that ablate it (NaN if none does), and (mask gradients, examples)
             outputs.
 
         Raises:
-            AblationError: When a component has no gate that a gradient could pass, or the output has no gradient.
+            AblationError: When a component has no gate with a gradient, or the output has no gradient.
         """
         mask_gradients, n = len(masks), block.size
         keeps = torch.from_numpy(masks).to(self.device)
@@ -196,7 +196,7 @@ class GatedRunner(ModelRunner, ABC):
     def weighted_gradients(
         self, block: ExampleBlock, mask: np.ndarray, constants: np.ndarray, slopes: Callable[[np.ndarray], np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Run the block forward and backward under one mask, with constants in the place of the ablation's.
+        """Run the block forward and backward under one mask, with constants instead of the ablation's.
 
         Args:
             block: The examples.
@@ -232,7 +232,7 @@ class GatedRunner(ModelRunner, ABC):
         return Gates(self.model, self.components, self._replacements, use_hooks=True)
 
     def _record(self, gates: Gates, piece: ExampleBlock) -> None:
-        """Hold the activations of a piece's resample sources, where it has any."""
+        """Keep the activations of a piece's resample sources, if it has any."""
         if piece.sources:
             (sources,) = piece.sources
             with torch.no_grad():

@@ -1,8 +1,8 @@
 """A cache of the start of forward passes: modules that run before masks begin to differ run once.
 
 A pass is divided at calls of modules. Before the first call of a given module, other modules have been called and have
-returned. The cache holds what the outermost of these returned, and a later pass gets it instead of running them. All
-else runs as usual, including the model's own code between modules.
+returned. The cache holds the results of the outermost of these, and a later pass gets them instead of running the
+modules. All else runs as usual, including the model's own code between modules.
 """
 
 from collections import deque
@@ -38,8 +38,8 @@ class Call:
 
     Attributes:
         module: The module.
-        start: Number of calls that had begun or ended before it.
-        end: The same at its end.
+        start: Number of calls that began or ended before it.
+        end: The same number at its end.
         changed: Whether its result is changed in place afterwards.
     """
 
@@ -78,7 +78,7 @@ class Calls:
         return cls(tuple(sorted(calls, key=lambda call: call.start)))
 
     def first(self, module: nn.Module) -> int:
-        """Return the start of a module's first call; 0, the start of the pass, where it is not called."""
+        """Return the start of a module's first call; 0, the start of the pass, if it is not called."""
         return next((call.start for call in self.calls if call.module is module), 0)
 
     def ended(self, by: int) -> list[Call]:
@@ -105,7 +105,7 @@ class SharedStart:
         self._held: dict[int, Any] = {}
 
     def advance(self, time: int, run: Callable[[], object]) -> None:
-        """Run from the held results up to the call that begins at a later time, and hold the results up to then.
+        """Run from the held results up to the call that begins at a later time, and hold the results up to it.
 
         Raises:
             AblationError: When that call is not reached, because the model calls its modules in another order.
@@ -121,7 +121,7 @@ class SharedStart:
         self._held, self.time = found, time
 
     def run(self, run: Callable[[], Tensor]) -> Tensor:
-        """Run a whole pass, with held results in the place of the modules that returned them.
+        """Run a whole pass, with held results instead of calls of the modules that returned them.
 
         Raises:
             AblationError: When the model does not call a module whose result is held.
@@ -131,7 +131,7 @@ class SharedStart:
 
     @contextmanager
     def _passing(self, wanted: list[Call], stop: nn.Module | None) -> Iterator[dict[int, Any]]:
-        """Return held results, record the results of the wanted calls, and stop before the first call of a module."""
+        """Return held results, record the results of some calls, and stop before the first call of a module."""
         known, noted = deque(self._calls.ended(self.time)), deque(wanted)
         found: dict[int, Any] = {}
         inside = False  # a recorded call
@@ -181,21 +181,21 @@ def _through(modules: Iterable[nn.Module], passed: Callable[..., Any]) -> Iterat
 
 def _tensors(value: Any) -> list[Tensor]:
     leaves = trees.tree_leaves(value)
-    return [one for one in leaves if isinstance(one, Tensor) and not one.is_inference()]  # those have no version
+    return [one for one in leaves if isinstance(one, Tensor) and not one.is_inference()]  # these have no version
 
 
 def _own(value: Any, call: Call) -> Any:
-    """Return a value, or a copy of it where the model changes it in place later."""
+    """Return a value, or a copy of it if the model changes it in place later."""
     return trees.tree_map_only(Tensor, torch.clone, value) if call.changed else value
 
 
 @dataclass(frozen=True)
 class Starts:
-    """When components are first used in a forward pass.
+    """The times at which components are first used in a forward pass.
 
     Attributes:
         calls: The calls of the pass.
-        times: (components,) start of the first call of each component's module; 0 where it is not known.
+        times: (components,) start of the first call of each component's module; 0 if it is not known.
     """
 
     calls: Calls
@@ -223,13 +223,13 @@ class Starts:
 
 
 class PrefixCache:
-    """Runs one mask after another, and the parts of the model before their first difference once.
+    """Runs one mask after another, but the parts of the model before their first difference only once.
 
     Args:
         model: The model.
         components: The components of a mask.
         run: Runs the model on inputs.
-        read: Reads (examples,) outputs off what the model returns, for targets.
+        read: Reads (examples,) outputs off the model's result, for targets.
 
     Attributes:
         path: Whether the model was found to give the same outputs.
@@ -249,11 +249,11 @@ class PrefixCache:
     def fill(self, out: Tensor, batches: list[tuple[Inputs, Tensor]], masks: np.ndarray, gates: Gates) -> bool:
         """Write (masks, examples) outputs if the cache saves calls, and return whether it did.
 
-        The first time, the pass with the most saved calls is compared with a plain one. When they differ, the cache is
-        given up.
+        The first time, the pass with the most saved calls is compared with a plain one. If they differ, the cache is
+        not used.
 
         Args:
-            out: Where to write.
+            out: The tensor to write into.
             batches: Inputs and targets.
             masks: (masks, components) boolean masks.
             gates: The gates, already entered.

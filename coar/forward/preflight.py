@@ -30,8 +30,8 @@ def warn_of_overlap(study: Study) -> None:
     count = sum(digest in seen for digest in study.examples.input_hashes())
     if count:
         log.warning(
-            "%d of %d examples of the study are calibration examples too, so what replaces ablated components depends "
-            "on the examples that are examined; give %s(calibration=...) other examples",
+            "%d of %d examples of the study are calibration examples too, so the replacements of ablated components "
+            "depend on the studied examples; give %s(calibration=...) other examples",
             count,
             len(study.examples),
             type(study.ablation).__name__,
@@ -57,7 +57,7 @@ def compare_with_reference(
         or both runners resample in hooks.
 
     Raises:
-        AblationError: When they disagree, so that no run has numbers that depend on how a mask is applied.
+        AblationError: When they disagree; a run must not depend on how a mask is applied.
     """
     model, components, constants, output = parts
     rows = [i for i, row in enumerate(components) if row.side != "parameter" and row.site in called]
@@ -75,10 +75,10 @@ def compare_with_reference(
     expected = reference.outputs(reference.load(examples, 0, len(examples)), masks[ends][:, rows])
     found = fast.outputs(block, shared)[ends]
     compared = compare(expected, found, Kind.REFORMULATED, precision=rounding(model))
-    if not compared.agrees:  # outputs that are not finite in both ways are named by the first unit
+    if not compared.agrees:  # outputs that are not finite in both ways are an error of the first unit
         raise AblationError(
-            f"ablating by weights and by outputs gives outputs that {compared}: some layer does not compute what its "
-            f"type promises; exclude it"
+            f"ablating by weights and by outputs gives outputs that {compared}: some layer does not compute the "
+            f"function of its type; exclude it"
         )
     return compared.error
 
@@ -92,14 +92,14 @@ def compare_rows(runner: GatedRunner, block: ExampleBlock, masks: np.ndarray) ->
         masks: (examples, components) boolean masks, one per example.
 
     Raises:
-        AblationError: When they disagree, because an example then had the mask of another one, or when the output has
-            no gradient by the gates.
+        AblationError: When they disagree, because examples get masks of others, or when the output has no gradient by
+            the gates.
     """
     found = runner.mask_gradients(block, masks[None], np.arange(block.size))[2][0]
     expected = runner.outputs(block, masks).diagonal()
     compared = compare(expected, found, Kind.REFORMULATED, precision=rounding(runner.model))
     if not compared.agrees:
         raise AblationError(
-            f"a mask for every example and one mask for all give outputs that {compared}: some layer does not lay the "
-            f"entries of an example out side by side; exclude it, or collect masks instead of mask gradients"
+            f"a mask for every example and one mask for all give outputs that {compared}: some layer does not put the "
+            f"entries of an example side by side; exclude it, or collect masks instead of mask gradients"
         )

@@ -26,7 +26,7 @@ from coar.outputs.base import Output
 
 
 class ReferenceRunner(GatedRunner):
-    """Runs one mask at a time through plain hooks, in float32 and on inputs as they are: what fast runners must match.
+    """Runs one mask at a time through plain hooks, in float32 and on unchanged inputs: the reference for fast runners.
 
     It takes no shortcut: no channels-last layout, length bucketing, logit positions, prefix cache, folded batch norm,
     shared forward pass, lower precision or compiled model. See `GatedRunner` for the arguments, of which it takes all
@@ -79,10 +79,10 @@ class FastRunner(GatedRunner):
         plan: How to run; by default one mask per forward pass in float32, with all shortcuts.
         batch_norms: Path of the batch norm that alone follows a site; it is folded into the gated weights.
         sources: Maps examples to the position of each one's resample source, see `Ablation.sources`;
-            an ablated component then takes the value that it has for the source, in hooks.
+            hooks then give an ablated component its value for the source.
 
     Attributes:
-        plan: The plan, with the device's batch size where none was given.
+        plan: The plan, with the device's batch size if none was given.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class FastRunner(GatedRunner):
         sizes: dict[str, Any] = {"precision": plan.precision, "batch_size": plan.batch_size}
         super().__init__(model, components, replacements, output, sources=sources, **sizes)
         self._batch_norms = batch_norms or {}
-        self._full_weights: list[Fallback] = []  # gates that do not hold all weights in bfloat16
-        self._compiled: tuple[nn.Module | Callable[..., Any], list[torch.Size]] | None = None  # and for which inputs
+        self._full_weights: list[Fallback] = []  # gates with some weights not in bfloat16
+        self._compiled: tuple[nn.Module | Callable[..., Any], list[torch.Size]] | None = None  # and its inputs' shapes
         self._prefix_cache = PrefixCache(model, components, self._run, output.read)
         self._logit_positions = LogitPositions(model, components, output)
         self._length_bucketing = LengthBucketing(model, components, output, front=replacements.ndim == 1)
@@ -129,7 +129,7 @@ class FastRunner(GatedRunner):
         return other
 
     def load(self, examples: Examples, start: int, stop: int) -> ExampleBlock:
-        """Do what `ModelRunner.load` does, and leave out padding that no text needs and logits that nothing reads."""
+        """Load a block as `ModelRunner.load` does, without padding that no text needs and logits that nothing reads."""
         block = super().load(examples, start, stop)
         if self.plan.length_bucketing and not block.sources:
             block = self._length_bucketing.bucketed(block, self.batch_size, self._run)
@@ -143,7 +143,7 @@ class FastRunner(GatedRunner):
         Masks are boolean, or gates between 0, ablated, and 1, kept.
 
         Raises:
-            AblationError: When the plan compiles the model, and resample sources or edges need hooks.
+            AblationError: When the plan compiles the model, but resample sources or edges need hooks.
         """
         keeps = torch.from_numpy(masks).to(self.device)
         out = torch.empty(len(masks), block.size, device=self.device)
@@ -178,12 +178,14 @@ class FastRunner(GatedRunner):
     def _compile(self, block: ExampleBlock) -> None:
         """Compile the model for batches as large as the block's first.
 
-        Masks are written into the tensors that the compiled model reads, so it is compiled once for all of them.
+        Masks are written into tensors that the compiled model reads, so it is compiled once for all masks.
         """
         if block.sources or self.components.of_edges:
-            raise AblationError("resampling and edges gate by hooks, and a compiled model is for gates in the weights")
+            raise AblationError(
+                "resampling and edges need gates in hooks, and a compiled model needs gates in the weights"
+            )
         for buffer in self._weight_gates(block).buffers():
-            torch._dynamo.mark_static_address(buffer)  # or CUDA graphs would copy the weights on every forward
+            torch._dynamo.mark_static_address(buffer)  # otherwise CUDA graphs copy the weights on every forward pass
         mode = "reduce-overhead" if self.device.type == "cuda" else None  # that is, CUDA graphs
         self._compiled = torch.compile(self.model, dynamic=False, mode=mode), _shapes(block.batches[0][0])
 
@@ -196,7 +198,7 @@ class FastRunner(GatedRunner):
         return model(**inputs) if isinstance(inputs, dict) else model(inputs)
 
     def _weight_gates(self, block: ExampleBlock) -> Gates:
-        """Return gates in the weights, and hooks where weights cannot hold a gate."""
+        """Return gates in the weights, and in hooks for components whose weights cannot hold one."""
         return self._once("weights", lambda: self._lowest(block, use_hooks=False))
 
     def _hook_gates(self, block: ExampleBlock) -> Gates:
@@ -208,10 +210,10 @@ class FastRunner(GatedRunner):
         return Gates(self.model, self.components, self._replacements, batch_norms=self._batch_norms, **how)
 
     def _lowest(self, block: ExampleBlock, *, use_hooks: bool) -> Gates:
-        """Build gates that hold as many weights in bfloat16 as the plan allows and no output changes by.
+        """Build gates with as many weights in bfloat16 as the plan allows without any change of an output.
 
-        Automatic mixed precision then has no weight to convert on every forward pass. A layer that runs without it
-        could not read such a weight, or would read another one.
+        Automatic mixed precision then converts no weight on every forward pass. A layer outside of it may not be able
+        to read such a weight, or may compute another output.
         """
         gates = self._built(use_hooks=use_hooks)
         if self.precision != "bf16" or not self.plan.low_weights:
@@ -226,7 +228,7 @@ class FastRunner(GatedRunner):
         return gates
 
     def _why_not(self, plain: Gates, low: Gates, block: ExampleBlock) -> str:
-        """Return in words how outputs of two examples by bfloat16 weights differ, by any bit, from float32 weights."""
+        """Return in words how bfloat16 weights change outputs of two examples by any bit; empty if they do not."""
         inputs, targets = rows_of(block.batches[0][0], slice(2)), block.batches[0][1][:2]
         found: list[Tensor] = []
         try:

@@ -1,7 +1,8 @@
-"""Gates on the edges between a decoder's writers and readers, for all edges of a model at once.
+"""The gate on all edges between the writers and readers of a decoder.
 
-The model runs as it is, so its residual stream is the true sum of what was written in this pass. Hooks see the stream
-before norms and enter what writers wrote in a ledger; modules that read are given, or compute, what their readers take.
+The model runs unchanged, so its residual stream is the true sum of the writers' outputs in this pass. Hooks record the
+stream before norms and enter the writers' outputs in a ledger. Modules that read get, or compute, the inputs of their
+readers.
 """
 
 import inspect
@@ -31,7 +32,7 @@ class EdgeGate(Gate):
         model: The model.
         decoder: Its writers and readers.
         channels: The component of every pair of a reader and a writer before it, and the writers' constants.
-        resample: Whether ablated edges carry what the writer wrote for another example, see `record`.
+        resample: Whether ablated edges carry the writer's output for another example, see `record`.
     """
 
     def __init__(self, model: nn.Module, decoder: Decoder, channels: Channels, *, resample: bool = False) -> None:
@@ -44,7 +45,7 @@ class EdgeGate(Gate):
             self._numbers.setdefault(writer.site, number)
 
     def install(self) -> None:
-        """Register hooks and replace the forward of projections; without a mask, the model runs as it is."""
+        """Register hooks and replace the forward of projections; without a mask, the model runs unchanged."""
         self._keep: Tensor | None = None
         self._pass: _Pass | None = None
         self._source: _Pass | None = None
@@ -68,26 +69,26 @@ class EdgeGate(Gate):
             self._stack = stack.pop_all()
 
     def restore(self) -> None:
-        """Remove the hooks, put forwards back and free what was recorded."""
+        """Remove the hooks, restore the forward of projections and free recorded outputs."""
         self._stack.close()
         self._pass = self._source = None
 
     def set(self, keeps: Sequence[Tensor]) -> None:
-        """Take the (pairs,) mask, or the (rows, pairs) masks, of the forwards that follow."""
+        """Set the (pairs,) mask, or the (rows, pairs) masks, of the next forward passes."""
         (self._keep,) = keeps
 
     def replace(self, constants: Sequence[Tensor]) -> None:
-        """Take other (writers x width,) constants for the forwards that follow; gradients reach them."""
+        """Set other (writers x width,) constants for the next forward passes; gradients reach them."""
         (flat,) = constants
         self._constants = self._by_writer(flat)
 
     def record(self, on: bool) -> None:
-        """Start to record what writers write, in place of what was recorded before; or stop."""
+        """Start to record the outputs of writers, which discards earlier recordings; or stop."""
         self._source = None if on else self._pass
         self._recording, self._pass = on, None
 
     def recorded(self) -> tuple[Tensor, Tensor]:
-        """Return what was recorded, (rows, positions, writers, width), and which (rows, positions) may be replaced.
+        """Return (rows, positions, writers, width) recorded outputs, and which (rows, positions) may be replaced.
 
         Raises:
             AblationError: When nothing was recorded.
@@ -97,24 +98,24 @@ class EdgeGate(Gate):
         return self._source.ledger.entries, ~self._source.ledger.kept
 
     def confirm(self) -> None:
-        """Raise `AblationError` when forward passes ran and some writer or reader had no part in them."""
+        """Raise `AblationError` when a writer or reader took no part in the forward passes that ran."""
         missing = [site for site in self._sites() if site not in self._seen]
         if missing:
             raise AblationError(
                 f"module {missing[0]!r} was not called in the forward pass, so gates on its edges had no effect; give "
-                f"inputs that reach the whole model, or find edges of the part that they reach"
+                f"inputs that reach the whole model, or find the edges of the part that they reach"
             )
 
     def _sites(self) -> list[str]:
         return [*self._numbers, *(reading.site for reading in self._decoder.readings)]
 
     def _by_writer(self, flat: Tensor) -> Tensor:
-        """Return (writers, width) constants of (channels,) ones, which may lack the last writers."""
+        """Return (writers, width) constants from (channels,) constants; the last writers may have none, and get 0."""
         rest = flat.new_zeros(len(self._decoder.writers) * self._decoder.width - len(flat))
         return torch.cat([flat, rest]).view(-1, self._decoder.width)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Start a pass of its own for the decoder's call, with the mask of its tokens."""
+        """Start the pass of a call of the decoder, with the mask of its tokens."""
         if self._keep is None and not self._recording:
             self._pass = None
             return
@@ -124,7 +125,7 @@ class EdgeGate(Gate):
             seen = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise AblationError(
                 f"{self._decoder.path or type(module).__name__!r} was given an attention mask of {seen}; gates on "
-                f"edges need one of (texts, positions), which says where each text begins"
+                f"edges need one of shape (texts, positions), to find where each text begins"
             )
         if self._resample and not self._recording and self._source is None:
             raise AblationError("no other examples were recorded for edges; call Gates.record before a forward pass")
@@ -157,7 +158,7 @@ class EdgeGate(Gate):
         return module.register_forward_hook(after, with_kwargs=True).remove
 
     def _hook_reading(self, reading: Reading, pairs: slice) -> Callable[[], None]:
-        """Let a module compute what it does of what its readers take; return what undoes that."""
+        """Make a module compute its outputs from the inputs of its readers; return a function that undoes this."""
         module = self._model.get_submodule(reading.site)
         norm = self._model.get_submodule(reading.norm).forward if reading.norm else None
         rows = None if reading.rows is None else torch.tensor(reading.rows)
@@ -169,7 +170,7 @@ class EdgeGate(Gate):
             return value
 
         def whole(x: Tensor) -> Tensor:
-            """Return what a module with one reader is given."""
+            """Return the input of a module with one reader."""
             self._seen.add(reading.site)
             if self._pass is None or self._recording:
                 return x
@@ -181,7 +182,7 @@ class EdgeGate(Gate):
         plain, own = module.forward, {key: value for key, value in vars(module).items() if key == "forward"}
 
         def forward(x: Tensor) -> Any:
-            """Return what a projection returns, each reader's outputs of what it takes."""
+            """Return the outputs of a projection, those of each reader from its own input."""
             self._seen.add(reading.site)
             if self._pass is None or self._recording:
                 return plain(x)
@@ -196,14 +197,14 @@ class EdgeGate(Gate):
 
 
 class _Pass:
-    """One forward pass: the residual stream where it is read, and the ledger of what was written.
+    """One forward pass: the residual stream at every place that reads it, and the ledger of the writers' outputs.
 
     Args:
         decoder: The writers and readers.
-        keep: (pairs,) mask, or (rows, pairs) masks; None to record what is written.
+        keep: (pairs,) mask, or (rows, pairs) masks; None to record the writers' outputs.
         constants: (writers, width) replacements.
-        source: What was recorded of another example for each, to replace what is written instead.
-        tokens: (rows, positions) truth values, False at padding; None where every position is a token.
+        source: Recorded outputs for another example each, which then are the replacements.
+        tokens: (rows, positions) truth values, False at padding; None if every position is a token.
     """
 
     def __init__(
@@ -222,14 +223,14 @@ class _Pass:
         return rows, positions
 
     def watch(self, site: str, stream: Tensor) -> None:
-        """Take the residual stream at a place where it is read; the first one is what the embedding wrote."""
+        """Record the residual stream at a place that reads it; the first one is the embedding's output."""
         self.streams[site] = stream
         if self.ledger is None:
             self._start(stream)
             self.write(0, stream[:, :, None])
 
     def write(self, number: int, outputs: Tensor) -> None:
-        """Enter (rows, positions, writers, width) outputs of writers from a number on."""
+        """Enter (rows, positions, writers, width) outputs of consecutive writers; `number` is the first one's."""
         ledger, writers = self._started(), slice(number, number + outputs.shape[2])
         replacement: Tensor | None = None
         if self._source is not None:
@@ -240,23 +241,24 @@ class _Pass:
         ledger.write(number, outputs, replacement)
 
     def read(self, reading: Reading, pairs: slice, compute: Compute) -> Tensor:
-        """Return (rows, positions, features), what a module computes of what its readers take.
+        """Return the (rows, positions, features) that a module computes from the inputs of its readers.
 
         Args:
             reading: The module and its readers.
             pairs: Where the masks of its edges are.
-            compute: What it computes, position by position.
+            compute: The function of the module, position by position.
         """
         stream = self.streams[reading.norm or reading.site].view(*self.shape, self._decoder.width)
         if self._lacking is None:
-            raise AblationError("edges have no masks while other examples are recorded; call Gates.set first")
+            raise AblationError("the edges have no masks; call Gates.set before a forward pass")
         own = self._lacking[:, pairs].view(-1, len(reading.labels), reading.before)
         return self._started().read(stream, own, compute)
 
     def _started(self) -> Ledger:
         if self.ledger is None:
             raise AblationError(
-                f"a layer of {self._decoder.path!r} wrote before the first one read; call the model as a whole"
+                f"a layer of {self._decoder.path!r} wrote before the first one read the residual stream; call the "
+                f"model as a whole"
             )
         return self.ledger
 
@@ -274,7 +276,7 @@ class _Pass:
             keep = self._keep if self._keep.ndim == 2 else self._keep[None]
             if rows % len(keep):
                 raise AblationError(
-                    f"{len(keep)} masks were given for {rows} rows; give one for all rows, or as many for each"
+                    f"{len(keep)} masks were given for {rows} rows; give a number of masks that divides {rows}"
                 )
             self._lacking = 1 - (keep if len(keep) == 1 else keep.repeat_interleave(rows // len(keep), 0))
 
@@ -283,12 +285,12 @@ class _Pass:
             mask = None if self.tokens is None else tuple(self.tokens.shape)
             raise AblationError(
                 f"the first layer of {self._decoder.path!r} was given a tensor of shape {tuple(stream.shape)} with an "
-                f"attention mask of shape {mask}; (texts, positions, features) was expected, of as many positions"
+                f"attention mask of shape {mask}; (texts, positions, features) and (texts, positions) were expected"
             )
         return stream.shape[0], stream.shape[1]
 
     def _check_source(self, rows: int, positions: int) -> None:
-        """Raise `AblationError` unless the other examples have a token wherever the examples have one."""
+        """Raise `AblationError` unless the other examples have a token at every position of a token of the examples."""
         source = self._source
         shape = source.shape if source is not None else (0, 0)
         fits = shape[1] == positions and shape[0] and rows % shape[0] == 0
@@ -298,9 +300,9 @@ class _Pass:
             fits = not bool((own & ~there).any())
         if not fits:
             raise AblationError(
-                f"edges carry what was written for other examples, position by position: {rows} texts of {positions} "
+                f"ablated edges carry outputs for other examples, position by position: {rows} texts of {positions} "
                 f"positions were given, and other texts of shape {tuple(shape)} that lack tokens there; give pairs of "
-                f"texts with equally many tokens, padded on the same side"
+                f"texts with the same number of tokens, padded on the same side"
             )
 
 
@@ -311,12 +313,12 @@ def _by_head(projection: nn.Module, z: Tensor) -> Tensor:
 
 
 def _project(projection: nn.Module, taken: Tensor, rows: Tensor | None) -> Tensor:
-    """Return (rows, positions, outputs) of a projection, each reader's from (rows, positions, readers, width).
+    """Return the (rows, positions, outputs) of a projection, those of each reader from its own input.
 
     Args:
         projection: The projection.
-        taken: What its readers take.
-        rows: Its outputs in the order of its readers; None where they are in order.
+        taken: (rows, positions, readers, width) inputs of its readers.
+        rows: Its outputs in the order of its readers; None if they are in that order.
     """
     weight, bias = _weight(projection), projection.bias
     width = taken.shape[-1]
@@ -340,7 +342,7 @@ def edge_gate(model: nn.Module, components: Components, replacements: Tensor, *,
         model: The model.
         components: Edges, or writers for all their edges.
         replacements: (components.width,) constants, on the model's device.
-        resample: Whether ablated edges carry what the writer wrote for another example.
+        resample: Whether ablated edges carry the writer's output for another example.
 
     Raises:
         ComponentError: When components are of another model, or overlap.
@@ -354,12 +356,12 @@ def edge_gate(model: nn.Module, components: Components, replacements: Tensor, *,
 
 
 def _build(request: GateRequest, sites: Sequence[GatedSite]) -> list[Gate]:
-    """Return one gate for all edges; raise `AblationError` where they cannot be gated as requested."""
+    """Return one gate for all edges; raise `AblationError` for constants by position."""
     if not sites:
         return []
     if request.by_position:
         raise AblationError(
-            "edges have one constant for each feature of their writer, not for each position; use Mean(calibration=...)"
+            "edges have one constant per feature of their writer, not one per position; use Mean(calibration=...)"
         )
     return [edge_gate(request.model, request.components, request.replacements, resample=request.resample)]
 

@@ -1,8 +1,9 @@
-"""The arithmetic of gates on edges: what writers wrote in a pass, what readers take of it, and gradients of both.
+"""The arithmetic of gates on edges: the outputs of writers in a pass, the inputs of readers, and the gradients of both.
 
-With o[w] written and c[w] in its place, a reader takes residual - sum over w of lacking[w] * (o[w] - c[w]), where
-lacking is 1 - keep. Near the full model little is subtracted, so nothing is lost to rounding there; a module whose
-readers lack nothing takes the residual as it is, at no cost.
+With the output o[w] of writer w and its replacement c[w], the input of a reader is
+residual - sum over w of lacking[w] * (o[w] - c[w]), where lacking is 1 - keep. Near the full model little is
+subtracted, so rounding loses nothing there. A module whose readers lack nothing takes the residual unchanged, at no
+cost.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,27 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 32 * 2**20  # bytes that what readers take, before their norm, may have at one time
+CHUNK = 32 * 2**20  # bytes of readers' inputs, before their norm, in memory at a time
 Compute = Callable[[Tensor], Tensor]  # from (rows, positions, readers, width) to (rows, positions, features)
 
 
 class Ledger:
-    """What all writers wrote in one forward pass, less what replaces it.
+    """The outputs of all writers in one forward pass, less their replacements.
 
-    Its memory is rows x positions x writers x width numbers, and as many again in a backward pass.
+    It takes rows x positions x writers x width numbers of memory, and the same again in a backward pass.
 
     Args:
-        writers: How many writers there are.
-        first: (rows,) the position of each row's first token; nothing is replaced up to it.
-        stream: (rows, positions, width) the residual stream, whose device is used.
-        dtype: Type in which it is held.
-        chunk: Bytes that what readers take may have at one time; what a reader computes is recomputed by the backward
-            pass, chunk by chunk.
+        writers: Number of writers.
+        first: (rows,) the position of each row's first token; nothing is replaced up to and at it.
+        stream: (rows, positions, width) the residual stream; the ledger is on its device.
+        dtype: Type of the entries.
+        chunk: Bytes of readers' inputs in memory at a time; the backward pass recomputes what readers compute, chunk by
+            chunk.
 
     Attributes:
         entries: (rows, positions, writers, width).
-        gradient: The same of the loss by the entries, during a backward pass.
-        kept: (rows, positions) truth values, where nothing is replaced.
+        gradient: The gradient of the loss by the entries, of the same shape, during a backward pass.
+        kept: (rows, positions) truth values, True where nothing is replaced.
     """
 
     def __init__(self, writers: int, first: Tensor, stream: Tensor, dtype: torch.dtype, chunk: int = CHUNK) -> None:
@@ -41,26 +42,26 @@ class Ledger:
         self.gradient: Tensor | None = None
         self.kept = torch.arange(positions, device=stream.device) <= first.to(stream.device)[:, None]
         self._chunk = chunk
-        # writes hand it on to reads and later writes, so that the backward pass does these first
+        # an input of all reads and later writes, so that the backward pass runs these first
         self._token = torch.zeros(1, device=stream.device, requires_grad=torch.is_grad_enabled())
 
     def write(self, number: int, outputs: Tensor, replacement: Tensor | None) -> None:
-        """Enter what one or more writers wrote.
+        """Enter the outputs of one or more consecutive writers.
 
         Args:
-            number: That of the first writer.
+            number: Number of the first writer.
             outputs: (rows, positions, writers, width).
-            replacement: What replaces it: (writers, width) constants or a tensor like the outputs; None for zeros.
+            replacement: (writers, width) constants, or a tensor of the outputs' shape; None for zeros.
         """
         self._token = _Write.apply(self._token, outputs, replacement, self, number)
 
     def read(self, residual: Tensor, lacking: Tensor, compute: Compute) -> Tensor:
-        """Return (rows, positions, features), what a module computes from what its readers take.
+        """Return the (rows, positions, features) that a module computes from the inputs of its readers.
 
         Args:
             residual: (rows, positions, width).
-            lacking: (rows, readers, writers) of the first writers, or (1, readers, writers) for all rows alike.
-            compute: What the module computes, position by position.
+            lacking: (rows, readers, writers), of the first writers; or (1, readers, writers), the same for all rows.
+            compute: The function of the module, position by position.
         """
         result: Tensor = _Read.apply(self._token, residual, lacking, self, compute)
         return result
@@ -77,7 +78,7 @@ class Ledger:
                 yield from ((slice(row, row + 1), slice(at, at + together)) for at in range(0, positions, together))
 
     def taken(self, residual: Tensor, lacking: Tensor, rows: slice, positions: slice, *, whole: bool) -> Tensor:
-        """Return (rows, positions, readers, width), what readers take; `whole` says that nothing is lacking."""
+        """Return (rows, positions, readers, width) inputs of readers; with `whole`, nothing is lacking."""
         if whole:
             return residual[rows, positions, None].expand(-1, -1, lacking.shape[1], -1)
         part = self.entries[rows, positions, : lacking.shape[2]]
@@ -176,7 +177,7 @@ class _Read(torch.autograd.Function):
 
 
 def _autocast(like: Tensor) -> Callable[[], AbstractContextManager[Any]]:
-    """Return what makes a context of automatic mixed precision as it is now."""
+    """Return a function that makes a context with the present state of automatic mixed precision."""
     kind = like.device.type
     on, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return lambda: torch.autocast(kind, dtype, enabled=on)

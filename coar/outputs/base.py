@@ -1,4 +1,4 @@
-"""The base of every output function, and where a model's result holds its logits.
+"""The base classes of output functions, and the logits in a model's result.
 
 An output function is f_M(x, C') of Shah, Ilyas and Madry (2024, "Decomposing and editing predictions by modeling model
 computation"): one number for example x and model M with the components C' ablated. In the formulas of the classes,
@@ -18,14 +18,14 @@ Against = Literal["logsumexp", "largest"]
 
 
 class Output(Settings):
-    """Base of all output functions, whose settings are fields: maps a model's result to one number per example."""
+    """Base of all output functions, which map a model's result to one number per example; fields are settings."""
 
     @abstractmethod
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) outputs from the model's result and the (examples, ...) targets."""
 
     def read(self, result: Any, targets: Tensor) -> Tensor:
-        """Call the function and check what it returns.
+        """Call the function and check its result.
 
         Returns:
             (examples,) real outputs.
@@ -57,7 +57,7 @@ class Output(Settings):
     def hard_and_smooth(self) -> "tuple[Output, Output] | None":
         """Return a margin that is positive exactly where the example is correct, and one with a gradient everywhere.
 
-        Edits are chosen and judged by these two. None, the default, means that the output's sign does not tell whether
+        Edits are chosen and judged by these two. None, the default, means that the output's sign does not show whether
         an example is correct.
         """
         return None
@@ -68,7 +68,7 @@ class Output(Settings):
 
 
 class Margin(Output):
-    """Base of margins that are taken against several competitors.
+    """Base of margins against several competitors.
 
     Attributes:
         against: The `largest` competitor, which makes the margin positive exactly where the example is correct; or the

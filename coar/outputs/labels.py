@@ -1,4 +1,4 @@
-"""Outputs of models that decide yes or no: classifiers with one logit, and classifiers of several labels."""
+"""Outputs of classifiers that answer yes or no, for one label or for each of several."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ class BinaryMargin(Output):
     threshold: float = 0.0
 
     def hard_and_smooth(self) -> tuple[Output, Output]:
-        """Return this margin twice: its sign says what is correct, and it is smooth."""
+        """Return this margin twice: its sign shows what is correct, and it is smooth."""
         return self, self
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class BinaryMargin(Output):
             raise OutputError(
                 f"the model's logits have shape {tuple(logits.shape)} and the targets {tuple(targets.shape)}; "
                 f"(examples,) or (examples, 1), and (examples,), were expected: use CorrectClassMargin for several "
-                f"classes, of which one is correct, and MultiLabelMargin for several labels"
+                f"classes of which one is correct, and MultiLabelMargin for several labels"
             )
         return signs(targets) * (logits.float().reshape(targets.shape) - self.threshold)
 
@@ -84,7 +84,7 @@ def signs(targets: Tensor) -> Tensor:
     other = (targets != 0) & (targets != 1)
     if bool(other.any()):
         raise OutputError(
-            f"the targets hold {targets[other][0].item()}; 0 or 1 was expected: give CorrectClassMargin class labels, "
-            f"and models that predict numbers PredictedValue, SquaredError or ToleranceMargin"
+            f"the targets hold {targets[other][0].item()}; 0 or 1 was expected: use CorrectClassMargin for class "
+            f"labels, and PredictedValue, SquaredError or ToleranceMargin for models that predict numbers"
         )
     return 2 * targets.float() - 1

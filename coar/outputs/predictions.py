@@ -1,4 +1,4 @@
-"""Outputs of models that predict numbers: the prediction, its error, and its margin within a tolerance."""
+"""Outputs of models that predict numbers: the prediction, its squared error, and its margin within a tolerance."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class PredictedValue(Output):
         """Return (examples,) predictions.
 
         Raises:
-            OutputError: When the model returned no (examples,) or (examples, values) numbers, or too few of them.
+            OutputError: When the model did not return (examples,) or (examples, values) numbers, or too few values.
         """
         values = _columns(find_logits(result), len(targets))
         if self.index >= values.shape[1]:
@@ -44,12 +44,12 @@ class SquaredError(Output):
 
 
 class ToleranceMargin(Margin):
-    """How far a prediction is within a tolerance, on the scale of logits.
+    """Margin of a prediction within a tolerance, on the scale of logits.
 
     With the predictions p, targets y, tolerance t and b = 10, the margin is b - max_k b * |p_k - y_k| / t: 10 for an
     exact prediction, positive exactly where every predicted number is less than t away from its target. So edits of
-    models that predict numbers count an example as correct when it is within the tolerance. The factor b makes sigmoids
-    of the margin, by which edits weigh gains and harms, as steep as they are for margins of logits. The smooth bound
+    models that predict numbers count an example as correct if it is within the tolerance. Edits weigh gains and harms
+    by sigmoids of the margin; the factor b makes these as steep as for margins of logits. The smooth bound
     b - log(sum_k exp(b * |p_k - y_k| / t)) has a gradient for every k; for one predicted number both are equal.
 
     Attributes:
@@ -74,14 +74,14 @@ def _errors(result: Any, targets: Tensor) -> Tensor:
     values, expected = _columns(find_logits(result), len(targets)), _columns(targets, len(targets))
     if values.shape != expected.shape:
         raise OutputError(
-            f"the model predicts {values.shape[1]} values per example and the targets have {expected.shape[1]}; as "
-            f"many were expected: give targets of shape (examples, {values.shape[1]})"
+            f"the model predicts {values.shape[1]} values per example and the targets have {expected.shape[1]}; "
+            f"equal numbers were expected: give targets of shape (examples, {values.shape[1]})"
         )
     return values - expected
 
 
 def _columns(values: Tensor, count: int) -> Tensor:
-    """Return (examples, values) float32 numbers, one column where there is one number per example."""
+    """Return (examples, values) float32 numbers; (examples,) numbers become one column."""
     if values.ndim not in {1, 2} or len(values) != count or values.is_complex():
         raise OutputError(
             f"predictions or targets are {values.dtype} of shape {tuple(values.shape)} for {count} examples; real "

@@ -1,4 +1,4 @@
-"""Fits a run: reads it once, solves for every example, and writes the attributions back into it."""
+"""The fit of a run: reads it once, solves for every example, and writes the attributions into it."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -43,14 +43,15 @@ def fit(
     Args:
         run: A complete run; its test masks are not read.
         method: `ridge`, with a penalty per example chosen by generalised cross-validation; `ols`; `lasso`, with sparse
-            weights, its penalties chosen likewise; `informed`, which starts from mask gradients and corrects by masks,
-            if there are any; or `auto`: `ridge` where there are no mask gradients, else `informed`, and where the run
-            has validation masks whichever of the two predicts those better.
-        masks: Use only the first so many training masks.
-        gradients: Use only the first so many mask gradients, a whole number of the rounds in which they were collected.
+            weights and penalties chosen in the same way; `informed`, which starts from mask gradients and corrects them
+            by masks, if there are any; or `auto`: `ridge` without mask gradients, else `informed`. If the run also has
+            validation masks and no name is given, `auto` fits both and returns the one that predicts these better.
+        masks: Number of training masks to use, the first ones; by default all.
+        gradients: Number of mask gradients to use, the first ones; a number that ends inside a round is rounded down to
+            whole rounds, with a warning.
         name: Name of the fit in the run; by default the method.
-        refit: Fit again even when the run already holds this fit.
-        merge: Solve from the sums that all workers of a job array have made by `fit_share`.
+        refit: Fit again even if the run already has this fit.
+        merge: Solve from the sums that the workers of a job array made by `fit_share`.
         cluster: Make sums and solve on a Ray cluster.
         progress: Show a progress bar.
 
@@ -58,10 +59,10 @@ def fit(
         The attributions, read lazily from the run.
 
     Raises:
-        IncompleteRunError: When units are missing, or workers' sums.
-        EngineError: When the cluster cannot be reached, or its workers cannot do the work.
-        RegressionError: When there are fewer than two masks, or too few for least squares, or too few mask gradients;
-            when lasso does not converge, or this machine has no room for its Gram matrix.
+        IncompleteRunError: When units are missing, or the sums of a worker.
+        EngineError: When the cluster cannot be reached, or its workers fail.
+        RegressionError: When there are fewer than two masks, too few for least squares, or too few mask gradients; when
+            lasso does not converge, or its Gram matrix does not fit into memory.
     """
     if method not in (*METHODS, "auto"):
         raise SettingsError(f"unknown method {method!r}; choose auto or one of {', '.join(METHODS)}")
@@ -88,7 +89,7 @@ def fit_share(
 ) -> None:
     """Make the sums over masks of worker k of n for a fit, and store them in the run.
 
-    All workers are given the same settings, in any order or at once; then `fit` with `merge` adds up and solves.
+    All workers get the same settings and run in any order or at once. Then `fit` with `merge` adds up and solves.
 
     Args:
         run: A complete run.
@@ -99,8 +100,8 @@ def fit_share(
 
     Raises:
         IncompleteRunError: When units are missing.
-        MismatchError: When the sums are being made by another number of workers.
-        RegressionError: When there are no more masks than components: sums do not help there.
+        MismatchError: When the sums were begun with another number of workers.
+        RegressionError: When there are no more masks than components, so that the fit does not use sums.
     """
     among = check_worker(worker)
     run.require_complete()
@@ -117,11 +118,11 @@ def fit_share(
 
 
 def _summed_method(method: str, rounds: int, rows: np.ndarray, run: Run) -> str:
-    """Return the method of a fit whose sums workers store; raise when it takes none."""
+    """Return the method of a fit from workers' sums; raise `RegressionError` when the fit does not use sums."""
     if len(rows) <= run.n_components:
         raise RegressionError(
-            f"{len(rows)} masks and {run.n_components} components were given, and with no more masks than components "
-            f"there is nothing to add up; fit in one process, or on a Ray cluster"
+            f"{len(rows)} masks and {run.n_components} components were given; a fit in shares needs more masks than "
+            f"components: fit in one process, or on a Ray cluster"
         )
     return method if method != "auto" else "informed" if rounds else "ridge"
 
@@ -129,7 +130,7 @@ def _summed_method(method: str, rounds: int, rows: np.ndarray, run: Run) -> str:
 def _rows(run: Run, masks: int | None, *, none_will_do: bool) -> np.ndarray:
     rows = run.plan.rows("train", run.sampler.ablated_fraction)
     if masks is not None and not (2 <= masks <= len(rows) or (masks == 0 and none_will_do)):
-        raise RegressionError(f"a fit on {masks} masks was asked for; the run has {len(rows)}: choose 2 to {len(rows)}")
+        raise RegressionError(f"a fit on {masks} masks was requested; the run has {len(rows)}: choose 2 to {len(rows)}")
     return rows[:masks]
 
 
@@ -142,12 +143,11 @@ def _rounds(run: Run, gradients: int | None, method: str) -> int:
     if missing:
         raise IncompleteRunError(
             f"{len(missing)} of {len(found.units())} units of mask gradients of {run.path} have not been "
-            f"collected; run 'coar "
-            f"collect' again to finish the run"
+            f"collected; run 'coar collect' again to finish the run"
         )
     if method == "informed" and not found.count:
         raise RegressionError(
-            f"an informed fit needs mask gradients and {run.path} has none; collect with --gradients, 64 or so"
+            f"an informed fit needs mask gradients, and {run.path} has none; collect some, such as --gradients 64"
         )
     return found.whole_rounds(gradients)
 
@@ -166,7 +166,7 @@ def _fit(
 ) -> Attributions:
     if method != "informed" and len(rows) < 2:
         raise RegressionError(
-            f"a fit needs at least two training masks and {run.path} has {len(rows)}; collect with --masks"
+            f"a fit needs at least two training masks, and {run.path} has {len(rows)}; collect with --masks"
         )
     label = check_name(name)
     facts: dict[str, Any] = {"method": method, "masks": len(rows), "ablated_fraction": run.sampler.ablated_fraction}
@@ -192,7 +192,7 @@ def _fit_here(
     if shares is not None:
         shares.require()
     learned, solutions = _solutions(run, rows, rounds, method, sums=shares or Streamed(run, rows, step))
-    first = next(solutions)  # what cannot be fitted raises here, before the stored fit is replaced
+    first = next(solutions)  # an error is raised here, before the stored fit is replaced
     fields = METHODS[method]
     writer = FitWriter(run, label, fields, facts | learned)
     for examples, result in progress_bar(chain([first], solutions), desc=f"fit {label}", unit="block", shown=progress):
@@ -205,10 +205,10 @@ def _fit_here(
 def _fit_on_cluster(
     cluster: RayCluster, run: Run, rows: np.ndarray, rounds: int, label: str, facts: dict[str, Any], *, progress: bool
 ) -> None:
-    """Have the cluster solve and write blocks of examples."""
+    """Solve blocks of examples on the cluster, which writes them."""
     with connected(cluster) as ray:
         work = ClusterFit(ray, cluster, run, rows, rounds, facts["method"])
-        learned = work.prepare()  # what cannot be fitted raises here, before the stored fit is replaced
+        learned = work.prepare()  # an error is raised here, before the stored fit is replaced
         writer = FitWriter(run, label, METHODS[facts["method"]], facts | learned)
         with progress_bar(total=run.n_examples, desc=f"fit {label}", unit="example", shown=progress) as bar:
             for examples in work.solve(label, blocks_of(run)):
@@ -217,7 +217,7 @@ def _fit_on_cluster(
 
 
 def _validate(run: Run, label: str) -> None:
-    """Keep the fit's mean correlation on all validation masks, where there are any, beside it."""
+    """Store the fit's mean correlation on all validation masks with the fit, if there are any."""
     fraction = run.sampler.ablated_fraction
     count = run.plan.count("validation", fraction)
     if count >= 2 and fit_facts(run, label).get("validation_masks") != count:

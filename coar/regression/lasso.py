@@ -1,12 +1,13 @@
-"""Sparse attributions: the lasso for many examples at once, from the same sums that ridge needs.
+"""The lasso for many examples at once, from the sums that ridge uses: sparse attributions.
 
 For centred masks Xc and centred outputs yc of one example, the lasso (Tibshirani 1996) minimises
 
     ||yc - Xc w||^2 / (2 masks) + penalty sum_j |w_j|.
 
-The path of penalties runs from the smallest that leaves no weight downwards. Each problem is solved until its duality
-gap, which bounds how far the objective is from its minimum, is small. An example's penalty minimises generalised
-cross-validation with the number of nonzero weights as degrees of freedom (Zou, Hastie and Tibshirani 2007).
+The path of penalties starts at the smallest one at which all weights are zero and goes down. Each problem is solved
+until its duality gap, an upper bound on the distance of the objective from its minimum, is small. An example's penalty
+minimises generalised cross-validation with the number of nonzero weights as degrees of freedom (Zou, Hastie and
+Tibshirani 2007).
 """
 
 import os
@@ -18,23 +19,23 @@ from torch import Tensor
 from coar.errors import RegressionError
 from coar.regression.sums import Gram, Moments
 
-PATH = torch.logspace(0, -3, 30, dtype=torch.float64)  # penalties, as shares of the least that leaves no weight
+PATH = torch.logspace(0, -3, 30, dtype=torch.float64)  # penalties, as shares of the first, which zeroes all weights
 PATIENCE = 5  # penalties without a better score after which an example's path ends
-PATH_TOLERANCE = 1e-4  # duality gap as a share of the outputs' mean square: what scikit-learn's Lasso stops at
+PATH_TOLERANCE = 1e-4  # duality gap as a share of the outputs' mean square; scikit-learn's default
 TOLERANCE = 1e-7  # the same at the chosen penalty
 STEPS = 20_000
-REFINEMENTS, REFINED = 100, 1e-12  # most steps after that, and the share of the squared error that ends them sooner
-CHECK = 5  # steps from one look at the duality gap to the next
-POWER_STEPS, MARGIN = 100, 1.02  # after so many steps the eigenvalues of masks are known to 1 %
+REFINEMENTS, REFINED = 100, 1e-12  # steps of conjugate gradients, and the share of the squared error that ends them
+CHECK = 5  # steps between computations of the duality gap
+POWER_STEPS, MARGIN = 100, 1.02  # this many steps give the eigenvalues of masks to 1 %
 ENTRY_BYTES = 20  # per entry of the Gram matrix: the sums, and their centred form in two types
 
 
 @dataclass(frozen=True)
 class Design:
-    """What the lasso needs of the masks.
+    """Sums over the masks that the lasso uses.
 
     Attributes:
-        covariance: (components, components) float64, the centred Gram matrix by the number of masks.
+        covariance: (components, components) float64, the centred Gram matrix divided by the number of masks.
         single: The same in float32.
         largest: Its largest eigenvalue, or up to 2 % more.
         total: (components,) number of masks that keep each component.
@@ -55,11 +56,11 @@ class Design:
             RegressionError: When all masks are alike.
         """
         covariance = gram.product * gram.count
-        covariance.addr_(gram.total, gram.total, alpha=-1)  # whole numbers so far, and exact
+        covariance.addr_(gram.total, gram.total, alpha=-1)  # whole numbers up to here, so exact
         covariance.div_(gram.count**2)
         if not covariance.any():
             raise RegressionError(
-                f"the {gram.count} masks are all alike, so they say nothing; collect more, or ablate more"
+                f"the {gram.count} masks are all alike, so no effect can be fitted; collect more, or ablate more"
             )
         single = covariance.float()
         return cls(covariance, single, largest_eigenvalue(single), gram.total, gram.count)
@@ -71,8 +72,8 @@ class SparseFit:
 
     Attributes:
         weight: (examples, components), many of them zero.
-        intercept: (examples,), the prediction where everything is ablated.
-        penalty: (examples,), by which the sum of the weights' magnitudes counts against half the mean squared error:
+        intercept: (examples,), the prediction with all components ablated.
+        penalty: (examples,) factor of the sum of the weights' magnitudes, in addition to half the mean squared error:
             the `alpha` of scikit-learn's Lasso.
     """
 
@@ -82,20 +83,20 @@ class SparseFit:
 
 
 def check_memory(components: int) -> None:
-    """Raise `RegressionError` when this machine cannot hold the Gram matrix of so many components."""
+    """Raise `RegressionError` when this machine cannot hold the Gram matrix of this number of components."""
     needed = ENTRY_BYTES * components**2
     memory = physical_memory()
     if needed > memory:
         raise RegressionError(
-            f"lasso on {components} components needs {needed / 2**30:,.0f} GiB for their Gram matrix and this machine "
+            f"lasso on {components} components needs {needed / 2**30:,.0f} GiB for their Gram matrix, and this machine "
             f"has {memory / 2**30:,.0f}; use ridge on fewer masks than components, or components of a larger size"
         )
 
 
 def largest_eigenvalue(matrix: Tensor) -> float:
-    """Return the largest eigenvalue of a positive semidefinite matrix by the power method, with a margin on top.
+    """Return the largest eigenvalue of a positive semidefinite matrix by the power method, times a margin.
 
-    Were it too small all the same, steps would be too long, and the duality gap would tell.
+    If the result were still too small, steps would be too long, and the duality gap would not close.
     """
     vector = torch.rand(len(matrix), dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
     for _ in range(POWER_STEPS):
@@ -122,7 +123,7 @@ def solve(design: Design, product: Tensor, *, mean: Tensor, variation: Tensor, f
     `TOLERANCE` in float64, and from there to the exact solution.
 
     Args:
-        design: What the masks say.
+        design: Sums over the masks.
         product: (components, examples) float64 products of centred masks and centred outputs.
         mean: (examples,) mean outputs.
         variation: (examples,) sums of squared deviations of the outputs.
@@ -144,11 +145,11 @@ def solve(design: Design, product: Tensor, *, mean: Tensor, variation: Tensor, f
 def follow(design: Design, target: Tensor, *, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Follow every example's path from the least penalty that leaves no weight down, each solved from the one before.
 
-    An example's path ends when its score has not improved for `PATIENCE` penalties: beyond lie fits that come near to
-    as many weights as masks, where the score means little and the problem converges slowly.
+    An example's path ends when its score has not improved for `PATIENCE` penalties. At smaller penalties the number of
+    weights approaches that of masks, where the score means little and the problem converges slowly.
 
     Args:
-        design: What the masks say.
+        design: Sums over the masks.
         target: (components, examples) float64 covariances of masks and outputs of mean square 1.
         labels: (examples,) numbers of the examples, for messages.
 
@@ -156,7 +157,7 @@ def follow(design: Design, target: Tensor, *, labels: Tensor) -> tuple[Tensor, T
         (examples,) penalties of the lowest score and (components, examples) weights there, in float64.
     """
     highest = target.abs().amax(0)  # (examples,)
-    highest[highest == 0] = 1  # any penalty leaves no weight
+    highest[highest == 0] = 1  # all weights are zero at any penalty
     single, going = target.float(), torch.arange(len(labels))
     weight, chosen = torch.zeros_like(single), torch.zeros_like(target)
     penalty, best = highest.clone(), torch.full_like(highest, torch.inf)
@@ -180,11 +181,11 @@ def follow(design: Design, target: Tensor, *, labels: Tensor) -> tuple[Tensor, T
 
 
 def cross_validation_score(left_over: Tensor, nonzero: Tensor, count: int) -> Tensor:
-    """Return the generalised cross-validation score (Golub, Heath and Wahba 1979), infinite without freedom left.
+    """Return the generalised cross-validation score (Golub, Heath and Wahba 1979); infinite without degrees of freedom.
 
-    The degrees of freedom are the number of weights that are not zero (Zou, Hastie and Tibshirani 2007), and one for
-    the intercept. Below `PATH_TOLERANCE` the squared error is not known any better, so that it counts as equal and the
-    fit with fewest weights wins.
+    The degrees of freedom are the number of nonzero weights (Zou, Hastie and Tibshirani 2007), plus one for the
+    intercept. The squared error is known only to `PATH_TOLERANCE`. Errors below that count as equal, so the fit with
+    the fewest weights has the lowest score.
 
     Args:
         left_over: (examples,) mean squared errors as shares of the outputs' mean square.
@@ -201,7 +202,7 @@ def residual(target: Tensor, weight: Tensor, product: Tensor) -> Tensor:
 
 
 def duality_gap(target: Tensor, weight: Tensor, product: Tensor, penalty: Tensor) -> Tensor:
-    """Return how far (examples,) objectives may at most lie above their minimum, in float64.
+    """Return (examples,) upper bounds on the distance of objectives from their minimum, in float64.
 
     The dual point is the residual, scaled until no component's covariance with it exceeds the penalty (Kim, Koh,
     Lustig, Boyd and Gorinevsky 2007).
@@ -219,12 +220,12 @@ def minimise(
 ) -> tuple[Tensor, Tensor]:
     """Minimise w'Gw / 2 - w'c + penalty |w| for every example by FISTA (Beck and Teboulle 2009).
 
-    Momentum starts again where it points uphill (O'Donoghue and Candes 2015), example by example. Gw is carried along
-    with the momentum, so that a step takes one matrix product and the duality gap none. Examples leave when their gap
-    is within the tolerance.
+    Momentum restarts where it points uphill (O'Donoghue and Candes 2015), for each example. Gw is updated with the
+    momentum, so that a step takes one matrix product and the duality gap none. An example is finished when its gap is
+    within the tolerance.
 
     Args:
-        design: What the masks say; G is its covariance in the type of `target`.
+        design: Sums over the masks; G is its covariance in the type of `target`.
         target: c, (components, examples) covariances of masks and outputs of mean square 1.
         penalty: (examples,) float64.
         start: (components, examples) weights to start from.
@@ -240,12 +241,12 @@ def minimise(
     gram = design.single if target.dtype == torch.float32 else design.covariance
     weight, product, step = torch.empty_like(start), torch.empty_like(start), 1 / design.largest
     going, threshold = torch.arange(len(labels)), penalty.to(target.dtype) * step
-    now, ahead = start, start  # where the weights are, and where momentum carries them
+    now, ahead = start, start  # the weights, and the weights extrapolated by momentum
     gram_now = gram_ahead = gram @ start
     pace = torch.ones_like(threshold)
     for number in range(STEPS):
         if number % CHECK == 1:
-            far = ~(duality_gap(target, now, gram_now, penalty) <= tolerance)  # a gap that is no number is far
+            far = ~(duality_gap(target, now, gram_now, penalty) <= tolerance)  # a NaN counts as far
             done = going[~far]
             weight[:, done], product[:, done] = now[:, ~far], gram_now[:, ~far]
             if not far.any():
@@ -272,11 +273,11 @@ def minimise(
 def refined(design: Design, target: Tensor, *, weight: Tensor, product: Tensor, penalty: Tensor) -> Tensor:
     """Return the solution of every example for the weights that are not zero and their signs, by conjugate gradients.
 
-    These solve a linear system for each example, all at once, to rounding in few steps. Where a weight ought to be zero
-    or has the wrong sign, the result has the larger duality gap, and the weights stay as they are.
+    Conjugate gradients solve the linear systems of all examples at once, to rounding error in few steps. If a weight
+    should be zero or has the wrong sign, the result has the larger duality gap, and the weights are left unchanged.
 
     Args:
-        design: What the masks say.
+        design: Sums over the masks.
         target: (components, examples) float64 covariances of masks and outputs of mean square 1.
         weight: (components, examples) weights that are nearly the solution.
         product: The covariance of the masks times `weight`.

@@ -1,12 +1,12 @@
-"""Least squares and ridge from one eigendecomposition that all examples share.
+"""Least squares and ridge, from one eigendecomposition that all examples share.
 
 For centred masks Xc (masks, components) and centred outputs yc of one example, ridge minimises
 ||yc - Xc w||^2 + penalty ||w||^2. With the decomposition Xc = U sqrt(L) Q',
 
     w = Q sqrt(L) / (L + penalty) U'yc.
 
-The decomposition comes from the Gram matrix Xc'Xc (components, components) where masks are more than components, and
-from the kernel matrix Xc Xc' (masks, masks) otherwise: `decompose_gram` with `solve_gram`, `decompose_kernel` with
+With more masks than components the decomposition is that of the Gram matrix Xc'Xc (components, components), otherwise
+that of the kernel matrix Xc Xc' (masks, masks): `decompose_gram` with `solve_gram`, `decompose_kernel` with
 `solve_kernel`. The penalty of each example minimises the score of generalised cross-validation (Golub, Heath and Wahba
 1979, Technometrics 21)
 
@@ -24,7 +24,7 @@ from coar.errors import RegressionError
 from coar.regression.sums import Gram, Moments
 
 PENALTIES = torch.logspace(-4, 4, 65, dtype=torch.float64)  # in units of the Gram matrix's mean eigenvalue
-RANK = 1e-10  # of the largest eigenvalue: smaller ones count as zero
+RANK = 1e-10  # share of the largest eigenvalue below which others count as zero
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class LinearFit:
 
     Attributes:
         weight: (examples, components).
-        intercept: (examples,), the prediction where everything is ablated.
-        standard_error: (examples, components), of independent errors of equal variance; for ridge they say how much the
-            weights vary from one draw of masks to another, not how far the penalty pulls them.
+        intercept: (examples,), the prediction with all components ablated.
+        standard_error: (examples, components), for independent errors of equal variance; for ridge they measure how
+            much the weights vary from one draw of masks to another, not the bias by the penalty.
         penalty: (examples,) ridge penalty in units of the sum of squares, 0 for least squares.
     """
 
@@ -91,7 +91,7 @@ def decompose_kernel(masks: Tensor) -> tuple[Spectrum, Tensor]:
     """Decompose the centred kernel matrix of (masks, components) masks: for no more masks than components.
 
     Returns:
-        The spectrum, and U (masks, rank), whose transpose turns centred outputs into scores.
+        The spectrum, and U (masks, rank), whose transpose maps centred outputs to scores.
     """
     mean = masks.mean(0, dtype=torch.float64)
     row = masks.double() @ mean
@@ -112,16 +112,16 @@ def solve_kernel(spectrum: Spectrum, left: Tensor, outputs: Tensor, *, method: s
 
 
 def check_solvable(spectrum: Spectrum, method: str) -> None:
-    """Raise `RegressionError` when the masks do not support a fit by a method, whatever the outputs are."""
+    """Raise `RegressionError` when the masks do not support a fit by a method, for any outputs."""
     rank, components = len(spectrum.eigenvalues), len(spectrum.mean)
     if not rank:
         raise RegressionError(
-            f"the {spectrum.count} masks are all alike, so they say nothing; collect more, or ablate more"
+            f"the {spectrum.count} masks are all alike, so no effect can be fitted; collect more, or ablate more"
         )
     if method == "ols" and (rank < components or spectrum.count < components + 2):
         raise RegressionError(
-            f"least squares needs at least {components + 2} masks for {components} components, and masks that tell "
-            f"them all apart; there are {spectrum.count} masks of rank {rank}: collect more, or use ridge"
+            f"least squares needs at least {components + 2} masks for {components} components, and masks of full rank; "
+            f"{spectrum.count} masks of rank {rank} were given: collect more, or use ridge"
         )
 
 
@@ -137,7 +137,7 @@ def solve(spectrum: Spectrum, scores: Tensor, mean: Tensor, variation: Tensor, *
             (Golub, Heath and Wahba 1979).
 
     Raises:
-        RegressionError: When least squares is asked for and the masks do not determine it.
+        RegressionError: When the masks do not determine the fit, see `check_solvable`.
     """
     check_solvable(spectrum, method)
     values = spectrum.eigenvalues

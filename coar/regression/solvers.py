@@ -1,4 +1,4 @@
-"""Solvers: what a method prepares once for all examples, and how it then solves a block of them."""
+"""The solver of each method: what it prepares once for all examples, and how it solves a block of them."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from coar.regression.ridge import (
 from coar.regression.sums import FitBlock, Gram
 from coar.store.run import Run
 
-METHODS = {  # and the arrays that their fits have
+METHODS = {  # the arrays of a fit by its method
     "ridge": ("weight", "intercept", "standard_error", "penalty"),
     "ols": ("weight", "intercept", "standard_error", "penalty"),
     "lasso": ("weight", "intercept", "penalty"),
@@ -30,7 +30,7 @@ METHODS = {  # and the arrays that their fits have
 
 
 class Solver(Protocol):
-    """What all examples share, and how a block of them is solved with it."""
+    """What all examples of a fit share, and the solution of a block of examples from it."""
 
     def learned(self) -> dict[str, Any]:
         """Return what was learned for all examples, in plain numbers."""
@@ -50,7 +50,7 @@ class FromMoments:
     method: str
 
     def learned(self) -> dict[str, Any]:
-        """Return nothing."""
+        """Return an empty dict."""
         return {}
 
     def solve(self, block: FitBlock) -> LinearFit:
@@ -67,7 +67,7 @@ class FromOutputs:
     method: str
 
     def learned(self) -> dict[str, Any]:
-        """Return nothing."""
+        """Return an empty dict."""
         return {}
 
     def solve(self, block: FitBlock) -> LinearFit:
@@ -80,14 +80,14 @@ class FromOutputs:
 class Sparse:
     """Lasso.
 
-    The (components, components) Gram matrix is used for few masks too: it serves all examples, and a product with it
-    costs no more than two with the masks unless these are fewer than half as many as components.
+    The (components, components) Gram matrix is used for few masks too: all examples share it, and a product with it
+    costs no more than two products with the masks, unless there are fewer masks than half the number of components.
     """
 
     design: Design
 
     def learned(self) -> dict[str, Any]:
-        """Return nothing."""
+        """Return an empty dict."""
         return {}
 
     def solve(self, block: FitBlock) -> SparseFit:
@@ -96,23 +96,22 @@ class Sparse:
 
 
 def takes_moments(method: str, masks: int, components: int) -> bool:
-    """Say whether a method fits so many masks from sums: their Gram matrix, and the examples' moments."""
+    """Return whether a method fits this number of masks from their Gram matrix and the examples' moments."""
     return method == "lasso" or masks > components
 
 
 def solver_of(run: Run, rows: np.ndarray, rounds: int, *, method: str, gram: Gram | None = None) -> Solver:
-    """Make what all examples of a fit share.
+    """Prepare what all examples of a fit share.
 
     Args:
         run: A complete run.
         rows: Row numbers of the training masks to use; may be empty for `informed`.
         rounds: How many rounds of mask gradients to use.
         method: One of `METHODS`.
-        gram: The sums over these masks; by default they are made here where the method takes them.
+        gram: The sums over these masks; by default they are made here if the method uses them.
 
     Raises:
-        RegressionError: When the masks or the mask gradients do not support the fit, or this machine has no room for
-            it.
+        RegressionError: When the masks or the mask gradients do not support the fit, or it does not fit into memory.
     """
     if method == "informed":
         return Informed.of(run, rows, rounds, gram=gram)

@@ -1,4 +1,4 @@
-"""One streaming pass over a run: the sums that a linear fit needs, in memory that does not grow with the masks."""
+"""The sums that a linear fit needs, from one pass over a run in memory that does not grow with the masks."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +12,13 @@ from torch import Tensor
 from coar.store.layout import PANEL
 from coar.store.run import Run
 
-BATCH = 4096  # rows per matrix product: float32 products over so few rows, summed up in float64
-MOMENT_BYTES = 256 * 2**20  # of X'Y held at a time; more examples than fit take another reading of the masks
+BATCH = 4096  # rows per float32 matrix product; the products are summed in float64
+MOMENT_BYTES = 256 * 2**20  # of X'Y in memory at a time; more examples take another reading of the masks
 
 
 @dataclass(frozen=True)
 class Gram:
-    """What the masks alone say, in float64; X is the (masks, components) 0/1 design.
+    """Sums over the masks alone, in float64; X is the (masks, components) 0/1 design.
 
     Attributes:
         product: X'X (components, components), exact.
@@ -32,21 +32,21 @@ class Gram:
 
     @classmethod
     def of(cls, run: Run, rows: np.ndarray) -> "Gram":
-        """Read the masks of ascending rows, and no outputs; (components, components) zeros where there are none."""
+        """Read the masks of ascending rows, and no outputs; without rows all sums are 0."""
         d = run.n_components
         square = torch.zeros(d + 1, d + 1, dtype=torch.float64)
         for part in np.array_split(rows, -(-len(rows) // BATCH)) if len(rows) else ():
             x = _design(run.masks_at(part))
-            square += x.T @ x  # whole numbers below 2**24: exact in float32
+            square += x.T @ x  # whole numbers below 2**24 are exact in float32
         return cls.cut(square, len(rows))
 
     @classmethod
     def cut(cls, square: Tensor, count: int) -> "Gram":
-        """Return the sums in the product of a design with itself, its last column ones."""
+        """Return the sums from the product of a design with itself; the last column of the design is ones."""
         return cls(square[:-1, :-1].clone(), square[-1, :-1].clone(), count)
 
     def __add__(self, other: "Gram") -> "Gram":
-        """Return the sums over both designs: whole numbers below 2**53, so the order of adding does not matter."""
+        """Return the sums over both designs: whole numbers below 2**53, exact in any order of addition."""
         return Gram(self.product + other.product, self.total + other.total, self.count + other.count)
 
     def scaled(self, factors: Tensor) -> "Gram":
@@ -60,13 +60,13 @@ class Gram:
 
 @dataclass(frozen=True)
 class Moments:
-    """What a block of examples says, in float64, about outputs Y (masks, examples) less a constant per example.
+    """Sums over the outputs Y (masks, examples) of a block of examples, less a constant per example, in float64.
 
     Attributes:
         product: X'Y (components, examples).
         total: Column sums of Y (examples,).
         square: Column sums of Y * Y (examples,).
-        shift: The constants taken off the outputs, which keep the products small.
+        shift: The constants subtracted from the outputs, which keeps the products small.
         count: Number of masks.
     """
 
@@ -77,12 +77,12 @@ class Moments:
     count: int
 
     def __getitem__(self, part: slice) -> "Moments":
-        """Return those of some of the examples."""
+        """Return the moments of a slice of the examples."""
         return Moments(self.product[:, part], self.total[part], self.square[part], self.shift[part], self.count)
 
     @staticmethod
     def joined(parts: "Sequence[Moments]") -> "Moments":
-        """Return those of several blocks of examples, one after another."""
+        """Return the moments of several blocks of examples, in their order."""
         product, total, square, shift = zip(*((p.product, p.total, p.square, p.shift) for p in parts), strict=True)
         return Moments(torch.cat(product, 1), torch.cat(total), torch.cat(square), torch.cat(shift), parts[0].count)
 
@@ -100,7 +100,9 @@ class Moments:
 
 
 def batches(run: Run, rows: np.ndarray, examples: slice) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (rows, components + 1) masks, the last column ones, and (rows, examples) outputs; float32, one batch ahead.
+    """Yield (rows, components + 1) masks with a last column of ones, and (rows, examples) outputs, in float32.
+
+    A thread reads one batch ahead.
 
     Args:
         run: The run to read.
@@ -128,7 +130,7 @@ def batches(run: Run, rows: np.ndarray, examples: slice) -> Iterator[tuple[Tenso
 def panels(examples: slice, step: int) -> list[slice]:
     """Cut a slice of examples into blocks of `step`, and each of these into panels.
 
-    Sums are made by panels whoever makes them, so that they are the same bits however work is shared.
+    All processes sum panel by panel, so that sums have the same bits however the work is shared.
     """
     edges = range(examples.start, examples.stop, step)
     blocks = [range(edge, min(edge + step, examples.stop)) for edge in edges]
@@ -140,14 +142,14 @@ def accumulate(
 ) -> tuple[Gram, Moments]:
     """Read rows once and return the masks' Gram matrix (unless it is given) and the examples' moments.
 
-    A column of ones stands beside the masks, so that the same products give the column sums.
+    A column of ones is added to the masks, so that the same products give the column sums.
 
     Args:
         run: The run to read.
         rows: Row numbers, ascending.
         examples: Which examples.
-        gram: The masks' sums, where they are known.
-        step: Examples that are solved together, where that is fewer: panels end there, whatever `examples` is.
+        gram: The masks' sums, if they are known.
+        step: Number of examples that are solved together; no panel extends over the end of such a block.
     """
     d, n = run.n_components, len(range(run.n_examples)[examples])
     square = torch.zeros(d + 1, d + 1, dtype=torch.float64)
@@ -155,7 +157,7 @@ def accumulate(
     squares, shift = torch.zeros(n, dtype=torch.float64), torch.zeros(n)
     for number, (x, outputs) in enumerate(batches(run, rows, examples)):
         if gram is None:
-            square += x.T @ x  # whole numbers below 2**24: exact in float32
+            square += x.T @ x  # whole numbers below 2**24 are exact in float32
         for panel in panels(slice(0, n), step or n):
             y = outputs[:, panel].contiguous()
             if number == 0:
@@ -169,24 +171,24 @@ def accumulate(
 
 
 class Sums(Protocol):
-    """Where a fit gets its sums from."""
+    """A source of the sums of a fit."""
 
     def gram(self) -> Gram:
-        """Return those over masks."""
+        """Return the sums over masks."""
         ...
 
     def moments(self, examples: slice) -> Moments:
-        """Return those of a block of examples that are solved together."""
+        """Return the moments of a block of examples that are solved together."""
         ...
 
 
 class Streamed:
-    """Sums made here, by reading the masks once for as many blocks of examples as memory allows.
+    """Sums made in this process; each reading of the masks serves as many blocks of examples as memory allows.
 
     Args:
         run: The run to read.
         rows: Row numbers, ascending.
-        step: Examples that are solved together, a block.
+        step: Number of examples in a block, which are solved together.
     """
 
     def __init__(self, run: Run, rows: np.ndarray, step: int) -> None:
@@ -197,17 +199,17 @@ class Streamed:
         self._held = slice(0, 0)
 
     def gram(self) -> Gram:
-        """Return the sums over masks, made with the moments of the first examples."""
+        """Return the sums over masks, which are made together with the moments of the first examples."""
         return self._gram or self._read(0)[0]
 
     def moments(self, examples: slice) -> Moments:
-        """Return those of a block of examples."""
+        """Return the moments of a block of examples."""
         held = self._moments if self._held.start <= examples.start and examples.stop <= self._held.stop else None
         held = held or self._read(examples.start)[1]
         return held[slice(examples.start - self._held.start, examples.stop - self._held.start)]
 
     def _read(self, start: int) -> tuple[Gram, Moments]:
-        self._moments = None  # its memory is for those that follow
+        self._moments = None  # frees the memory for the next ones
         self._held = slice(start, min(start + self._many, self._run.n_examples))
         sums = accumulate(self._run, self._rows, self._held, gram=self._gram, step=self._step)
         self._gram, self._moments = sums
@@ -215,7 +217,7 @@ class Streamed:
 
 
 def moments_of(run: Run, rows: np.ndarray, examples: slice) -> Moments:
-    """Read rows once and return the moments of examples, and nothing of the masks alone."""
+    """Read rows once and return the moments of examples, without the sums over masks."""
     known = Gram(torch.empty(0), torch.empty(0), len(rows))
     return accumulate(run, rows, examples, gram=known)[1]
 
@@ -228,7 +230,7 @@ class FitBlock:
         run: A complete run.
         rows: Row numbers of the training masks to use.
         examples: The examples.
-        sums: Their moments, where these have been made.
+        sums: Their moments, if they are made already.
     """
 
     run: Run
@@ -237,19 +239,19 @@ class FitBlock:
     sums: Moments | None = None
 
     def moments(self) -> Moments:
-        """Return the moments, read from the run where they were not given."""
+        """Return the moments; read them from the run if they were not given."""
         return self.sums or moments_of(self.run, self.rows, self.examples)
 
 
 def dealt_rows(run: Run, rows: np.ndarray, share: tuple[int, int]) -> np.ndarray:
-    """Return the rows whose masks worker k of n adds up, counted from 0: every n-th block of masks."""
+    """Return the rows whose masks worker k of n, counted from 0, adds up: every n-th block of masks."""
     at, count = share
     mine: np.ndarray = rows[rows // run.blocks[0] % count == at]
     return mine
 
 
 def _design(masks: np.ndarray) -> Tensor:
-    """Return (rows, components) masks as float32, and a column of ones beside them."""
+    """Return (rows, components) masks as float32, followed by a column of ones."""
     design = torch.ones(len(masks), masks.shape[1] + 1)
     design[:, :-1] = torch.from_numpy(masks)
     return design

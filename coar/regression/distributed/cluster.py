@@ -1,4 +1,4 @@
-"""A fit on a Ray cluster: sums in shares, added up pair by pair, and blocks of examples solved beside each other."""
+"""A fit on a Ray cluster: sums in shares, added up pair by pair, and blocks of examples solved in parallel."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from coar.regression.sums import FitBlock, Gram, Moments, dealt_rows, moments_of
 from coar.store.fits import write_block
 from coar.store.run import Run
 
-AHEAD = 2  # blocks of examples in hand per worker, so that sums do not pile up before they are solved
+AHEAD = 2  # blocks of examples in progress per worker, which bounds the number of sums that wait to be solved
 
 
 class ClusterFit:
-    """One fit by the tasks of a cluster; each number is the one that one process gets.
+    """One fit by the tasks of a cluster, with the same numbers as a fit in one process.
 
-    Ray does a task again when the process or the machine that did it is lost, and makes lost results anew.
+    Ray repeats a task when its process or machine is lost, and recomputes lost results.
 
     Args:
         ray: The module, connected to the cluster.
@@ -53,7 +53,7 @@ class ClusterFit:
         self._remote: dict[Any, Any] = {}
 
     def prepare(self) -> dict[str, Any]:
-        """Make what all examples share; return what was learned, in plain numbers.
+        """Prepare what all examples share; return what was learned, in plain numbers.
 
         Raises:
             RegressionError: When the masks or the mask gradients cannot support a fit.
@@ -64,7 +64,7 @@ class ClusterFit:
         return facts
 
     def solve(self, name: str, blocks: list[slice]) -> Iterator[slice]:
-        """Have every block of examples solved and written into the fit of a name; yield each once it is."""
+        """Solve every block of examples and write it into the named fit; yield each block when it is written."""
         waiting = deque(blocks)
         doing: dict[Any, slice] = {}
         while waiting or doing:
@@ -77,7 +77,7 @@ class ClusterFit:
                 yield doing.pop(task)
 
     def _gram(self) -> Any:
-        """Add up the workers' sums over masks pair by pair, so that no machine holds more than a few."""
+        """Add up the workers' sums over masks pair by pair, so that no machine holds many of them at once."""
         parts = [self._do(_gram, self._rows, (at, self._workers)) for at in range(self._workers)]
         while len(parts) > 1:
             pairs = [parts[at : at + 2] for at in range(0, len(parts), 2)]
@@ -85,13 +85,13 @@ class ClusterFit:
         return parts[0]
 
     def _block(self, name: str, block: slice) -> Any:
-        """Have a block solved; where that takes moments, these are made beside each other, panel by panel."""
+        """Start to solve a block; if that takes moments, its panels are summed in parallel."""
         each = panels(block, block.stop - block.start) if self._summed else []
         parts = [self._do(_moments, self._rows, panel) for panel in each]
         return self._do(_solve, self._rows, self._shared, name, block, *parts)
 
     def _do(self, function: Any, *arguments: Any, results: int = 1) -> Any:
-        if function not in self._remote:  # each is sent to the cluster once
+        if function not in self._remote:  # sent to the cluster once
             self._remote[function] = self._ray.remote(function).options(**self._options, num_returns=results)
         return self._remote[function].remote(self._fit, *arguments)
 
@@ -102,13 +102,13 @@ class ClusterFit:
             raise unwrap(error, None) from None
         except self._ray.exceptions.RayError as error:
             raise EngineError(
-                f"a task of the fit was lost {TRIES} times ({type(error).__name__}); look at the memory of the "
-                f"cluster's machines, then run the same command again"
+                f"a task of the fit was lost {TRIES} times ({type(error).__name__}); check the memory of the cluster's "
+                f"machines, then run the same command again"
             ) from error
 
 
 class Fit(NamedTuple):
-    """What every task is told.
+    """The settings of every task of a fit.
 
     Attributes:
         place: The run.
@@ -142,7 +142,7 @@ def _moments(fit: Fit, rows: np.ndarray, panel: slice) -> Moments:
 
 
 def _prepare(fit: Fit, rows: np.ndarray, gram: Gram | None) -> tuple[dict[str, Any], Solver]:
-    """Return what was learned, and what solves blocks."""
+    """Return what was learned, and the solver of blocks."""
     run = fit.open()
     solver = solver_of(run, rows, fit.rounds, method=fit.method, gram=gram)
     return solver.learned(), solver

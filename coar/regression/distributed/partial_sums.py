@@ -1,4 +1,4 @@
-"""Sums of a fit that the workers of a job array make, each a share, until one process adds them up and solves."""
+"""Partial sums of a fit, one share per worker of a job array, stored until one process adds them up and solves."""
 
 import hashlib
 import json
@@ -21,16 +21,16 @@ CHUNK_BYTES = 64 * 2**20
 
 
 class PartialSums:
-    """Partial sums of a fit inside its run, in a group of their own for every number of masks.
+    """Partial sums of a fit inside its run, in a separate group for every number of masks.
 
-    Arrays, float64: `gram` (worker, components + 1, components), sums of products of masks and below them of masks, one
-    per worker; `moments` (panel, components + 3, example), X'Y and below it the sums of Y and of Y * Y and the shift.
+    Arrays, float64: `gram` (worker, components + 1, components), X'X and in the last row the sums of X, one per worker;
+    `moments` (panel, components + 3, example), X'Y and in the last rows the sums of Y, the sums of Y * Y and the shift.
 
     Args:
         run: A complete run.
         name: Name of the fit.
         rows: Row numbers of its training masks.
-        step: Examples that are solved together.
+        step: Number of examples that are solved together.
     """
 
     def __init__(self, run: Run, name: str, rows: np.ndarray, step: int) -> None:
@@ -40,11 +40,11 @@ class PartialSums:
         self.key = f"{SUMS}/{name}-{hashlib.blake2b(about, digest_size=6).hexdigest()}"
 
     def prepared(self) -> bool:
-        """Say whether the group and its arrays are there."""
+        """Return whether the group and its arrays exist."""
         return self._count() > 0 and all(arrays.there_is(self._run.group, self._path(n)) for n in ("gram", "moments"))
 
     def lay_out(self, count: int) -> None:
-        """Make the group and its arrays for so many workers, unless another worker has."""
+        """Create the group and its arrays for a number of workers, unless they exist."""
         group = self._run.group
         with suppress(ContainsGroupError):
             group.create_group(self.key, attributes={ATTRIBUTE: {"workers": count}})
@@ -57,16 +57,16 @@ class PartialSums:
             )
 
     def do(self, worker: tuple[int, int]) -> None:
-        """Make the share of worker k of n, but for what of it is there.
+        """Make the missing sums of the share of worker k of n.
 
         Raises:
-            MismatchError: When the sums are being made by another number of workers.
+            MismatchError: When the sums were begun with another number of workers.
         """
         number, count = worker
         if self._count() != count:
             raise MismatchError(
-                f"the sums of this fit are being made by {self._count()} workers and {count} were given; give as many, "
-                f"or delete {self.key} in {self._run.path} and begin again"
+                f"the sums of this fit are made by {self._count()} workers and {count} were given; give that "
+                f"number, or delete {self.key} in {self._run.path} and start again"
             )
         if number - 1 in self._workers_missing():
             gram = Gram.of(self._run, dealt_rows(self._run, self._rows, (number - 1, count)))
@@ -79,23 +79,23 @@ class PartialSums:
             arrays.write(self._array("moments"), values, slice(at, at + 1), slice(None), slice(None))
 
     def require(self) -> None:
-        """Raise `IncompleteRunError` unless every worker's share is there."""
+        """Raise `IncompleteRunError` unless every worker's share is complete."""
         if not self.prepared():
             raise IncompleteRunError(
-                f"no worker has made sums for a fit on {len(self._rows)} masks in {self._run.path}; run 'coar fit "
-                f"--worker 1/N' and so on first, with the same --method, --masks and --name"
+                f"no worker has made sums for a fit on {len(self._rows)} masks in {self._run.path}; first run 'coar "
+                f"fit --worker K/N' for every K, with the same --method, --masks and --name"
             )
         count = self._count()
         missing = sorted(self._workers_missing() | {at % count for at in self._panels_missing()})
         if missing:
             shown = ", ".join(f"{number + 1}/{count}" for number in missing[:8])
             raise IncompleteRunError(
-                f"{len(missing)} of {count} workers have not done their share of this fit of {self._run.path}: {shown}"
-                f"{' and more' if len(missing) > 8 else ''}; run 'coar fit --worker' again for these"
+                f"{len(missing)} of {count} workers have not finished their share of this fit of {self._run.path}: "
+                f"{shown}{' and more' if len(missing) > 8 else ''}; run 'coar fit --worker' again for these"
             )
 
     def gram(self) -> Gram:
-        """Add up all workers' sums over masks, one worker's at a time in memory."""
+        """Add up all workers' sums over masks, with one worker's in memory at a time."""
         array, whole = self._array("gram"), None
         for at in range(self._count()):
             part = torch.from_numpy(arrays.read(array, slice(at, at + 1), slice(None), slice(None))[0])
@@ -103,7 +103,7 @@ class PartialSums:
         return Gram(whole[:-1], whole[-1], len(self._rows)) if whole is not None else Gram.of(self._run, self._rows)
 
     def moments(self, examples: slice) -> Moments:
-        """Read the moments of examples that are whole panels."""
+        """Read the moments of examples that form whole panels."""
         parts = []
         for at, panel in enumerate(self.panels):
             if examples.start <= panel.start and panel.stop <= examples.stop:
@@ -114,7 +114,7 @@ class PartialSums:
         return Moments.joined(parts)
 
     def remove(self) -> None:
-        """Delete the sums, once the fit is made."""
+        """Delete the sums, after the fit is written."""
         del self._run.group[self.key]
 
     @staticmethod
@@ -125,13 +125,13 @@ class PartialSums:
         return whole
 
     def _count(self) -> int:
-        """Return how many workers make the sums; 0 where nobody has begun."""
+        """Return the number of workers that make the sums; 0 before the first has begun."""
         if not arrays.there_is(self._run.group, self.key):
             return 0
         found = cast(dict[str, Any], cast(zarr.Group, self._run.group[self.key]).attrs.get(ATTRIBUTE, {}))
         count = found.get("workers")
         if not isinstance(count, int) or count < 1:
-            raise CorruptRunError(f"{self.key} of {self._run.path} does not say of how many workers; delete it")
+            raise CorruptRunError(f"{self.key} of {self._run.path} has no valid number of workers; delete it")
         return count
 
     def _workers_missing(self) -> set[int]:
