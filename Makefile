@@ -1,5 +1,5 @@
-# PIPELINE names a file in pipelines/, TASK one or more tasks of coar edit. MASKS, GRADIENTS and FIT are the pipeline's
-# and the best method unless set. Steps that are done are not done again.
+# PIPELINE names a file in pipelines/, TASK one or more tasks of coar edit. By default MASKS and GRADIENTS are the
+# pipeline's and FIT is the best method. Steps that are done are not repeated.
 PIPELINE ?= digits
 ABLATION ?= mean
 LABEL ?= 3
@@ -34,7 +34,7 @@ help: ## Show this list
 	@echo "with PIPELINE=digits ABLATION=mean|zero LABEL=3 (the class to forget) TASK=\"forget fix\" MASKS= GRADIENTS= FIT=,"
 	@echo "as in: make edit PIPELINE=backdoor TASK=backdoor; make edit FIT=ridge MASKS=3000"
 
-setup: $(READY) ## Install everything into .venv (uv too, when the machine has none)
+setup: $(READY) ## Install everything into .venv, and uv if the machine has none
 
 $(READY): pyproject.toml uv.lock
 	@if [ "$(UV)" = "$(BIN)/uv" ] && [ ! -x "$(UV)" ]; then \
@@ -43,7 +43,7 @@ $(READY): pyproject.toml uv.lock
 	$(UV) sync --locked --inexact --quiet
 	@touch $@
 
-setup-ffcv: $(READY) ## Install ffcv, which reads .beton files and is compiled here
+setup-ffcv: $(READY) ## Install ffcv, which reads .beton files and is compiled on this machine
 	@$(FFCV_COMPILES) || { \
 		echo "ffcv needs a C++ compiler, pkg-config, and OpenCV and libturbojpeg with their headers;"; \
 		echo "on Debian: apt-get install --no-install-recommends $(FFCV_PACKAGES)"; exit 1; \
@@ -51,11 +51,11 @@ setup-ffcv: $(READY) ## Install ffcv, which reads .beton files and is compiled h
 	$(UV) sync --locked --inexact --quiet --extra ffcv
 	$(BIN)/python -W ignore -c "import ffcv.loader"
 
-ffcv-packages: ## Install what ffcv is compiled with, by apt-get as root
+ffcv-packages: ## Install the compiler and libraries for ffcv, by apt-get as root
 	$(FFCV_COMPILES) || { apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $(FFCV_PACKAGES); }
 
-lint: $(READY) ## Check style, and that imports point one way
+lint: $(READY) ## Check style and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache --no-logo
@@ -69,13 +69,13 @@ test: $(READY) ## Run the fast tests
 test-ffcv: setup-ffcv ## Run the tests of .beton files
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m ffcv
 
-coverage: $(READY) ## Run the fast tests, then show which lines and branches of coar/ they ran
+coverage: $(READY) ## Run the fast tests, then show the lines and branches of coar/ that they ran
 	rm -f .coverage .coverage.*
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist worksteal -m $(FAST)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-bench: $(READY) ## Run the benchmarks that need no data from outside
+bench: $(READY) ## Run the benchmarks that need no external data
 	$(BIN)/python benchmarks/fit.py
 	$(BIN)/python benchmarks/collect.py
 
