@@ -14,26 +14,26 @@ from coar.settings import Settings
 from coar.store.gradients import AnyUnit
 from coar.study import Study
 
-REACHING = 10.0  # seconds for a cluster's address to answer
+REACHING = 10.0  # seconds within which a cluster's address must answer
 
 
 LOOPBACK = "127.0.0.1"
 
 
-TRIES = 5  # workers that may be lost on one unit, or in a row before they are ready
+TRIES = 5  # workers lost on one unit, or in a row before they are ready, that end the work
 
 
 class RayCluster(Settings):
     """A Ray cluster whose workers do a run's units; needs the extra `ray`.
 
     Attributes:
-        study: Builds the study, to collect; each worker calls it once. What it imports and reads must be on every
-            machine. A fit needs none.
-        workers: How many workers to ask for; the work begins with the first that finds room.
-        address: The cluster, as in `10.0.0.5:6379`, or `auto` for the one this machine belongs to; by default one is
-            started on this machine, reachable from it alone, and ended afterwards.
+        study: Function that returns the study, for collecting; each worker calls it once. Every machine must have its
+            imports and data. A fit needs none.
+        workers: Number of workers; the work begins when the first of them is ready.
+        address: The cluster, as in `10.0.0.5:6379`, or `auto` for the cluster of this machine; by default a cluster is
+            started on this machine, reachable from it alone, and stopped afterwards.
         cpus_per_worker: Processors per worker.
-        gpus_per_worker: GPUs per worker; a fraction puts several on one.
+        gpus_per_worker: GPUs per worker; with a fraction, several workers share a GPU.
     """
 
     study: Callable[[], Study] | None = None
@@ -43,16 +43,18 @@ class RayCluster(Settings):
     gpus_per_worker: float = Field(default=0.0, ge=0)
 
     def builder(self) -> Callable[[], Study]:
-        """Return what builds the study; raise `SettingsError` where there is nothing that does."""
+        """Return the function that builds the study; raise `SettingsError` without one."""
         if self.study is None:
-            raise SettingsError("the cluster has no study for its workers; give RayCluster(study=...) what builds it")
+            raise SettingsError(
+                "the cluster has no study for its workers; give RayCluster(study=...) a function that builds it"
+            )
         return self.study
 
 
 @contextmanager
 def connected(cluster: RayCluster) -> Iterator[ModuleType]:
-    """Join the cluster, or start one that only this machine can reach; leave what was joined before."""
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # or 'uv run' would send the working directory around
+    """Join the cluster, or start one that only this machine can reach; keep an existing connection."""
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else 'uv run' makes Ray copy the folder to workers
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -86,7 +88,7 @@ def connected(cluster: RayCluster) -> Iterator[ModuleType]:
 
 @contextmanager
 def _loopback(ray: ModuleType) -> Iterator[None]:
-    """Have Ray listen on the loopback address, as on macOS: on Linux it takes this machine's own address instead."""
+    """Make Ray listen on the loopback address, as on macOS; on Linux it would use this machine's network address."""
     constants = ray._private.ray_constants
     before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
     try:
@@ -96,7 +98,7 @@ def _loopback(ray: ModuleType) -> Iterator[None]:
 
 
 def _reach(address: str) -> None:
-    """Raise `EngineError` unless something listens at an address; Ray itself would try for minutes."""
+    """Raise `EngineError` unless a server listens at an address; Ray itself would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address == "auto":
         return
@@ -112,14 +114,16 @@ def _reach(address: str) -> None:
 
 
 def unwrap(error: Any, unit: AnyUnit | None) -> CoarError:
-    """Return what a worker raised: this package's errors as they are, others named."""
+    """Return a worker's error: this package's errors unchanged, others as `EngineError`."""
     cause = error.cause if isinstance(error.cause, BaseException) else error
     if isinstance(cause, CoarError):
         return cause
     doing = f"doing {unit}" if unit else "building the study"
-    return EngineError(f"a worker failed while {doing}: {cause!r}; mend that, then run the same command again to go on")
+    return EngineError(
+        f"a worker failed while {doing}: {cause!r}; fix that, then run the same command again to continue"
+    )
 
 
 def _first(error: BaseException) -> str:
-    """Return the first line of what an error says."""
+    """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

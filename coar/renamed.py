@@ -1,7 +1,7 @@
-"""Old public names, each refused with the name that replaces it.
+"""Old public names, each refused with the new name.
 
-A name is listed here when a released page or message offered it. Nothing is an alias: an old name raises an error that
-ends with the new one.
+The tables list names that a released page or message contained. There are no aliases: an old name raises an error that
+names the new one.
 """
 
 import functools
@@ -58,7 +58,7 @@ ATTRIBUTES = {  # by class of results
     "Attributions": {"facts": "fit or origin"},
     "Selection": {"steps": "evaluated"},
 }
-VALUES = {  # by what the value is of
+VALUES = {  # by setting
     "strength": {"whole": "full", "least": "minimal", "own": "per_component"},
     "fit": {"gradient_x_gate": "mask_gradient"},
 }
@@ -72,7 +72,7 @@ def refuse_name(name: str) -> None:
 
 
 def no_attribute(found: object, name: str) -> AttributeError:
-    """Return the error for an attribute that a result does not have; for an old one it has the new name."""
+    """Return the error for an attribute that a result lacks; for an old attribute it names the new one."""
     owner = type(found).__name__
     new = ATTRIBUTES.get(owner, {}).get(name)
     if new:
@@ -96,7 +96,7 @@ def refuse_value(of: str, value: object) -> None:
 
 
 def refuse_members(made: type) -> None:
-    """Raise `RenamedNameError` for a class that defines a member under its old name, where nothing would call it."""
+    """Raise `RenamedNameError` for a class that defines a member under its old name, which nothing would call."""
     for base in made.__mro__[1:]:
         for old, new in MEMBERS.get(base.__name__, {}).items():
             if old in vars(made):
@@ -104,7 +104,7 @@ def refuse_members(made: type) -> None:
 
 
 def new_arguments_only(function: Callable[P, T]) -> Callable[P, T]:
-    """Have a function refuse its old keyword arguments by `refuse_arguments`."""
+    """Decorate a function to refuse its old keyword arguments by `refuse_arguments`."""
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -115,11 +115,11 @@ def new_arguments_only(function: Callable[P, T]) -> Callable[P, T]:
 
 
 class OldModules:
-    """The last of Python's finders: says where a module or a name of a subpackage is now, once no other found it."""
+    """An import finder, the last in order, that refuses old modules and old names of subpackages."""
 
     @staticmethod
     def find_spec(name: str, *_: object) -> None:
-        """Raise `RenamedModuleError` for an old name of this package; find nothing else."""
+        """Raise `RenamedModuleError` for an old name of this package; return None for any other."""
         import coar
 
         inner = name.removeprefix("coar.")

@@ -241,7 +241,7 @@ def test_safetensors_holds_everything(found, exported):
 )
 def test_fit_that_is_described_wrongly(copy, changed):
     fits.add_fit_facts(copy, "ridge", **changed)
-    with pytest.raises(CorruptRunError, match=r"attributions/ridge .* described wrongly .* fit again"):
+    with pytest.raises(CorruptRunError, match=r"description of a fit in attributions/ridge .* is wrong .* fit again"):
         coar.load(copy.path)
 
 

@@ -188,7 +188,7 @@ def test_swapped_chunks_are_found_and_made_again(run, fresh, name):
     between.rename(other)
     problems = verify(reopened(fresh))
     assert [problem.what for problem in problems] == ["from elsewhere"] * 2
-    with pytest.raises(CorruptRunError, match=rf"{name.format(2)}.*another place or another study, and moved here"):
+    with pytest.raises(CorruptRunError, match=rf"{name.format(2)}.*another path or another study, and moved here"):
         reopened(fresh).outputs(ROWS, EXAMPLES) if "outputs" in name else reopened(fresh).masks(0, 120)
     check_mended(fresh, run, problems)
 

@@ -347,7 +347,7 @@ def test_damaged_description_is_corrupt(fresh, entry):
     description = json.loads((fresh.path / "zarr.json").read_text())
     description["attributes"]["coar"]["gradients"] = entry
     (fresh.path / "zarr.json").write_text(json.dumps(description))
-    with pytest.raises(CorruptRunError, match=r"mask gradients of .* are described wrongly .* from a copy"):
+    with pytest.raises(CorruptRunError, match=r"description of the mask gradients of .* is wrong .* from a copy"):
         MaskGradients(coar.Run.open(fresh.path))
 
 

@@ -162,7 +162,7 @@ def test_a_spoiled_chunk_is_named_and_not_copied(old, tmp_path, chunk, spoil):
     spoil(fresh / chunk)
     with pytest.raises(CorruptRunError, match=f"chunk {chunk} of the run is damaged or was moved there"):
         copy(fresh, tmp_path / "copy.zarr")
-    with pytest.raises(RunError, match="cut short in its creation"):
+    with pytest.raises(RunError, match=r"creation of the run .* was interrupted"):
         coar.Run.open(tmp_path / "copy.zarr")
 
 

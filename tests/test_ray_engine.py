@@ -194,7 +194,7 @@ def test_what_workers_cannot_do_is_told(session, tmp_path, build, kind, message)
 @pytest.mark.slow
 def test_no_room_for_any_worker(session, tmp_path, monkeypatch):
     monkeypatch.setattr("coar.collection.ray_engine.STARTING", 2.0)
-    with pytest.raises(EngineError, match="no worker was ready after 2 s: each asks for 64 processors and 0 GPUs"):
+    with pytest.raises(EngineError, match="no worker was ready after 2 s: each requests 64 processors and 0 GPUs"):
         on_cluster(tmp_path / "r.zarr", cpus_per_worker=64)
 
 
@@ -268,7 +268,7 @@ def test_without_ray(tmp_path, monkeypatch):
 
 
 def test_a_share_and_a_cluster_are_too_much(tmp_path):
-    with pytest.raises(SettingsError, match="shares the units out itself"):
+    with pytest.raises(SettingsError, match="a cluster distributes the units itself"):
         helpers.collect(
             helpers.study(), tmp_path / "r", **ASKED, worker=(1, 2), cluster=RayCluster(study=helpers.study)
         )

@@ -331,7 +331,7 @@ def test_description_that_does_not_fit_the_rest(fresh, name, what, value):
 
 def test_array_that_is_no_part_of_a_run(fresh):
     arrays.write_all(fresh.group, "weights", np.zeros(3), "mask")
-    with pytest.raises(CorruptRunError, match=r"'weights' .* is no array of a run; take it away"):
+    with pytest.raises(CorruptRunError, match=r"'weights' .* is no array of a run; remove it"):
         verify(coar.Run.open(fresh.path))
 
 
@@ -352,7 +352,7 @@ def test_creation_cut_short_begins_again(run, fresh):
     edited(fresh, lambda manifest: [manifest.pop(key) for key in ("plan", "facts", "fingerprint")])
     edited(fresh, lambda manifest: manifest.update(state="creating"))
     (fresh.path / "outputs" / "zarr.json").unlink()
-    with pytest.raises(RunError, match="cut short in its creation; run 'coar collect' again"):
+    with pytest.raises(RunError, match="was interrupted; run 'coar collect' again"):
         coar.Run.open(fresh.path)
     helpers.collect(helpers.study(), fresh.path, masks=100, test_masks=20)
     assert helpers.differing(helpers.files(fresh.path), helpers.files(run.path)) == []

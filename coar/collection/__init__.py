@@ -1,1 +1,1 @@
-"""Recording outputs under masks: preparation, units of work, engines, cost and stopping."""
+"""Recording outputs and gradients: preparation, units, engines, cost, stopping."""

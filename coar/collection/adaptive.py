@@ -1,4 +1,4 @@
-"""Before and while money is spent: what a run will cost, what more passes would buy, and when to stop."""
+"""Collection in rounds until a correlation is reached or more passes promise little."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ from coar.study import Study
 
 log = logging.getLogger(__name__)
 
-GROWTH = 1.5  # of the passes from one round to the next
-FLAT = 0.005  # least rise in correlation that half as many passes again must promise
+GROWTH = 1.5  # of the passes, from one round to the next
+FLAT = 0.005  # least predicted rise in correlation for 50 % more passes
 STEPS = 20
 
 
@@ -49,20 +49,20 @@ def collect_until(
 ) -> tuple[Run, str]:
     """Collect until validation masks are predicted well enough, or until more passes promise little.
 
-    Each round spends half as many passes again as before, on mask gradients or on masks, whichever promises more per
-    pass. It ends when the correlation is reached, when the best promise is under 0.005, or when the linear model's
-    estimated ceiling lies below the correlation by more than two standard errors.
+    Each round increases the passes by half, on mask gradients or on masks, whichever promises more per pass. Collecting
+    ends when the correlation is reached, when the best predicted rise is under 0.005, or when the linear model's
+    estimated ceiling is below the correlation by more than two standard errors.
 
     Args:
-        study: What is examined.
-        path: The run, new or old.
-        correlation: Mean correlation on validation masks to reach; None to go on until it is flat.
-        validation_masks: Masks to judge by.
+        study: The study.
+        path: The run, new or existing.
+        correlation: Target mean correlation on validation masks; None to continue until it is flat.
+        validation_masks: Number of validation masks.
         report: Called after each round.
         options: Test masks, device, precision, execution, worker, cluster and progress, as for `coar.collect`.
 
     Returns:
-        The run, and in words why collecting ended.
+        The run, and the reason why collecting ended.
 
     Raises:
         SettingsError: When the correlation is outside (0, 1), or there are fewer than 16 validation masks.
@@ -70,7 +70,9 @@ def collect_until(
     if correlation is not None and not 0 < correlation < 1:
         raise SettingsError(f"a correlation of {correlation} was asked for; give a number between 0 and 1")
     if validation_masks < 16:
-        raise SettingsError(f"{validation_masks} validation masks judge nothing; give 16 or more, 64 is usual")
+        raise SettingsError(
+            f"{validation_masks} validation masks are too few to judge by; give 16 or more, 64 is usual"
+        )
     gradients, ratio = has_gradients(study, device=options.get("device", "auto")), 1.0
     mask_gradients, masks = (FIRST_GRADIENTS, 0) if gradients else (0, FIRST_MASKS)
     before: RunQuality | None = None
@@ -104,7 +106,7 @@ def collect_until(
                 if correlation
                 else f"flat at {now.correlation:.3f}"
             )
-            return run, f"{short}: half as many passes again promise {promise:+.4f}; {now.ceiling()}"
+            return run, f"{short}: 50 % more passes promise {promise:+.4f}; {now.ceiling()}"
         mask_gradients, masks, before = mask_gradients + more[0], masks + more[1], now
     return run, f"stopped at {now.correlation:.3f} after {STEPS} rounds"
 

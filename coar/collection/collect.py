@@ -1,4 +1,4 @@
-"""The call that collects a run: checks what is asked for, prepares the run, and has its units done."""
+"""Collection of a run: it checks the settings, prepares the run, and does its units."""
 
 import math
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ from coar.store.plan import Unit, check_worker
 from coar.store.run import Run
 from coar.study import Study
 
-MASK_BLOCK = 64  # masks per unit: seconds of work, so that an interruption costs little
+MASK_BLOCK = 64  # masks per unit: a unit is seconds of work, so an interruption costs little
 EXAMPLE_BLOCK = 512  # examples per unit at most
-MOST_UNITS = 2**17  # beyond which blocks grow: each unit is an object to list and a task to hand out
-LARGEST = 4096  # masks per unit, and examples, however many there are
+MOST_UNITS = 2**17  # blocks grow beyond this: each unit is an object to list and a task to assign
+LARGEST = 4096  # masks per unit at most, and examples
 
 
 @new_arguments_only
@@ -51,46 +51,46 @@ def collect(
     """Record outputs under random masks, and mask gradients; resume or extend the run when it exists.
 
     Args:
-        study: What is examined.
+        study: The study.
         path: The run: a path that does not exist yet, or a run of the same study; or its address in an object store,
             as in `s3://bucket/digits.zarr`.
-        masks: Number of training masks, those that the run already has included.
+        masks: Number of training masks, including those that the run already has.
         gradients: Number of mask gradients, for informed attributions: forward and backward passes that give the
             output's gradient by every gate, each example under masks of its own.
         test_masks: Held-out masks at the sampler's fraction, for `coar.evaluate`.
-        validation_masks: Masks kept apart for choices made along the way.
+        validation_masks: Masks for choices such as when to stop.
         test_fractions: Further ablated fractions, at each of which `test_masks` held-out masks are drawn.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `float32`, `bf16` (automatic mixed precision), or `auto`, which takes bfloat16 when it is faster and
             within the tolerance on the first unit.
         execution: Batches, memory and units of work.
-        worker: k and n: do the k-th of n equal shares of the units, while other processes do the others. Each is given
-            the same settings; whoever comes first creates or extends the run.
+        worker: k and n: do the k-th of n equal shares of the units, while other processes do the others. Give all of
+            them the same settings; the first one creates or extends the run.
         cluster: Do the units on a Ray cluster instead of in this process.
         progress: Show a progress bar.
 
     Returns:
-        The run: complete, unless this was one worker of several.
+        The run; complete, unless this process is one worker of several.
 
     Raises:
         SettingsError: When a setting is out of range, or one example does not fit into the memory limit.
         MismatchError: When the run was made for another study.
-        AblationError: When mask gradients are asked of components or of an output that have no gradient, and nothing is
-            made then; or when two ways of ablating disagree.
-        OutputError: When an output is not finite; it names the mask and the example, and the unit is not stored.
-        StorageError: When the disk or the object store refuses; what was stored before stays.
+        AblationError: When mask gradients are requested and the components or the output have no gradient (nothing is
+            stored then); or when two ways of ablating disagree.
+        OutputError: When an output is not finite; the message names mask and example, and the unit is not stored.
+        StorageError: When the disk or the object store fails; what was stored before stays.
         RunError: When another process is writing to the run.
-        EngineError: When the cluster cannot be reached, or its workers cannot do the work.
+        EngineError: When the cluster cannot be reached, or its workers fail.
         KeyboardInterrupt: After Ctrl-C, once the current unit is stored.
     """
     _check_settings(masks or gradients or test_masks or validation_masks, precision)
     if cluster is not None and worker != (1, 1):
-        raise SettingsError("a worker of a job array and a cluster were given; a cluster shares the units out itself")
+        raise SettingsError("a worker of a job array and a cluster were given; a cluster distributes the units itself")
     if cluster is not None:
-        cluster.builder()  # raises before anything is made
+        cluster.builder()  # raises before the run is created
     place, among = locate(path), check_worker(worker)
     wanted = _wanted(study.sampler.ablated_fraction, masks, test_masks, validation_masks, test_fractions)
-    total = sum(count for count in wanted.values() if isinstance(count, int))  # `Plan` refuses what is no number
+    total = sum(count for count in wanted.values() if isinstance(count, int))  # `Plan` refuses other values
     order = RunRequest(
         wanted=wanted,
         gradients=check_count(gradients),
@@ -117,7 +117,7 @@ def collect(
 
 
 def _hold(place: Path | Address, worker: tuple[int, int], order: RunRequest) -> AbstractContextManager[Lock]:
-    """Hold the run alone, or beside the other workers once it is as ordered."""
+    """Take an exclusive lock, or for one of several workers a shared lock once the request is met."""
     return write_lock(place) if worker == (1, 1) else worker_lock(place, prepared=lambda: order.is_met(place))
 
 
@@ -134,7 +134,7 @@ def _collect_here(
 
 
 def _work_off(runner: UnitRunner, stage: Stage, run: Run, *, progress: bool, more: bool = False) -> None:
-    """Do a stage's missing units; `more` says whether other work follows, so that an interruption leaves some."""
+    """Do a stage's missing units; `more` is whether other work follows, which an interruption leaves undone."""
     if not stage.share:
         return
     with interrupts() as stopped, UnitProgress(stage, shown=progress) as tally:
@@ -146,7 +146,7 @@ def _work_off(runner: UnitRunner, stage: Stage, run: Run, *, progress: bool, mor
 
 
 def blocks_of(masks: int, examples: int, mask_block: int | None, example_block: int | None) -> tuple[int, int]:
-    """Return masks and examples per unit: as given, else as usual, else so many that units do not get too many."""
+    """Return masks and examples per unit: given values, or defaults that grow until there are at most `MOST_UNITS`."""
     width, height = EXAMPLE_BLOCK, MASK_BLOCK
     while math.ceil(masks / height) * math.ceil(examples / width) > MOST_UNITS and (height, width) != (LARGEST,) * 2:
         if height <= width and height < LARGEST:
@@ -159,7 +159,7 @@ def blocks_of(masks: int, examples: int, mask_block: int | None, example_block: 
 def _wanted(
     fraction: float, masks: int, test_masks: int, validation_masks: int, test_fractions: Sequence[float]
 ) -> dict[tuple[Split, float], int]:
-    """Return how many masks a run shall have by split and ablated fraction, in the order in which they are done."""
+    """Return the number of masks by split and ablated fraction, in the order of collection."""
     wanted: dict[tuple[Split, float], int] = {("test", at): test_masks for at in sorted({fraction, *test_fractions})}
     return wanted | {("validation", fraction): validation_masks, ("train", fraction): masks}
 

@@ -1,4 +1,4 @@
-"""What a run will cost, from timing a few passes and a small pilot run."""
+"""The estimated cost of a run, from a few timed passes and a small pilot run."""
 
 import dataclasses
 import logging
@@ -33,16 +33,16 @@ TIMED_MASKS, TIMED_GRADIENTS, REPETITIONS = 8, 4, 3
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a run would cost.
+    """The estimated cost of a run.
 
     Attributes:
         seconds_per_mask, seconds_per_gradient: For all examples, on one worker; the second is NaN without gradients.
         passes: Forward passes over all examples, a mask gradient counted by its measured time.
         hours: On all workers.
         disk_bytes: Size of the run with one fit.
-        fit_bytes: Memory that fitting takes.
-        pilot: What a small run of some examples reached, None when none was made.
-        passes_per_hundredth: Passes that raise the correlation by another 0.01 after the pilot; infinite where the
+        fit_bytes: Memory of a fit.
+        pilot: Quality of a small run of some examples; None when none was made.
+        passes_per_hundredth: Passes that raise the correlation by another 0.01 after the pilot; infinite when the
             linear model's ceiling is nearer.
     """
 
@@ -57,7 +57,7 @@ class Estimate:
 
 
 def has_gradients(study: Study, *, device: str = "auto") -> bool:
-    """Return whether mask gradients exist: parameter slices have no gate to take them by, some outputs detach."""
+    """Return whether mask gradients exist: parameter slices have no gate to differentiate by, some outputs detach."""
     try:
         check_gradients(study, device_copy(study.model, choose_device(device)))
     except AblationError as error:
@@ -68,7 +68,7 @@ def has_gradients(study: Study, *, device: str = "auto") -> bool:
 
 @memory_kept()
 def measure(study: Study, run: Run, *, device: str = "auto", batch_size: int | None = None) -> tuple[float, float]:
-    """Return the seconds of one mask and one mask gradient over all examples; the latter NaN where there is none."""
+    """Return the seconds of one mask and one mask gradient over all examples; the latter is NaN without gradients."""
     worker = fast_runner(study, run, device_copy(study.model, choose_device(device)), batch_size=batch_size)
     examples = min(run.blocks[1], len(study.examples))
     block = worker.load(study.examples, 0, examples)
@@ -95,21 +95,21 @@ def estimate(
     precision: str = "float32",
     execution: Execution = DEFAULTS,
 ) -> Estimate:
-    """Say what a run will cost, from timing a few passes and a pilot on some of the examples.
+    """Estimate the cost of a run from a few timed passes and a pilot run on some of the examples.
 
     Args:
-        study: What will be examined.
+        study: The study.
         masks: Training masks.
         gradients: Mask gradients.
         test_masks: Held-out masks.
-        workers: How many machines like this one share the work.
+        workers: Number of machines like this one that share the work.
         device: Where to compute.
         precision: `float32`, `bf16` or `auto`.
         execution: Batches and memory.
 
     Raises:
         SettingsError: When a number is out of range.
-        AblationError: When mask gradients are asked of components or of an output that have no gradient.
+        AblationError: When mask gradients are requested and the components or the output have no gradient.
     """
     counts = (masks, gradients, test_masks, workers)
     whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
@@ -160,7 +160,7 @@ def estimate(
 
 
 def _passes_for(rise: float, now: RunQuality, components: int, ratio: float) -> float:
-    """Return the fewest passes that promise a rise, doubling until they do; infinite beyond what is reachable."""
+    """Return the number of passes that promise a rise, in steps of 10 %; infinite when it is out of reach."""
     passes = 1.0
     while passes < 1e7:
         by_gradients = now.rise(int(passes / ratio), 0, components) if now.gradients else 0.0
@@ -171,7 +171,7 @@ def _passes_for(rise: float, now: RunQuality, components: int, ratio: float) -> 
 
 
 def _timed(work: Callable[[], object]) -> float:
-    """Return the seconds of the fastest of a few calls, after one that also pays for kernels to be chosen."""
+    """Return the seconds of the fastest of a few calls, after a warm-up call."""
     work()
     seconds = []
     for _ in range(REPETITIONS):

@@ -1,4 +1,4 @@
-"""Settings of how the passes of a run are done, which change its numbers by rounding at most."""
+"""Settings of a run's passes, which change its numbers by rounding at most."""
 
 from typing import Self
 
@@ -9,15 +9,15 @@ from coar.settings import Settings
 
 
 class Execution(Settings):
-    """How passes are done: batches, memory and units of work.
+    """Batches, memory and units of work.
 
     Attributes:
-        batch_size: Most examples per forward pass; by default at most 128 on a CPU, 512 on CUDA, 256 on MPS, and what
-            is measured to be fastest, which may be several masks per forward pass.
-        memory_limit: Bytes, or text such as `4GiB`, that activations may take, measured on some examples; by default
-            80 % of what is free on a CUDA device, and no limit elsewhere. Give this or a batch size.
-        compile: Compile the model if that is faster on the first unit; a warning says why where it fails.
-        precision_tolerance: Largest root mean square difference that bfloat16 may make, in units of the outputs'
+        batch_size: Most examples per forward pass; by default at most 128 on a CPU, 512 on CUDA, 256 on MPS, and the
+            fastest measured plan, which may put several masks into a forward pass.
+        memory_limit: Most memory for activations, as bytes or text such as `4GiB`, measured on some examples; by
+            default 80 % of the free memory of a CUDA device, and no limit elsewhere. Give this or a batch size.
+        compile: Compile the model if that is faster on the first unit; if it fails, a warning gives the reason.
+        precision_tolerance: Largest accepted root mean square difference of bfloat16, in units of the outputs'
             standard deviation over masks.
         mask_block: Masks per unit of work, fixed when the run is created; by default 64, and more in a run that would
             have more than 131,072 units.

@@ -1,4 +1,4 @@
-"""Units whose numbers are not finite are refused, and the example is named."""
+"""Refusal of units with values that are not finite; the error names the example."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ def check_gradients_finite(
 ) -> None:
     """Raise `OutputError`, naming round and example, when an output or a mask gradient is not finite."""
     bad = ~np.isfinite(outputs).all(0) | np.isinf(kept).any(1) | np.isinf(ablated).any(1)
-    bad |= (np.isnan(kept) & np.isnan(ablated)).any(1)  # one end without mask gradients is NaN, never both
+    bad |= (np.isnan(kept) & np.isnan(ablated)).any(1)  # a mean over no mask gradients is NaN, but never both means
     if bad.any():
         example = examples.start + int(bad.argmax())
         raise OutputError(
@@ -30,8 +30,8 @@ def check_finite(study: Study, run: Run, unit: Unit, outputs: np.ndarray, base: 
     if base is not None and not np.isfinite(base).all():
         example = examples.start + int((~np.isfinite(base)).argmax())
         raise OutputError(
-            f"the unablated model gives {base[example - examples.start]} for example {_identity(study, example)}; mend "
-            f"that input or leave it out"
+            f"the unablated model gives {base[example - examples.start]} for example {_identity(study, example)}; "
+            f"correct that input or leave it out"
         )
     bad = np.argwhere(~np.isfinite(outputs))
     if len(bad):

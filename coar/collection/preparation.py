@@ -1,4 +1,4 @@
-"""From a study and a path to a run that is ready to be worked on, and a copy of the model that works on it."""
+"""Creation or extension of a run for a study, and the runners that do its units."""
 
 import dataclasses
 import logging
@@ -36,20 +36,20 @@ from coar.study import Study
 
 log = logging.getLogger(__name__)
 CHECK_MASKS = 16  # masks on which precisions are compared
-CHECK_EXAMPLES = 32  # examples on which batch norms are told to follow a site
-CHECK_ROWS = 8  # examples on which a mask per row is compared with one mask for all
+CHECK_EXAMPLES = 32  # examples on which the batch norm after a site is determined
+CHECK_ROWS = 8  # examples on which a mask per example is compared with one mask for all
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a run has when work on it is done.
+    """The contents of a complete run.
 
     Attributes:
         wanted: Masks by split and ablated fraction.
         gradients: Mask gradients.
         blocks: Masks and examples per unit, for a run that is created.
         precision: `float32`, `bf16` or `auto`.
-        tolerance: Largest difference that bfloat16 may make.
+        tolerance: Largest accepted difference of bfloat16.
     """
 
     wanted: dict[tuple[Split, float], int]
@@ -59,11 +59,11 @@ class RunRequest:
     tolerance: float
 
     def is_met(self, place: Path | Address) -> bool:
-        """Say whether there is a run that has all rows and rounds, so that nothing but units is missing."""
+        """Return whether there is a run with all rows and rounds, so that only units can be missing."""
         return state_of(place) == "ready" and self.is_met_by(Run.open(place))
 
     def is_met_by(self, run: Run) -> bool:
-        """Say whether a run has all rows and rounds."""
+        """Return whether a run has all rows and rounds."""
         return (
             run.plan.extended(self.wanted) == run.plan
             and run.rows_intact()
@@ -73,10 +73,10 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How examples are cut into batches.
+    """The batches of examples.
 
     Attributes:
-        masks: Most rows per forward pass of masks; None leaves it to the device.
+        masks: Most rows per forward pass of masks; None for the default of the device.
         gradients: The same for mask gradients.
         tune: Whether the execution plan is measured on the first unit.
         compiled: Whether the model is compiled if that is faster.
@@ -89,7 +89,7 @@ class BatchSettings:
 
     @classmethod
     def choose(cls, study: Study, model: nn.Module, execution: Execution, *, gradients: bool) -> "BatchSettings":
-        """Take the batch size that was given, or measure what fits into memory."""
+        """Take the given batch size, or measure the largest that fits into memory."""
         size = execution.batch_size
         if size is not None:
             return cls(size, size, tune=False, compiled=execution.compile)
@@ -98,7 +98,7 @@ class BatchSettings:
 
 
 def prepare(study: Study, place: Path | Address, model: nn.Module, order: RunRequest, batches: BatchSettings) -> Run:
-    """Create or extend a run so that nothing but units is missing; the caller holds it alone."""
+    """Create or extend a run so that only units are missing; the caller holds an exclusive lock."""
     fingerprint = study.fingerprint()
     if order.gradients:
         check_gradients(study, model, batch_size=batches.gradients)
@@ -106,7 +106,7 @@ def prepare(study: Study, place: Path | Address, model: nn.Module, order: RunReq
         run = _create(study, place, model, fingerprint, order, batches.masks)
     else:
         run = Run.open(place)
-        end(place)  # of a creation that was cut short at its very end
+        end(place)  # of a creation that was interrupted just before its end
     check_same(run, fingerprint, order.precision)
     if isinstance(place, Path):
         with storage_errors(place):
@@ -116,7 +116,7 @@ def prepare(study: Study, place: Path | Address, model: nn.Module, order: RunReq
 
 
 def _extended(place: Path | Address, order: RunRequest) -> Run:
-    """Open a run and give it what is asked for, beyond what others may just have given it."""
+    """Open a run and extend it to the request, from its state after other processes' extensions."""
     with extension_lock(place):
         run = Run.open(place)
         plan = run.plan.extended(order.wanted)
@@ -127,7 +127,7 @@ def _extended(place: Path | Address, order: RunRequest) -> Run:
 
 
 def unit_runner(study: Study, run: Run, model: nn.Module, batches: BatchSettings) -> UnitRunner:
-    """Return what does units of a run on a copy of the model made by `device_copy`."""
+    """Return the runner of a run's units, on a copy of the model made by `device_copy`."""
     return UnitRunner(
         study,
         run,
@@ -137,7 +137,7 @@ def unit_runner(study: Study, run: Run, model: nn.Module, batches: BatchSettings
 
 
 def fast_runner(study: Study, run: Run, model: nn.Module, *, batch_size: int | None = None) -> FastRunner:
-    """Return a worker that computes as the run does, on a copy of the model made by `device_copy`."""
+    """Return a fast runner with the run's precision and constants, on a copy of the model made by `device_copy`."""
     return FastRunner(
         model,
         run.components,
@@ -150,7 +150,7 @@ def fast_runner(study: Study, run: Run, model: nn.Module, *, batch_size: int | N
 
 
 def check_gradients(study: Study, model: nn.Module, *, batch_size: int | None = None) -> None:
-    """Take mask gradients of a few examples; raise `AblationError` when there is none, or it is of another mask."""
+    """Take mask gradients of a few examples; raise `AblationError` without gradients, or when they mix masks."""
     nothing = torch.zeros(study.components.width)
     reference = ReferenceRunner(model, study.components, nothing, study.output, batch_size=batch_size)
     block = reference.load(study.examples, 0, CHECK_ROWS)
@@ -159,7 +159,7 @@ def check_gradients(study: Study, model: nn.Module, *, batch_size: int | None = 
 
 
 def tuned(study: Study, run: Run, runner: FastRunner, missing: Sequence[Unit], batches: BatchSettings) -> FastRunner:
-    """Return the runner with the fastest plan for the first missing unit, compared with a reference runner there."""
+    """Return a runner with the fastest plan for the first missing unit, compared there with a reference runner."""
     if not missing or not (batches.tune or batches.compiled):
         return runner
     spans = [run.rows_of(unit) for unit in missing]
@@ -189,7 +189,7 @@ def _create(
     order: RunRequest,
     batch_size: int | None,
 ) -> Run:
-    """Measure what a run keeps for good (constants, precision, batch norms), then create it."""
+    """Measure a run's fixed properties (constants, precision, batch norms), then create it."""
     warn_of_overlap(study)
     plan, blocks = Plan().extended(order.wanted), order.blocks
     runner = ModelRunner(model, study.output, batch_size=batch_size)
@@ -206,7 +206,7 @@ def _create(
     plan32 = ExecutionPlan(batch_size=batch_size)
     fast = FastRunner(*parts, plan32, **shared)
     masks = plan.masks(study.sampler, len(study.components), 0, min(CHECK_MASKS, blocks[0]))
-    if not len(masks):  # nothing but mask gradients is asked for
+    if not len(masks):  # the request has mask gradients only
         masks = study.sampler.masks("gradient", range(CHECK_MASKS), len(study.components))
     called = called_sites(model, study.components, run=outputs)
     facts: dict[str, Any] = {
@@ -233,7 +233,7 @@ def _create(
 
 
 def _with_sources(study: Study, rows: range) -> list[int]:
-    """Return some examples' positions, then those of the examples whose activations they take."""
+    """Return some examples' positions, then the positions of their resample sources."""
     sources = study.ablation.sources(study.examples)
     return list(rows) if sources is None else list(dict.fromkeys([*rows, *sources[rows].tolist()]))
 
@@ -244,6 +244,6 @@ def check_same(run: Run, fingerprint: dict[str, Any], precision: str) -> None:
     kept = run.facts["precision"]["name"]
     if precision not in ("auto", kept):
         raise MismatchError(
-            f"the run at {run.path} was collected in {kept}, now {precision} is asked for; use {kept} or auto to go "
-            f"on, or collect into a new path"
+            f"the run at {run.path} was collected in {kept}, now {precision} is asked for; use {kept} or auto to "
+            f"continue, or collect into a new path"
         )

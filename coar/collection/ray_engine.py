@@ -1,4 +1,4 @@
-"""Units done by the actors of a Ray cluster: handed out as workers come free, again when one is lost."""
+"""Distribution of units to the actors of a Ray cluster, with replacement of lost actors."""
 
 import logging
 import os
@@ -27,18 +27,18 @@ from coar.study import Study
 
 log = logging.getLogger(__name__)
 STARTING = 300.0  # seconds for the first worker to be placed, and to build its study
-AHEAD = 2  # units that a worker has in hand: one to do, and one to go on with
+AHEAD = 2  # units assigned to a worker: the current one and the next one
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know of a run that is being collected.
+    """Settings of a worker.
 
     Attributes:
         study: Builds the study.
-        folder: The working directory of the driver, which pipelines may find their data from.
+        folder: The working directory of the driver, since pipelines may contain relative paths.
         threads: Threads of a worker.
-        run: Where the run is.
+        run: Path or address of the run.
         device: Where to compute.
         gradients: Whether mask gradients are collected.
         execution: Batches, memory and units of work.
@@ -54,14 +54,14 @@ class Job:
 
 
 class RayWorker:
-    """What runs in an actor; the model stays in it from unit to unit."""
+    """The class of the actors; an actor keeps the model between units."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._tuned = False
 
     def build(self) -> None:
-        """Build the study, and see that it is the one of the run."""
+        """Build the study, and check that the run was made for it."""
         job = self._job
         if Path(job.folder).is_dir():
             os.chdir(job.folder)
@@ -77,9 +77,9 @@ class RayWorker:
 
     @memory_kept()
     def do(self, unit: AnyUnit, missing: int) -> tuple[float, float]:
-        """Do one unit; the first unit of masks also measures the execution plan, for so many units.
+        """Do one unit; before its first unit of masks, tune the execution plan for `missing` units.
 
-        Return the seconds that it took, and those for which the worker had nothing to do before.
+        Return the seconds that it took, and the idle seconds of the worker before it.
         """
         began = time.monotonic()
         idle = began - self._free_since
@@ -92,13 +92,13 @@ class RayWorker:
 
 
 def collect_on_cluster(cluster: RayCluster, run: Run, *, device: str, execution: Execution, progress: bool) -> None:
-    """Have a prepared run's missing units done by the workers of a cluster.
+    """Do a prepared run's missing units on the workers of a cluster.
 
     Raises:
-        EngineError: When Ray is not installed, the cluster cannot be reached, no worker can be placed, or a unit's
-            workers are lost again and again.
-        CoarError: As a worker raised it.
-        KeyboardInterrupt: After Ctrl-C, once the units in hand are stored.
+        EngineError: When Ray is not installed, the cluster cannot be reached, no worker can be placed, or `TRIES`
+            workers are lost on a unit.
+        CoarError: An error of this package in a worker.
+        KeyboardInterrupt: After Ctrl-C, once the assigned units are stored.
     """
     stages = gradient_stage(run, (1, 1)), mask_stage(run, (1, 1))
     if not any(stage.missing for stage in stages):
@@ -126,8 +126,8 @@ def collect_on_cluster(cluster: RayCluster, run: Run, *, device: str, execution:
 class ActorPool:
     """The driver's side of the workers.
 
-    An actor is asked to build its study first, and gets units once it has. What an actor was doing when it was lost is
-    handed out again, and another actor takes its place where there is room, now or once a machine joins.
+    An actor builds its study first, then gets units. The units of a lost actor are assigned again, and a new actor
+    replaces it where the cluster has room, now or once a machine joins.
     """
 
     def __init__(self, ray: ModuleType, cluster: RayCluster, job: Job) -> None:
@@ -136,16 +136,16 @@ class ActorPool:
         self._job = job
         self._kind = ray.remote(RayWorker).options(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
         self._actors: set[Any] = set()
-        self._load: dict[Any, int] = {}  # units in hand, by worker that is ready
-        self._by_load: list[dict[Any, None]] = [{} for _ in range(AHEAD + 1)]  # these workers, longest so first
-        self._doing: dict[Any, tuple[Any, AnyUnit | None]] = {}  # by task: who does which unit, None while building
-        self._lost: Counter[AnyUnit | None] = Counter()  # workers, by what they were doing
+        self._load: dict[Any, int] = {}  # assigned units, by ready worker
+        self._by_load: list[dict[Any, None]] = [{} for _ in range(AHEAD + 1)]  # workers by load, in order of arrival
+        self._doing: dict[Any, tuple[Any, AnyUnit | None]] = {}  # by task: actor and unit, None while building
+        self._lost: Counter[AnyUnit | None] = Counter()  # numbers of lost workers, by unit
         self._began = time.monotonic()
         for _ in range(cluster.workers):
             self._engage()
 
     def work_off(self, stage: Stage, stopped: Callable[[], bool]) -> Iterator[AnyUnit]:
-        """Yield each missing unit once it is stored; after a stop, those in hand."""
+        """Yield each missing unit once it is stored; after a stop, the assigned ones."""
         queue = deque(stage.missing)
         in_hand = 0
         while (queue and not stopped()) or in_hand:
@@ -161,7 +161,7 @@ class ActorPool:
                     if finished is None:
                         self._has(actor, 0)
                     else:
-                        if actor in self._load:  # not lost since
+                        if actor in self._load:  # the actor has not been lost
                             self._has(actor, self._load[actor] - 1)
                         yield finished
                 elif finished is not None:
@@ -180,11 +180,11 @@ class ActorPool:
         self._doing[actor.build.remote()] = (actor, None)
 
     def _freest(self) -> Any:
-        """Return a worker with the fewest units in hand; None when all have enough."""
+        """Return a worker with the fewest assigned units; None when all have `AHEAD`."""
         return next((next(iter(workers)) for workers in self._by_load[:AHEAD] if workers), None)
 
     def _has(self, actor: Any, units: int | None) -> None:
-        """Note how many units a worker has in hand; None when it is lost."""
+        """Set the number of units assigned to a worker; None when it is lost."""
         before = self._load.pop(actor, None)
         if before is not None:
             del self._by_load[before][actor]
@@ -193,14 +193,14 @@ class ActorPool:
             self._by_load[units][actor] = None
 
     def _finished(self) -> list[Any]:
-        """Wait for a task, and return all that are done: a look at many costs little more than one at a few."""
+        """Wait for a task, and return all finished ones: a query of many costs little more than a query of one."""
         tasks = list(self._doing)
         self._ray.wait(tasks, num_returns=1, timeout=1.0)
         done: list[Any] = self._ray.wait(tasks, num_returns=len(tasks), timeout=0)[0]
         return done
 
     def _succeeded(self, task: Any, actor: Any, unit: AnyUnit | None) -> bool:
-        """Say whether a task is done; what a worker raises is raised here, and a lost worker is built anew."""
+        """Return whether a task succeeded; raise the worker's error, or replace a lost worker."""
         exceptions = self._ray.exceptions
         try:
             spent = self._ray.get(task)
@@ -208,15 +208,15 @@ class ActorPool:
             raise unwrap(error, unit) from None
         except exceptions.RayError as error:
             about = {"event": WORKER_LOST, "unit": list(unit) if unit else None}
-            log.warning("a worker was lost (%s); its work is handed out again", type(error).__name__, extra=about)
+            log.warning("a worker was lost (%s); its work is assigned again", type(error).__name__, extra=about)
             self._lost[unit] += 1
             if self._lost[unit] >= TRIES:
                 raise EngineError(
                     f"{TRIES} workers were lost {f'on {unit}' if unit else 'before they were ready'}: {_first(error)}; "
-                    f"look at the memory of their machines, and whether coar is installed there, then run the same "
-                    f"command again to go on"
+                    f"check the memory of their machines, and that coar is installed there, then run the same "
+                    f"command again to continue"
                 ) from error
-            if actor in self._actors:  # lost with one unit or several, it is replaced once
+            if actor in self._actors:  # it may be lost with several units, and is replaced once
                 self._actors.discard(actor)
                 self._has(actor, None)
                 self._engage()
@@ -229,7 +229,7 @@ class ActorPool:
 
     def _nobody(self) -> EngineError:
         return EngineError(
-            f"no worker was ready after {STARTING:.0f} s: each asks for {self._cluster.cpus_per_worker:g} processors "
-            f"and {self._cluster.gpus_per_worker:g} GPUs, and the cluster has {self._ray.cluster_resources()}; ask for "
+            f"no worker was ready after {STARTING:.0f} s: each requests {self._cluster.cpus_per_worker:g} processors "
+            f"and {self._cluster.gpus_per_worker:g} GPUs, and the cluster has {self._ray.cluster_resources()}; request "
             f"less, or add machines"
         )

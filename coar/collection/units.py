@@ -1,4 +1,4 @@
-"""One unit after another with one copy of the model, and how far a stage of them is."""
+"""Computation of units with one copy of the model, and progress over a stage of units."""
 
 import logging
 import signal
@@ -26,16 +26,16 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaini
 
 
 class UnitRunner:
-    """Does units of a run and stores them; the block of examples worked on last stays on the device.
+    """Does units of a run and stores them; the last block of examples stays on the device.
 
     Args:
-        study: What is examined.
-        run: The run that units are stored in.
+        study: The study.
+        run: The run.
         masks: Runner for units of masks.
         gradients: Runner for rounds of mask gradients, whose batches may be smaller.
 
     Attributes:
-        masks, gradients: The runners; one with smaller batches takes the place of one that ran out of memory.
+        masks, gradients: The runners; one with smaller batches replaces a runner that ran out of memory.
     """
 
     def __init__(self, study: Study, run: Run, *, masks: FastRunner, gradients: FastRunner) -> None:
@@ -48,7 +48,7 @@ class UnitRunner:
 
         Raises:
             OutputError: When an output or a gradient is not finite; nothing of the unit is stored then.
-            StorageError: When the disk or the object store refuses.
+            StorageError: When the disk or the object store fails.
         """
         if isinstance(unit, GradientUnit):
             self._do_gradients(unit)
@@ -82,7 +82,7 @@ class UnitRunner:
 
     def _load(self, runner: FastRunner, examples: slice) -> ExampleBlock:
         if self._block is None or self._block[:2] != (runner, examples):
-            self._block = None  # let go of the old block before the device holds the new one
+            self._block = None  # release the old block before the new one is loaded
             self._block = (runner, examples, runner.load(self._study.examples, examples.start, examples.stop))
         return self._block[2]
 
@@ -92,9 +92,9 @@ class Stage:
     """Units of one kind.
 
     Attributes:
-        noun: What a unit consists of, `mask` or `mask gradient`.
+        noun: The units' kind, `mask` or `gradient`.
         share: Each unit's size in passes over all examples.
-        missing: The units that are not stored yet, in the order in which to do them.
+        missing: The units that are not stored yet, in the order of work.
     """
 
     noun: str
@@ -122,7 +122,7 @@ def mask_stage(run: Run, worker: tuple[int, int]) -> Stage:
 
 
 class UnitProgress:
-    """A progress bar over a stage, and how many of its units are stored."""
+    """A progress bar over a stage, and the number of its stored units."""
 
     def __init__(self, stage: Stage, *, shown: bool) -> None:
         self._noun, self._share = stage.noun, stage.share
@@ -146,14 +146,14 @@ class UnitProgress:
 
     @property
     def left(self) -> int:
-        """How many units are not stored yet."""
+        """Number of units that are not stored yet."""
         return len(self._share) - self.done
 
     def interrupted(self, run: Run) -> KeyboardInterrupt:
-        """Return the exception that says how far the stage is."""
+        """Return an exception with the progress of the stage."""
         return KeyboardInterrupt(
             f"stopped after {self._noun} unit {self.done} of {len(self._share)}; everything so far is stored in "
-            f"{run.path}: run the same command again to go on"
+            f"{run.path}: run the same command again to continue"
         )
 
     def add(self, unit: AnyUnit) -> None:
@@ -161,12 +161,12 @@ class UnitProgress:
         self.done += 1
         about = {"unit": list(unit), "done": self.done, "units": len(self._share)}
         log.debug("stored unit of %ss", self._noun, extra=about)
-        self.bar.update(min(self._share[unit], self._total - self.bar.n))  # shares are fractions: the sum may round up
+        self.bar.update(min(self._share[unit], self._total - self.bar.n))  # the sum of fractions may round up
 
 
 @contextmanager
 def interrupts() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that a unit is finished; a second one interrupts at once."""
+    """Turn the first Ctrl-C into an event, so that the current unit is finished; a second one interrupts at once."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped

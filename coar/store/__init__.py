@@ -1,1 +1,1 @@
-"""A run on disk or in an object store: its layout, its units and its integrity."""
+"""A run on disk or in an object store: layout, plan, seals, locks, integrity."""

@@ -1,4 +1,4 @@
-"""Zarr arrays with what a run needs of them: checksums, whole chunks, errors that name the chunk."""
+"""Zarr arrays of a run: checksums, whole chunks, errors that name the chunk."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -47,13 +47,13 @@ UNREADABLE = (KeyError, ValueError, TypeError, AttributeError, IndexError, Overf
 
 
 def create_beside_others(group: zarr.Group, name: str, **layout: Any) -> None:
-    """Create an array as `create_array` does, unless another process has meanwhile, with the same description."""
+    """Create an array as `create_array` does, unless another process has created the same one meanwhile."""
     with suppress(ContainsArrayError):
         create_array(group, name, **layout)
 
 
 def there_is(group: zarr.Group, name: str) -> bool:
-    """Say whether a group has an array or a group of a name; raise `CorruptRunError` when its description is none."""
+    """Return whether a group contains a name; raise `CorruptRunError` when the description of that node is damaged."""
     try:
         return name in group
     except UNREADABLE as error:
@@ -80,12 +80,12 @@ def read(array: zarr.Array[Any], *slices: slice) -> np.ndarray:
         keys = ", ".join(chunk_path(array, key) for key in bad) or array.path
         raise CorruptRunError(
             f"chunk {keys} of {array.store} is damaged ({error}); 'coar verify --repair' deletes what collect or fit "
-            f"can make again, and names what only a copy can bring back"
+            f"can make again, and names what must be restored from a copy"
         ) from error
 
 
 def write(array: zarr.Array[Any], values: np.ndarray, *slices: slice) -> None:
-    """Write a region of whole chunks; raise `StorageError` when the disk refuses."""
+    """Write a region of whole chunks; raise `StorageError` when the storage fails."""
     array[slices] = values
 
 
@@ -105,14 +105,14 @@ def write_all(group: zarr.Group, name: str, values: np.ndarray, dimension: str) 
 
 
 def array_names(group: zarr.Group, within: str = "") -> list[str]:
-    """Return the paths of all arrays below a path in a group, by one listing; damaged descriptions count as arrays."""
+    """List the paths of all arrays below a path in a group in one request; damaged descriptions count as arrays."""
     listed = wait(_list(group.store, within))
     nodes = (name.removesuffix("/zarr.json") for name in listed if name.endswith("/zarr.json"))
     return sorted(name for name in nodes if not is_group(name))
 
 
 def stored_chunks(array: zarr.Array[Any]) -> set[Chunk]:
-    """Return the keys of the chunks that are in the store, by one listing."""
+    """List the keys of the stored chunks in one request."""
     prefix = f"{array.path}/c/"
     names = wait(_list(array.store, prefix))
     return {
@@ -123,7 +123,7 @@ def stored_chunks(array: zarr.Array[Any]) -> set[Chunk]:
 
 
 def all_chunks(array: zarr.Array[Any]) -> list[Chunk]:
-    """Return the keys of all chunks that the array's shape calls for."""
+    """Return the keys of all chunks of the array's shape."""
     return list(itertools.product(*(range(-(-n // c)) for n, c in zip(array.shape, array.chunks, strict=True))))
 
 
@@ -137,7 +137,7 @@ def chunks_of(array: zarr.Array[Any], slices: Iterable[slice]) -> list[Chunk]:
 
 
 def readable(array: zarr.Array[Any], key: Chunk) -> bool:
-    """Say whether one chunk decodes and passes its checksum; a missing chunk reads as fill values."""
+    """Return whether one chunk decodes and passes its checksum; a missing chunk reads as fill values."""
     try:
         array[tuple(slice(i * c, (i + 1) * c) for i, c in zip(key, array.chunks, strict=True))]
     except (ValueError, RuntimeError, TypeError, MemoryError):

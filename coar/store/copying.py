@@ -1,4 +1,4 @@
-"""Copies of runs, every chunk checked, and one run from several of the same study."""
+"""Checked copies of runs, and merges of several runs of one study."""
 
 import asyncio
 from collections.abc import Sequence
@@ -25,23 +25,23 @@ from coar.store.sealed import ROOT, wait
 from coar.store.state import begin, end, state_of
 from coar.store.storage_errors import insist, storage_errors
 
-AT_ONCE = 16  # objects that are copied side by side
+AT_ONCE = 16  # objects that are copied concurrently
 
 
 def copy(source: Run | str | Path | Address, path: str | Path | Address) -> Run:
-    """Copy a run, complete or not, to a path or address that holds nothing yet; then read every chunk of the copy.
+    """Copy a run, complete or not, to an empty path or address; then check every chunk of the copy.
 
-    A run of format 1 becomes one of the present format, with all that was collected and fitted; it stays as it is.
-    Sums that workers have stored for a fit that is not finished are left out.
+    A run of format 1 is converted to the present format, with its outputs and fits; the source does not change.
+    The conversion omits sums that workers have stored for an unfinished fit.
 
     Args:
-        source: The run, or where it is.
-        path: Where the copy goes.
+        source: The run, its path or its address.
+        path: Path or address of the copy.
 
     Raises:
-        RunError: When there is something else at the destination.
-        CorruptRunError: When a chunk is damaged, here or in the copy; it names the first.
-        StorageError: When a disk or an object store refuses; the same call begins again.
+        RunError: When the destination is not empty.
+        CorruptRunError: When a chunk of the source or of the copy is damaged; the message names the first.
+        StorageError: When a disk or an object store fails; the same call starts again.
     """
     origin, place = source.path if isinstance(source, Run) else locate(source), locate(path)
     study = study_to_migrate(origin)
@@ -61,15 +61,15 @@ def copy(source: Run | str | Path | Address, path: str | Path | Address) -> Run:
 
 
 def merge(sources: Sequence[str | Path | Address], *, into: str | Path | Address) -> Run:
-    """Make one run of several that were collected for one study, each with some of the masks, mask gradients or units.
+    """Merge runs of one study, each with some of the masks, mask gradients or units, into a new run.
 
-    The new run has every row that any of them has; what none has is left for a collect. Fits are not taken over.
+    The new run has the rows of all sources. Units that no source has are left for `collect`. Fits are not copied.
 
     Raises:
         SettingsError: When fewer than two runs are given.
-        MismatchError: When they are of different studies, precisions, constants, rounds of mask gradients or sizes of
-            units, or have different outputs where both have one.
-        RunError: When there is something at the destination.
+        MismatchError: When the runs differ in study, precision, constants, rounds of mask gradients or size of units,
+            or in outputs that two of them have.
+        RunError: When the destination is not empty.
         CorruptRunError: When a chunk of a source is damaged.
     """
     if len(sources) < 2:
@@ -112,13 +112,13 @@ def _check_alike(one: Run, other: Run) -> None:
     }
     if wrong := [what for what, differ in problems.items() if differ]:
         raise MismatchError(
-            f"{one.path} and {other.path} have different {', '.join(wrong)}; only runs that were created alike can be "
-            f"merged"
+            f"{one.path} and {other.path} have different {', '.join(wrong)}; only runs that were created with the same "
+            f"settings can be merged"
         )
 
 
 def _merge_unit(made: Run, runs: list[Run], unit: Unit) -> None:
-    """Write a unit that the runs together have whole, the first run's entries before the others'."""
+    """Write a unit that the runs together contain completely; entries of earlier runs take precedence."""
     rows, examples = made.rows_of(unit)
     shape = rows.stop - rows.start, examples.stop - examples.start
     values, base = np.full(shape, np.nan, np.float32), np.full(shape[1], np.nan, np.float32)
@@ -131,7 +131,7 @@ def _merge_unit(made: Run, runs: list[Run], unit: Unit) -> None:
 
 
 def _rows_from(run: Run, plan: Plan, rows: slice, examples: slice) -> np.ndarray:
-    """Return (rows, examples) outputs that a run has of rows of another plan; NaN where it has none."""
+    """Return (rows, examples) outputs of a run for rows of another plan; NaN where the run has none."""
     parts, outputs = [], run.array("outputs")
     for piece in plan.pieces(rows.start, rows.stop):
         part = np.full((piece.count, examples.stop - examples.start), np.nan, np.float32)
@@ -146,7 +146,7 @@ def _rows_from(run: Run, plan: Plan, rows: slice, examples: slice) -> np.ndarray
 
 def _fill(values: np.ndarray, more: np.ndarray, run: Run) -> None:
     """Fill gaps in place; raise `MismatchError` where both have an entry and they differ."""
-    from coar.equivalence import Kind, compare  # which imports torch
+    from coar.equivalence import Kind, compare  # imports torch
 
     both = np.isfinite(values) & np.isfinite(more)
     if both.any() and run.facts["precision"]["name"] == "float32":
@@ -179,16 +179,16 @@ def _merge_gradients(made: MaskGradients, sources: list[MaskGradients], rounds: 
 
 
 def _check_whole(run: Run) -> None:
-    """Raise `CorruptRunError` for the first chunk that is there and not as it should be."""
+    """Raise `CorruptRunError` for the first stored chunk that fails `verify`."""
     for problem in verify(run):
         if problem.what not in ("missing", "partly filled"):
             raise CorruptRunError(
-                f"chunk {problem.chunk} of {run.path} is {problem.what}; 'coar verify --repair' it, then copy again"
+                f"chunk {problem.chunk} of {run.path} is {problem.what}; run 'coar verify --repair', then copy again"
             )
 
 
 async def _copy_objects(source: Store, target: Store, study: dict[str, Any] | None) -> None:
-    """Copy all objects, the description of the run last: byte for byte, or migrated where their old study is given."""
+    """Copy all objects, the run's description last: unchanged, or migrated when the fingerprint `study` is given."""
     keys = [key async for key in source.list_prefix("") if not key.endswith(".partial")]
     room = asyncio.Semaphore(AT_ONCE)
 

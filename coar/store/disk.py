@@ -1,4 +1,4 @@
-"""Files of a run on a disk: whole or not there, and written to the disk itself before anything relies on them."""
+"""Atomic, synced files of a run on a disk."""
 
 import asyncio
 import errno
@@ -12,15 +12,15 @@ from uuid import uuid4
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-SWITCH = "COAR_FSYNC"  # 0: leave it to the system when files reach the disk
+SWITCH = "COAR_FSYNC"  # 0: do not sync files
 STRAY = re.compile(r"\.[0-9a-f]{32}\.partial$")
 
 
 class DurableStore(LocalStore):
     """Zarr's local store, with every file and the folder that names it synced to the disk.
 
-    Zarr's own store puts files in place by a rename, which the system may carry out before it has written the content;
-    after a loss of power a file can then be there and empty.
+    Zarr's own store renames files into place, and the system may rename before it has written the content; after a loss
+    of power such a file can be empty.
     """
 
     async def _set(self, key: str, value: Buffer, exclusive: bool = False) -> None:
@@ -35,16 +35,16 @@ class DurableStore(LocalStore):
         put(self.root / key, value.to_bytes())
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        """List all files below a folder of the store; several times as fast as Zarr's own, which asks after each."""
+        """List all files below a folder of the store; several times as fast as Zarr's method, which stats each file."""
         for file in await asyncio.to_thread(lambda: list(files_below(self.root / prefix))):
             yield f"{prefix.rstrip('/')}/{file}".lstrip("/")
 
 
 def put(path: Path, content: bytes, *, exclusive: bool = False) -> None:
-    """Write a file, whole or not at all, and return once the disk has it.
+    """Write a file atomically, and return once it is synced to the disk.
 
     Raises:
-        FileExistsError: When it is there already and `exclusive` is set.
+        FileExistsError: When the file exists and `exclusive` is set.
     """
     _make_folder(path.parent)
     partial = path.with_suffix(f".{uuid4().hex}.partial")
@@ -66,26 +66,26 @@ def put(path: Path, content: bytes, *, exclusive: bool = False) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Return once the disk has the names of the folder's files."""
+    """Sync the names of a folder's files to the disk."""
     if not synced():
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # which is how some mounted file systems say that they sync no folders
+        if error.errno != errno.EINVAL:  # some mounted file systems cannot sync folders
             raise
     finally:
         os.close(handle)
 
 
 def synced() -> bool:
-    """Say whether files are synced to the disk, as they are unless the environment says `COAR_FSYNC=0`."""
+    """Return whether files are synced to the disk: always, except with `COAR_FSYNC=0` in the environment."""
     return os.environ.get(SWITCH) != "0"
 
 
 def files_below(folder: str | Path) -> Iterator[str]:
-    """Yield the paths of all files below a folder, from there; none where there is no folder."""
+    """Yield the relative paths of all files below a folder; none when the folder does not exist."""
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
@@ -95,7 +95,7 @@ def files_below(folder: str | Path) -> Iterator[str]:
 
 
 def sweep(root: Path) -> list[Path]:
-    """Delete temporary files that a killed writer left in a run; only for the run's single writer to call."""
+    """Delete temporary files that a killed writer left in a run; the caller must be the run's only writer."""
     stray = [root / file for file in files_below(root) if STRAY.search(file)]
     for path in stray:
         path.unlink()
@@ -103,12 +103,12 @@ def sweep(root: Path) -> list[Path]:
 
 
 def is_stray(path: Path) -> bool:
-    """Say whether a path is a temporary file of a store, by its name."""
+    """Return whether a path is a temporary file of a store, by its name."""
     return STRAY.search(path.name) is not None and path.is_file()
 
 
 def _make_folder(folder: Path) -> None:
-    """Make a folder and those above it, each named in the one above once the disk has that."""
+    """Make a folder and its parents, and sync each entry to the disk."""
     if folder.is_dir():
         return
     _make_folder(folder.parent)

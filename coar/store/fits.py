@@ -40,10 +40,10 @@ def fit_names(run: Run) -> list[str]:
 
 
 def fit_facts(run: Run, name: str) -> dict[str, Any]:
-    """Return what is known of a fit: its state, method and masks; empty when there is no such fit.
+    """Return the facts of a fit, such as state, method and masks; empty when there is no such fit.
 
     Raises:
-        CorruptRunError: When the fit's description is none.
+        CorruptRunError: When the fit's description is damaged.
     """
     key = f"{GROUP}/{name}"
     with _readable(run, key):
@@ -53,7 +53,7 @@ def fit_facts(run: Run, name: str) -> dict[str, Any]:
 
 
 def _checked(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return facts; raise `TypeError` when those of a finished fit lack something, or are of other types."""
+    """Return facts; raise `TypeError` when facts of a finished fit are missing or have other types."""
     if facts.get("state") == "ready":
         wrong = [name for name, kind in NEEDED.items() if not isinstance(facts.get(name), kind)]
         wrong += [name for name, kind in ALLOWED.items() if name in facts and not isinstance(facts[name], kind)]
@@ -65,23 +65,23 @@ def _checked(facts: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _readable(run: Run, key: str) -> Iterator[None]:
-    """Turn what Zarr says of a damaged description into an error that says what to do."""
+    """Turn Zarr's errors about a damaged description into `CorruptRunError`."""
     try:
         yield
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise CorruptRunError(
-            f"a fit in {key} of {run.path} is described wrongly ({error!r}); delete its folder, and fit again"
+            f"the description of a fit in {key} of {run.path} is wrong ({error!r}); delete its folder, and fit again"
         ) from error
 
 
 def add_fit_facts(run: Run, name: str, **facts: Any) -> None:
-    """Keep more facts beside a finished fit."""
+    """Add facts to a finished fit."""
     group = cast(zarr.Group, run.group[f"{GROUP}/{name}"])
     group.attrs[ATTRIBUTE] = {**fit_facts(run, name), **facts}
 
 
 def fit_fields(run: Run, name: str) -> list[str]:
-    """Return which arrays a fit has, of those that a fit may have."""
+    """Return the names of the fit's arrays, among `FIELDS`."""
     return [field for field in FIELDS if arrays.there_is(run.group, f"{GROUP}/{name}/{field}")]
 
 
@@ -121,13 +121,13 @@ def chunk_rows(run: Run) -> int:
 
 
 def blocks_of(run: Run) -> list[slice]:
-    """Return the blocks of examples that fill a fit's chunks, which are solved together."""
+    """Return the blocks of examples that are solved together; each fills a chunk of a fit."""
     n, step = run.n_examples, chunk_rows(run)
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 def write_block(run: Run, name: str, examples: slice, **fields: np.ndarray) -> None:
-    """Write whole chunks of a fit that has been begun: (examples, components) or (examples,) values by field."""
+    """Write whole chunks of an unfinished fit: (examples, components) or (examples,) values by field."""
     for field, values in fields.items():
         array = run.array(f"{GROUP}/{name}/{field}")
         wide = (slice(None),) if values.ndim == 2 else ()
@@ -135,13 +135,13 @@ def write_block(run: Run, name: str, examples: slice, **fields: np.ndarray) -> N
 
 
 class FitWriter:
-    """Replaces a fit block by block; it counts as made once `finish` has been called.
+    """Writes a fit block by block, in place of an older one; the fit exists once `finish` has been called.
 
     Args:
         run: The run to write into.
         name: Name of the fit.
         fields: Which of `weight`, `standard_error`, `intercept`, `penalty` it has.
-        facts: Method, number of masks, and what else tells it from other fits.
+        facts: Method, number of masks, and other properties of the fit.
     """
 
     def __init__(self, run: Run, name: str, fields: tuple[str, ...], facts: dict[str, Any]) -> None:
@@ -167,5 +167,5 @@ class FitWriter:
         write_block(self._run, self._name, examples, **fields)
 
     def finish(self) -> None:
-        """Declare the fit made."""
+        """Mark the fit as finished."""
         self._group.attrs[ATTRIBUTE] = self._facts

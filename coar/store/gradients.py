@@ -1,4 +1,4 @@
-"""Mask gradients inside a run: gate gradients and outputs of examples that each have masks of their own, in rounds."""
+"""Mask gradients inside a run: outputs and their gradients by the gates, stored in rounds."""
 
 import logging
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from coar.store.plan import Unit
 from coar.store.run import Run
 
 log = logging.getLogger(__name__)
-MASK_GROUPS = 64  # different masks per mask gradient: example n takes that of group n modulo 64
+MASK_GROUPS = 64  # different masks per mask gradient: example n takes the mask of group n modulo 64
 CHUNK_BYTES = 64 * 2**20
 ENTRY = "gradients"
 MASKS = "stratified"  # how a round draws them
@@ -35,7 +35,7 @@ AnyUnit = Unit | GradientUnit
 class MaskGradients:
     """The mask gradients of a run.
 
-    A round is a few dozen mask gradients whose means are stored together and never written again, so that mask
+    A round is up to 32 mask gradients whose means are stored together and never written again, so mask
     gradients can be added at any time. Arrays: `gradient_kept` and `gradient_ablated` (round, example, component), mean
     gradients of the output by each gate over the mask gradients that kept and that ablated the component, NaN where
     there was none; `gradient_outputs` (round, mask gradient, example).
@@ -46,7 +46,7 @@ class MaskGradients:
 
     Args:
         run: The run.
-        kept_counts: What `kept` returns for the first rounds, where it is known.
+        kept_counts: What `kept` returns for the first rounds, when known.
     """
 
     def __init__(self, run: Run, *, kept_counts: Sequence[np.ndarray] = ()) -> None:
@@ -60,13 +60,13 @@ class MaskGradients:
                 raise ValueError(f"rounds of {self.rounds} mask gradients in {self.mask_groups} mask groups")
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptRunError(
-                f"the mask gradients of {run.path} are described wrongly ({error!r}); restore its zarr.json from a copy"
+                f"the description of the mask gradients of {run.path} is wrong ({error!r}); restore its zarr.json from "
+                f"a copy"
             ) from error
         if kept.get("masks") != MASKS:
             raise MismatchError(
-                f"the mask gradients of {run.path} have {kept.get('masks', 'independent')} masks, which this "
-                f"version does not "
-                f"make; it makes {MASKS} ones: collect them again, in a new run"
+                f"the mask gradients of {run.path} have {kept.get('masks', 'independent')} masks, and this version "
+                f"makes {MASKS} ones; collect them again, in a new run"
             )
 
     @property
@@ -75,11 +75,11 @@ class MaskGradients:
         return sum(self.rounds)
 
     def extend(self, total: int) -> None:
-        """Plan at least `total` mask gradients, in further rounds; arrays first, so that a cut leaves the old plan."""
+        """Plan at least `total` mask gradients; arrays grow before the plan, so an interruption leaves the old plan."""
         self.lay_out((*self.rounds, *next_rounds(self.count, check_count(total))))
 
     def lay_out(self, rounds: tuple[int, ...]) -> None:
-        """Give the run these rounds, of which it has the first already."""
+        """Set the run's rounds; they begin with the rounds that the run has."""
         if rounds == self.rounds:
             return
         sizes = self.run.sizes
@@ -112,7 +112,7 @@ class MaskGradients:
         return masks
 
     def kept(self, number: int) -> np.ndarray:
-        """Return (mask groups, components) float32 counts of a round's mask gradients that keep each component."""
+        """Return (mask groups, components) float32 numbers of a round's mask gradients that keep each component."""
         if number not in self._kept:
             self.masks(number)
         return self._kept[number]
@@ -123,7 +123,7 @@ class MaskGradients:
         return kept, self.rounds[number] - kept
 
     def chunks(self, name: str) -> set[arrays.Chunk]:
-        """Return the keys of the chunks that all rounds have of an array."""
+        """Return the keys of an array's chunks in all rounds."""
         return {_chunk(name, unit) for unit in self.units()}
 
     def examples_of(self, unit: GradientUnit) -> slice:
@@ -139,7 +139,7 @@ class MaskGradients:
         return [GradientUnit(i, j) for j in range(-(-self.run.n_examples // block)) for i in range(len(self.rounds))]
 
     def missing_units(self) -> list[GradientUnit]:
-        """Return the units that are not stored whole, in the order of `units`."""
+        """Return the units that are not stored completely, in the order of `units`."""
         if not self.rounds:
             return []
         stored = {name: arrays.stored_chunks(self._array(name)) for name in ARRAYS}
@@ -157,7 +157,7 @@ class MaskGradients:
     def whole_rounds(self, gradients: int | None) -> int:
         """Return how many rounds the first `gradients` mask gradients fill, by default all.
 
-        Where the number ends inside a round, the mask gradients of that round are left out, and a warning says so.
+        A round that `gradients` covers only in part is left out, with a warning.
 
         Raises:
             SettingsError: When the run has fewer mask gradients.
@@ -198,13 +198,13 @@ class MaskGradients:
     def means(self, rounds: Sequence[int], examples: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return (2, examples, components) mean gradients over some rounds, and the numbers of terms in each.
 
-        The first row is the kept end, the second the ablated one; a mean of no mask gradients is 0.
+        Row 0 is over mask gradients that keep the component, row 1 over those that ablate it; a mean of none is 0.
         """
         sums, counts = self.sums(rounds, examples)
         return sums / np.maximum(counts, 1), counts
 
     def sums(self, rounds: Sequence[int], examples: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sums whose quotients are the `means`, and the numbers of terms in each."""
+        """Return the sums that `means` divides by the numbers of terms, and these numbers."""
         sums, counts = np.zeros((2, 2, len(self.group_of(examples)), self.run.n_components), np.float32)
         for i in rounds:
             for end, count in enumerate(self.counts(i, examples)):
@@ -224,8 +224,8 @@ class MaskGradients:
 def next_rounds(count: int, total: int) -> tuple[int, ...]:
     """Return the sizes of the rounds that lead from `count` mask gradients to `total`.
 
-    Sizes are 2, 2, 2, 2, 4, 4, 8, 8, 16, 16 and then 32 each. So the first 8, 16, 32 or 64 mask gradients of any run
-    fill four equal folds of whole rounds, as the first 128, 256 and so on do, however many were collected after them.
+    Sizes are 2, 2, 2, 2, 4, 4, 8, 8, 16, 16 and then 32 each. So the first 8, 16, 32, 64, 128, 256 and so on of any
+    run's mask gradients fill four equal folds of whole rounds, whatever the number collected after them.
     """
     sizes = []
     while count < total:
@@ -243,12 +243,12 @@ def deal(sizes: Sequence[int], folds: int) -> list[list[int]]:
 
 
 def check_count(total: int) -> int:
-    """Return a number of mask gradients; raise `SettingsError` when it is no whole number, 0 or more."""
+    """Return a number of mask gradients; raise `SettingsError` unless it is a whole number, 0 or more."""
     if isinstance(total, bool) or not isinstance(total, int) or total < 0:
         raise SettingsError(f"{total!r} mask gradients were asked for; give a whole number, 0 or more")
     return total
 
 
 def _chunk(name: str, unit: GradientUnit) -> arrays.Chunk:
-    """Return the key of the chunk that a unit has of an array."""
+    """Return the key of a unit's chunk of an array."""
     return (unit.round, 0, unit.example_block) if name == OUTPUTS else (unit.round, unit.example_block, 0)

@@ -1,4 +1,4 @@
-"""Reading a whole run to see that every chunk is what it should be, and removing what is not."""
+"""Verification of every chunk of a run, and removal of damaged chunks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ class Problem:
         chunk: Path of the chunk inside the run.
         what: `missing`, `damaged`, `from elsewhere`, `partly filled`, `not from its seed`, `not finite` or
             `not as planned`.
-        mended_by: What makes the chunk again once it is deleted; empty when only a copy can bring it back.
+        mended_by: The command that makes a deleted chunk again; empty when it must be restored from a copy.
     """
 
     array: str
@@ -39,10 +39,10 @@ class Problem:
 
 
 def verify(run: Run) -> list[Problem]:
-    """Read every chunk of every array; return what is missing, damaged, or not what seed and plan say.
+    """Read every chunk of every array; return chunks that are missing, damaged, or contradict the seed or the plan.
 
     Raises:
-        CorruptRunError: When the description of an array is damaged, so that its chunks cannot be read at all.
+        CorruptRunError: When the description of an array is damaged, so its chunks cannot be read.
     """
     problems: list[Problem] = []
     mask_gradients = MaskGradients(run)
@@ -67,7 +67,7 @@ def verify(run: Run) -> list[Problem]:
 
 
 def _collected(run: Run, mask_gradients: MaskGradients, name: str) -> set[arrays.Chunk]:
-    """Return the chunks that a complete run has of an array; of what goes with outputs, as far as those are there."""
+    """Return an array's chunks in a complete run; for arrays stored with outputs, those whose outputs are stored."""
     if name in probing.GRADIENTS:
         done = arrays.stored_chunks(run.array(probing.OUTPUTS)) & mask_gradients.chunks(probing.OUTPUTS)
         return {(number, block, 0) for number, _, block in done}
@@ -83,12 +83,12 @@ def _collected(run: Run, mask_gradients: MaskGradients, name: str) -> set[arrays
 
 
 def repair(run: Run, problems: list[Problem]) -> list[Problem]:
-    """Delete every damaged chunk that can be made again, and fits that hold one; return what cannot be mended.
+    """Delete damaged chunks that can be made again, and fits with damaged chunks; return the problems that need a copy.
 
     The next collect makes deleted units again, and the next fit deleted fits.
     """
     with run.lock():
-        now = Run.open(run.path)  # it may have grown since it was opened
+        now = Run.open(run.path)  # another process may have extended it since
         if isinstance(run.path, Path):
             with storage_errors(run.path):
                 sweep(run.path)
@@ -107,7 +107,7 @@ def repair(run: Run, problems: list[Problem]) -> list[Problem]:
 
 
 def _made_in_chunks(name: str) -> bool:
-    """Say whether single chunks of an array are made again once they are deleted."""
+    """Return whether single chunks of an array are made again once they are deleted."""
     return name in REMADE_BY_COLLECT or name.startswith(f"{SUMS}/")
 
 
@@ -122,7 +122,7 @@ def _mended_by(name: str) -> str:
 
 
 def _look(run: Run, mask_gradients: MaskGradients, array: zarr.Array[Any], name: str, key: arrays.Chunk) -> str:
-    """Return what is wrong with a stored chunk, or an empty string."""
+    """Return the problem of a stored chunk, or an empty string."""
     region = [slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(key, array.chunks, array.shape, strict=True)]
     try:
         values = arrays.read(array, *region)
@@ -143,7 +143,7 @@ def _look(run: Run, mask_gradients: MaskGradients, array: zarr.Array[Any], name:
 
 
 def _look_at_rows(run: Run, name: str, start: int, values: np.ndarray) -> str:
-    """Return what is wrong with rows of masks or outputs, or an empty string."""
+    """Return the problem of rows of masks or outputs, or an empty string."""
     planned = pack(run.draw(slice(start, start + len(values)))) if name == "masks" else None
     right = (np.isfinite(values) if planned is None else values == planned).all(axis=1)
     if right.all():
@@ -157,7 +157,7 @@ def _look_at_rows(run: Run, name: str, start: int, values: np.ndarray) -> str:
 def _look_at_gradients(
     mask_gradients: MaskGradients, name: str, number: int, examples: slice, values: np.ndarray
 ) -> str:
-    """Return what is wrong with one round's outputs or mean gradients, or an empty string."""
+    """Return the problem of one round's outputs or mean gradients, or an empty string."""
     if number >= len(mask_gradients.rounds):
         return "not as planned"
     values = values[0]
@@ -167,9 +167,9 @@ def _look_at_gradients(
         planned = mask_gradients.counts(number, examples)[probing.GRADIENTS.index(name)] > 0
     if not np.isfinite(values[planned]).all():
         return "not finite"
-    return "" if np.isnan(values[~planned]).all() else "not as planned"  # a mean of no mask gradients is not a number
+    return "" if np.isnan(values[~planned]).all() else "not as planned"  # a mean of no mask gradients is NaN
 
 
 def _blank(values: np.ndarray) -> bool:
-    """Say whether rows hold nothing but fill values."""
+    """Return whether rows hold only fill values."""
     return bool((np.isnan(values) if values.dtype.kind == "f" else values == 0).all())

@@ -1,4 +1,4 @@
-"""What the arrays of a run look like: made so when it is created, and checked whenever one is opened."""
+"""Shapes, chunks and types of a run's arrays, and the check of an opened array."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -10,20 +10,20 @@ from coar.errors import CorruptRunError
 
 ROUND = 32  # mask gradients per round at most
 PANEL = 256  # examples whose sums a fit makes at once
-GROWING = ("mask", "round", "worker", "panel", "channel")  # axes whose lengths are not those of the run
-SUMS = "sums"  # the group of what workers add up for a fit
+GROWING = ("mask", "round", "worker", "panel", "channel")  # axes whose lengths `Sizes` does not fix
+SUMS = "sums"  # the group of workers' sums for a fit
 COLUMNS = {"split": "string", "ablated_fraction": "float64", "component/replacement": "float32"}
 COLUMNS |= {f"component/{name}": "string" for name in ("name", "kind", "site", "side")}
 COLUMNS |= {f"component/{name}": "int64" for name in ("axis", "position", "size")}
 
 
 class ArraySpec(NamedTuple):
-    """How an array is laid out.
+    """The layout of an array.
 
     Attributes:
-        dimensions: What its axes are.
+        dimensions: Names of its axes.
         chunks: Entries of a chunk along each axis: a number, `all` of them, or `some`, from one to all.
-        dtype: What its entries are; empty where that may be anything.
+        dtype: Type of its entries; empty when any type is allowed.
     """
 
     dimensions: tuple[str, ...]
@@ -33,7 +33,7 @@ class ArraySpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Lengths of a run's axes, and of its blocks.
+    """Lengths of a run's axes and blocks.
 
     Attributes:
         components: Number of components.
@@ -58,7 +58,7 @@ class Sizes:
 
 
 def unit_specs(sizes: Sizes) -> dict[str, ArraySpec]:
-    """Return how the arrays that units are stored in are laid out, by name."""
+    """Return the layouts of the arrays of units, by name."""
     masks, examples = sizes.blocks
     gradients = ArraySpec(("round", "example", "component"), (1, "some", sizes.components), "float32")
     return {
@@ -72,13 +72,13 @@ def unit_specs(sizes: Sizes) -> dict[str, ArraySpec]:
 
 
 def is_group(name: str) -> bool:
-    """Say whether a path in a run is that of a group, by its name."""
+    """Return whether a path in a run is the path of a group."""
     first, *rest = name.split("/")
     return (first in ("component", "example") and not rest) or (first in ("attributions", SUMS) and len(rest) < 2)
 
 
 def spec_of(name: str, sizes: Sizes) -> ArraySpec | None:
-    """Return how the array of a name is laid out; None for a name that no array of a run has."""
+    """Return the layout of an array by name; None for a name that no array of a run has."""
     d, parts = sizes.components, name.split("/")
     wide = ArraySpec(("example", "component"), ("some", d), "float32")
     narrow = ArraySpec(("example",), ("some",), "float32")
@@ -102,7 +102,7 @@ def spec_of(name: str, sizes: Sizes) -> ArraySpec | None:
 def sizes_of(
     components: zarr.Array[Any], masks: zarr.Array[Any], base_output: zarr.Array[Any], outputs: zarr.Array[Any]
 ) -> Sizes:
-    """Read the sizes of a run off some of its arrays; raise `CorruptRunError` when they contradict each other."""
+    """Read the sizes of a run from some of its arrays; raise `CorruptRunError` when these contradict each other."""
     for array, axes in ((components, 1), (masks, 2), (base_output, 1), (outputs, 2)):
         if array.ndim != axes or not all(chunk >= 1 for chunk in chunks_in(array)):
             raise _damaged(array, f"{axes} axes and chunks of at least 1")
@@ -115,7 +115,7 @@ def sizes_of(
 
 
 def laid_out(form: ArraySpec, sizes: Sizes, *, growing: int, some: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shape and the chunks of an array, given the length of its growing axis and what `some` is."""
+    """Return the shape and the chunks of an array, for a length of its growing axis and a number for `some`."""
     lengths = sizes.lengths()
     shape = tuple(lengths.get(axis, growing) for axis in form.dimensions)
     free = {"some": (some,) * len(shape), "all": shape}
@@ -123,17 +123,17 @@ def laid_out(form: ArraySpec, sizes: Sizes, *, growing: int, some: int = 1) -> t
 
 
 def check(array: zarr.Array[Any], name: str, sizes: Sizes, *, least: dict[str, int]) -> None:
-    """Raise `CorruptRunError` unless an array is laid out as the rest of its run needs it.
+    """Raise `CorruptRunError` unless an array has the layout that the rest of its run requires.
 
     Args:
         array: The array.
         name: Its path inside the run.
-        sizes: Those of the run.
-        least: Lengths that growing axes have at least.
+        sizes: Sizes of the run.
+        least: Least lengths of growing axes.
     """
     form = spec_of(name, sizes)
     if form is None:
-        raise CorruptRunError(f"{name!r} of {array.store} is no array of a run; take it away, or restore a copy")
+        raise CorruptRunError(f"{name!r} of {array.store} is no array of a run; remove it, or restore a copy")
     if len(form.dimensions) != array.ndim:
         raise _damaged(array, f"the axes {', '.join(form.dimensions)}")
     lengths = sizes.lengths()
@@ -147,11 +147,11 @@ def check(array: zarr.Array[Any], name: str, sizes: Sizes, *, least: dict[str, i
     if form.dtype not in ("", kind):
         raise _damaged(array, form.dtype)
     if array.dtype.kind == "f" and not np.isnan(array.fill_value):
-        raise _damaged(array, "NaN for entries that nobody has written")
+        raise _damaged(array, "the fill value NaN")
 
 
 def chunks_in(array: zarr.Array[Any]) -> tuple[int, ...]:
-    """Return the lengths of an array's chunks; raise `CorruptRunError` when they are not all of a size."""
+    """Return the lengths of an array's chunks; raise `CorruptRunError` when chunks differ in size."""
     try:
         return array.chunks
     except NotImplementedError as error:
@@ -160,6 +160,6 @@ def chunks_in(array: zarr.Array[Any]) -> tuple[int, ...]:
 
 def _damaged(array: zarr.Array[Any], expected: str) -> CorruptRunError:
     return CorruptRunError(
-        f"the description of array {array.path!r} of {array.store} does not fit the run: it says shape {array.shape} "
+        f"the description of array {array.path!r} of {array.store} does not fit the run: it has shape {array.shape} "
         f"of {array.dtype}, and {expected} was expected; restore its zarr.json from a copy"
     )

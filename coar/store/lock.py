@@ -1,8 +1,9 @@
-"""Who may write: one process alone, or workers beside each other; the system drops locks however a process ends.
+"""Locks for writing to a run: exclusive, or shared among workers.
 
-The locks are `flock`'s, on the run's folder. They keep apart the processes of one machine, and those of several where
-the file system they share says so. Object stores have none: there, whole objects with the same content are put, and
-whichever comes last changes nothing. Only what a run has in all, which is no such object, is changed by one at a time.
+A lock is a `flock` on the run's folder; the system releases it when the process ends. It excludes other processes of
+the same machine, and of other machines if the shared file system supports that. Object stores have no locks: there,
+concurrent writers put whole objects of equal content, so the order does not matter. The run's description is an
+exception, and `extension_lock` guards it.
 """
 
 import errno
@@ -22,14 +23,14 @@ from coar.store.storage_errors import storage_errors
 
 log = logging.getLogger(__name__)
 UNSUPPORTED = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-PATIENCE = 1800.0  # seconds that a worker waits for the one that creates the run
+PATIENCE = 1800.0  # seconds that a worker waits for the creator of the run
 PAUSE = 0.2
-EXTENDING = "extending.json"  # there while somebody extends a run in an object store
-STALE = 60.0  # seconds for which the same mark is seen before it is taken for that of a dead process
+EXTENDING = "extending.json"  # exists while a process extends a run in an object store
+STALE = 60.0  # seconds after which an unchanged mark counts as left by a dead process
 
 
 class Lock:
-    """A lock on a run that is held.
+    """A held lock on a run.
 
     Attributes:
         alone: Whether no other process holds it.
@@ -40,7 +41,7 @@ class Lock:
         self.alone = alone
 
     def share(self) -> None:
-        """Let other workers in."""
+        """Make an exclusive lock a shared one, so that other workers can take it."""
         if self._handle is not None and self.alone:
             _flock(self._handle, fcntl.LOCK_SH)
         self.alone = False
@@ -48,11 +49,11 @@ class Lock:
 
 @contextmanager
 def write_lock(place: Path | Address) -> Iterator[Lock]:
-    """Hold a run for writing alone, making its folder if need be; a folder still empty at the end goes away again.
+    """Hold an exclusive lock; make the run's folder if there is none, and remove it afterwards if it is still empty.
 
     Raises:
-        RunError: When the path is a file, or another process holds it.
-        StorageError: When the disk refuses to make the folder.
+        RunError: When the path is a file, or another process holds a lock.
+        StorageError: When the folder cannot be made.
     """
     if isinstance(place, Address):
         yield Lock(None, alone=True)
@@ -66,11 +67,11 @@ def write_lock(place: Path | Address) -> Iterator[Lock]:
 
 @contextmanager
 def worker_lock(place: Path | Address, *, prepared: Callable[[], bool]) -> Iterator[Lock]:
-    """Hold a run beside other workers; alone, until `Lock.share`, unless it is prepared for what the worker does.
+    """Hold a shared lock if the run is prepared for the worker, otherwise an exclusive lock until `Lock.share`.
 
     Raises:
-        RunError: When somebody holds the run for longer than a creation can take.
-        StorageError: When the disk refuses to make the folder.
+        RunError: When no lock is free for `PATIENCE` seconds.
+        StorageError: When the folder cannot be made.
     """
     if isinstance(place, Address):
         yield Lock(None, alone=not prepared())
@@ -91,10 +92,11 @@ def worker_lock(place: Path | Address, *, prepared: Callable[[], bool]) -> Itera
 
 @contextmanager
 def extension_lock(place: Path | Address) -> Iterator[None]:
-    """Extend a run in an object store while nobody else does; on a disk, whoever may write is alone already.
+    """Exclude other extensions of a run in an object store; on a disk, the caller already holds an exclusive lock.
 
-    An object that only one process can create is the lock. Processes die without removing it, so one that does not
-    change for `STALE` seconds by this machine's clock is removed; several that do so at once find out after a pause.
+    The lock is an object that only one process can create. A process may die without removing it, so an object that
+    does not change for `STALE` seconds by this machine's clock is removed; when several processes do this at once,
+    reading the object again after a pause decides which of them holds the lock.
     """
     if isinstance(place, Path):
         yield
@@ -119,7 +121,7 @@ def _mark(place: Address, mine: bytes) -> None:
         if found != seen:
             seen, since = found, time.monotonic()
         elif found is not None and time.monotonic() - since > STALE:
-            log.warning("whoever began to extend %s has not ended in %.0f s; going on without", place, STALE)
+            log.warning("the process that extends %s has not finished in %.0f s; removing its lock", place, STALE)
             if read_object(place, EXTENDING) == seen:
                 remove_object(place, EXTENDING)
                 create_object(place, EXTENDING, mine)
@@ -151,7 +153,7 @@ def _cleared(root: Path) -> Iterator[None]:
 
 
 def _flock(handle: int, operation: int) -> bool:
-    """Lock, and say whether that succeeded; where the file system knows no locks it does, with a warning."""
+    """Lock, and return whether that succeeded; without support of the file system, warn and return True."""
     try:
         fcntl.flock(handle, operation)
     except BlockingIOError:
@@ -159,14 +161,14 @@ def _flock(handle: int, operation: int) -> bool:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        log.warning("this file system has no locks (%s): see to it that nothing else writes to the run", error)
+        log.warning("this file system has no locks (%s): make sure that no other process writes to the run", error)
     return True
 
 
 def _still_there(handle: int, root: Path) -> bool:
-    """Say whether the folder is the one that was opened: it may have been removed, or made anew, before the lock."""
+    """Return whether the folder is the opened one: it may have been removed or replaced before the lock."""
     return root.exists() and os.path.samestat(os.fstat(handle), root.stat())
 
 
 def _taken(root: Path) -> RunError:
-    return RunError(f"another process is writing to {root}; wait until it is done, or collect into another path")
+    return RunError(f"another process is writing to {root}; wait until it ends, or collect into another path")

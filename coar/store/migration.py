@@ -1,4 +1,4 @@
-"""Runs of format 1 in the names of format 2: mask gradients were called probes, and mask groups slots."""
+"""Conversion of runs of format 1, which called mask gradients probes and mask groups slots, to format 2."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ WORDS = {"probe": "gradient", "gradient_x_gate": "mask_gradient"}  # an axis, an
 
 
 def study_to_migrate(place: Path | Address) -> dict[str, Any] | None:
-    """Return the fingerprint of the study of a run of format 1; None for any other run, and where there is none."""
+    """Return the study's fingerprint of a run of format 1; None for other runs, and without a run."""
     if state_of(place) != "ready":
         return None
     manifest = read_manifest(place)
@@ -35,15 +35,15 @@ def study_to_migrate(place: Path | Address) -> dict[str, Any] | None:
 
 
 def migrated(key: str, value: Buffer, study: dict[str, Any]) -> tuple[str, Buffer]:
-    """Return the path and the content that an object of a format 1 run has in format 2.
+    """Return the path and the content in format 2 of an object of a format 1 run.
 
     Args:
         key: The object's path inside the run.
         value: Its content.
-        study: The fingerprint of the run's study, which seals are keyed with.
+        study: The fingerprint of the run's study, the key of the seals.
 
     Raises:
-        CorruptRunError: When a chunk is damaged or was moved there; its name would hide that in the copy.
+        CorruptRunError: When a chunk is damaged or was moved there; the new seal would hide that in the copy.
     """
     new = next((name + key.removeprefix(old) for old, name in PREFIXES.items() if key.startswith(old)), key)
     content = value.to_bytes()

@@ -1,4 +1,4 @@
-"""Where a run is: a folder on a local or mounted disk, or an address in an object store."""
+"""The place of a run: a folder on a local or mounted disk, or an address in an object store."""
 
 import configparser
 import os
@@ -16,7 +16,7 @@ from coar.errors import SettingsError, install_hint
 from coar.store.disk import DurableStore
 
 OBSTORE = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
-PATIENCE = timedelta(seconds=60)  # after which a request that keeps failing is given up
+PATIENCE = timedelta(seconds=60)  # after which a repeatedly failing request is given up
 CONNECTING = timedelta(seconds=10)  # for one attempt to reach a server
 ANSWERING = timedelta(seconds=60)  # for one attempt at a request
 
@@ -33,7 +33,7 @@ class Address:
 
     @property
     def name(self) -> str:
-        """The last part, as of a path."""
+        """The last part of the address."""
         return self.url.rpartition("/")[2]
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class Address:
 
 
 def locate(path: str | Path | Address) -> Path | Address:
-    """Return where a run is: a path on a disk, or an address.
+    """Return the place of a run: a path on a disk, or an address.
 
     Raises:
         SettingsError: When an address has no bucket and path, or holds credentials.
@@ -57,7 +57,7 @@ def locate(path: str | Path | Address) -> Path | Address:
     if "@" in rest or "?" in rest:
         raise SettingsError(
             f"an address of scheme {scheme}:// with credentials or a query was given; leave them out, since addresses "
-            f"are printed, and give credentials by the environment or the usual files"
+            f"are printed, and give credentials in the environment or the usual files"
         )
     if "/" not in rest:
         raise SettingsError(
@@ -67,13 +67,13 @@ def locate(path: str | Path | Address) -> Path | Address:
 
 
 def open_store(place: Path | Address) -> Store:
-    """Return a Zarr store of everything below a place; nothing is read or written yet.
+    """Return a Zarr store of everything below a place, without reading or writing.
 
-    Credentials come from where the services' own tools look for them: the environment, the usual files, the machine's
-    role. A request that keeps failing is repeated for `PATIENCE`, then given up.
+    Credentials come from the same sources as for the services' own tools: the environment, the usual files, the
+    machine's role. A failing request is repeated for `PATIENCE`, then given up.
 
     Raises:
-        SettingsError: When nothing that is installed can open such an address.
+        SettingsError: When no installed package can open such an address.
     """
     if isinstance(place, Path):
         return DurableStore(place)
@@ -100,7 +100,7 @@ def open_store(place: Path | Address) -> Store:
 
 
 def _aws_files() -> Any:
-    """Return what `~/.aws` says for the profile in use, which the client itself does not read; environment first."""
+    """Read the current profile from `~/.aws`, which the client ignores; None when the environment has credentials."""
     if "AWS_ACCESS_KEY_ID" in os.environ:
         return None
     files = configparser.ConfigParser(interpolation=None)

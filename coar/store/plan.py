@@ -1,4 +1,4 @@
-"""Which rows a run has, in order, and how they are cut into units of work."""
+"""The rows of a run, in order, and their division into units of work."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of the mask axis, in the order in which they were asked for; it only ever grows at its end.
+    """The rows of the mask axis, in the order of the requests; new rows are only appended.
 
     Attributes:
         segments: All rows, as consecutive segments.
@@ -49,7 +49,7 @@ class Plan:
         return sum(s.count for s in self.segments if (s.split, s.ablated_fraction) == (split, ablated_fraction))
 
     def extended(self, wanted: dict[tuple[Split, float], int]) -> "Plan":
-        """Return the plan that has at least the wanted number of masks per (split, fraction); nothing is removed."""
+        """Return a plan with at least these numbers of masks per (split, fraction); nothing is removed."""
         more = []
         for (split, fraction), count in wanted.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
@@ -76,7 +76,7 @@ class Plan:
         return list(dict.fromkeys(segment.ablated_fraction for segment in self.segments if segment.split == split))
 
     def pieces(self, start: int, stop: int) -> Iterator[Segment]:
-        """Yield what rows `start` up to `stop` are, as segments."""
+        """Yield rows `start` up to `stop` as segments."""
         at = 0
         for segment in self.segments:
             low, high = max(start, at), min(stop, at + segment.count)
@@ -98,7 +98,7 @@ class Plan:
         return np.concatenate(parts) if parts else np.zeros((0, components), dtype=bool)
 
     def label(self, row: int) -> str:
-        """Name a row for people, such as `train mask 17`."""
+        """Return a readable name of a row, such as `train mask 17`."""
         piece = next(self.pieces(row, row + 1))
         return f"{piece.split} mask {piece.first} at ablated fraction {piece.ablated_fraction:g}"
 
@@ -110,11 +110,11 @@ class Plan:
     def from_json(cls, data: dict[str, Any]) -> "Plan":
         """Rebuild a plan from `to_json`; raise `ValueError` or `TypeError` for anything else."""
         if not isinstance(data, dict) or data.keys() != {"segments", "extents"}:
-            raise ValueError("a plan has segments and extents, and nothing else")
+            raise ValueError("a plan has exactly the keys segments and extents")
         plan = cls()
         for split, fraction, first, count in data["segments"]:
             if split not in ROW_SPLITS or int(count) < 1 or int(first) != plan.count(split, fraction):
-                raise ValueError(f"segment {[split, fraction, first, count]} does not follow from those before it")
+                raise ValueError(f"segment {[split, fraction, first, count]} does not continue the segments before it")
             segment = Segment(split, check_fraction(float(fraction)), int(first), int(count))
             plan = cls((*plan.segments, segment))
         extents = tuple(int(extent) for extent in data["extents"])
@@ -124,7 +124,7 @@ class Plan:
 
 
 def check_worker(worker: tuple[int, int]) -> tuple[int, int]:
-    """Return a worker's number and how many there are; raise `SettingsError` unless 1 <= number <= count."""
+    """Return a worker's number and the number of workers; raise `SettingsError` unless 1 <= number <= count."""
     number, count = worker
     if not 1 <= number <= count:
         raise SettingsError(f"worker {number}/{count} was given; workers are counted from 1/{count} to {count}/{count}")
@@ -132,6 +132,6 @@ def check_worker(worker: tuple[int, int]) -> tuple[int, int]:
 
 
 def dealt(units: list[T], worker: tuple[int, int]) -> list[T]:
-    """Return what worker k of n does, dealt one by one so that what is missing is shared evenly too."""
+    """Return the units of worker k of n, dealt one by one so that missing units are shared evenly too."""
     number, count = worker
     return units[number - 1 :: count]

@@ -1,4 +1,4 @@
-"""One run: a Zarr group that is created once, filled unit by unit, and read by everything after it."""
+"""One run: a Zarr group that is created once, filled unit by unit, and read by fits and evaluation."""
 
 import json
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 2
-ACCEPTED = "accepted_code"  # the manifest's entry for code that was said to compute the same
+ACCEPTED = "accepted_code"  # the manifest's entry for other code that the user declared equivalent
 LISTED = 6  # changes of code in a message
 COMPONENT_FIELDS = Component._fields
 ROW_COLUMNS = ("split", "ablated_fraction")
@@ -37,7 +37,7 @@ class Run:
     """A run's Zarr group; make one with `Run.create` or `Run.open`.
 
     Attributes:
-        path: Where the run is: a path, or an address in an object store.
+        path: Path of the run, or its address in an object store.
         group: The Zarr group itself.
         plan: The rows of the mask axis.
     """
@@ -61,26 +61,26 @@ class Run:
         blocks: tuple[int, int],
         plan: Plan | None = None,
     ) -> Self:
-        """Create an empty run, or start again on one whose creation was cut short.
+        """Create an empty run, or restart an interrupted creation.
 
-        Nothing is replaced, and the description comes last. So where several processes create the same run at once in
-        an object store, each object is that of the first to write it, and all go on with the same run.
+        Nothing is replaced, and the description is written last. So when several processes create the same run at once
+        in an object store, the first to write an object wins, and all processes continue with the same run.
 
         Args:
-            path: A path that does not exist yet, an empty folder, or a run cut short in its creation.
+            path: A path that does not exist yet, an empty folder, or a run whose creation was interrupted.
             components: The component table.
             metadata: Columns over the examples.
             replacements: (components.width,) float32 constants of the ablation, one per channel; or (positions,
-                components.width) for as many at each position.
-            fingerprint: What the run is made from; a study must agree with it to go on.
-            facts: What else is known of the run: precision, batch norms that follow a site.
+                components.width), one per position and channel.
+            fingerprint: Fingerprint of the study; only a study with the same fingerprint can continue the run.
+            facts: Other facts of the run: precision, batch norms that follow a site.
             blocks: Masks and examples per unit of work.
-            plan: The rows it has from the start; by default none.
+            plan: The initial rows; by default none.
 
         Raises:
             RunError: When the path holds something else.
             MismatchError: When another study's run is being created there.
-            StorageError: When the disk or the object store refuses.
+            StorageError: When the disk or the object store fails.
         """
         place, rows = locate(path), plan or Plan()
         state = state_of(place)
@@ -109,16 +109,16 @@ class Run:
         """Open an existing run.
 
         Raises:
-            RunError: When the path holds no run, one of a newer format, or one cut short in its creation.
+            RunError: When the path holds no run, a run of another format, or one whose creation was interrupted.
             CorruptRunError: When the run's description is damaged.
-            StorageError: When an object store cannot be reached, or refuses.
+            StorageError: When an object store cannot be reached, or fails.
         """
         place = locate(path)
         state = state_of(place)
         if state == "nothing":
             raise RunError(f"there is no run at {place}; check the path, or make one with 'coar collect'")
         if state == "creating":
-            raise RunError(f"the run at {place} was cut short in its creation; run 'coar collect' again on it")
+            raise RunError(f"the creation of the run at {place} was interrupted; run 'coar collect' again on it")
         if state != "ready":
             raise RunError(f"{place} holds {state}, not a run; check the path")
         manifest = read_manifest(place)
@@ -146,12 +146,12 @@ class Run:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the run was made from."""
+        """Fingerprint of the study that the run was made for."""
         return dict(self._manifest["fingerprint"])
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What else is known: the precision as measured, and the batch norms that follow a site."""
+        """Other facts: the measured precision, and the batch norms that follow a site."""
         return dict(self._manifest["facts"])
 
     @cached_property
@@ -207,33 +207,33 @@ class Run:
         return self.sizes.blocks
 
     def array(self, name: str, *, rounds: int = 0) -> zarr.Array[Any]:
-        """Return one of the run's arrays, with at least so many rounds of mask gradients where it has such an axis.
+        """Return one of the run's arrays; an axis of rounds must have at least `rounds` of them.
 
         Raises:
-            CorruptRunError: When it is missing, or is described otherwise than the rest of the run needs it.
+            CorruptRunError: When it is missing, or its description does not fit the rest of the run.
         """
         found = arrays.open_array(self.group, name)
-        rows = 0 if name in ROW_COLUMNS else len(self.plan)  # these are made anew where they are too short
+        rows = 0 if name in ROW_COLUMNS else len(self.plan)  # these columns are rewritten when they are too short
         layout.check(found, name, self.sizes, least={"mask": rows, "round": rounds})
         return found
 
     def column(self, name: str) -> np.ndarray:
-        """Read a one-dimensional array whole; raise `CorruptRunError` when a chunk of it is missing."""
+        """Read a whole one-dimensional array; raise `CorruptRunError` when a chunk of it is missing."""
         array = self.array(name)
         missing = set(arrays.all_chunks(array)) - arrays.stored_chunks(array)
         if missing:
             chunk = arrays.chunk_path(array, min(missing))
             raise CorruptRunError(
-                f"chunk {chunk} of {self.path} is missing; 'coar verify --repair' says whether it can be made again, "
-                f"else restore it from a copy"
+                f"chunk {chunk} of {self.path} is missing; 'coar verify --repair' reports whether it can be made "
+                f"again; otherwise restore it from a copy"
             )
         values = arrays.read(array, slice(None))
         return np.array(values.tolist()) if values.dtype.kind in "OT" else values
 
     def check(self, fingerprint: dict[str, Any]) -> None:
-        """Raise `MismatchError`, with both values of everything that differs, unless the fingerprints agree.
+        """Raise `MismatchError`, with both values of each difference, unless the fingerprints agree.
 
-        Code that `accept_code` was called with counts as the run's own.
+        Code that `accept_code` has accepted counts as the run's own.
         """
         from coar.model_code import differences  # imports torch, which `coar info` does without
 
@@ -248,12 +248,12 @@ class Run:
             for key in differing
             if key != "code"
         ]
-        advice = "put them back as they were to go on with this run, or collect into a new path"
+        advice = "restore them to continue this run, or collect into a new path"
         if "code" in differing:
             changed = differences(mine.get("code", {}), fingerprint.get("code", {}))
             lines += [f"  {one}" for one in changed[:LISTED]]
             lines += [f"  and {len(changed) - LISTED} more of the model's code"] if len(changed) > LISTED else []
-            advice += "; if the changed code computes the same, say so with coar.Run.open(path).accept_code(model)"
+            advice += "; if the changed code computes the same, accept it with coar.Run.open(path).accept_code(model)"
         raise MismatchError(
             f"this study is not the one that {self.path} was made for; these differ:\n"
             + "\n".join(lines)
@@ -261,12 +261,12 @@ class Run:
         )
 
     def accept_code(self, model: "nn.Module") -> None:
-        """Count this model's code as that of the run's model from now on; the run remembers that it was said.
+        """Accept this model's code as equivalent to the code of the run's model, and record that in the run.
 
-        For code that changed and computes the same: a class renamed, a function rewritten, a library's new version.
+        Use it for changed code that computes the same: a renamed class, a rewritten function, a library's new version.
 
         Args:
-            model: A model as in the study that is to go on with this run; its weights are checked as ever.
+            model: The model of the study that continues this run; its weights are still checked.
         """
         from coar.components.layers import unwrapped
         from coar.model_code import model_code
@@ -276,12 +276,12 @@ class Run:
             self.set_entry(ACCEPTED, [*accepted, model_code(unwrapped(model))])
 
     def rows_intact(self) -> bool:
-        """Say whether everything over the mask axis is there and as long as the plan; a cut extension is not."""
+        """Return whether all arrays over the mask axis have the length of the plan, unlike after a cut extension."""
         names = (*ROW_COLUMNS, "outputs", "masks")
         return all(arrays.there_is(self.group, name) and self.array(name).shape[0] == len(self.plan) for name in names)
 
     def extend(self, plan: Plan) -> None:
-        """Give the run the rows of a longer plan; the plan is committed last, so a cut leaves the old one."""
+        """Extend the run to a longer plan; the plan is written last, so an interruption leaves the old one."""
         rows = len(plan)
         shapes = {"outputs": (rows, self.n_examples), "masks": (rows, self.array("masks").shape[1])}
         for name, shape in shapes.items():
@@ -291,7 +291,7 @@ class Run:
         self.plan = plan
 
     def masks(self, start: int, stop: int) -> np.ndarray:
-        """Return the (rows, components) boolean masks of rows `start` up to `stop`, checked against the stored ones."""
+        """Return the (rows, components) boolean masks of rows `start` up to `stop`, compared with the stored ones."""
         masks = self.draw(slice(start, stop))
         packed = pack(masks)
         stored = arrays.read(self.array("masks"), slice(start, stop), slice(None))
@@ -309,7 +309,7 @@ class Run:
         return self.plan.masks(self.sampler, self.n_components, rows.start, rows.stop)
 
     def outputs(self, rows: slice, examples: slice) -> np.ndarray:
-        """Read (rows, examples) outputs; raise `IncompleteRunError` when one of them has not been collected."""
+        """Read (rows, examples) outputs; raise `IncompleteRunError` when an output has not been collected."""
         array = self.array("outputs")
         values = arrays.read(array, rows, examples)
         if not np.isfinite(values).all():
@@ -345,7 +345,7 @@ class Run:
         return [Unit(i, j) for j in range(-(-self.n_examples // examples)) for i in range(-(-len(self.plan) // masks))]
 
     def missing_units(self) -> list[Unit]:
-        """Return the units that are not stored whole, in the order of `units`."""
+        """Return the units that are not stored completely, in the order of `units`."""
         stored = {name: arrays.stored_chunks(self.array(name)) for name in ("outputs", "masks", "base_output")}
         masks = self.blocks[0]
         cut = {extent // masks for extent in self.plan.extents[:-1] if extent % masks}  # blocks once partly filled
@@ -367,7 +367,7 @@ class Run:
 
         Args:
             unit: The unit.
-            masks: Its (rows, components) masks, as `draw` gives them; stored with the first block of examples.
+            masks: Its (rows, components) masks, as `draw` returns them; stored with the first block of examples.
             outputs: Its (rows, examples) outputs.
             base_output: The (examples,) outputs of the unablated model, stored with the first block of masks.
         """
@@ -379,11 +379,11 @@ class Run:
         arrays.write(self.array("outputs"), outputs, rows, examples)
 
     def entry(self, name: str) -> Any:
-        """Return a further entry of the run's manifest; None when it has none of that name."""
+        """Return an optional entry of the run's manifest; None when there is none."""
         return self._manifest.get(name)
 
     def set_entry(self, name: str, value: Any) -> None:
-        """Keep a further entry in the run's manifest."""
+        """Store an optional entry in the run's manifest."""
         self._manifest = {**self._manifest, name: value}
         self.group.attrs[ATTRIBUTE] = self._manifest
 
@@ -402,7 +402,7 @@ class Run:
 
 
 def _check_facts(manifest: dict[str, Any]) -> None:
-    """Raise one of the built-in errors when what every reader of a run relies on is not there."""
+    """Raise a built-in error when a part of the manifest that every reader needs is missing."""
     facts, fingerprint = manifest["facts"], manifest["fingerprint"]
     words = [facts["precision"]["name"], fingerprint["ablation"]["name"], fingerprint["weights"]]
     if not all(isinstance(word, str) for word in (*words, *facts["batch_norms"].values())):
@@ -415,7 +415,7 @@ def pack(masks: np.ndarray) -> np.ndarray:
 
 
 def stretches(rows: np.ndarray) -> list[np.ndarray]:
-    """Cut ascending row numbers where one or more are left out."""
+    """Split ascending row numbers at gaps."""
     return np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
 
 

@@ -1,4 +1,4 @@
-"""The Zarr store of a run: chunks that know where they belong, and refusals as errors that say what to do."""
+"""The Zarr store of a run: it seals chunks with their path and study, and raises `StorageError`."""
 
 import asyncio
 import hashlib
@@ -22,7 +22,7 @@ ROOT = "zarr.json"
 CHECKSUM = 4  # bytes of crc32c at a chunk's end
 DIGEST = 16
 LABEL = b"coar"
-# What follows a frame's content as a skippable frame is passed over by every reader of Zstandard (RFC 8878, 3.1.2).
+# The seal is a skippable frame, which every reader of Zstandard ignores (RFC 8878, 3.1.2).
 HEAD = (0x184D2A5C).to_bytes(4, "little") + (len(LABEL) + DIGEST).to_bytes(4, "little") + LABEL
 SEAL = len(HEAD) + DIGEST
 
@@ -32,16 +32,16 @@ class MovedChunkError(ValueError):
 
 
 class RunStore(WrapperStore[Store]):
-    """A store that seals every chunk with its path and its study, and refuses one that was moved.
+    """A store that seals every chunk with its path and its study, and refuses moved chunks.
 
-    The checksum at a chunk's end says that its bytes are whole, not that they are the right chunk's. The seal stands
-    between the compressed bytes and the checksum, so that one object has all of it and is written at once.
+    The checksum at a chunk's end shows that its bytes are intact, not that they belong to this chunk. The seal is
+    between the compressed bytes and the checksum, so a chunk and its seal are one object, written at once.
 
     Args:
-        store: Where the bytes go.
-        place: What to call it.
-        study: The fingerprint of the study that chunks belong to.
-        creating: Never replace nor remove anything, so that several creators of one run can do no harm to each other.
+        store: Store of the bytes.
+        place: Its name in messages.
+        study: Fingerprint of the chunks' study.
+        creating: Never replace or remove anything, so that concurrent creators of one run do not interfere.
     """
 
     def __init__(self, store: Store, *, place: Path | Address, study: dict[str, Any], creating: bool = False) -> None:
@@ -55,7 +55,7 @@ class RunStore(WrapperStore[Store]):
         return str(self._place)
 
     def keeping(self) -> Self:
-        """Return a store that replaces objects one by one, so that others who look meanwhile find all of them."""
+        """Return a store that overwrites objects one by one, so that concurrent readers find all of them."""
         other = self._with_store(self._store)
         other._keeping = True
         return other
@@ -68,7 +68,7 @@ class RunStore(WrapperStore[Store]):
         with storage_errors(self._place, "read"):
             value = await self._store.get(key, prototype, byte_range)
         if value is not None and byte_range is None and is_chunk(key) and self._moved(key, value):
-            raise MovedChunkError("it was written for another place or another study, and moved here")
+            raise MovedChunkError("it was written for another path or another study, and moved here")
         return value
 
     async def set(self, key: str, value: Buffer) -> None:
@@ -80,7 +80,7 @@ class RunStore(WrapperStore[Store]):
             await self._store.set(key, self._sealed(key, value))
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        """Write an object unless it is there; a run that is being created is described at the very end."""
+        """Write an object unless it exists; the description of a run being created is left to `describe`."""
         if self._creating and key == ROOT:
             return
         with storage_errors(self._place):
@@ -88,7 +88,7 @@ class RunStore(WrapperStore[Store]):
 
     @property
     def _supports_sync_io(self) -> bool:
-        """Keep zarr 3.4 from its synchronous path, which would start a thread for each chunk here."""
+        """Disable the synchronous path of zarr 3.4, which would start a thread per chunk here."""
         return False
 
     def get_sync(
@@ -117,17 +117,17 @@ class RunStore(WrapperStore[Store]):
             yield key, await self.get(key, prototype, byte_range)
 
     async def exists(self, key: str) -> bool:
-        """Say whether there is an object."""
+        """Return whether an object exists."""
         with storage_errors(self._place, "read"):
             return await self._store.exists(key)
 
     async def delete(self, key: str) -> None:
-        """Remove an object, if it is there."""
+        """Remove an object, if it exists."""
         with storage_errors(self._place):
             await self._store.delete(key)
 
     async def delete_dir(self, prefix: str) -> None:
-        """Remove everything below a prefix, but nothing of a run that is being created, or while it is to be kept."""
+        """Remove everything below a prefix; do nothing for a run being created, or in a store from `keeping`."""
         if self._creating or self._keeping:
             return
         with storage_errors(self._place):
@@ -140,13 +140,13 @@ class RunStore(WrapperStore[Store]):
                 yield name
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        """List what is directly below a prefix."""
+        """List the direct children of a prefix."""
         with storage_errors(self._place, "read"):
             async for name in self._store.list_dir(prefix):
                 yield name
 
     def _moved(self, key: str, value: Buffer) -> bool:
-        """Say whether a chunk that is whole has another chunk's seal; runs of the first version have none."""
+        """Return whether an intact chunk has another chunk's seal; runs of the first version have no seals."""
         content = value.to_bytes()
         seal = content[-SEAL - CHECKSUM : -CHECKSUM]
         if not seal.startswith(HEAD) or seal == seal_of(key, self._study):
@@ -161,28 +161,28 @@ class RunStore(WrapperStore[Store]):
 
 
 def seal_of(key: str, study: dict[str, Any] | bytes) -> bytes:
-    """Return the seal of the chunk at a path, of a study given by its fingerprint or by the digest of that."""
+    """Return the seal of the chunk at a path, for a study given by its fingerprint or the fingerprint's digest."""
     keyed_with = study if isinstance(study, bytes) else digest(study)
     return HEAD + hashlib.blake2b(key.encode(), key=keyed_with, digest_size=DIGEST).digest()
 
 
 def checksum(content: bytes) -> bytes:
-    """Return the crc32c that ends a chunk."""
+    """Return the crc32c at a chunk's end."""
     return int(google_crc32c.value(content)).to_bytes(CHECKSUM, "little")
 
 
 def is_chunk(key: str) -> bool:
-    """Say whether a key is that of a chunk of an array."""
+    """Return whether a key is the key of an array's chunk."""
     return "/c/" in key
 
 
 def digest(study: dict[str, Any]) -> bytes:
-    """Return 32 bytes that tell a study's fingerprint from any other."""
+    """Return the 32-byte digest of a study's fingerprint."""
     return hashlib.blake2b(json.dumps(study, sort_keys=True).encode(), digest_size=32).digest()
 
 
 def read_object(place: Path | Address, key: str) -> bytes | None:
-    """Read one small object of a run; None when there is none."""
+    """Read one small object of a run; None when it does not exist."""
     with storage_errors(place, "read"):
         if isinstance(place, Path):
             return (place / key).read_bytes() if (place / key).is_file() else None
@@ -191,20 +191,20 @@ def read_object(place: Path | Address, key: str) -> bytes | None:
 
 
 def create_object(place: Path | Address, key: str, content: bytes) -> None:
-    """Write one small object unless it is there already."""
+    """Write one small object unless it exists."""
     store, value = open_store(place), default_buffer_prototype().buffer.from_bytes(content)
     with storage_errors(place):
         wait(insist(lambda: store.set_if_not_exists(key, value)))
 
 
 def remove_object(place: Path | Address, key: str) -> None:
-    """Remove one small object, if it is there."""
+    """Remove one small object, if it exists."""
     with storage_errors(place):
         wait(open_store(place).delete(key))
 
 
 def names(place: Path | Address) -> list[str]:
-    """Return the names of what is directly in a place; temporary files of killed writers do not count."""
+    """Return the names of a place's direct children, without temporary files of killed writers."""
     with storage_errors(place, "read"):
         if isinstance(place, Path):
             return [entry.name for entry in place.iterdir() if not is_stray(entry)] if place.exists() else []
@@ -212,10 +212,10 @@ def names(place: Path | Address) -> list[str]:
 
 
 async def _names(store: Store) -> list[str]:
-    return [name async for name in store.list_dir("")]  # listed inside the loop, which obstore insists on
+    return [name async for name in store.list_dir("")]  # obstore requires to list inside the loop
 
 
 def wait(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine in a thread of its own, since a notebook already runs an event loop in this one."""
+    """Run a coroutine in another thread, since a notebook already runs an event loop in this one."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, coroutine).result()

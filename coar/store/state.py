@@ -1,4 +1,4 @@
-"""What is at a place: nothing, a run, one whose creation goes on or was cut short, or something else."""
+"""The state of a place: nothing, a run, an unfinished creation of a run, or something else."""
 
 import json
 import shutil
@@ -14,11 +14,11 @@ from coar.store.sealed import ROOT, create_object, digest, names, read_object, r
 from coar.store.storage_errors import storage_errors
 
 ATTRIBUTE = "coar"
-MARKER = "creating.json"  # there from before the first array until the run is described, and only then
+MARKER = "creating.json"  # exists from before the first array until the run is described
 
 
 def state_of(place: Path | Address) -> str:
-    """Say what is at a place: `nothing`, `creating`, `ready`, or in words something that is no run."""
+    """Return the state of a place: `nothing`, `creating`, `ready`, or a phrase for anything but a run."""
     if isinstance(place, Path) and place.exists() and not place.is_dir():
         return "a file"
     description = read_object(place, ROOT)
@@ -34,24 +34,24 @@ def state_of(place: Path | Address) -> str:
 
 
 def read_manifest(place: Path | Address) -> dict[str, Any]:
-    """Read what a run says of itself; only where `state_of` has found one."""
+    """Read the manifest of a run that `state_of` has found."""
     return _manifest_in(read_object(place, ROOT) or b"")
 
 
 def describe(place: Path | Address, attributes: dict[str, Any]) -> None:
-    """Write the description of a run's group unless there is one: from now on the run exists."""
+    """Write the description of a run's group unless it exists; this completes the creation."""
     for key, value in GroupMetadata(attributes=attributes).to_buffer_dict(default_buffer_prototype()).items():
         create_object(place, key, value.to_bytes())
 
 
 def begin(place: Path | Address, study: dict[str, Any]) -> None:
-    """Mark a place as one where a run is being created, clearing what an earlier creation left on a disk.
+    """Mark a place for the creation of a run; on a disk, remove the remains of an earlier creation.
 
-    On a disk the caller holds the lock. In an object store others may be creating the same run; since they write the
-    same objects and replace none, each may finish what another began. Another study's run would not be the same.
+    On a disk the caller holds the lock. In an object store other processes may be creating the same run; they write
+    the same objects and replace none, so each can finish what another began. The mark names the study.
 
     Raises:
-        MismatchError: When the run of another study is being created in an object store.
+        MismatchError: When another study's run is being created in an object store.
     """
     if isinstance(place, Path):
         with storage_errors(place):
@@ -59,15 +59,15 @@ def begin(place: Path | Address, study: dict[str, Any]) -> None:
     mine = json.dumps({"study": digest(study).hex()}).encode()
     create_object(place, MARKER, mine)
     found = read_object(place, MARKER)
-    if found not in (mine, None):  # gone: another creator is done already
+    if found not in (mine, None):  # None: another creator has finished
         raise MismatchError(
-            f"the run of another study is being created at {place}, or its creation was cut short; choose another "
-            f"path, or delete what is there once nobody writes to it"
+            f"the run of another study is being created at {place}, or its creation was interrupted; choose another "
+            f"path, or delete the objects there once no process writes to it"
         )
 
 
 def end(place: Path | Address) -> None:
-    """Take the mark away, if it is there, once the run is described."""
+    """Remove the mark of `begin`, if it exists, once the run is described."""
     if MARKER in names(place):
         remove_object(place, MARKER)
 
@@ -77,9 +77,9 @@ def _manifest_in(description: bytes) -> dict[str, Any]:
 
 
 def _empty(root: Path) -> None:
-    """Remove what a creation cut short has left in a folder, but not the folder, which may be locked."""
+    """Remove the contents of a folder, but not the folder, which may be locked."""
     entries = root.iterdir() if root.exists() else ()
-    for path in sorted(entries, key=lambda entry: entry.name in (ROOT, MARKER)):  # what says `creating` goes last
+    for path in sorted(entries, key=lambda entry: entry.name in (ROOT, MARKER)):  # the mark goes last
         if path.is_dir():
             shutil.rmtree(path)
         else:

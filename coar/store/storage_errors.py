@@ -1,4 +1,4 @@
-"""What disks and object stores refuse, as errors that say where, why, and that nothing stored is lost."""
+"""Failures of disks and object stores as `StorageError`, with the place, the reason and the remedy."""
 
 import errno
 import re
@@ -10,21 +10,21 @@ from typing import Any, Literal
 from coar.errors import StorageError
 
 REMEDIES = {
-    "write to": "what was stored before is intact: mend it and run the same command again to go on",
+    "write to": "what was stored before is intact: fix the cause and run the same command again to continue",
     "read": "check the address, the network and your permission to read, then run the same command again",
 }
-CLUES = {  # an error's class, or words in it, and what they mean
-    "PermissionDeniedError": "permission was denied, or the credentials are not right for it",
+CLUES = {  # an error's class, or words of its message, and their meaning
+    "PermissionDeniedError": "permission was denied, or the credentials are wrong",
     "UnauthenticatedError": "the credentials were refused",
     "404 Not Found": "there is no such bucket",
-    "169.254.": "no credentials were found in the environment, in the usual files, or given to this machine",
+    "169.254.": "no credentials were found in the environment, in the usual files, or in this machine's role",
 }
-LONGEST = 200  # characters of what a server says
+LONGEST = 200  # characters of a server's answer
 
 
 @contextmanager
 def storage_errors(place: object, doing: Literal["write to", "read"] = "write to") -> Iterator[None]:
-    """Turn refusals of a disk or an object store into `StorageError`."""
+    """Turn errors of a disk or an object store into `StorageError`."""
     try:
         yield
     except Exception as error:
@@ -34,7 +34,7 @@ def storage_errors(place: object, doing: Literal["write to", "read"] = "write to
 
 
 async def insist(create: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Create an object that may exist already, again where an answer is lost: clients repeat no such request alone."""
+    """Create an object that may exist, and retry twice: clients do not retry conditional puts by themselves."""
     for last in (False, False, True):
         try:
             await create()
@@ -46,7 +46,7 @@ async def insist(create: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 def _bucket_errors() -> tuple[type[Exception], ...]:
-    """Return the base of obstore's errors, which are no built-ins, once something has imported it."""
+    """Return the base class of obstore's errors if obstore has been imported."""
     exceptions = sys.modules.get("obstore.exceptions")
     return (exceptions.BaseError,) if exceptions else ()
 
@@ -61,6 +61,6 @@ def _reason(error: Exception, place: object) -> str:
     for clue, reason in CLUES.items():
         if clue == kind or clue in said:
             return reason
-    # Servers repeat parts of the credentials in the XML of an answer, and addresses may be signed: neither is printed.
+    # A server's XML may repeat parts of the credentials, and addresses may be signed: neither is printed.
     plain = re.sub(r"<\?xml.*|\?[^\s\"']*", "", said.partition("\n\nDebug source")[0], flags=re.DOTALL)
     return " ".join(plain.split())[:LONGEST]
