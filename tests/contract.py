@@ -96,9 +96,10 @@ class Contract:
             sampler=coar.BernoulliSampler(ablated_fraction=0.3, seed=2),
         )
 
-    def collect(self, study, path, masks=6, **settings):
+    def collect(self, study, path, masks=6, gradients=0, **settings):
         execution = coar.Execution(**{"mask_block": 4, "example_block": 6, "batch_size": 4, **settings})
-        return coar.collect(study, path, masks=masks, device="cpu", progress=False, execution=execution)
+        sizes = {"masks": masks, "gradients": gradients}
+        return coar.collect(study, path, **sizes, device="cpu", progress=False, execution=execution)
 
     def outputs(self, run):
         return run.array("outputs")[:]
