@@ -144,7 +144,7 @@ def test_rows_are_dealt_round_by_round(problem):
     rows, _ = problem
     halves = rows.dealt(2)
     assert halves.shape == (2, N, D)
-    assert [block.fold for block in halves.blocks] == [block.round % 2 for block in rows.blocks]
+    assert [block.fold for block in halves.blocks] == [number % 2 for block in rows.blocks for number in block.rounds]
 
 
 def test_residuals_have_no_mean(problem):

@@ -1,6 +1,7 @@
 """Mask gradients inside a run: outputs and their gradients by the gates, stored in rounds."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from coar.store.run import Run
 log = logging.getLogger(__name__)
 MASK_GROUPS = 64  # different masks per mask gradient: example n takes the mask of group n modulo 64
 CHUNK_BYTES = 64 * 2**20
+READ_NUMBERS = 16 * 2**20  # entries of several rounds that are read together, at most
 ENTRY = "gradients"
 MASKS = "stratified"  # how a round draws them
 GRADIENTS = ("gradient_kept", "gradient_ablated")
@@ -117,10 +119,11 @@ class MaskGradients:
             self.masks(number)
         return self._kept[number]
 
-    def counts(self, number: int, examples: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Return (examples, components) numbers of a round's mask gradients that keep, and that ablate, a component."""
-        kept = self.kept(number)[self.group_of(examples)]
-        return kept, self.rounds[number] - kept
+    def counts(self, rounds: Sequence[int], examples: slice) -> np.ndarray:
+        """Return (2, examples, components) numbers of the mask gradients of rounds that keep, and that ablate."""
+        kept = sum((self.kept(i) for i in rounds), np.zeros((), np.float32))  # (mask groups, components)
+        total = sum(self.rounds[i] for i in rounds)
+        return np.stack([kept, total - kept])[:, self.group_of(examples)]
 
     def chunks(self, name: str) -> set[arrays.Chunk]:
         """Return the keys of an array's chunks in all rounds."""
@@ -184,11 +187,11 @@ class MaskGradients:
 
     def outputs(self, rounds: int, examples: slice) -> np.ndarray:
         """Return the (mask gradients, examples) outputs of the first rounds."""
-        parts = [
-            arrays.read(self._array(OUTPUTS), slice(i, i + 1), slice(0, self.rounds[i]), examples)[0]
-            for i in range(rounds)
-        ]
-        values = np.concatenate(parts) if parts else np.zeros((0, len(self.group_of(examples))), np.float32)
+        if not rounds:
+            return np.zeros((0, len(self.group_of(examples))), np.float32)
+        most = max(self.rounds[:rounds])
+        parts = arrays.read(self._array(OUTPUTS), slice(0, rounds), slice(0, most), examples)
+        values = np.concatenate([part[:count] for part, count in zip(parts, self.rounds, strict=False)])
         if not np.isfinite(values).all():
             raise IncompleteRunError(
                 f"mask gradients of {self.run.path} have not been collected; run 'coar collect' again"
@@ -200,22 +203,30 @@ class MaskGradients:
 
         Row 0 is over mask gradients that keep the component, row 1 over those that ablate it; a mean of none is 0.
         """
-        sums, counts = self.sums(rounds, examples)
-        return sums / np.maximum(counts, 1), counts
+        counts = self.counts(rounds, examples)
+        return self.sums([rounds], examples)[0] / np.maximum(counts, 1), counts
 
-    def sums(self, rounds: Sequence[int], examples: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sums that `means` divides by the numbers of terms, and these numbers."""
-        sums, counts = np.zeros((2, 2, len(self.group_of(examples)), self.run.n_components), np.float32)
-        for i in rounds:
-            for end, count in enumerate(self.counts(i, examples)):
-                values = arrays.read(self._array(GRADIENTS[end]), slice(i, i + 1), examples, slice(None))[0]
-                if np.isnan(values[count > 0]).any():
-                    raise IncompleteRunError(
-                        f"mask gradients of {self.run.path} have not been collected; run 'coar collect' again"
-                    )
-                sums[end] += np.where(count > 0, values, 0) * count
-                counts[end] += count
-        return sums, counts
+    def sums(self, folds: Sequence[Sequence[int]], examples: slice) -> np.ndarray:
+        """Return (folds, 2, examples, components) sums of the gradients at both ends over the rounds of each fold.
+
+        Adjacent rounds are read together, as many as `READ_NUMBERS` allows.
+        """
+        shape = (len(self.group_of(examples)), self.run.n_components)
+        fold_of = {i: fold for fold, own in enumerate(folds) for i in own}
+        stretches = _stretches(sorted(fold_of), max(READ_NUMBERS // max(math.prod(shape), 1), 1))
+        sums = np.zeros((len(folds), 2, *shape), np.float32)
+        for end, name in enumerate(GRADIENTS):
+            array = self._array(name)
+            for start, stop in stretches:
+                for i, values in enumerate(arrays.read(array, slice(start, stop), examples, slice(None)), start):
+                    count = self.counts([i], examples)[end]
+                    found = np.where(count > 0, values, 0)
+                    if np.isnan(found).any():
+                        raise IncompleteRunError(
+                            f"mask gradients of {self.run.path} have not been collected; run 'coar collect' again"
+                        )
+                    sums[fold_of[i], end] += found * count
+        return sums
 
     def _array(self, name: str) -> Any:
         return self.run.array(name, rounds=len(self.rounds))
@@ -247,6 +258,17 @@ def check_count(total: int) -> int:
     if isinstance(total, bool) or not isinstance(total, int) or total < 0:
         raise SettingsError(f"{total!r} mask gradients were asked for; give a whole number, 0 or more")
     return total
+
+
+def _stretches(numbers: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Return first and last number, plus 1, of stretches of at most so many adjacent ones among ascending numbers."""
+    found: list[tuple[int, int]] = []
+    for i in numbers:
+        if found and found[-1][1] == i and i - found[-1][0] < most:
+            found[-1] = (found[-1][0], i + 1)
+        else:
+            found.append((i, i + 1))
+    return found
 
 
 def _chunk(name: str, unit: GradientUnit) -> arrays.Chunk:

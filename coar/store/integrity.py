@@ -164,7 +164,7 @@ def _look_at_gradients(
     if name == probing.OUTPUTS:
         planned = np.repeat(np.arange(len(values))[:, None] < mask_gradients.rounds[number], values.shape[1], axis=1)
     else:
-        planned = mask_gradients.counts(number, examples)[probing.GRADIENTS.index(name)] > 0
+        planned = mask_gradients.counts([number], examples)[probing.GRADIENTS.index(name)] > 0
     if not np.isfinite(values[planned]).all():
         return "not finite"
     return "" if np.isnan(values[~planned]).all() else "not as planned"  # a mean of no mask gradients is NaN

@@ -6,14 +6,12 @@ some examples' noise for signal. One penalty is chosen by the sum of its scores 
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from coar.regression.informed.prior import Prior, learning_examples
+from coar.regression.informed.prior import Prior
 from coar.regression.ridge import PENALTIES, Spectrum, decompose_gram, decompose_kernel
 from coar.regression.sums import FitBlock, Gram, batches
-from coar.store.run import Run
 
 
 @dataclass(frozen=True)
@@ -35,16 +33,19 @@ class Correction:
     penalty: float
 
     @classmethod
-    def of(cls, run: Run, rows: np.ndarray, prior: Prior, gram: Gram | None) -> "Correction":
+    def of(
+        cls, block: FitBlock, prior: Prior, weights: Tensor, spread: Tensor, *, gram: Gram | None = None
+    ) -> "Correction":
         """Decompose the masks and choose the penalty.
 
         Args:
-            run: A complete run.
-            rows: Row numbers of at least two training masks.
+            block: At least two training masks, and the examples that the penalty is chosen on.
             prior: What mask gradients give.
+            weights: (examples, components) weights that the prior gives these examples.
+            spread: (examples,) standard deviations of their outputs.
             gram: The sums over these masks, where there are more of them than components and the sums are known.
         """
-        column = prior.column.double()
+        run, rows, column = block.run, block.rows, prior.column.double()
         if len(rows) <= run.n_components:
             x, gram = torch.from_numpy(run.masks_at(rows)), None
             spectrum, left = decompose_kernel(
@@ -53,9 +54,7 @@ class Correction:
         else:
             gram = gram or Gram.of(run, rows)
             spectrum, left = decompose_gram(gram.scaled(column)), torch.empty(0)
-        examples = learning_examples(run)
-        weights, spread, _ = prior.weights(prior.mask_gradients(run), examples)
-        scores, variation, _ = cls(column, spectrum, left, gram, 0.0).scores(FitBlock(run, rows, examples), weights)
+        scores, variation, _ = cls(column, spectrum, left, gram, 0.0).scores(block, weights)
         return cls(column, spectrum, left, gram, _penalty(spectrum, scores, variation, spread))
 
     def scores(self, block: FitBlock, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

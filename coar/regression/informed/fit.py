@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from coar.regression.informed.correction import Correction
-from coar.regression.informed.prior import Prior, learn_prior
+from coar.regression.informed.prior import Prior, learn_prior, learning_examples
 from coar.regression.ridge import LinearFit
 from coar.regression.sums import FitBlock, Gram
 from coar.store.run import Run
@@ -48,8 +48,10 @@ class Informed:
         Raises:
             RegressionError: When there are too few mask gradients, or all are zero.
         """
-        prior = learn_prior(run, rounds)
-        return cls(prior, Correction.of(run, rows, prior, gram) if len(rows) >= 2 else None)
+        prior, weights, spread = learn_prior(run, rounds)
+        if len(rows) < 2:
+            return cls(prior, None)
+        return cls(prior, Correction.of(FitBlock(run, rows, learning_examples(run)), prior, weights, spread, gram=gram))
 
     def learned(self) -> dict[str, Any]:
         """Return what was learned for all examples, in plain numbers."""

@@ -150,7 +150,7 @@ class _Start:
     def trial(self, rows: Rows, held: Rows) -> Trial:
         """Learn gains by site from rows, for both ends and for the curvature's leading directions."""
         sites, curvature = self.curvature.sites, self.curvature
-        moments = [self.moments[number] for number in sorted({block.round for block in rows.blocks})]
+        moments = [self.moments[number] for number in rows.rounds()]
         ends = 2 * (int(sites.max()) + 1)
         placing = gains_by_site([part.leading(ends) for part in moments], 2)[:, sites].float()
         rank = min(RANK, rows.shape[1] // EXAMPLES_PER_DIRECTION)
@@ -206,7 +206,7 @@ def smoothing(trial: Trial, gradients: Tensor) -> Refinement:
         common = torch.linalg.lstsq(places.expand(2, *places.shape), mean).solution  # (2, rank, components)
         features = torch.cat([gradients, trial.places @ common[:, None]])
         moments = moments_by_round(trial.rows, features, sites)
-        gain = gains_by_site([moments[number] for number in sorted(moments)], len(features))[:, sites].float()
+        gain = gains_by_site(list(moments.values()), len(features))[:, sites].float()
         smoothed = replace(
             model,
             curvature=replace(model.curvature, curves=model.curvature.curves[:0]),

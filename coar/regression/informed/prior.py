@@ -44,7 +44,7 @@ class Prior:
     def weights(self, mask_gradients: MaskGradients, examples: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return (examples, components) weights, and the (examples,) spread and float64 mean of the outputs."""
         rounds = len(self.kept)
-        sums, counts = mask_gradients.sums(range(rounds), examples)
+        sums, counts = mask_gradients.sums([range(rounds)], examples)[0], mask_gradients.counts(range(rounds), examples)
         outputs = torch.from_numpy(mask_gradients.outputs(rounds, examples))
         spread = _spread(outputs)
         weights = self.shared.weights(_means(sums, counts) / spread[:, None]) * spread[:, None]
@@ -57,6 +57,7 @@ class _Sample:
 
     Attributes:
         rows: The outputs, dealt into `FOLDS` folds.
+        order: (examples,) numbers of the examples among those that are read.
         groups: (examples,) their mask groups.
         spread: (examples,) standard deviations of their outputs.
         sums: (folds, 2, examples, components) sums of the mask gradients at both ends.
@@ -64,6 +65,7 @@ class _Sample:
     """
 
     rows: Rows
+    order: Tensor
     groups: Tensor
     spread: Tensor
     sums: np.ndarray
@@ -82,10 +84,10 @@ class _Sample:
         masks = [torch.from_numpy(mask_gradients.masks(i)) for i in range(rounds)]
         rows = Rows.of(masks, parts, groups[order], folds=FOLDS, kept=1 - run.sampler.ablated_fraction)
         folds = deal(sizes, FOLDS)
-        sums = np.stack([mask_gradients.sums(fold, examples)[0][:, order] for fold in folds])
+        sums = mask_gradients.sums(folds, examples)[:, :, order]
         kept = np.stack([sum(mask_gradients.kept(i) for i in fold) for fold in folds])
         total = np.array([sum(sizes[i] for i in fold) for fold in folds], np.float32)
-        return cls(rows, groups[order], spread, sums, np.stack([kept, total[:, None, None] - kept], axis=1))
+        return cls(rows, order, groups[order], spread, sums, np.stack([kept, total[:, None, None] - kept], axis=1))
 
     def left_out(self, folds: int) -> Tensor:
         """Return (2, folds, examples, components) mean gradients of all folds but one, in units of the spread."""
@@ -101,12 +103,15 @@ class _Sample:
         return _means(self.sums.sum(0), self.counts.sum(0)[:, self.groups]) / self.spread[:, None]
 
 
-def learn_prior(run: Run, rounds: int) -> Prior:
+def learn_prior(run: Run, rounds: int) -> tuple[Prior, Tensor, Tensor]:
     """Learn what examples share, from the examples that fit in memory, evenly spaced.
 
     Args:
         run: A run with mask gradients.
         rounds: How many of their rounds to use.
+
+    Returns:
+        The prior; and the (examples, components) weights and the (examples,) spread of the `learning_examples`.
 
     Raises:
         RegressionError: When there are too few mask gradients, or all are zero.
@@ -129,11 +134,14 @@ def learn_prior(run: Run, rounds: int) -> Prior:
     numbers = {site: i for i, site in enumerate(dict.fromkeys(component.site for component in run.components))}
     sites = torch.tensor([numbers[component.site] for component in run.components])
     shared, trials = learn(sample.rows, sample.left_out(FOLDS), sites)
-    column = shared.weights(whole).square().mean(0).sqrt()
+    weights = shared.weights(whole)
+    column = weights.square().mean(0).sqrt()
     column = (column / column.mean().clamp_min(1e-30)).clamp_min(COLUMN_FLOOR)
     halves = relearn(shared, sample.rows.dealt(HALVES), sample.left_out(HALVES))
     kept = tuple(mask_gradients.kept(i) for i in range(rounds))
-    return Prior(shared, kept, column, judge(trials, halves))
+    back = torch.argsort(sample.order)
+    weights = (weights * sample.spread[:, None])[back]
+    return Prior(shared, kept, column, judge(trials, halves)), weights, sample.spread[back]
 
 
 def learning_examples(run: Run) -> slice:

@@ -68,12 +68,14 @@ def _pairs(trial: Trial) -> Tensor:
         total, alone, squares, counts = torch.zeros(()), torch.zeros(()), torch.zeros(()), []
         for block, left in own:
             # Rows of one round share out ablations, so masks are centred by the share that any mask keeps.
-            offset = (block.mean - held.kept)[:, None]
-            adjoint = (left @ block.design() + left.sum(2, keepdim=True) * offset) / deviation
-            total = total + adjoint  # (groups, members, components)
-            alone = alone + adjoint.square().sum((1, 2))
+            offset, design = (block.mean - held.kept)[:, None], block.design()
+            for rows in block.rounds.values():
+                part = left[..., rows]
+                adjoint = (part @ design[:, rows] + part.sum(2, keepdim=True) * offset) / deviation
+                total = total + adjoint  # (groups, members, components)
+                alone = alone + adjoint.square().sum((1, 2))
+                counts.append(part.shape[2])
             squares = squares + block.outputs.square().sum((1, 2))
-            counts.append(block.outputs.shape[2])
         pairs = sum(counts) ** 2 - sum(count**2 for count in counts)
         error = (total.square().sum((1, 2)) - alone) * sum(counts) / max(pairs, 1)
         found.append(torch.stack([squares, error], dim=1))

@@ -2,24 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 
 from coar.store.gradients import deal
 
-BLOCK_NUMBERS = 16 * 2**20  # entries of a block's design, at most, where a block has several mask groups
+BLOCK_NUMBERS = 16 * 2**20  # entries of a block's design, at most, where a block has several mask groups or rounds
 DESIGN_NUMBERS = 128 * 2**20  # entries of designs in float32 that are kept; more are made again for every product
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Rows of one round, of mask groups that have equally many examples.
+    """Rows of rounds of one fold, of mask groups that have equally many examples.
 
     Attributes:
-        fold: The fold that the round is dealt to.
-        round: Number of the round; rows of different rounds are independent.
+        fold: The fold that the rounds are dealt to.
+        rounds: Which of the rows each round has, by its number; rows of different rounds are independent.
         examples: The examples, one mask group after another.
         masks: (groups, rows, components) booleans.
         mean: (groups, components) means of the groups' masks in all rounds.
@@ -28,7 +28,7 @@ class RowBlock:
     """
 
     fold: int
-    round: int
+    rounds: dict[int, slice]
     examples: slice
     masks: Tensor
     mean: Tensor
@@ -50,7 +50,7 @@ class Rows:
     """Rows of a set of examples, as one linear operator on their (folds, examples, components) weights.
 
     Attributes:
-        blocks: The rows by round, and by mask groups that have equally many examples.
+        blocks: The rows by fold, and by mask groups that have equally many examples.
         shape: Folds, examples, components.
         kept: Share of the components that a mask keeps.
     """
@@ -72,16 +72,21 @@ class Rows:
             folds: Number of folds.
             kept: Share of the components that a mask keeps.
         """
-        components, most = masks[0].shape[2], max(map(len, masks))
+        sizes, components = [len(part) for part in masks], masks[0].shape[2]
+        joined = _joined(sizes, folds, max(BLOCK_NUMBERS // components, 1))
+        most = max(sum(sizes[i] for i in rounds) for _, rounds in joined)
         numbers, counts = torch.unique_consecutive(groups, return_counts=True)
-        mean = torch.stack([part.sum(0) for part in masks]).sum(0) / sum(map(len, masks))  # (mask groups, components)
-        small = sum(map(len, masks)) * len(numbers) * components <= DESIGN_NUMBERS
-        fold_of = {i: fold for fold, own in enumerate(deal([len(part) for part in masks], folds)) for i in own}
+        mean = torch.stack([part.sum(0) for part in masks]).sum(0) / sum(sizes)  # (mask groups, components)
+        small = sum(sizes) * len(numbers) * components <= DESIGN_NUMBERS
         blocks, together = [], max(BLOCK_NUMBERS // (most * components), 1)
         for chosen, examples in _equal_groups(numbers, counts, together):
-            for i, (part, values) in enumerate(zip(masks, outputs, strict=True)):
-                y = values[:, examples].T.reshape(len(chosen), -1, len(values)).contiguous()
-                block = RowBlock(fold_of[i], i, examples, part[:, chosen].transpose(0, 1), mean[chosen].float(), y)
+            for fold, rounds in joined:
+                own = torch.cat([masks[i][:, chosen] for i in rounds]).transpose(0, 1).contiguous()
+                values = torch.cat([outputs[i][:, examples] for i in rounds])
+                y = values.T.reshape(len(chosen), -1, len(values)).contiguous()
+                ends = list(accumulate(sizes[i] for i in rounds))
+                places = {i: slice(end - sizes[i], end) for i, end in zip(rounds, ends, strict=True)}
+                block = RowBlock(fold, places, examples, own, mean[chosen].float(), y)
                 blocks.append(replace(block, centred=block.design()) if small else block)
         return cls(tuple(blocks), (folds, len(groups), components), kept)
 
@@ -99,6 +104,10 @@ class Rows:
     def folds(self) -> list[int]:
         """Return the numbers of the folds that have rows here."""
         return sorted({block.fold for block in self.blocks})
+
+    def rounds(self) -> list[int]:
+        """Return the numbers of the rounds that have rows here."""
+        return sorted({number for block in self.blocks for number in block.rounds})
 
     def count(self) -> float:
         """Return the mean number of rows of an example."""
@@ -151,6 +160,20 @@ def group_order(groups: Tensor) -> Tensor:
     """Return the order in which (examples,) mask groups are adjacent, and those of equal size follow each other."""
     sizes = torch.bincount(groups)[groups]
     return torch.argsort(sizes * (int(groups.max()) + 1) + groups, stable=True)
+
+
+def _joined(sizes: Sequence[int], folds: int, rows: int) -> list[tuple[int, list[int]]]:
+    """Deal rounds into folds, and cut each fold into parts of at most so many rows, or of one round."""
+    found: list[tuple[int, list[int]]] = []
+    for fold, own in enumerate(deal(sizes, folds)):
+        total = rows
+        for i in own:
+            if total + sizes[i] > rows:
+                found.append((fold, []))
+                total = 0
+            found[-1][1].append(i)
+            total += sizes[i]
+    return found
 
 
 def _equal_groups(numbers: Tensor, counts: Tensor, together: int) -> Iterator[tuple[Tensor, slice]]:

@@ -4,7 +4,7 @@ Every site has gains of its own, but outputs are few and each gain learned from 
 are therefore shrunk towards those of all sites together, as far as this predicts held-out rounds best.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,7 +113,7 @@ class SiteMoments:
 
 
 def moments_by_round(rows: Rows, features: Tensor, sites: Tensor) -> dict[int, SiteMoments]:
-    """Return the moments of each round's rows.
+    """Return the moments of each round's rows, by the round's number.
 
     Args:
         rows: Outputs under masks.
@@ -122,15 +122,15 @@ def moments_by_round(rows: Rows, features: Tensor, sites: Tensor) -> dict[int, S
     """
     members, found = members_of(sites), dict[int, list[SiteMoments]]()
     for block in rows.blocks:
-        found.setdefault(block.round, []).append(_moments_of(block, features, members))
-    return {number: SiteMoments.total(parts) for number, parts in found.items()}
+        for number, part in _moments_of(block, features, members):
+            found.setdefault(number, []).append(part)
+    return {number: SiteMoments.total(found[number]) for number in sorted(found)}
 
 
-def _moments_of(block: RowBlock, features: Tensor, members: list[Tensor | slice]) -> SiteMoments:
-    """Sum the table of what each factor predicts of a block's outputs, some mask groups at a time."""
+def _moments_of(block: RowBlock, features: Tensor, members: list[Tensor | slice]) -> Iterator[tuple[int, SiteMoments]]:
+    """Yield moments of each round from the table of what each factor predicts, some mask groups at a time."""
     factors, design = len(features) * len(members), block.design()
     groups = max(TABLE_NUMBERS // (factors * block.outputs[0].numel()), 1)
-    parts = []
     own = block.by_group(features[:, block.fold, block.examples])  # (features, groups, members, components)
     for start in range(0, len(design), groups):
         some = slice(start, start + groups)
@@ -138,7 +138,8 @@ def _moments_of(block: RowBlock, features: Tensor, members: list[Tensor | slice]
         stacked = part.transpose(0, 1).flatten(1, 2)  # (groups, features x members, components)
         table = torch.stack([stacked[..., group] @ x[..., group].mT for group in members])
         table = table.view(len(members), len(x), len(features), *y.shape[1:]).permute(2, 0, 1, 3, 4)
-        table = table.reshape(factors, -1).double()  # (features x sites, outputs)
-        outputs = y.flatten().double()
-        parts.append(SiteMoments(table @ table.T, table @ outputs, float(outputs @ outputs), len(outputs)))
-    return SiteMoments.total(parts)
+        for number, rows in block.rounds.items():
+            predicted = table[..., rows].reshape(factors, -1).double()  # (features x sites, outputs)
+            outputs = y[..., rows].flatten().double()
+            moment, square = predicted @ outputs, float(outputs @ outputs)
+            yield number, SiteMoments(predicted @ predicted.T, moment, square, len(outputs))
