@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coar.regression.informed.prior import Prior
+from coar.regression.informed.prior import Prior, PriorWeights
 from coar.regression.ridge import PENALTIES, Spectrum, decompose_gram, decompose_kernel
 from coar.regression.sums import FitBlock, Gram, batches
 
@@ -33,16 +33,13 @@ class Correction:
     penalty: float
 
     @classmethod
-    def of(
-        cls, block: FitBlock, prior: Prior, weights: Tensor, spread: Tensor, *, gram: Gram | None = None
-    ) -> "Correction":
+    def of(cls, block: FitBlock, prior: Prior, found: PriorWeights, *, gram: Gram | None = None) -> "Correction":
         """Decompose the masks and choose the penalty.
 
         Args:
             block: At least two training masks, and the examples that the penalty is chosen on.
             prior: What mask gradients give.
-            weights: (examples, components) weights that the prior gives these examples.
-            spread: (examples,) standard deviations of their outputs.
+            found: What it gives for these examples.
             gram: The sums over these masks, where there are more of them than components and the sums are known.
         """
         run, rows, column = block.run, block.rows, prior.column.double()
@@ -54,8 +51,8 @@ class Correction:
         else:
             gram = gram or Gram.of(run, rows)
             spectrum, left = decompose_gram(gram.scaled(column)), torch.empty(0)
-        scores, variation, _ = cls(column, spectrum, left, gram, 0.0).scores(block, weights)
-        return cls(column, spectrum, left, gram, _penalty(spectrum, scores, variation, spread))
+        scores, variation, _ = cls(column, spectrum, left, gram, 0.0).scores(block, found.weights)
+        return cls(column, spectrum, left, gram, _penalty(spectrum, scores, variation, found.spread))
 
     def scores(self, block: FitBlock, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return U'R (rank, examples), sums of squares and (examples,) mean outputs; R is what the weights leave."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from coar.regression.informed.correction import Correction
-from coar.regression.informed.prior import Prior, learn_prior, learning_examples
+from coar.regression.informed.prior import Prior, PriorWeights, learn_prior, learning_examples
 from coar.regression.ridge import LinearFit
 from coar.regression.sums import FitBlock, Gram
 from coar.store.run import Run
@@ -30,10 +30,12 @@ class Informed:
     Attributes:
         prior: What mask gradients give.
         correction: What masks correct; None without masks.
+        known: What mask gradients give for all examples; None where the prior is learned from some of them.
     """
 
     prior: Prior
     correction: Correction | None
+    known: PriorWeights | None
 
     @classmethod
     def of(cls, run: Run, rows: np.ndarray, rounds: int, *, gram: Gram | None = None) -> Self:
@@ -48,10 +50,10 @@ class Informed:
         Raises:
             RegressionError: When there are too few mask gradients, or all are zero.
         """
-        prior, weights, spread = learn_prior(run, rounds)
-        if len(rows) < 2:
-            return cls(prior, None)
-        return cls(prior, Correction.of(FitBlock(run, rows, learning_examples(run)), prior, weights, spread, gram=gram))
+        prior, found = learn_prior(run, rounds)
+        examples = learning_examples(run)
+        correction = Correction.of(FitBlock(run, rows, examples), prior, found, gram=gram) if len(rows) >= 2 else None
+        return cls(prior, correction, found if examples.step == 1 else None)
 
     def learned(self) -> dict[str, Any]:
         """Return what was learned for all examples, in plain numbers."""
@@ -67,7 +69,8 @@ class Informed:
         examples, masks, rounds = block.examples, len(block.rows), len(self.prior.kept)
         mask_gradients = self.prior.mask_gradients(block.run)
         count = sum(mask_gradients.rounds[:rounds])
-        weights, spread, outputs = self.prior.weights(mask_gradients, examples)
+        found = self.prior.weights(mask_gradients, examples) if self.known is None else self.known[examples]
+        weights, outputs = found.weights, found.mean
         share = torch.from_numpy(sum(self.prior.kept) / np.float32(count))  # (mask groups, components)
         seen = share[torch.from_numpy(mask_gradients.group_of(examples))].double()  # (examples, components)
         if self.correction:
@@ -75,7 +78,7 @@ class Informed:
             outputs = (outputs * count + mean * masks) / (count + masks)
             seen = (seen * count + self.correction.mean_mask() * masks) / (count + masks)
         intercept = outputs - (weights.double() * seen).sum(1)
-        standard_error = self._error(block.run).sqrt() * spread[:, None]
+        standard_error = self._error(block.run).sqrt() * found.spread[:, None]
         return LinearFit(weights, intercept, standard_error, torch.zeros(len(weights)))
 
     def _error(self, run: Run) -> Tensor:

@@ -41,14 +41,33 @@ class Prior:
         """Return the mask gradients of the run, with the counts that are known here."""
         return MaskGradients(run, kept_counts=self.kept)
 
-    def weights(self, mask_gradients: MaskGradients, examples: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (examples, components) weights, and the (examples,) spread and float64 mean of the outputs."""
+    def weights(self, mask_gradients: MaskGradients, examples: slice) -> "PriorWeights":
+        """Read the mask gradients of examples and return what they give."""
         rounds = len(self.kept)
         sums, counts = mask_gradients.sums([range(rounds)], examples)[0], mask_gradients.counts(range(rounds), examples)
         outputs = torch.from_numpy(mask_gradients.outputs(rounds, examples))
         spread = _spread(outputs)
         weights = self.shared.weights(_means(sums, counts) / spread[:, None]) * spread[:, None]
-        return weights, spread, outputs.double().mean(0)
+        return PriorWeights(weights, spread, outputs.double().mean(0))
+
+
+@dataclass(frozen=True)
+class PriorWeights:
+    """What mask gradients give for some examples.
+
+    Attributes:
+        weights: (examples, components).
+        spread: (examples,) standard deviations of the outputs.
+        mean: (examples,) float64 means of the outputs.
+    """
+
+    weights: Tensor
+    spread: Tensor
+    mean: Tensor
+
+    def __getitem__(self, examples: slice | Tensor) -> "PriorWeights":
+        """Return those of some of the examples."""
+        return PriorWeights(self.weights[examples], self.spread[examples], self.mean[examples])
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,7 @@ class _Sample:
         order: (examples,) numbers of the examples among those that are read.
         groups: (examples,) their mask groups.
         spread: (examples,) standard deviations of their outputs.
+        mean: (examples,) float64 means of their outputs.
         sums: (folds, 2, examples, components) sums of the mask gradients at both ends.
         counts: (folds, 2, mask groups, components) numbers of terms.
     """
@@ -68,6 +88,7 @@ class _Sample:
     order: Tensor
     groups: Tensor
     spread: Tensor
+    mean: Tensor
     sums: np.ndarray
     counts: np.ndarray
 
@@ -87,7 +108,8 @@ class _Sample:
         sums = mask_gradients.sums(folds, examples)[:, :, order]
         kept = np.stack([sum(mask_gradients.kept(i) for i in fold) for fold in folds])
         total = np.array([sum(sizes[i] for i in fold) for fold in folds], np.float32)
-        return cls(rows, order, groups[order], spread, sums, np.stack([kept, total[:, None, None] - kept], axis=1))
+        counts = np.stack([kept, total[:, None, None] - kept], axis=1)
+        return cls(rows, order, groups[order], spread, outputs.double().mean(0), sums, counts)
 
     def left_out(self, folds: int) -> Tensor:
         """Return (2, folds, examples, components) mean gradients of all folds but one, in units of the spread."""
@@ -103,7 +125,7 @@ class _Sample:
         return _means(self.sums.sum(0), self.counts.sum(0)[:, self.groups]) / self.spread[:, None]
 
 
-def learn_prior(run: Run, rounds: int) -> tuple[Prior, Tensor, Tensor]:
+def learn_prior(run: Run, rounds: int) -> tuple[Prior, PriorWeights]:
     """Learn what examples share, from the examples that fit in memory, evenly spaced.
 
     Args:
@@ -111,7 +133,7 @@ def learn_prior(run: Run, rounds: int) -> tuple[Prior, Tensor, Tensor]:
         rounds: How many of their rounds to use.
 
     Returns:
-        The prior; and the (examples, components) weights and the (examples,) spread of the `learning_examples`.
+        The prior, and what it gives for the `learning_examples`.
 
     Raises:
         RegressionError: When there are too few mask gradients, or all are zero.
@@ -139,9 +161,8 @@ def learn_prior(run: Run, rounds: int) -> tuple[Prior, Tensor, Tensor]:
     column = (column / column.mean().clamp_min(1e-30)).clamp_min(COLUMN_FLOOR)
     halves = relearn(shared, sample.rows.dealt(HALVES), sample.left_out(HALVES))
     kept = tuple(mask_gradients.kept(i) for i in range(rounds))
-    back = torch.argsort(sample.order)
-    weights = (weights * sample.spread[:, None])[back]
-    return Prior(shared, kept, column, judge(trials, halves)), weights, sample.spread[back]
+    found = PriorWeights(weights * sample.spread[:, None], sample.spread, sample.mean)
+    return Prior(shared, kept, column, judge(trials, halves)), found[torch.argsort(sample.order)]
 
 
 def learning_examples(run: Run) -> slice:

@@ -24,12 +24,14 @@ def gains_by_site(moments: "Sequence[SiteMoments]", features: int) -> Tensor:
         moments: Those of each round; rounds are independent, and judge each other's gains.
         features: Number of features.
     """
-    whole = SiteMoments.total(moments)
+    whole = SiteMoments.stacked(moments).total()
     if len(moments) < 2:
         return whole.gains(features, SPREADS[:1])[0].view(features, -1)
+    together = max(TABLE_NUMBERS // (len(SPREADS) * whole.gram.numel()), 1)  # rounds left out at a time
     errors = torch.zeros(len(SPREADS), dtype=torch.float64)
-    for part in moments:
-        errors += part.errors(whole.minus(part).gains(features, SPREADS))
+    for start in range(0, len(moments), together):
+        left_out = SiteMoments.stacked(moments[start : start + together])
+        errors += left_out.errors(whole.minus(left_out).gains(features, SPREADS)).sum(0)
     best = SPREADS[int(errors.argmin())]
     return whole.gains(features, (best,))[0].view(features, -1)
 
@@ -52,26 +54,30 @@ def members_of(sites: Tensor) -> list[Tensor | slice]:
 
 @dataclass(frozen=True)
 class SiteMoments:
-    """Sums over rows and examples that say how well any gains predict.
+    """Sums over rows and examples that say how well any gains predict, in float64.
 
     Attributes:
-        gram: (factors, factors) products of what features predict with gains of 1; a factor for each feature and site.
-        moment: (factors,) their products with the outputs.
-        square: Sum of the outputs' squares.
-        count: Number of outputs.
+        gram: (..., factors, factors) products of what features predict with gains of 1; a factor for each feature and
+            site.
+        moment: (..., factors) their products with the outputs.
+        square: (...) sums of the outputs' squares.
+        count: (...) numbers of outputs.
     """
 
     gram: Tensor
     moment: Tensor
-    square: float
-    count: int
+    square: Tensor
+    count: Tensor
 
     @classmethod
-    def total(cls, parts: "Sequence[SiteMoments]") -> "SiteMoments":
-        """Add up the moments of different rows."""
-        gram = torch.stack([part.gram for part in parts]).sum(0)
-        moment = torch.stack([part.moment for part in parts]).sum(0)
-        return cls(gram, moment, sum(part.square for part in parts), sum(part.count for part in parts))
+    def stacked(cls, parts: "Sequence[SiteMoments]") -> "SiteMoments":
+        """Return the moments of different rows along a new first axis."""
+        gram, moment = torch.stack([part.gram for part in parts]), torch.stack([part.moment for part in parts])
+        return cls(gram, moment, torch.stack([p.square for p in parts]), torch.stack([p.count for p in parts]))
+
+    def total(self) -> "SiteMoments":
+        """Add up the moments along the first axis."""
+        return SiteMoments(self.gram.sum(0), self.moment.sum(0), self.square.sum(0), self.count.sum(0))
 
     def minus(self, other: "SiteMoments") -> "SiteMoments":
         """Return the moments without those of some of the rows."""
@@ -81,33 +87,34 @@ class SiteMoments:
 
     def leading(self, factors: int) -> "SiteMoments":
         """Return the moments of the first factors."""
-        return SiteMoments(self.gram[:factors, :factors], self.moment[:factors], self.square, self.count)
+        return SiteMoments(self.gram[..., :factors, :factors], self.moment[..., :factors], self.square, self.count)
 
     def errors(self, gain: Tensor) -> Tensor:
-        """Return the (...,) sums of squares that (..., factors) gains leave."""
-        return self.square - 2 * gain @ self.moment + ((gain @ self.gram) * gain).sum(-1)
+        """Return the (..., sets) sums of squares that (..., sets, factors) gains leave."""
+        explained = 2 * (gain @ self.moment[..., None])[..., 0] - ((gain @ self.gram) * gain).sum(-1)
+        return self.square[..., None] - explained
 
     def gains(self, features: int, spreads: tuple[float, ...]) -> Tensor:
-        """Return (spreads, factors) gains: common ones of each feature, and deviations of each relative spread.
+        """Return (..., spreads, factors) gains: common ones of each feature, and deviations of each relative spread.
 
         This is the mean of the posterior where outputs have the residual variance of the common gains alone.
         """
-        common = torch.eye(features, dtype=torch.float64).repeat_interleave(len(self.gram) // features, dim=0)
-        gram, moment = common.T @ self.gram @ common, common.T @ self.moment
-        floor = torch.diag((FLOOR * gram.diagonal()).clamp_min(1e-30))
-        shared = common @ torch.linalg.solve(gram + floor, moment)
-        noise = max(float(self.errors(shared)) / max(self.count, 1), 1e-30)
+        common = torch.eye(features, dtype=torch.float64).repeat_interleave(self.moment.shape[-1] // features, dim=0)
+        image = self.gram @ common  # (..., factors, features)
+        gram, moment = common.T @ image, self.moment @ common
+        floor = torch.diag_embed((FLOOR * gram.diagonal(dim1=-2, dim2=-1)).clamp_min(1e-30))
+        shared = torch.linalg.solve(gram + floor, moment[..., None]).mT @ common.T  # (..., 1, factors)
+        noise = (self.errors(shared) / self.count.clamp_min(1)[..., None]).clamp_min(1e-30)
         # A gain is small or large by what it takes for its feature to vary as much as the outputs.
-        scale = torch.tensor([noise / spread**2 / max(self.square, 1e-30) for spread in spreads], dtype=torch.float64)
-        ridge = common @ (gram + floor).diagonal()
-        deviations = self.gram + torch.diag_embed(scale[:, None] * ridge)  # (spreads, factors, factors)
+        precision = torch.tensor(spreads, dtype=torch.float64) ** -2
+        scale = noise * precision / self.square.clamp_min(1e-30)[..., None]  # (..., spreads)
+        ridge = (gram + floor).diagonal(dim1=-2, dim2=-1) @ common.T
+        deviations = self.gram[..., None, :, :] + torch.diag_embed(scale[..., None] * ridge[..., None, :])
         # Eliminating the deviations first leaves the common gains a small system of their own.
-        right = torch.cat([self.gram @ common, self.moment[:, None]], dim=1)
-        left = torch.linalg.solve(deviations, right.expand(len(spreads), *right.shape))
-        own = self.gram @ left
-        gram = common.T @ (self.gram @ common - own[..., :-1])
-        moment = common.T @ (self.moment[:, None] - own[..., -1:])
-        shared = torch.linalg.solve(gram + floor, moment)
+        right = torch.cat([image, self.moment[..., None]], dim=-1)[..., None, :, :]
+        left = torch.linalg.solve(deviations, right.expand(*deviations.shape[:-1], features + 1))
+        rest = common.T @ (right - self.gram[..., None, :, :] @ left)  # (..., spreads, features, features + 1)
+        shared = torch.linalg.solve(rest[..., :-1] + floor[..., None, :, :], rest[..., -1:])
         gain: Tensor = (left[..., -1:] + (common - left[..., :-1]) @ shared)[..., 0]
         return gain
 
@@ -124,7 +131,7 @@ def moments_by_round(rows: Rows, features: Tensor, sites: Tensor) -> dict[int, S
     for block in rows.blocks:
         for number, part in _moments_of(block, features, members):
             found.setdefault(number, []).append(part)
-    return {number: SiteMoments.total(found[number]) for number in sorted(found)}
+    return {number: SiteMoments.stacked(found[number]).total() for number in sorted(found)}
 
 
 def _moments_of(block: RowBlock, features: Tensor, members: list[Tensor | slice]) -> Iterator[tuple[int, SiteMoments]]:
@@ -141,5 +148,5 @@ def _moments_of(block: RowBlock, features: Tensor, members: list[Tensor | slice]
         for number, rows in block.rounds.items():
             predicted = table[..., rows].reshape(factors, -1).double()  # (features x sites, outputs)
             outputs = y[..., rows].flatten().double()
-            moment, square = predicted @ outputs, float(outputs @ outputs)
-            yield number, SiteMoments(predicted @ predicted.T, moment, square, len(outputs))
+            count = torch.tensor(len(outputs), dtype=torch.float64)
+            yield number, SiteMoments(predicted @ predicted.T, predicted @ outputs, outputs @ outputs, count)
