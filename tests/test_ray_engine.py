@@ -109,7 +109,7 @@ def test_one_bar_for_all_workers_and_two_units_in_hand_of_each(session, tmp_path
     helpers.collect(helpers.study(), tmp_path / "r.zarr", **ASKED, cluster=cluster, progress=True)
     assert max(in_hand) == 2 * AHEAD == 4
     said = capsys.readouterr().err
-    assert said.count("collect masks: 100%") == said.count("collect mask gradients: 100%") == 1
+    assert said.count("collect masks: 100%") == said.count("collect gradients: 100%") == 1
 
 
 @needs_ray
