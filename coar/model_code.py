@@ -6,6 +6,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib import metadata
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-SKIPPED = {"training", "call_super_init", "dump_patches", "T_destination"}  # of a module's attributes: no settings
+SKIPPED = {"training", "call_super_init", "dump_patches", "T_destination"}  # attributes that no forward pass reads
+PLACING = {"to", "cpu", "cuda", "hf_device_map", "mlu", "musa", "npu", "sdaa", "xpu"}  # what accelerate sets, to place
 DIGITS = 16  # of a hash; enough to distinguish versions of code
 
 
@@ -24,8 +26,8 @@ def model_code(model: nn.Module) -> dict[str, dict[str, str]]:
     class or other settings (an activation, a number of heads, a stride), or if a method was replaced on an instance.
 
     Returns:
-        `classes`: by qualified name, a hash of the source of each class of a module, without comments, and of the
-            functions of its file that its methods call; of the bytecode if there is no source.
+        `classes`: by qualified name, a hash of the source of each class of a module, and of the functions of its own
+            file that its methods call, without comments and docstrings; of the bytecode if there is no source.
         `modules`: by path, a hash of each module's class, plain attributes, configuration and replaced methods.
         `libraries`: versions of the packages that the classes come from.
     """
@@ -93,11 +95,15 @@ def _helpers(code: CodeType, scope: Mapping[str, Any], module: str) -> dict[str,
 
 
 def _source(function: FunctionType) -> str:
-    """Return a function's source without comments and layout; its bytecode if there is no source."""
+    """Return a function's source without docstrings, comments and layout; its bytecode if there is no source."""
     try:
-        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(function))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):  # entered at a prompt, generated, or a lambda inside other code
         return _bytecode(function.__code__)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+            node.body[0] = ast.Pass()
+    return ast.unparse(tree)
 
 
 def _bytecode(code: CodeType) -> str:
@@ -107,7 +113,8 @@ def _bytecode(code: CodeType) -> str:
 
 def _settings(module: nn.Module) -> str:
     """Return a module's plain attributes, its configuration, and the source of methods replaced on the instance."""
-    own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in SKIPPED}
+    skipped = SKIPPED | PLACING | ({"forward"} if hasattr(module, "_hf_hook") else set())  # accelerate moves data there
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in skipped}
     found = {name: text for name, value in own.items() if (text := _plain(value)) is not None}
     describe = getattr(own.get("config"), "to_dict", None)  # configurations of transformers have it
     if describe:
@@ -124,13 +131,24 @@ def _plain(value: Any) -> str | None:
         return _name(value)
     if value is None or isinstance(value, bool | int | float | complex | str | torch.dtype):
         return repr(value)
-    if isinstance(value, list | tuple | set | frozenset):
-        parts = [_plain(part) for part in (sorted(value, key=repr) if isinstance(value, set | frozenset) else value)]
-        return None if None in parts else f"{type(value).__name__}{parts}"
-    if isinstance(value, dict):
-        pairs = [(repr(key), _plain(part)) for key, part in value.items()]
-        return None if any(part is None for _, part in pairs) else repr(sorted(pairs))
-    return None
+    return _joined(value)
+
+
+def _joined(value: Any) -> str | None:
+    """Return a collection, or a partial function, whose parts are all settings as text; None for others."""
+    parts: list[Any]
+    if isinstance(value, partial):
+        parts = [value.func, value.args, value.keywords]
+    elif isinstance(value, dict):
+        parts = [part for key in sorted(value, key=repr) for part in (repr(key), value[key])]
+    elif isinstance(value, list | tuple):
+        parts = list(value)
+    elif isinstance(value, set | frozenset):
+        parts = sorted(value, key=repr)
+    else:
+        return None
+    texts = [_plain(part) for part in parts]
+    return None if None in texts else f"{type(value).__name__}{texts}"
 
 
 def _name(kind: type) -> str:

@@ -7,9 +7,11 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook
+from torch import nn
 
 import coar
 from coar.errors import WeightsError
+from coar.forward.devices import device_copy
 from coar.gates.gates import Gates
 from tests import oracles, tiny
 
@@ -74,3 +76,23 @@ def test_weights_that_are_not_in_memory_are_an_error(tmp_path):
     examples = coar.Examples(inputs=tiny.inputs("gpt2"), targets=torch.arange(5))
     with pytest.raises(WeightsError, match=r"weights are not in memory .* 'body\.h\.1\..* load the whole model"):
         coar.Study(model=model, examples=examples, components=parts(model))
+
+
+def test_a_split_model_stays_as_it_is_when_a_copy_of_it_is_made(tmp_path):
+    model = split(tiny.model("gpt2"), tmp_path, "cpu")
+    before = [(name, type(module), id(module)) for name, module in model.named_modules()]
+    copy = device_copy(model, torch.device("cpu"))
+    assert [(name, type(module), id(module)) for name, module in model.named_modules()] == before
+    assert not {id(module) for module in copy.modules()} & {identity for _, _, identity in before}
+
+
+class Uncopied(nn.Module):
+    """A module whose deep copy is itself, as singletons of some libraries are."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_model_that_deepcopy_does_not_copy_is_refused():
+    with pytest.raises(WeightsError, match=r"shares the module '1' with it"):
+        device_copy(nn.Sequential(nn.Linear(2, 2), Uncopied()), torch.device("cpu"))

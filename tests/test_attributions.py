@@ -302,6 +302,12 @@ def test_load_prefers_ridge_and_takes_any_name(copy):
     np.testing.assert_array_equal(coar.load(copy.path).weights(), coar.load(copy.path, "another").weights())
 
 
+def test_a_fit_may_be_called_as_the_folder_of_chunks_is(copy):
+    made = fit(copy, name="c")
+    np.testing.assert_array_equal(coar.load(copy.path, "c").weights(), made.weights())
+    np.testing.assert_array_equal(made.weights(), coar.load(copy.path).weights())
+
+
 def test_missing_fit_lists_those_there_are(copy):
     with pytest.raises(RunError, match=r"no finished fit 'lasso' \(finished: ridge\)"):
         coar.load(copy.path, "lasso")

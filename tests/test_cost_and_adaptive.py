@@ -222,14 +222,15 @@ def test_estimate_has_a_pilot_and_is_told_in_words(digits):
     assert found.hours == pytest.approx(found.seconds_per_mask * 1000 / 3600 / 4)
     assert (found.pilot.gradients, found.pilot.masks) == (32, 0)
     assert 0.85 < found.pilot.correlation < found.pilot.reachable
-    assert 1 <= found.passes_per_hundredth < 1e6
+    most = math.sqrt(found.pilot.correlation**2 + found.pilot.error) - found.pilot.correlation  # with no errors left
+    assert (1 <= found.passes_per_hundredth < 1e7) == (most > 0.01)
     words = describe_estimate(found)
     assert words["passes"] == "1,000"
     assert re.fullmatch(r"[\d.]+ masks", words["one gradient"])
     assert re.fullmatch(
         r"correlation 0\.\d+ from 32 mask gradients and 0 masks .*ceiling is estimated at .*", words["pilot"]
     )
-    assert re.fullmatch(r"about [\d,]+ passes", words["0.01 more"])
+    assert re.fullmatch(r"about [\d,]+ passes" if most > 0.01 else r"\D+", words["0.01 more"])
     one = estimate(replace(what, examples=what.examples.subset([3])), masks=5, device="cpu")
     assert one.disk_bytes > 0
 

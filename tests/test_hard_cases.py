@@ -205,7 +205,7 @@ def test_packages_without_logits_are_errors(package, tmp_path):
 def test_a_study_of_things_of_another_kind_is_an_error(name):
     parts = {"model": net(), "examples": pictures(), "components": coar.conv_filters(net())}
     with pytest.raises(
-        SettingsError, match=rf"{name} is of type str, and \w+ was expected; give such an object itself"
+        SettingsError, match=rf"{name} is of type str, and \w+ was expected; give an object, not its name"
     ):
         coar.Study(**parts | {name: "mean"})
 

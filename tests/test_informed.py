@@ -309,7 +309,9 @@ def test_a_fit_is_made_again_only_when_asked_or_when_mask_gradients_were_added(t
 
 def test_too_few_mask_gradients(truth, tmp_path):
     run = run_of(tmp_path / "r.zarr", truth, gradients=0, masks=20)
-    with pytest.raises(RegressionError, match=r"needs mask gradients and .* has none; collect with --gradients"):
+    with pytest.raises(
+        RegressionError, match=r"needs mask gradients, and .* has none; collect some, such as --gradients 64"
+    ):
         fit(run, method="informed")
     assert fit(run).fit["method"] == "ridge"
     add_gradients(run, truth, 7)

@@ -1,6 +1,7 @@
 """What a model computes besides its weights: any change that changes outputs changes a hash, and nothing else does."""
 
 import copy
+import functools
 import importlib.util
 import types
 
@@ -72,6 +73,7 @@ class Net(Base):
         super().__init__()
         self.layer = nn.Linear(2, 2)
     def forward(self, x):
+        '''{words}'''
         return helper(self.layer(x))
 def unused():
     return {unused}
@@ -80,7 +82,7 @@ def unused():
 
 def made(tmp_path, name, **values):
     """Return the net of a file that, as a pipeline's file, is not among the imported modules."""
-    values = {"sign": "+", "factor": 2, "scale": 3, "unused": 4} | values
+    values = {"sign": "+", "factor": 2, "scale": 3, "unused": 4, "words": "Net."} | values
     file = tmp_path / f"{name}.py"
     file.write_text(SOURCE.format(**values))
     spec = importlib.util.spec_from_file_location("model_file", file)
@@ -101,7 +103,8 @@ def test_a_function_that_nothing_calls_does_not_count(tmp_path):
     assert model_code(made(tmp_path, "a")) == model_code(made(tmp_path, "b", unused=9))
 
 
-def test_comments_and_layout_do_not_count(tmp_path):
+def test_comments_docstrings_and_layout_do_not_count(tmp_path):
+    assert model_code(made(tmp_path, "a")) == model_code(made(tmp_path, "b", words="Other words."))
     assert model_code(made(tmp_path, "a")) == model_code(made(tmp_path, "b", factor="(  2  )  # twice"))
 
 
@@ -109,6 +112,9 @@ def test_a_method_replaced_on_an_instance_counts():
     first, second = net(), net()
     second[1].forward = types.MethodType(lambda self, x: x.relu(), second[1])
     assert differences(model_code(first), model_code(second)) == ["the class or the settings of module '1'"]
+    third = net()
+    third[1].forward = functools.partial(nn.functional.relu)
+    assert differences(model_code(first), model_code(third)) == ["the class or the settings of module '1'"]
 
 
 def test_versions_of_libraries_are_named():

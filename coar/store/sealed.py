@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ LABEL = b"coar"
 # The seal is a skippable frame, which every reader of Zstandard ignores (RFC 8878, 3.1.2).
 HEAD = (0x184D2A5C).to_bytes(4, "little") + (len(LABEL) + DIGEST).to_bytes(4, "little") + LABEL
 SEAL = len(HEAD) + DIGEST
+CHUNK = re.compile(r"/c(/\d+)+$")  # end of a chunk's key
 
 
 class MovedChunkError(ValueError):
@@ -172,8 +174,8 @@ def checksum(content: bytes) -> bytes:
 
 
 def is_chunk(key: str) -> bool:
-    """Return whether a key is the key of an array's chunk."""
-    return "/c/" in key
+    """Return whether a key is the key of an array's chunk, `<array>/c/0/0`; a fit may be called `c`."""
+    return CHUNK.search(key) is not None
 
 
 def digest(study: dict[str, Any]) -> bytes:

@@ -105,7 +105,7 @@ class _Sample:
         masks = [torch.from_numpy(mask_gradients.masks(i)) for i in range(rounds)]
         rows = Rows.of(masks, parts, groups[order], folds=FOLDS, kept=1 - run.sampler.ablated_fraction)
         folds = deal(sizes, FOLDS)
-        sums = mask_gradients.sums(folds, examples)[:, :, order]
+        sums = mask_gradients.sums(folds, examples)[:, :, order.numpy()]  # a tensor of one number would drop the axis
         kept = np.stack([sum(mask_gradients.kept(i) for i in fold) for fold in folds])
         total = np.array([sum(sizes[i] for i in fold) for fold in folds], np.float32)
         counts = np.stack([kept, total[:, None, None] - kept], axis=1)
@@ -116,13 +116,13 @@ class _Sample:
         found = []
         for fold in range(folds):
             others = [i for i in range(FOLDS) if i % folds != fold]
-            counts = self.counts[others].sum(0)[:, self.groups]
+            counts = self.counts[others].sum(0)[:, self.groups.numpy()]
             found.append(_means(self.sums[others].sum(0), counts) / self.spread[:, None])
         return torch.stack(found, dim=1)
 
     def whole(self) -> Tensor:
         """Return (2, examples, components) mean gradients of all folds, in units of the spread."""
-        return _means(self.sums.sum(0), self.counts.sum(0)[:, self.groups]) / self.spread[:, None]
+        return _means(self.sums.sum(0), self.counts.sum(0)[:, self.groups.numpy()]) / self.spread[:, None]
 
 
 def learn_prior(run: Run, rounds: int) -> tuple[Prior, PriorWeights]:
