@@ -255,7 +255,7 @@ def test_other_examples_replace_what_is_written() -> None:
         short[0, -1] = 0
         gates.record(lambda: model(others, attention_mask=short))
         gates.set(masks)
-        with pytest.raises(AblationError, match="equally many tokens"):
+        with pytest.raises(AblationError, match="same number of tokens"):
             model(ids)
     with torch.no_grad():
         for row in range(ROWS):

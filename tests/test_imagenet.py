@@ -242,7 +242,8 @@ def test_without_ffcv_a_message_says_what_to_install(small, monkeypatch):
     monkeypatch.setenv("COAR_IMAGENET", str(small / "val.beton"))
     monkeypatch.setitem(sys.modules, "ffcv", None)
     monkeypatch.setitem(sys.modules, "ffcv.loader", None)
-    with pytest.raises(PipelineError, match=r"read by ffcv, which cannot .* pip install '\.\[ffcv\]', which needs"):
+    message = r"ffcv, which reads \.beton files, cannot be imported .* pip install '\.\[ffcv\]', which needs"
+    with pytest.raises(PipelineError, match=message):
         imagenet_resnet50.judge()
 
 

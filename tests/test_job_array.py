@@ -197,7 +197,7 @@ def test_commands(run, tmp_path):
         assert done.exit_code == 0, done.output
         return done.output
 
-    assert "every chunk that was there" in call("copy", run.path, tmp_path / "c.zarr")
+    assert "every chunk of the source is present" in call("copy", run.path, tmp_path / "c.zarr")
     parts = [tmp_path / f"{number}.zarr" for number in (1, 2)]
     for number, part in enumerate(parts, start=1):
         helpers.collect(helpers.study(), part, **ASKED, worker=(number, 2))
