@@ -64,7 +64,7 @@ SUBJECTS = {
     "minilm": Subject(
         lambda seed: sentence_embeddings.study(seed=seed),
         MASKS[:4],
-        (40, 50, 60, 80),
+        (40, 56, 72, 80),  # ends of rounds when 40 are collected at a time
         test_masks=256,
         validation_masks=64,
         embedding="minilm.embeddings.word_embeddings",

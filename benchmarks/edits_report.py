@@ -86,12 +86,12 @@ def markdown(short: pd.DataFrame) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in short.to_dict("records"):
-        told = {name: _told(row[name], row[f"{name}_sd"], sign="" if name == "targets" else "+") for name in SPREAD}
+        cells = {name: _spread(row[name], row[f"{name}_sd"], sign="" if name == "targets" else "+") for name in SPREAD}
         count = "-" if np.isnan(row["components"]) else f"{row['components']:.0f}"
         lines.append(
             f"| {row['task']}, {row['pipeline']} | {row['rule']} | {row['edits']}, {row['seeds']} | "
-            f"{row['reached']:.0%} | {count} | {row['before']:.1f} -> {told['targets']} | {told['others_points']} | "
-            f"{told['worst_points']} | {row['targets_at_same_harm']:.1f} | {row['passes']:,.0f} | "
+            f"{row['reached']:.0%} | {count} | {row['before']:.1f} -> {cells['targets']} | {cells['others_points']} | "
+            f"{cells['worst_points']} | {row['targets_at_same_harm']:.1f} | {row['passes']:,.0f} | "
             f"{row['cpu_seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
@@ -115,16 +115,16 @@ def accuracies(rows: pd.DataFrame) -> str:
     """Return accuracies before and after, by group and on clean partners of targets, for tasks that have them."""
     lines = []
     for (pipeline, rule), some in rows[rows["reached"]].groupby(["pipeline", "rule"], sort=False):
-        told = [
-            f"{text} {some[f'{name}_before'].mean():.1f} -> {_told(some[name].mean(), some[name].std(), sign='')} %"
+        parts = [
+            f"{text} {some[f'{name}_before'].mean():.1f} -> {_spread(some[name].mean(), some[name].std(), sign='')} %"
             for name, text in ACCURACIES.items()
             if name in some and some[name].notna().any()
         ]
-        lines += [f"- {pipeline}, {rule}: {', '.join(told)}"] if told else []
+        lines += [f"- {pipeline}, {rule}: {', '.join(parts)}"] if parts else []
     return "\n".join(lines) + "\n"
 
 
-def _told(mean: float, spread: float, *, sign: str) -> str:
+def _spread(mean: float, spread: float, *, sign: str) -> str:
     if np.isnan(mean):
         return "-"
     return f"{mean:{sign}.2f}" if np.isnan(spread) else f"{mean:{sign}.2f} ± {spread:.2f}"

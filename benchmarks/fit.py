@@ -140,7 +140,7 @@ def measure_apart(kind: str, path: Path, masks: int | None = None) -> tuple[floa
         return pool.submit(measure, kind, path, masks).result()
 
 
-def beside_scikit_learn(path: Path, masks: int, components: int, examples: int) -> None:
+def compare_with_scikit_learn(path: Path, masks: int, components: int, examples: int) -> None:
     """Fit a run that scikit-learn can hold in memory, each way in a process of its own, and compare."""
     figures = {kind: measure_apart(kind, path) for kind in ("ridge", "Ridge", "RidgeCV")}
     notes = {
@@ -164,7 +164,7 @@ def beside_scikit_learn(path: Path, masks: int, components: int, examples: int) 
     print(f"  share of them for which RidgeCV (leave-one-out) picks our penalty (GCV): {same:.2f}")
 
 
-def beside_scikit_learns_lasso(path: Path, masks: int, components: int, examples: int) -> None:
+def compare_with_scikit_learn_lasso(path: Path, masks: int, components: int, examples: int) -> None:
     """Compare lasso with scikit-learn's at the penalties that ours chose, in time and in weights."""
     ours, memory = measure_apart("lasso", path)
     attributions = coar.load(path, "lasso")
@@ -236,8 +236,8 @@ def main() -> None:
         }
         print(json.dumps(result, indent=1))
         generate(folder / "small.zarr", *small)
-        beside_scikit_learn(folder / "small.zarr", *small)
-        beside_scikit_learns_lasso(folder / "small.zarr", *small)
+        compare_with_scikit_learn(folder / "small.zarr", *small)
+        compare_with_scikit_learn_lasso(folder / "small.zarr", *small)
     finally:
         shutil.rmtree(folder)
 

@@ -54,7 +54,7 @@ def growth(folder: Path, scale: float, rounds: int) -> tuple[list[int], dict[str
     return sizes, {method: np.median(values, axis=2) for method, values in found.items()}
 
 
-def tell_growth(sizes: list[int], found: dict[str, np.ndarray]) -> None:
+def print_growth(sizes: list[int], found: dict[str, np.ndarray]) -> None:
     """Print seconds and GiB by masks, the slope of log time on log masks, and the line of time on masks."""
     for method, (seconds, memory) in found.items():
         for masks, taken, held in zip(sizes, seconds, memory, strict=True):
@@ -119,7 +119,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=arguments.folder, prefix="coar-fit-"))
     try:
         sizes, found = growth(folder, arguments.scale, arguments.rounds)
-        tell_growth(sizes, found)
+        print_growth(sizes, found)
         draw_growth(sizes, found, arguments.figures / "fit_masks.png")
         extrapolate(folder, PART * arguments.scale, arguments.rounds)
     finally:

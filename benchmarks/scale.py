@@ -305,11 +305,11 @@ def soak(folder: Path, minutes: float, every: float, build: Callable[[], coar.St
     left = len(run.missing_units())
     print(f"soak of {(time.monotonic() - began) / 60:.1f} minutes: {len(run.units())} units, ", end="")
     print(f"{len(killed)} workers killed, {left} units missing, {len(problems)} problems")
-    steady = tell_memory(samples)
+    steady = print_memory(samples)
     return not problems and not left and steady
 
 
-def tell_memory(samples: list[tuple[float, float, float]]) -> bool:
+def print_memory(samples: list[tuple[float, float, float]]) -> bool:
     """Print memory over time; return whether it is steady: in the last third at most 10 % above the middle third."""
     thirds = [samples[len(samples) // 3 : 2 * len(samples) // 3], samples[2 * len(samples) // 3 :]]
     if not all(thirds):

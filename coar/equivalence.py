@@ -1,4 +1,4 @@
-"""Whether two ways of computing the same numbers agree: one tolerance policy for all fast paths.
+"""Agreement of two ways of computing the same numbers: one tolerance policy for all fast paths.
 
 The difference of two results is the largest absolute difference relative to the largest absolute expected value. A
 `Kind` names why two ways may differ, and allows a difference; in any case a few roundings of the precision that they

@@ -58,7 +58,7 @@ class Examples:
             if column.ndim != 1 or column.dtype.kind not in "biufU":
                 raise ExamplesError(
                     f"metadata column {name!r} has shape {column.shape} and type {column.dtype}; give one number, "
-                    f"truth value or string per example"
+                    f"boolean or string per example"
                 )
             if not name.isidentifier():
                 raise ExamplesError(

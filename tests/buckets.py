@@ -54,8 +54,8 @@ def make_bucket(port: int, name: str) -> None:
 def check_keys(port: int, *, after: float) -> None:
     """Have the server refuse unknown keys once it has answered so many requests."""
     url = f"http://127.0.0.1:{port}/moto-api/reset-auth"
-    told = urllib.request.Request(url, data=str(after).encode(), headers={"Content-Type": "text/plain"})
-    urllib.request.urlopen(told, timeout=10).close()
+    request = urllib.request.Request(url, data=str(after).encode(), headers={"Content-Type": "text/plain"})
+    urllib.request.urlopen(request, timeout=10).close()
 
 
 def use(monkeypatch, port: int, **changes) -> None:

@@ -100,11 +100,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_told_before_anything_is_made(place, tmp_path, mistake):
-    words, told = MISTAKES[mistake]
+def test_mistakes_are_refused_before_anything_is_made(place, tmp_path, mistake):
+    words, message = MISTAKES[mistake]
     result = coar_command("all", place / "small.py", "--run", tmp_path / "n.zarr", *DEVICE, *words)
     assert result.exit_code == 1
-    assert f"error: {told}" in result.stderr
+    assert f"error: {message}" in result.stderr
     assert not (tmp_path / "n.zarr").exists()
 
 

@@ -68,7 +68,7 @@ def test_padding_says_nothing_of_what_a_component_computes(bert, label, batch_si
         torch.testing.assert_close(own, torch.as_tensor(expected).double(), rtol=0, atol=1e-5)
 
 
-def test_padding_that_no_mask_tells_of_is_an_error(bert):
+def test_padding_without_an_attention_mask_is_an_error(bert):
     texts = tiny.sentences(CALIBRATION)
     ids = texts.inputs["input_ids"]
     for inputs in (ids, {"input_ids": ids}):
@@ -80,7 +80,7 @@ def test_padding_that_no_mask_tells_of_is_an_error(bert):
 
 
 def expected_outputs(model, run, masks):
-    """Outputs of the oracle, text by text and without padding, for (masks, components) truth values."""
+    """Outputs of the oracle, text by text and without padding, for (masks, components) booleans."""
     ids = tiny.sentences(STUDIED, seed=8).inputs["input_ids"]
     table, rows = run.components, []
     for mask in masks:

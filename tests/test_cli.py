@@ -1,4 +1,4 @@
-"""The command line: every step on a small run, the same numbers as in Python, and mistakes told in one line."""
+"""The command line: every step on a small run, the same numbers as in Python, and errors of one line."""
 
 import json
 import logging
@@ -356,8 +356,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_told_in_words(place, tmp_path, monkeypatch, mistake):
-    words, told = MISTAKES[mistake]
+def test_messages_of_mistakes(place, tmp_path, monkeypatch, mistake):
+    words, message = MISTAKES[mistake]
     if "FUTURE" in words:
         shutil.copytree(place / "tiny.zarr", tmp_path / "future.zarr")
         description = tmp_path / "future.zarr/zarr.json"
@@ -379,7 +379,7 @@ def test_mistakes_are_told_in_words(place, tmp_path, monkeypatch, mistake):
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
     assert result.stderr.startswith("error: ") or "\nerror: " in result.stderr
-    assert told in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.output
     assert not (tmp_path / "n.zarr").exists()
     assert not (tmp_path / "s3:").exists()
@@ -428,12 +428,12 @@ def test_commands_that_make_no_sense_exit_with_2(words):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "message"),
     [(("info", "none.zarr"), 1, "error: there is no run at none.zarr"), (("--help",), 0, "Example: coar collect")],
 )
-def test_installed_command(tmp_path, words, code, told):
+def test_installed_command(tmp_path, words, code, message):
     command = Path(sys.executable).with_name("coar")
     done = subprocess.run([command, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == code
-    assert told in done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr

@@ -63,7 +63,7 @@ def validated(run):
 
 def test_a_target_that_can_be_reached_is_reached(digits, tmp_path):
     run, why, steps = until(digits_study(digits, 40), tmp_path / "r.zarr", correlation=0.95)
-    assert why == f"reached {steps[-1].correlation:.3f}, and 0.95 was asked for"
+    assert why == f"reached {steps[-1].correlation:.3f}, and 0.95 was requested"
     assert steps[-1].correlation >= 0.95 > max([step.correlation for step in steps[:-1]], default=0)
     assert steps[-1].correlation == pytest.approx(validated(run), abs=1e-5)
     assert len(run.plan.rows("validation", 0.1)) == 64
@@ -216,7 +216,7 @@ def test_disk_and_passes_are_those_of_a_run_of_that_plan(digits, tmp_path, plan)
     assert found.fit_bytes > 2**28
 
 
-def test_estimate_has_a_pilot_and_is_told_in_words(digits):
+def test_estimate_has_a_pilot_and_is_described_in_words(digits):
     what = digits_study(digits, 40)
     found = estimate(what, masks=1000, workers=4, device="cpu")
     assert found.hours == pytest.approx(found.seconds_per_mask * 1000 / 3600 / 4)
@@ -301,8 +301,8 @@ def test_commands_with_mask_gradients(place, tmp_path):
         (7, "needs at least 8 mask gradients and would use 6 of the 20"),
         (21, "choose up to 20"),
     ):
-        told = CliRunner().invoke(app, ["fit", str(path), "--gradients", str(gradients)])
-        assert (told.exit_code, message in told.stderr) == (1, True)
+        result = CliRunner().invoke(app, ["fit", str(path), "--gradients", str(gradients)])
+        assert (result.exit_code, message in result.stderr) == (1, True)
     assert "gradients   20" in works("info", path)
     assert "gradients" in works("evaluate", path, "--out", tmp_path / "out")
 
@@ -330,9 +330,9 @@ CLASHES = [
 @pytest.mark.parametrize("options", CLASHES, ids=" ".join)
 def test_until_clashes_with_what_it_chooses_itself(place, tmp_path, options):
     path = tmp_path / "r.zarr"
-    told = CliRunner().invoke(app, ["collect", str(place / "tiny.py"), "--run", str(path), *options])
-    assert told.exit_code == 1
-    assert "choose masks and mask gradients themselves; give one of them alone" in told.stderr
+    result = CliRunner().invoke(app, ["collect", str(place / "tiny.py"), "--run", str(path), *options])
+    assert result.exit_code == 1
+    assert "choose masks and mask gradients themselves; give one of them alone" in result.stderr
     assert not path.exists()
 
 
@@ -344,6 +344,6 @@ def test_command_plan(place):
     plain = works("plan", place / "tiny.py", "--device", "cpu")
     assert re.search(r"^passes +84$", plain, re.MULTILINE)  # 60 training masks, and 12 for each of two fractions
     for options in (("--masks", "0"), ("--masks", "-5"), ("--workers", "0")):
-        told = CliRunner().invoke(app, ["plan", str(place / "tiny.py"), *options])
-        assert (told.exit_code, "make no run" in told.stderr) == (1, True)
+        result = CliRunner().invoke(app, ["plan", str(place / "tiny.py"), *options])
+        assert (result.exit_code, "make no run" in result.stderr) == (1, True)
     assert not list(Path.cwd().glob("pilot*"))

@@ -40,7 +40,7 @@ def run(tmp_path_factory):
 def with_gradients(tmp_path_factory):
     """A complete run with mask gradients too, read only."""
     truth = synthetic.pairwise(N, D)
-    path = tmp_path_factory.mktemp("probed") / "r.zarr"
+    path = tmp_path_factory.mktemp("gradients") / "r.zarr"
     return synthetic.add_gradients(synthetic.make(path, truth.outputs, masks=MASKS), truth, 32)
 
 
@@ -63,7 +63,7 @@ def alike(one, other):
 
 @pytest.fixture
 def fresh_gradients(with_gradients, tmp_path):
-    return coar.Run.open(shutil.copytree(with_gradients.path, tmp_path / "probed.zarr"))
+    return coar.Run.open(shutil.copytree(with_gradients.path, tmp_path / "gradients.zarr"))
 
 
 @pytest.mark.parametrize("method", METHODS)

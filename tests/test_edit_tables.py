@@ -75,9 +75,9 @@ def test_corrections_are_counted_with_their_cost(folder):
         found = chosen(targets, others) | {"targets": [0.0, targets]}
         about = {**ABOUT, "task": "fix", "increase": True, "seed": seed, "target": "id 3", "rule": "verified"}
         (folder / "done" / f"fix-{seed}.json").write_text(json.dumps(about | found))
-    told = edits_report.corrections(edits_report.read(folder))
-    assert told.startswith("- toy, verified: 2 of 2 errors corrected (100%), 1 of them at a cost of at most 0.5 points")
-    assert "the dearest -0.60" in told
+    text = edits_report.corrections(edits_report.read(folder))
+    assert text.startswith("- toy, verified: 2 of 2 errors corrected (100%), 1 of them at a cost of at most 0.5 points")
+    assert "the dearest -0.60" in text
 
 
 def test_groups_and_clean_examples_have_rows_of_their_own(folder):

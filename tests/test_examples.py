@@ -1,4 +1,4 @@
-"""Examples: what may be given, what is refused, and a fingerprint that tells any two of them apart."""
+"""Examples: what may be given, what is refused, and a fingerprint that differs between any two of them."""
 
 import numpy as np
 import pytest
@@ -197,7 +197,7 @@ def test_the_fingerprint_does_not_depend_on_how_inputs_are_given():
     assert make("tensor", strided, y).fingerprint() == make("tensor", x, y).fingerprint()
 
 
-def test_the_fingerprint_tells_apart_order_values_and_metadata():
+def test_the_fingerprint_depends_on_order_values_and_metadata():
     x, y = drawn(HASH_BLOCK + 30)
     nudged, late = x.clone(), x.clone()
     nudged[0, 0, 0] += 1e-6

@@ -123,7 +123,7 @@ class Sorted(nn.Module):
         return torch.bmm(states.view(3, -1, 4), self.down_proj)
 
 
-def test_experts_that_are_not_told_where_tokens_go_are_slices_that_can_be_zeroed():
+def test_experts_without_routing_are_slices_that_can_be_zeroed():
     model, states = nn.ModuleDict({"experts": Sorted()}), torch.randn(9, 4)
     components = coar.experts(model)
     assert components[2] == Component("experts.expert[2]", "expert", "experts.down_proj", "parameter", 0, 2, 1)

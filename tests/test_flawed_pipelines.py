@@ -191,7 +191,7 @@ class TestTypographic:
             assert [typographic.VOCABULARY[i] for i in ids[mask.bool()]] == expected
             assert ids[~mask.bool()].tolist() == [0] * (6 - len(expected))
 
-    def test_labels_are_told_apart_and_fit(self):
+    def test_labels_are_separated_and_fit(self):
         labels = [typographic.written(word) for word in typographic.WORDS]
         assert all(
             label.shape[0] == 10 and label.shape[1] == 6 * len(word) <= 32

@@ -384,7 +384,7 @@ def test_masks_that_a_gate_cannot_take_are_errors(planar):
 
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("side", ["output", "module"])
-def test_components_of_one_side_that_gates_cannot_tell_apart_are_an_error(side, axis):
+def test_components_of_one_side_that_gates_cannot_separate_are_an_error(side, axis):
     model = nn.Sequential(nn.Linear(4, 3))
     table = Components(
         Component(name, "neuron", "0", side, own, i, 1) for name, own, i in (("a", -1, 0), ("b", axis, 1))

@@ -36,7 +36,7 @@ def drawn(seed, count=300):
     return base, base - rng.exponential(0.6, count)
 
 
-def test_copies_of_an_example_tell_no_more_than_one():
+def test_copies_of_an_example_have_no_more_information_than_one():
     base, now = drawn(0)
     labels = np.arange(len(base)) % 3
     once = outcome(labels, base, now)

@@ -11,7 +11,6 @@ from coar.errors import RegressionError, SettingsError
 from coar.regression.informed import learning
 from coar.regression.informed import prior as priors
 from coar.store import fits
-from coar.store import gradients as probing
 from coar.store.gradients import MaskGradients
 from tests.synthetic import FRACTION, Pairwise, add_gradients, fit, make, pairwise
 
@@ -120,7 +119,7 @@ def test_blocks_of_examples_of_any_size_give_the_same(truth, tmp_path, monkeypat
         whole = fitted(f"whole-{masks}", masks, blocks=(16, 60))
         with monkeypatch.context() as patch:
             patch.setattr(fits, "CHUNK_BYTES", 7 * 4 * 32)  # seven examples at a time
-            patch.setattr(probing, "CHUNK_BYTES", 5 * 4 * 32)
+            patch.setattr("coar.store.gradients.CHUNK_BYTES", 5 * 4 * 32)
             cut = fitted(f"cut-{masks}", masks, blocks=(5, 11))
         for one, other in zip(whole, cut, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)

@@ -252,7 +252,7 @@ def test_layers_that_are_read_without_a_call_are_gated_too(use_hooks):
     assert called_sites(model, components, run=lambda net: net(x)) == {row.site for row in components}
 
 
-def test_sites_that_are_called_are_told():
+def test_sites_that_are_called():
     model = nn.ModuleDict({"used": nn.Linear(8, 8), "spare": nn.Linear(8, 8)})
     called = called_sites(model, coar.input_features(model), run=lambda net: net["used"](torch.randn(2, 8)))
     assert called == {"used"}

@@ -263,7 +263,7 @@ def test_units_not_collected_yet_are_missing_not_damaged(fresh):
     assert repair(reopened(fresh), problems) == []
 
 
-def test_rows_not_collected_yet_are_told_from_damage(run, extended, tmp_path):
+def test_rows_not_collected_yet_are_no_damage(run, extended, tmp_path):
     path = tmp_path / "r.zarr"
     part = helpers.collect(helpers.study(), path, masks=40, test_masks=20)
     part.extend(extended.plan)

@@ -180,15 +180,15 @@ def test_a_lost_array_is_corrupt(fresh, name):
         verify(reopened(fresh))
 
 
-def test_damage_is_told_and_cleared_on_the_command_line(run, fresh):
+def test_damage_is_reported_and_cleared_on_the_command_line(run, fresh):
     from typer.testing import CliRunner
 
     from coar.cli.common import app
 
     flipped(fresh.path / "gradient_kept/c/1/0/0")
-    told = CliRunner().invoke(app, ["verify", str(fresh.path), "--repair"])
-    assert told.exit_code == 0
-    assert "gradient_kept/c/1/0/0: damaged; 'coar collect' makes it again" in told.stdout
+    result = CliRunner().invoke(app, ["verify", str(fresh.path), "--repair"])
+    assert result.exit_code == 0
+    assert "gradient_kept/c/1/0/0: damaged; 'coar collect' makes it again" in result.stdout
     helpers.collect(helpers.study(), fresh.path, **ASKED)
     assert helpers.differing(helpers.chunks(fresh.path), helpers.chunks(run.path)) == []
     assert coar.verify(reopened(fresh)) == []

@@ -118,7 +118,7 @@ def test_one_alone_is_refused_beside_workers_and_they_beside_it(run, tmp_path):
     assert helpers.differing(helpers.files(whole.path), helpers.files(run.path)) == []
 
 
-def test_worker_that_would_wait_for_ever_is_told(run, tmp_path, monkeypatch):
+def test_worker_that_would_wait_for_ever_is_an_error(run, tmp_path, monkeypatch):
     whole = helpers.copied(run, tmp_path / "r.zarr")
     monkeypatch.setattr("coar.store.lock.PATIENCE", 0.5)
     with whole.lock(), pytest.raises(RunError, match="another process is writing"):

@@ -259,7 +259,7 @@ def test_refining_leaves_weights_that_should_be_zero_as_they_are():
     torch.testing.assert_close(kept, wrong, rtol=0, atol=0)
 
 
-def test_steps_that_are_too_long_are_told_and_not_taken_for_a_solution(run, monkeypatch):
+def test_steps_that_are_too_long_are_an_error_and_not_taken_for_a_solution(run, monkeypatch):
     monkeypatch.setattr(lasso, "largest_eigenvalue", lambda matrix: 0.2 * float(torch.linalg.eigvalsh(matrix)[-1]))
     monkeypatch.setattr(lasso, "STEPS", 2_000)  # by then weights are no numbers any more
     with pytest.raises(RegressionError, match="did not converge for example"):

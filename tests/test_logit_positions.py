@@ -191,7 +191,7 @@ def test_all_logits_are_computed_where_some_would_not_do(case, said, caplog):
     assert not any(module._forward_hooks for module in here.model.modules())
 
 
-def test_a_text_without_a_target_is_told_as_ever():
+def test_a_text_without_a_target_is_an_error():
     asked = study()
     targets = asked.examples.targets.clone()
     targets[4] = -100

@@ -14,7 +14,6 @@ import coar
 from coar.description import describe
 from coar.errors import AblationError, CorruptRunError, IncompleteRunError, MismatchError, OutputError, SettingsError
 from coar.outputs.base import Output
-from coar.store import gradients as probing
 from coar.store.gradients import MaskGradients, deal, next_rounds
 from coar.store.integrity import verify
 from tests import oracles
@@ -41,7 +40,7 @@ def case(request, digits, tmp_path_factory):
     ablation, mask_groups = request.param
     what = digits_study(digits, ablation)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probing, "MASK_GROUPS", mask_groups)
+        patch.setattr("coar.store.gradients.MASK_GROUPS", mask_groups)
         run = collect(what, tmp_path_factory.mktemp("run") / "r.zarr", gradients=GRADIENTS_COUNT)
     return what, run, mask_groups
 
@@ -424,7 +423,7 @@ WRONG = {"negative": -1, "half": 2.5, "in words": "10", "a truth value": True, "
 @pytest.mark.parametrize("gradients", WRONG.values(), ids=WRONG.keys())
 def test_mask_gradients_must_be_a_whole_number(tmp_path, gradients):
     with pytest.raises(
-        SettingsError, match=rf"{gradients!r} mask gradients were asked for; give a whole number, 0 or more"
+        SettingsError, match=rf"{gradients!r} mask gradients were requested; give a whole number, 0 or more"
     ):
         collect(study(), tmp_path / "r.zarr", gradients=gradients, masks=20)
     assert list(tmp_path.iterdir()) == []

@@ -107,9 +107,9 @@ def test_commands_refuse_it_in_words_and_change_nothing(old, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     before = helpers.stamps(old)
     runs = [str(old)] * (2 if command[0] == "merge" else 1)
-    told = CliRunner().invoke(app, [command[0], *runs, *command[1:]])
-    assert told.exit_code == 1
-    assert "has format 1, and this version reads format 2" in told.output
+    result = CliRunner().invoke(app, [command[0], *runs, *command[1:]])
+    assert result.exit_code == 1
+    assert "has format 1, and this version reads format 2" in result.output
     assert helpers.stamps(old) == before
     assert list(tmp_path.iterdir()) == []
 
@@ -140,8 +140,8 @@ def test_a_copy_goes_on_once_the_models_code_is_accepted(old, tmp_path):
 
 
 def test_the_command_copies_it(old, tmp_path):
-    told = CliRunner().invoke(app, ["copy", str(old), str(tmp_path / "copy.zarr")])
-    assert told.exit_code == 0, told.output
+    result = CliRunner().invoke(app, ["copy", str(old), str(tmp_path / "copy.zarr")])
+    assert result.exit_code == 0, result.output
     assert verify(coar.Run.open(tmp_path / "copy.zarr")) == []
 
 

@@ -39,11 +39,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_told_and_nothing_is_written(tmp_path, monkeypatch, mistake):
+def test_mistakes_are_refused_and_nothing_is_written(tmp_path, monkeypatch, mistake):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.py").write_text("mine")
-    words, told = MISTAKES[mistake]
+    words, message = MISTAKES[mistake]
     result = coar_command(*words)
     assert result.exit_code == 1
-    assert told in result.stderr
+    assert message in result.stderr
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("there.py", "mine")]

@@ -186,11 +186,11 @@ def test_credentials_that_the_server_refuses(run, bucket, port, attempt):
     before = objects(f"{bucket}/r.zarr")
     buckets.check_keys(port, after=0)
     try:
-        with pytest.raises(StorageError, match="or the credentials are wrong") as told:
+        with pytest.raises(StorageError, match="or the credentials are wrong") as raised:
             attempt(f"{bucket}/r.zarr")
     finally:
         buckets.check_keys(port, after=float("inf"))
-    assert not any(secret in str(told.value) for secret in buckets.KEYS.values())
+    assert not any(secret in str(raised.value) for secret in buckets.KEYS.values())
     assert objects(f"{bucket}/r.zarr") == before
 
 
@@ -198,11 +198,11 @@ def test_errors_and_runs_hold_no_credentials(run, bucket, proxy):
     copy(run, f"{bucket}/r.zarr")
     everything = b"".join(objects(f"{bucket}/r.zarr").values())
     proxy.faults = lambda method, path, count: "deny"
-    with pytest.raises(StorageError) as told:
+    with pytest.raises(StorageError) as raised:
         coar.Run.open(f"{bucket}/r.zarr")
     for secret in (buckets.KEYS["AWS_ACCESS_KEY_ID"], buckets.KEYS["AWS_SECRET_ACCESS_KEY"]):
         assert secret.encode() not in everything
-        assert secret not in str(told.value)
+        assert secret not in str(raised.value)
 
 
 def every_third(kind):
@@ -334,9 +334,9 @@ def test_places(given, place):
     ],
 )
 def test_addresses_that_are_refused(address, message):
-    with pytest.raises(SettingsError, match=message) as told:
+    with pytest.raises(SettingsError, match=message) as raised:
         coar.Run.open(address)
-    assert "secret" not in str(told.value)
+    assert "secret" not in str(raised.value)
 
 
 def test_credentials_in_the_usual_file(port, bucket, run, tmp_path, monkeypatch):

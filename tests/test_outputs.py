@@ -131,7 +131,7 @@ def test_truth_values_are_no_labels():
         coar.ClassLogit()(torch.zeros(2, 2), torch.tensor([True, False]))
 
 
-def test_settings_tell_output_functions_apart():
+def test_settings_distinguish_output_functions():
     every = [*FUNCTIONS.values(), coar.ClassLogit(label=0), coar.ClassLogit(label=1)]
     assert len({tuple(function.settings().items()) for function in every}) == len(every)
     for wrong in ({"against": "mean"}, {"rival": "largest"}):
@@ -218,7 +218,7 @@ def test_zero_shot_margin_is_that_of_plain_loops(against):
     assert (live.grad.abs().sum(1) > 0).all()
 
 
-def test_zero_shot_margin_is_told_apart_by_its_prompts():
+def test_zero_shot_margin_is_identified_by_its_prompts():
     prompts = torch.randn(4, 6)
     other = prompts.clone()
     other[3, 5] += 1e-3

@@ -197,7 +197,7 @@ def test_gradients_reach_what_is_read_and_nothing_else(function):
     assert touched.tolist() == [[False, not last, True, False], [True, False, False, False]]
 
 
-def test_settings_tell_functions_apart():
+def test_settings_distinguish_functions():
     every = [*EVERY, coar.ChoiceMargin(answers=(2, 1)), coar.ChoiceMargin(answers=(1, 2), against="logsumexp")]
     assert len({repr(sorted(function.settings().items())) for function in every}) == len(every)
 

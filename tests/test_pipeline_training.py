@@ -1,4 +1,4 @@
-"""Nets that pipelines train on first use: two classes of points that a linear layer tells apart."""
+"""Nets that pipelines train on first use: two classes of points that a linear layer separates."""
 
 import logging
 from dataclasses import asdict, replace

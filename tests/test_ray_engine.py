@@ -72,7 +72,7 @@ def not_finite():
 
 
 def of_another_version():
-    torch.__version__ = "0.0.1"  # in the worker, which ends with what it is told
+    torch.__version__ = "0.0.1"  # in the worker, which ends with this error
     return helpers.study()
 
 
@@ -109,7 +109,7 @@ def test_one_bar_for_all_workers_and_two_units_in_hand_of_each(session, tmp_path
     helpers.collect(helpers.study(), tmp_path / "r.zarr", **ASKED, cluster=cluster, progress=True)
     assert max(in_hand) == 2 * AHEAD == 4
     said = capsys.readouterr().err
-    assert said.count("collect masks: 100%") == said.count("collect gradients: 100%") == 1
+    assert said.count("collect masks: 100%") == said.count("collect mask gradients: 100%") == 1
 
 
 @needs_ray
@@ -184,10 +184,10 @@ MISTAKES = {
 @needs_ray
 @pytest.mark.slow
 @pytest.mark.parametrize(("build", "kind", "message"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_what_workers_cannot_do_is_told(session, tmp_path, build, kind, message):
-    with pytest.raises(CoarError, match=f"(?s){message}") as told:
+def test_errors_of_workers_are_raised(session, tmp_path, build, kind, message):
+    with pytest.raises(CoarError, match=f"(?s){message}") as raised:
         on_cluster(tmp_path / "r.zarr", build)
-    assert isinstance(told.value, kind)
+    assert isinstance(raised.value, kind)
 
 
 @needs_ray
@@ -199,7 +199,7 @@ def test_no_room_for_any_worker(session, tmp_path, monkeypatch):
 
 
 @needs_ray
-def test_unreachable_cluster_is_told_at_once(tmp_path):
+def test_unreachable_cluster_is_refused_at_once(tmp_path):
     with pytest.raises(EngineError, match=r"nothing answers at 127\.0\.0\.1"):
         on_cluster(tmp_path / "r.zarr", address=f"127.0.0.1:{free_port()}")
     with pytest.raises(EngineError, match="no address of a Ray cluster"):

@@ -343,7 +343,7 @@ def test_settings_that_make_no_sense_are_refused(case, mistake):
 
 
 def test_goal_that_no_set_nears_says_the_best_that_was_found(tmp_path):
-    """One component tells both classes apart; without it all are taken for the class to forget."""
+    """One component separates both classes; without it all are taken for the class to forget."""
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 2, bias=False))
     with torch.no_grad():
         for layer, values in ((model[0].weight, [[1.0]]), (model[0].bias, [0.5]), (model[1].weight, [[-1.0], [1.0]])):

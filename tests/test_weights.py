@@ -226,7 +226,7 @@ def test_a_folder_that_takes_no_files_is_an_error():
         coar.save_weights(small(), Path("/proc/self/task") / "net.safetensors")
 
 
-def test_the_fingerprint_tells_apart_names_types_shapes_and_values():
+def test_the_fingerprint_depends_on_names_types_shapes_and_values():
     base = {"a": torch.zeros(4), "b": torch.zeros(4)}
     last = torch.zeros(4)
     last[-1] = 1e-30

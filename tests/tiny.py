@@ -93,7 +93,7 @@ def inputs(kind, rows=5, seed=1):
 
 
 def classifier():
-    """A BERT that tells three classes of texts apart, with weights that keep signals alive."""
+    """A BERT that separates three classes of texts, with weights that keep signals alive."""
     config = BertConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, vocab_size=30, num_labels=3
     )

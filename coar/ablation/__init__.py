@@ -1,1 +1,1 @@
-"""What replaces an ablated component: zeros, means, trained constants, or another example's activations."""
+"""Replacements of ablated components: zeros, means, trained constants, or another example's activations."""

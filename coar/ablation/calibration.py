@@ -95,7 +95,7 @@ class _Observer:
     """Passes the activations of components on to a function, and records which of the components were reached.
 
     Attributes:
-        tokens: (texts, positions) truth values of the current batch, False at padding; None without padding.
+        tokens: (texts, positions) booleans of the current batch, False at padding; None without padding.
     """
 
     def __init__(self, components: Components, visit: Visit, take: Take) -> None:

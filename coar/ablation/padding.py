@@ -1,4 +1,4 @@
-"""Which positions of texts are padding; constants are not taken from them."""
+"""Positions of padding in texts; constants are not taken from them."""
 
 from torch import Tensor, nn
 
@@ -7,7 +7,7 @@ from coar.inputs import Inputs
 
 
 def tokens_of(model: nn.Module, inputs: Inputs) -> Tensor | None:
-    """Return (texts, positions) truth values, False at padding; None where there is no padding.
+    """Return (texts, positions) booleans, False at padding; None where there is no padding.
 
     Args:
         model: The model; a `config` in it may name its padding token.

@@ -139,10 +139,10 @@ def collect(
             raise SettingsError(
                 "--until and --until-flat choose masks and mask gradients themselves; give one of them alone"
             )
-        _tell(_until(study, path, until, {"validation_masks": validation_masks, **options}))
+        _print_run(_until(study, path, until, {"validation_masks": validation_masks, **options}))
         return
     options |= {**loaded.sizes(masks, gradients), "validation_masks": validation_masks}
-    _tell(collect_run(study, path, **options))
+    _print_run(collect_run(study, path, **options))
 
 
 @app.command(epilog="Example: coar plan pipelines/cifar10.py --masks 4000 --gradients 128 --workers 8")
@@ -194,7 +194,7 @@ def _until(study: "Study", path: Path, correlation: float | None, options: dict[
     return finished
 
 
-def _tell(run: "Run") -> None:
+def _print_run(run: "Run") -> None:
     """Print the sizes of the run and how much of it is missing."""
     from coar.store.gradients import MaskGradients
 

@@ -87,7 +87,7 @@ def edit(
     options |= {**_bound(harm, group_harm), **{key: value for key, value in how.items() if value is not None}}
     loaded = load_pipeline(pipeline)
     study = loaded.study_of(Run.open(run))
-    _tell(run_task(loaded, study, attributions, asked, options), study.model, None if dry_run else folder)
+    _print_result(run_task(loaded, study, attributions, asked, options), study.model, None if dry_run else folder)
 
 
 @app.command(
@@ -191,7 +191,7 @@ def run_task(
     return TASKS[str(asked.task)](*common, **options)
 
 
-def _tell(result: "TaskResult", model: "nn.Module", folder: Path | None) -> None:
+def _print_result(result: "TaskResult", model: "nn.Module", folder: Path | None) -> None:
     """Print the result of a task, and write it into a folder unless it is a dry run."""
     from coar.report import write_task
 

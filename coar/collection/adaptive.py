@@ -68,7 +68,7 @@ def collect_until(
         SettingsError: When the correlation is outside (0, 1), or there are fewer than 16 validation masks.
     """
     if correlation is not None and not 0 < correlation < 1:
-        raise SettingsError(f"a correlation of {correlation} was asked for; give a number between 0 and 1")
+        raise SettingsError(f"a correlation of {correlation} was requested; give a number between 0 and 1")
     if validation_masks < 16:
         raise SettingsError(
             f"{validation_masks} validation masks are too few to judge by; give 16 or more, 64 is usual"
@@ -83,7 +83,7 @@ def collect_until(
         if report:
             report(now)
         if correlation is not None and now.correlation >= correlation:
-            return run, f"reached {now.correlation:.3f}, and {correlation} was asked for"
+            return run, f"reached {now.correlation:.3f}, and {correlation} was requested"
         if before is None and gradients:
             per_mask, per_gradient = measure(
                 study,

@@ -167,7 +167,7 @@ def _wanted(
 def _check_settings(passes: int, precision: str) -> None:
     if passes == 0:
         raise SettingsError(
-            "zero masks and zero mask gradients were asked for; ask for at least 2 masks, better several "
+            "zero masks and zero mask gradients were requested; request at least 2 masks, better several "
             "thousand, or 32 mask gradients"
         )
     if precision not in PRECISIONS:

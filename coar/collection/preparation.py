@@ -244,6 +244,6 @@ def check_same(run: Run, fingerprint: dict[str, Any], precision: str) -> None:
     kept = run.facts["precision"]["name"]
     if precision not in ("auto", kept):
         raise MismatchError(
-            f"the run at {run.path} was collected in {kept}, now {precision} is asked for; use {kept} or auto to "
+            f"the run at {run.path} was collected in {kept}, now {precision} is requested; use {kept} or auto to "
             f"continue, or collect into a new path"
         )

@@ -92,7 +92,7 @@ class Stage:
     """Units of one kind.
 
     Attributes:
-        noun: The units' kind, `mask` or `gradient`.
+        noun: The kind of the units, `mask` or `mask gradient`.
         share: Each unit's size in passes over all examples.
         missing: The units that are not stored yet, in the order of work.
     """
@@ -109,7 +109,7 @@ def gradient_stage(run: Run, worker: tuple[int, int]) -> Stage:
         unit: _width(mask_gradients.examples_of(unit), run) * mask_gradients.rounds[unit.round]
         for unit in dealt(mask_gradients.units(), worker)
     }
-    return Stage("gradient", share, [unit for unit in mask_gradients.missing_units() if unit in share])
+    return Stage("mask gradient", share, [unit for unit in mask_gradients.missing_units() if unit in share])
 
 
 def mask_stage(run: Run, worker: tuple[int, int]) -> Stage:

@@ -125,7 +125,7 @@ KINDS = {(True, True, True): "v", (False, True, True): "k", (False, False, True)
 
 
 def _grouped(block: Block, path: str, signs: Tensor) -> tuple[Port, ...]:
-    """Return the ports of a projection from (heads, rows, 3) truth values."""
+    """Return the ports of a projection from (heads, rows, 3) booleans."""
     rows: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for row, own in enumerate(signs.transpose(0, 1).tolist()):
         heads = tuple(head for head, (_, _, later) in enumerate(own) if later)

@@ -52,12 +52,12 @@ class EditGoal(Settings):
     @field_validator("targets", "references", mode="before")
     @classmethod
     def _as_positions(cls, value: Any) -> Any:
-        """Turn truth values or positions, in any kind of sequence, into a tuple of positions."""
+        """Turn booleans or positions, in any kind of sequence, into a tuple of positions."""
         if isinstance(value, str):
             return value
         rows = np.asarray(value)
         if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "biu"):
-            raise ValueError("give a condition, positions, or one truth value per example")
+            raise ValueError("give a condition, positions, or one boolean per example")
         return tuple(int(row) for row in (np.flatnonzero(rows) if rows.dtype == bool else rows))
 
     @property

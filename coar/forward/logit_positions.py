@@ -85,7 +85,7 @@ def select_positions(inputs: dict[str, Tensor], targets: Tensor, read: Tensor) -
     Args:
         inputs: Tensors by name.
         targets: (examples, length).
-        read: (examples, length) truth values.
+        read: (examples, length) booleans.
     """
     most = int(read.sum(1).max())
     positions = (~read).int().argsort(dim=1, stable=True)[:, :most]

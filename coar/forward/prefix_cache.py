@@ -213,7 +213,7 @@ class Starts:
         return cls(calls, times)
 
     def differing(self, differs: np.ndarray) -> np.ndarray:
-        """Return the (masks,) times at which masks begin to differ, from (masks, components) truth values."""
+        """Return the (masks,) times at which masks begin to differ, from (masks, components) booleans."""
         return np.asarray(np.where(differs, self.times, self.calls.calls[-1].start).min(1))
 
     def saved(self, times: np.ndarray) -> float:

@@ -1,1 +1,1 @@
-"""How a mask reaches the model: gates in weights, in hooks and on routers, and ablations made permanent."""
+"""Application of a mask to the model: gates in weights, in hooks and on routers, and ablations made permanent."""

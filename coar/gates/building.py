@@ -1,4 +1,4 @@
-"""What gates are built from, and what a kind of gate must provide to be built.
+"""Parts of gates, and the interface of a kind of gate.
 
 To add a kind of gate, write one module with the gate and its `GateKind`, and add the kind to `coar.gates.registry`.
 """

@@ -204,7 +204,7 @@ class _Pass:
         keep: (pairs,) mask, or (rows, pairs) masks; None to record the writers' outputs.
         constants: (writers, width) replacements.
         source: Recorded outputs for another example each, which then are the replacements.
-        tokens: (rows, positions) truth values, False at padding; None if every position is a token.
+        tokens: (rows, positions) booleans, False at padding; None if every position is a token.
     """
 
     def __init__(

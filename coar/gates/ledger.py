@@ -33,7 +33,7 @@ class Ledger:
     Attributes:
         entries: (rows, positions, writers, width).
         gradient: The gradient of the loss by the entries, of the same shape, during a backward pass.
-        kept: (rows, positions) truth values, True where nothing is replaced.
+        kept: (rows, positions) booleans, True where nothing is replaced.
     """
 
     def __init__(self, writers: int, first: Tensor, stream: Tensor, dtype: torch.dtype, chunk: int = CHUNK) -> None:

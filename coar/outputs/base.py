@@ -48,7 +48,7 @@ class Output(Settings):
         return values
 
     def positions_read(self, targets: Tensor) -> Tensor | None:  # noqa: ARG002
-        """Return the positions of each text at which logits are read, as (examples, length) truth values.
+        """Return the positions of each text at which logits are read, as (examples, length) booleans.
 
         The model need not compute logits at other positions. None, the default, stands for all positions.
         """

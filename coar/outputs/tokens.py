@@ -66,7 +66,7 @@ class TokenMargin(Margin):
         return super().hard_and_smooth() if self.reduction == "last" else None
 
     def positions_read(self, targets: Tensor) -> Tensor | None:
-        """Return the positions that are read, as (examples, length) truth values."""
+        """Return the positions that are read, as (examples, length) booleans."""
         return _target_positions(targets, last=self.reduction == "last")
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class TokenLogProbability(Output):
     reduction: Literal["mean", "sum", "last"] = "mean"
 
     def positions_read(self, targets: Tensor) -> Tensor | None:
-        """Return the positions that are read, as (examples, length) truth values."""
+        """Return the positions that are read, as (examples, length) booleans."""
         return _target_positions(targets, last=self.reduction == "last")
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class ChoiceMargin(Margin):
         return cls(answers=tuple(ids[0] for ids in tokens), against=against)
 
     def positions_read(self, targets: Tensor) -> Tensor | None:
-        """Return the positions that are read, as (examples, length) truth values."""
+        """Return the positions that are read, as (examples, length) booleans."""
         return _target_positions(targets, last=True)
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ def token_logits(result: Any, targets: Tensor, *, last: bool = False) -> TokensR
 
 
 def _target_positions(targets: Tensor, *, last: bool) -> Tensor | None:
-    """Return (examples, length) truth values: the positions that have a target, or the last of them.
+    """Return (examples, length) booleans: the positions that have a target, or the last of them.
 
     None for targets that are not (examples, length).
     """
@@ -221,5 +221,5 @@ def _target_positions(targets: Tensor, *, last: bool) -> Tensor | None:
 
 
 def _last(read: Tensor) -> Tensor:
-    """Return truth values that keep only the last true one of every row."""
+    """Return booleans that keep only the last true one of every row."""
     return read & (read.flip(1).cumsum(1).flip(1) == 1)

@@ -130,7 +130,7 @@ def _summed_method(method: str, rounds: int, rows: np.ndarray, run: Run) -> str:
 def _rows(run: Run, masks: int | None, *, none_will_do: bool) -> np.ndarray:
     rows = run.plan.rows("train", run.sampler.ablated_fraction)
     if masks is not None and not (2 <= masks <= len(rows) or (masks == 0 and none_will_do)):
-        raise RegressionError(f"a fit on {masks} masks was requested; the run has {len(rows)}: choose 2 to {len(rows)}")
+        raise RegressionError(f"{masks} masks were requested and the run has {len(rows)}; choose 2 to {len(rows)}")
     return rows[:masks]
 
 

@@ -12,8 +12,7 @@ from zarr.core.buffer import default_buffer_prototype
 
 from coar.errors import CorruptRunError, MismatchError, RunError, SettingsError
 from coar.store import arrays
-from coar.store import gradients as probing
-from coar.store.gradients import MaskGradients
+from coar.store.gradients import GRADIENTS, OUTPUTS, MaskGradients
 from coar.store.integrity import verify
 from coar.store.layout import SUMS
 from coar.store.lock import write_lock
@@ -171,10 +170,8 @@ def _merge_gradients(made: MaskGradients, sources: list[MaskGradients], rounds: 
         if have:
             run = have[0].run
             number = slice(unit.round, unit.round + 1)
-            kept, ablated = (
-                arrays.read(run.array(name), number, examples, slice(None))[0] for name in probing.GRADIENTS
-            )
-            outputs = arrays.read(run.array(probing.OUTPUTS), number, slice(0, rounds[unit.round]), examples)[0]
+            kept, ablated = (arrays.read(run.array(name), number, examples, slice(None))[0] for name in GRADIENTS)
+            outputs = arrays.read(run.array(OUTPUTS), number, slice(0, rounds[unit.round]), examples)[0]
             made.write_unit(unit, kept, ablated, outputs)
 
 

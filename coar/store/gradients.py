@@ -169,7 +169,7 @@ class MaskGradients:
             return len(self.rounds)
         if not 0 <= gradients <= self.count:
             raise SettingsError(
-                f"{gradients} mask gradients were asked for and {self.run.path} has {self.count}; choose up to "
+                f"{gradients} mask gradients were requested and {self.run.path} has {self.count}; choose up to "
                 f"{self.count}, or collect more"
             )
         totals = np.cumsum(self.rounds)
@@ -256,7 +256,7 @@ def deal(sizes: Sequence[int], folds: int) -> list[list[int]]:
 def check_count(total: int) -> int:
     """Return a number of mask gradients; raise `SettingsError` unless it is a whole number, 0 or more."""
     if isinstance(total, bool) or not isinstance(total, int) or total < 0:
-        raise SettingsError(f"{total!r} mask gradients were asked for; give a whole number, 0 or more")
+        raise SettingsError(f"{total!r} mask gradients were requested; give a whole number, 0 or more")
     return total
 
 

@@ -9,15 +9,14 @@ import zarr
 
 from coar.errors import CorruptRunError
 from coar.store import arrays
-from coar.store import gradients as probing
 from coar.store.disk import sweep
-from coar.store.gradients import MaskGradients
+from coar.store.gradients import ARRAYS, GRADIENTS, OUTPUTS, MaskGradients
 from coar.store.layout import SUMS
 from coar.store.run import ROW_COLUMNS, Run, pack
 from coar.store.sealed import MovedChunkError
 from coar.store.storage_errors import storage_errors
 
-REMADE_BY_COLLECT = ("outputs", "masks", "base_output", *probing.ARRAYS)
+REMADE_BY_COLLECT = ("outputs", "masks", "base_output", *ARRAYS)
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def verify(run: Run) -> list[Problem]:
     """
     problems: list[Problem] = []
     mask_gradients = MaskGradients(run)
-    expected = probing.ARRAYS if mask_gradients.rounds else ()
+    expected = ARRAYS if mask_gradients.rounds else ()
     for name in sorted({*arrays.array_names(run.group), *expected}):
         try:
             array = run.array(name, rounds=len(mask_gradients.rounds))
@@ -68,10 +67,10 @@ def verify(run: Run) -> list[Problem]:
 
 def _collected(run: Run, mask_gradients: MaskGradients, name: str) -> set[arrays.Chunk]:
     """Return an array's chunks in a complete run; for arrays stored with outputs, those whose outputs are stored."""
-    if name in probing.GRADIENTS:
-        done = arrays.stored_chunks(run.array(probing.OUTPUTS)) & mask_gradients.chunks(probing.OUTPUTS)
+    if name in GRADIENTS:
+        done = arrays.stored_chunks(run.array(OUTPUTS)) & mask_gradients.chunks(OUTPUTS)
         return {(number, block, 0) for number, _, block in done}
-    if name == probing.OUTPUTS:
+    if name == OUTPUTS:
         return mask_gradients.chunks(name)
     outputs = {tuple(unit) for unit in run.units()}
     if name == "outputs":
@@ -129,8 +128,8 @@ def _look(run: Run, mask_gradients: MaskGradients, array: zarr.Array[Any], name:
     except CorruptRunError as error:
         return "from elsewhere" if isinstance(error.__cause__, MovedChunkError) else "damaged"
     rows = region[0]
-    if name in probing.ARRAYS:
-        return _look_at_gradients(mask_gradients, name, key[0], region[-1 if name == probing.OUTPUTS else 1], values)
+    if name in ARRAYS:
+        return _look_at_gradients(mask_gradients, name, key[0], region[-1 if name == OUTPUTS else 1], values)
     if name in ("masks", "outputs"):
         return _look_at_rows(run, name, rows.start, values[: len(run.plan) - rows.start])
     if name == "base_output" and not np.isfinite(values).all():
@@ -161,10 +160,10 @@ def _look_at_gradients(
     if number >= len(mask_gradients.rounds):
         return "not as planned"
     values = values[0]
-    if name == probing.OUTPUTS:
+    if name == OUTPUTS:
         planned = np.repeat(np.arange(len(values))[:, None] < mask_gradients.rounds[number], values.shape[1], axis=1)
     else:
-        planned = mask_gradients.counts([number], examples)[probing.GRADIENTS.index(name)] > 0
+        planned = mask_gradients.counts([number], examples)[GRADIENTS.index(name)] > 0
     if not np.isfinite(values[planned]).all():
         return "not finite"
     return "" if np.isnan(values[~planned]).all() else "not as planned"  # a mean of no mask gradients is NaN

@@ -53,7 +53,7 @@ class Plan:
         more = []
         for (split, fraction), count in wanted.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise SettingsError(f"{count!r} {split} masks were asked for; give a whole number, 0 or more")
+                raise SettingsError(f"{count!r} {split} masks were requested; give a whole number, 0 or more")
             have = self.count(split, check_fraction(fraction))
             if count > have:
                 more.append(Segment(split, fraction, have, count - have))

@@ -86,7 +86,7 @@ def test_first_interrupt_finishes_the_unit(server, uninterrupted, tmp_path):
     until(lambda: stored_gradients(path) >= MADE + 2, "the second unit")
     child.send(signal.SIGINT)
     assert child.wait() == -signal.SIGINT
-    said = re.search(r"KeyboardInterrupt: stopped after gradient unit (\d+) of 30; .* run the same", child.says())
+    said = re.search(r"KeyboardInterrupt: stopped after mask gradient unit (\d+) of 30; .* run the same", child.says())
     assert said, child.says()
     assert stored_gradients(path) == int(said[1]) == UNITS - len(MaskGradients(Run.open(path)).missing_units())
     assert MADE + 2 <= int(said[1]) < UNITS
@@ -102,9 +102,9 @@ def test_interrupt_in_the_last_unit_of_mask_gradients_stops_before_the_masks(ser
         until(lambda path=path: stored_gradients(path) >= 11, "the last unit's start")
         child.send(signal.SIGINT)
         child.wait()
-        if "stopped after gradient unit 12 of 12;" in child.says():
+        if "stopped after mask gradient unit 12 of 12;" in child.says():
             break
-    assert "stopped after gradient unit 12 of 12;" in child.says()
+    assert "stopped after mask gradient unit 12 of 12;" in child.says()
     assert (stored_gradients(path), stored_units(path)) == (12, 0)
     server.finish(path, call)
     assert stored_units(path) == 5

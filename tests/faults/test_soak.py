@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 def test_collecting_under_kills_for_a_minute(digits, tmp_path):
     command = [sys.executable, "-m", "benchmarks.scale", "--soak", "1", "--every", "10", "--folder", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560, check=False)
-    told = re.search(r"(\d+) units, (\d+) workers killed, 0 units missing, 0 problems", done.stdout)
-    assert told, done.stdout + done.stderr
-    assert int(told[2]) >= 1
-    assert int(told[1]) > 100
+    counts = re.search(r"(\d+) units, (\d+) workers killed, 0 units missing, 0 problems", done.stdout)
+    assert counts, done.stdout + done.stderr
+    assert int(counts[2]) >= 1
+    assert int(counts[1]) > 100
     assert re.search(r"driver +\d+ MiB in the middle third", done.stdout), done.stdout

@@ -1,4 +1,4 @@
-"""How good the weights are that mask gradients give, judged on outputs that they were not learned from."""
+"""Quality of the weights from mask gradients, judged on outputs that they were not learned from."""
 
 import math
 from collections.abc import Sequence
