@@ -10,7 +10,7 @@ the reason.
 
 import argparse
 
-from tests.coverage import ABLATIONS, ARCHITECTURES, CELLS, cell, reason
+from tests.architectures import ABLATIONS, ARCHITECTURES, CELLS, cell, reason
 
 
 def main() -> None:
