@@ -62,8 +62,8 @@ def losses(module: ModuleType, study: coar.Study, size: Size) -> dict[str, float
     judge = judge.subset(range(min(size.judged, len(judge))))
     if loss.settings()["name"] == "Drift":  # its targets are the embeddings of the unablated model
         with torch.inference_mode():
-            wanted = model(**judge.block(0, len(judge))[0]).clone()
-        judge = coar.Examples(inputs=judge.inputs, targets=wanted, metadata=judge.metadata)
+            embeddings = model(**judge.block(0, len(judge))[0]).clone()
+        judge = coar.Examples(inputs=judge.inputs, targets=embeddings, metadata=judge.metadata)
     constants = study.ablation.replacements(model, study.components, batch_size=64)
     plan = ExecutionPlan(batch_size=64)
     worker = FastRunner(model, study.components, constants, loss, plan, sources=study.ablation.sources)

@@ -40,7 +40,7 @@ SOURCE = hub.Source(
     name="CLIP",
     variable="COAR_CLIP",
     default="openai/clip-vit-base-patch32",
-    wanted="openai/clip-vit-base-patch32 or another CLIP, its model, tokenizer and image processor",
+    contents="openai/clip-vit-base-patch32 or another CLIP, its model, tokenizer and image processor",
 )
 PROMPT = "a photo of a {}"
 VERSIONS = ("clean", "attacked")

@@ -45,7 +45,7 @@ SOURCE = hub.Source(
     name="a causal language model",
     variable="COAR_GPT2",
     default="gpt2",
-    wanted="a causal language model and its tokenizer,",
+    contents="a causal language model and its tokenizer,",
 )
 FOLDER = Path("data/gpt2")
 RECIPE = training.Recipe(epochs=12, batch=32, learning_rate=4e-3, weight_decay=0.1)

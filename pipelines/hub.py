@@ -18,13 +18,13 @@ class Source:
         name: Name of the model in messages.
         variable: The environment variable with a folder, or a name on the hub.
         default: The folder or name without the variable.
-        wanted: Description of the folder's contents for messages.
+        contents: Description of the folder's contents for messages.
     """
 
     name: str
     variable: str
     default: str
-    wanted: str
+    contents: str
 
     def load(self, part: type[Any], **options: Any) -> Any:
         """Load a part, such as a tokenizer; raise `PipelineError` when it is missing."""
@@ -45,7 +45,7 @@ class Source:
         """Return the error about a model that cannot be loaded, with the reason and a remedy."""
         return coar.errors.PipelineError(
             f"cannot load {self.name} from {self._place()!r}: {reason.rstrip('.')}; set {self.variable} to a folder "
-            f"with {self.wanted} as save_pretrained writes them"
+            f"with {self.contents} as save_pretrained writes them"
         )
 
     def _place(self) -> str:

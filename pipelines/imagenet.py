@@ -151,8 +151,8 @@ def model(name: str, kind: str) -> nn.Module:
             f"torchvision's weights are for {PUBLISHED} classes and COAR_IMAGENET_CLASSES is {classes()}; set "
             f"{variable} to a checkpoint of a torchvision {kind} with {classes()} classes"
         )
-    wanted = f"{variable} to a checkpoint: the state dict of a torchvision {kind}, as safetensors or .pt"
-    return photographs.imagenet_weights(kind, otherwise=wanted).eval()
+    alternative = f"{variable} to a checkpoint: the state dict of a torchvision {kind}, as safetensors or .pt"
+    return photographs.imagenet_weights(kind, otherwise=alternative).eval()
 
 
 def preset(kind: str) -> Any:

@@ -81,12 +81,12 @@ class Collection:
         )
 
 
-def folder(variable: str, wanted: str) -> Path:
+def folder(variable: str, contents: str) -> Path:
     """Return the folder that an environment variable names; raise `PipelineError` when it names none."""
     path = os.environ.get(variable)
     if not path or not Path(path).is_dir():
         given = f"is {path!r}, which is not a folder" if path else "is not set"
-        raise coar.errors.PipelineError(f"{variable} {given}; set it to the folder with {wanted}")
+        raise coar.errors.PipelineError(f"{variable} {given}; set it to the folder with {contents}")
     return Path(path)
 
 

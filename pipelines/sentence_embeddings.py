@@ -118,8 +118,8 @@ def ablation_of(label: str, net: nn.Module) -> coar.Ablation:
         return coar.choose_ablation(label, calibration=texts)
     with torch.inference_mode():
         embeddings = net(**texts.block(0, CALIBRATION)[0])
-    wanted = coar.Examples(inputs=texts.inputs, targets=embeddings.clone(), metadata=texts.metadata)
-    return coar.Optimal(calibration=wanted, loss=Drift(), steps=60, examples_per_step=16)
+    unablated = coar.Examples(inputs=texts.inputs, targets=embeddings.clone(), metadata=texts.metadata)
+    return coar.Optimal(calibration=unablated, loss=Drift(), steps=60, examples_per_step=16)
 
 
 def study(*, ablation: str = "zero", ablated_fraction: float = 0.10, seed: int = 0) -> coar.Study:

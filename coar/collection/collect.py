@@ -89,10 +89,10 @@ def collect(
     if cluster is not None:
         cluster.builder()  # raises before the run is created
     place, among = locate(path), check_worker(worker)
-    wanted = _wanted(study.sampler.ablated_fraction, masks, test_masks, validation_masks, test_fractions)
-    total = sum(count for count in wanted.values() if isinstance(count, int))  # `Plan` refuses other values
+    requested = _requested(study.sampler.ablated_fraction, masks, test_masks, validation_masks, test_fractions)
+    total = sum(count for count in requested.values() if isinstance(count, int))  # `Plan` refuses other values
     order = RunRequest(
-        wanted=wanted,
+        requested=requested,
         gradients=check_count(gradients),
         blocks=blocks_of(total, len(study.examples), execution.mask_block, execution.example_block),
         precision=precision,
@@ -156,12 +156,12 @@ def blocks_of(masks: int, examples: int, mask_block: int | None, example_block: 
     return mask_block or height, example_block or math.ceil(examples / math.ceil(examples / width))
 
 
-def _wanted(
+def _requested(
     fraction: float, masks: int, test_masks: int, validation_masks: int, test_fractions: Sequence[float]
 ) -> dict[tuple[Split, float], int]:
     """Return the number of masks by split and ablated fraction, in the order of collection."""
-    wanted: dict[tuple[Split, float], int] = {("test", at): test_masks for at in sorted({fraction, *test_fractions})}
-    return wanted | {("validation", fraction): validation_masks, ("train", fraction): masks}
+    requested: dict[tuple[Split, float], int] = {("test", at): test_masks for at in sorted({fraction, *test_fractions})}
+    return requested | {("validation", fraction): validation_masks, ("train", fraction): masks}
 
 
 def _check_settings(passes: int, precision: str) -> None:

@@ -45,14 +45,14 @@ class RunRequest:
     """The contents of a complete run.
 
     Attributes:
-        wanted: Masks by split and ablated fraction.
+        requested: Masks by split and ablated fraction.
         gradients: Mask gradients.
         blocks: Masks and examples per unit, for a run that is created.
         precision: `float32`, `bf16` or `auto`.
         tolerance: Largest accepted difference of bfloat16.
     """
 
-    wanted: dict[tuple[Split, float], int]
+    requested: dict[tuple[Split, float], int]
     gradients: int
     blocks: tuple[int, int]
     precision: str
@@ -65,7 +65,7 @@ class RunRequest:
     def is_met_by(self, run: Run) -> bool:
         """Return whether a run has all rows and rounds."""
         return (
-            run.plan.extended(self.wanted) == run.plan
+            run.plan.extended(self.requested) == run.plan
             and run.rows_intact()
             and MaskGradients(run).count >= self.gradients
         )
@@ -119,7 +119,7 @@ def _extended(place: Path | Address, order: RunRequest) -> Run:
     """Open a run and extend it to the request, from its state after other processes' extensions."""
     with extension_lock(place):
         run = Run.open(place)
-        plan = run.plan.extended(order.wanted)
+        plan = run.plan.extended(order.requested)
         if plan != run.plan or not run.rows_intact():
             run.extend(plan)
         MaskGradients(run).extend(order.gradients)
@@ -191,7 +191,7 @@ def _create(
 ) -> Run:
     """Measure a run's fixed properties (constants, precision, batch norms), then create it."""
     warn_of_overlap(study)
-    plan, blocks = Plan().extended(order.wanted), order.blocks
+    plan, blocks = Plan().extended(order.requested), order.blocks
     runner = ModelRunner(model, study.output, batch_size=batch_size)
     constants = study.ablation.replacements(model, study.components, batch_size=runner.batch_size)
     parts = (model, study.components, constants, study.output)

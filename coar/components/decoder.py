@@ -273,9 +273,9 @@ class _Draft:
 
     def _check(self, residual: Tensor, total: Tensor, reader: str) -> None:
         if residual.shape[-1] == self.width and residual.numel() == total.numel():
-            found, wanted = residual.double().reshape(-1, self.width), total.reshape(-1, self.width)
-            scale = wanted.abs().amax(1).clamp_min(1e-6)
-            error = float(((found - wanted).abs().amax(1) / scale).max())
+            found, expected = residual.double().reshape(-1, self.width), total.reshape(-1, self.width)
+            scale = expected.abs().amax(1).clamp_min(1e-6)
+            error = float(((found - expected).abs().amax(1) / scale).max())
             allowed = EXACT if residual.dtype in (torch.float32, torch.float64) else COARSE
             if error <= allowed:
                 return

@@ -112,11 +112,11 @@ class SharedStart:
         """
         if time == self.time:
             return
-        wanted = self._calls.ended(time)
+        recorded = self._calls.ended(time)
         stop = next(call.module for call in self._calls.calls if call.start == time)
-        with self._passing(wanted, stop) as found, suppress(_ReachedError):
+        with self._passing(recorded, stop) as found, suppress(_ReachedError):
             run()
-        if len(found) < len(wanted):
+        if len(found) < len(recorded):
             raise AblationError(OTHERWISE)
         self._held, self.time = found, time
 
@@ -130,9 +130,9 @@ class SharedStart:
             return run()
 
     @contextmanager
-    def _passing(self, wanted: list[Call], stop: nn.Module | None) -> Iterator[dict[int, Any]]:
+    def _passing(self, recorded: list[Call], stop: nn.Module | None) -> Iterator[dict[int, Any]]:
         """Return held results, record the results of some calls, and stop before the first call of a module."""
-        known, noted = deque(self._calls.ended(self.time)), deque(wanted)
+        known, noted = deque(self._calls.ended(self.time)), deque(recorded)
         found: dict[int, Any] = {}
         inside = False  # a recorded call
 

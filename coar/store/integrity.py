@@ -55,8 +55,8 @@ def verify(run: Run) -> list[Problem]:
             problems.append(Problem(name, f"{name}/zarr.json", "damaged", _mended_by(name)))
             continue
         stored = arrays.stored_chunks(array)
-        wanted = _collected(run, mask_gradients, name) if name in REMADE_BY_COLLECT else set(arrays.all_chunks(array))
-        for key in sorted(stored | wanted):
+        planned = _collected(run, mask_gradients, name) if name in REMADE_BY_COLLECT else set(arrays.all_chunks(array))
+        for key in sorted(stored | planned):
             what = _look(run, mask_gradients, array, name, key) if key in stored else "missing"
             if what:
                 problems.append(Problem(name, arrays.chunk_path(array, key), what, _mended_by(name)))

@@ -137,12 +137,12 @@ def check(array: zarr.Array[Any], name: str, sizes: Sizes, *, least: dict[str, i
     if len(form.dimensions) != array.ndim:
         raise _damaged(array, f"the axes {', '.join(form.dimensions)}")
     lengths = sizes.lengths()
-    for axis, have, chunk, wanted in zip(form.dimensions, array.shape, chunks_in(array), form.chunks, strict=True):
+    for axis, have, chunk, expected in zip(form.dimensions, array.shape, chunks_in(array), form.chunks, strict=True):
         long_enough = have >= least.get(axis, 0) if axis in GROWING else have == lengths[axis]
         allowed = {"all": chunk == max(1, have), "some": 1 <= chunk <= have}
-        if not long_enough or not (allowed[wanted] if isinstance(wanted, str) else chunk == wanted):
+        if not long_enough or not (allowed[expected] if isinstance(expected, str) else chunk == expected):
             length = lengths.get(axis, f"{least.get(axis, 0)} or more")
-            raise _damaged(array, f"a {axis} axis of {length} with {wanted} in a chunk")
+            raise _damaged(array, f"a {axis} axis of {length} with {expected} in a chunk")
     kind = "string" if isinstance(array.dtype, np.dtypes.StringDType) or array.dtype.kind in "OT" else array.dtype.name
     if form.dtype not in ("", kind):
         raise _damaged(array, form.dtype)

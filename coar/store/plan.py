@@ -48,10 +48,10 @@ class Plan:
         """Return how many masks of a split and fraction there are."""
         return sum(s.count for s in self.segments if (s.split, s.ablated_fraction) == (split, ablated_fraction))
 
-    def extended(self, wanted: dict[tuple[Split, float], int]) -> "Plan":
+    def extended(self, requested: dict[tuple[Split, float], int]) -> "Plan":
         """Return a plan with at least these numbers of masks per (split, fraction); nothing is removed."""
         more = []
-        for (split, fraction), count in wanted.items():
+        for (split, fraction), count in requested.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise SettingsError(f"{count!r} {split} masks were requested; give a whole number, 0 or more")
             have = self.count(split, check_fraction(fraction))
