@@ -40,6 +40,7 @@ from coar.regression.ridge import PENALTIES
 from coar.regression.sums import BATCH as ROWS
 from coar.store.arrays import write
 from coar.store.plan import Plan
+from coar.store.records import PrecisionRecord, RunRecord
 from coar.store.run import pack
 
 FEW = 20  # examples for timing scikit-learn's lasso and comparing with it
@@ -60,7 +61,7 @@ def generate(path: Path, masks: int, components: int, examples: int) -> coar.Run
             "ablation": coar.ZeroWeight().settings(),
             "weights": "none",
         },
-        facts={"precision": {"name": "float32"}, "batch_norms": {}},
+        facts=RunRecord(batch_norms={}, precision=PrecisionRecord(name="float32")),
         blocks=(256, min(examples, 500)),
     )
     run.extend(Plan().extended({("train", 0.10): masks}))

@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 from coar.components.table import Components, read_component
 from coar.errors import RunError, SettingsError, StorageError, WeightsError, install_hint
 from coar.renamed import no_attribute
-from coar.store.fits import FIELDS, fit_array, fit_facts, fit_fields, fit_names, read_fit
+from coar.store.fits import FIELDS, finished_fit, finished_fits, fit_array, fit_fields, read_fit
+from coar.store.records import FitRecord
 from coar.store.run import Run
 
 if TYPE_CHECKING:
@@ -92,13 +93,13 @@ class Attributions:
     Attributes:
         components: The component table.
         metadata: Columns over the examples.
-        fit: Facts about the fit: its method, the number of masks, and facts specific to the method.
+        fit: Record of the fit: its method, the number of masks, and facts specific to the method.
         origin: The study and the ablation that the attributions come from.
     """
 
     components: Components
     metadata: dict[str, np.ndarray]
-    fit: dict[str, Any]
+    fit: FitRecord
     origin: Origin
     _source: _Source
 
@@ -114,8 +115,8 @@ class Attributions:
         constants = run.replacements
         if constants.ndim == 2:  # constants by position: no single constant, as under resampling
             constants = np.full(run.components.width, np.nan)
-        origin = Origin(constants.astype(np.float32), run.facts["batch_norms"], run.fingerprint)
-        return cls(run.components, run.metadata, fit_facts(run, name), origin, _RunSource(run, name))
+        origin = Origin(constants.astype(np.float32), run.facts.batch_norms, run.fingerprint)
+        return cls(run.components, run.metadata, finished_fit(run, name), origin, _RunSource(run, name))
 
     @classmethod
     def from_safetensors(cls, path: str | Path) -> Self:
@@ -143,7 +144,7 @@ class Attributions:
         """
         tensors = {field: self._read(field, slice(None)) for field in self._source.fields()}
         facts = {
-            "fit": self.fit,
+            "fit": self.fit.stored(),
             "fingerprint": self.origin.fingerprint,
             "batch_norms": self.origin.batch_norms,
             "replacements": self.origin.constants.tolist(),
@@ -163,7 +164,7 @@ class Attributions:
         return len(self.metadata["id"])
 
     def __repr__(self) -> str:
-        return f"Attributions({len(self)} examples, {len(self.components)} components, {self.fit['method']})"
+        return f"Attributions({len(self)} examples, {len(self.components)} components, {self.fit.method})"
 
     @overload
     def __getitem__(self, index: int) -> "ExampleAttribution": ...
@@ -187,7 +188,7 @@ class Attributions:
     def standard_errors(self, examples: slice | np.ndarray | None = None) -> np.ndarray:
         """Return (examples, components) float32 standard errors; raise `RunError` when the method has none."""
         if not self.has_standard_errors:
-            raise RunError(f"{self.fit['method']} gives no standard errors; fit with ridge or ols to get them")
+            raise RunError(f"{self.fit.method} gives no standard errors; fit with ridge or ols to get them")
         return self._chosen("standard_error", examples)
 
     @property
@@ -310,18 +311,19 @@ class ExampleAttribution:
         return frame if self.standard_error is None else frame.assign(standard_error=self.standard_error)
 
 
-def _read_facts(facts: dict[str, Any], components: Components) -> tuple[dict[str, Any], Origin]:
-    """Return facts about the fit and the origin from an exported file; raise when one is missing or of another type.
+def _read_facts(facts: dict[str, Any], components: Components) -> tuple[FitRecord, Origin]:
+    """Return the record of the fit and the origin from an exported file; raise when one is missing or of another type.
 
     Older versions wrote one constant per component; it is repeated for each channel.
     """
-    needed = facts["fit"]["method"], facts["fingerprint"]["weights"], facts["fingerprint"]["ablation"]["name"]
+    needed = facts["fingerprint"]["weights"], facts["fingerprint"]["ablation"]["name"]
     if not all(isinstance(value, str) for value in needed):
-        raise TypeError("method, weights and ablation are not strings")
+        raise TypeError("weights and ablation are not strings")
     constants = components.per_channel(np.array([float(value) for value in facts["replacements"]]))
     if not all(isinstance(name, str) for name in facts["batch_norms"].values()):
         raise TypeError("names of batch norms are not strings")
-    return facts["fit"], Origin(constants.astype(np.float32), facts["batch_norms"], facts["fingerprint"])
+    origin = Origin(constants.astype(np.float32), facts["batch_norms"], facts["fingerprint"])
+    return FitRecord.read(facts["fit"]), origin
 
 
 def load(path: str | Path, fit: str | None = None) -> Attributions:
@@ -338,10 +340,8 @@ def load(path: str | Path, fit: str | None = None) -> Attributions:
     if Path(path).is_file():
         return Attributions.from_safetensors(path)
     run = Run.open(path)
-    facts = {name: fit_facts(run, name) for name in fit_names(run)}
-    fitted = [
-        name for name in facts if facts[name].get("masks") or facts[name].get("gradients")
-    ]  # baselines have neither
-    usual = [name for name in PREFERRED if name in fitted]
-    usual.sort(key=lambda name: -facts[name].get("validation", -1.0))
+    found = finished_fits(run)
+    fitted = {name: record for name, record in found.items() if record.masks or record.gradients}  # not baselines
+    scores = {name: -1.0 if record.validation is None else record.validation for name, record in fitted.items()}
+    usual = sorted((name for name in PREFERRED if name in fitted), key=lambda name: -scores[name])
     return Attributions.open(run, fit or next(iter([*usual, *fitted]), "ridge"))

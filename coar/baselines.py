@@ -12,7 +12,8 @@ from coar.forward.devices import choose_device, device_copy
 from coar.forward.malloc import memory_kept
 from coar.forward.runner import FastRunner
 from coar.progress import progress_bar
-from coar.store.fits import FitWriter, chunk_rows, fit_facts
+from coar.store.fits import FitWriter, chunk_rows, fit_record
+from coar.store.records import FitRecord
 from coar.store.run import Run
 from coar.study import Study
 
@@ -103,12 +104,13 @@ def _store(
     progress: bool,
 ) -> Attributions:
     run.check(study.fingerprint())
-    facts = {"method": name, "masks": 0, "ablated_fraction": run.sampler.ablated_fraction}
-    if {key: fit_facts(run, name).get(key) for key in facts} == facts:
+    record = FitRecord(method=name, masks=0, ablated_fraction=run.sampler.ablated_fraction)
+    known = fit_record(run, name)
+    if known is not None and known.answers(record):
         return Attributions.open(run, name)
     worker = fast_runner(study, run, device_copy(study.model, choose_device(device)), batch_size=batch_size)
     with run.lock(), memory_kept():
-        writer = FitWriter(run, name, ("weight", "intercept"), facts)
+        writer = FitWriter(run, name, ("weight", "intercept"), record)
         step = max(run.blocks[1] // chunk_rows(run), 1) * chunk_rows(run)
         for start in progress_bar(range(0, run.n_examples, step), desc=name, unit="block", shown=progress):
             examples = slice(start, min(start + step, run.n_examples))

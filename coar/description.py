@@ -14,8 +14,8 @@ def describe(run: Run) -> dict[str, str]:
     """Return a summary of a run as text by heading."""
     plan, mask_gradients = run.plan, MaskGradients(run)
     missing = len(run.missing_units()) + len(mask_gradients.missing_units())
-    precision = run.facts["precision"]
-    measured = f", error {precision['error']:.4f} of the spread" if "error" in precision else ""
+    precision = run.facts.precision
+    measured = "" if precision.error is None else f", error {precision.error:.4f} of the spread"
     counts = [f"{plan.count(s.split, s.ablated_fraction)} {s.split} at {s.ablated_fraction:g}" for s in plan.segments]
     units = len(run.units()) + len(mask_gradients.units())
     return {
@@ -26,7 +26,7 @@ def describe(run: Run) -> dict[str, str]:
         "gradients": str(mask_gradients.count or "none"),
         "ablation": str(run.fingerprint["ablation"]["name"]),
         "output": ", ".join(f"{key}={value}" for key, value in run.fingerprint["output"].items()),
-        "precision": f"{precision['name']}{measured}",
+        "precision": f"{precision.name}{measured}",
         "collected": f"{units - missing} of {units} units" + ("" if missing else ", complete"),
     }
 

@@ -66,12 +66,11 @@ def evaluate(run: Run, *, fits: list[str] | None = None, seed: int = 0) -> Evalu
             scores.insert(0, "ablated_fraction", fraction)
             scores.insert(0, "fit", name)
             parts.append(scores)
-            facts = attributions.fit
             rows.append(
                 {
                     "fit": name,
-                    "masks": facts["masks"],
-                    "gradients": facts.get("gradients", 0),
+                    "masks": attributions.fit.masks,
+                    "gradients": attributions.fit.gradients,
                     "ablated_fraction": fraction,
                     "test_masks": run.plan.count("test", fraction),
                     **_summary(scores, seed),

@@ -209,7 +209,7 @@ class Contract:
         run = self.collect(study, tmp_path / "r.zarr")
         rows = [0, 4, 7, 9, 15]
         constants = [tuple(run.replacements[study.components.channels_of([i])].tolist()) for i in rows]
-        norms = run.facts["batch_norms"]
+        norms = run.facts.batch_norms
         edited = self.net()
         fold(edited, [study.components[i] for i in rows], constants, batch_norms=norms)
         mask = np.ones((1, len(study.components)), dtype=bool)

@@ -10,6 +10,7 @@ import coar
 from coar.components.table import Component, Components
 from coar.store.gradients import MaskGradients
 from coar.store.plan import Plan
+from coar.store.records import PrecisionRecord, RunRecord
 
 FRACTION = 0.3
 PER_LAYER = 4
@@ -121,7 +122,7 @@ def make(
     blocks=(16, 7),
     metadata=None,
     seed=0,
-    **facts,
+    batch_norms=None,
 ):
     """Write a complete run whose outputs are `outputs(masks)`; `steps` are extensions of the plan, in order."""
     sampler = coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed)
@@ -143,7 +144,7 @@ def make(
             "ablation": {"name": "Mean"},
             "output": {"name": "CorrectClassMargin"},
         },
-        facts={"precision": {"name": "float32"}, "batch_norms": {}, **facts},
+        facts=RunRecord(batch_norms=batch_norms or {}, precision=PrecisionRecord(name="float32")),
         blocks=blocks,
     )
     run.extend(plan)
@@ -176,7 +177,7 @@ def arrays(attributions):
         "intercept": lambda: attributions.intercept,
         "penalty": lambda: attributions.penalty,
     }
-    lacking = {"lasso": "standard_error", "informed": "penalty"}.get(attributions.fit["method"])
+    lacking = {"lasso": "standard_error", "informed": "penalty"}.get(attributions.fit.method)
     return {name: values() for name, values in read.items() if name != lacking}
 
 

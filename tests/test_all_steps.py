@@ -89,7 +89,7 @@ def test_what_is_there_is_not_made_again_and_other_sizes_and_fits_join(place, tm
     assert "8 mask gradients, 20 masks, 24 test masks" in said
     assert "ridge, from 20 masks" in said
     assert "measured on" not in said  # which is of another ablation
-    assert coar.load(run).fit["method"] == "ridge"
+    assert coar.load(run).fit.method == "ridge"
 
 
 MISTAKES = {

@@ -12,6 +12,7 @@ import safetensors.numpy
 import coar
 from coar.errors import CorruptRunError, IncompleteRunError, RunError, SettingsError, StorageError, WeightsError
 from coar.store import fits
+from coar.store.records import FitRecord
 from tests.synthetic import arrays, fit, linear, make, table, weights
 
 N, D = 20, 12
@@ -240,17 +241,33 @@ def test_safetensors_holds_everything(found, exported):
     ids=["no masks", "a number for a method", "a word for a number", "half a quality"],
 )
 def test_fit_that_is_described_wrongly(copy, changed):
-    fits.add_fit_facts(copy, "ridge", **changed)
+    description = copy.path / "attributions/ridge/zarr.json"
+    content = json.loads(description.read_text())
+    content["attributes"]["coar"] |= changed
+    description.write_text(json.dumps(content))
     with pytest.raises(CorruptRunError, match=r"description of a fit in attributions/ridge .* is wrong .* fit again"):
         coar.load(copy.path)
 
 
+def test_record_keeps_the_keys_that_were_stored():
+    """Absent keys stay absent, null stays null, keys of other versions stay, and nothing is converted."""
+    quality = {"explained": 0.5, "error": 0.1, "deviation": 0.01, "reachable": 0.7}
+    rich = {"state": "ready", "method": "informed", "masks": 0, "ablated_fraction": 0.1, "gradients": 4}
+    rich |= {"stages": {"gains": 2.0}, "mask_penalty": None, "prior_quality": quality, "validation": 0.9, "later": [1]}
+    for stored in (rich, {"state": "ready", "method": "ridge", "masks": 7}):
+        assert json.dumps(FitRecord.read(stored).stored()) == json.dumps(stored)
+    for damaged in ({"masks": True}, {"stages": {"gains": "2"}}, {"state": "fitting"}, {"ablated_fraction": "0.1"}):
+        with pytest.raises(ValueError, match=f"^{next(iter(damaged))}[^\n]*$"):
+            FitRecord.read(rich | damaged)
+
+
 def test_safetensors_of_a_baseline_has_no_standard_errors(copy, tmp_path):
-    writer = fits.FitWriter(copy, "leave_one_out", ("weight", "intercept"), {"method": "leave_one_out", "masks": 0})
+    record = FitRecord(method="leave_one_out", masks=0)
+    writer = fits.FitWriter(copy, "leave_one_out", ("weight", "intercept"), record)
     writer.write(slice(0, N), weight=np.full((N, D), 2.0), intercept=np.zeros(N))
     writer.finish()
     coar.load(copy.path, "leave_one_out").to_safetensors(tmp_path / "b.safetensors")
-    assert coar.load(copy.path).fit["method"] == "ridge"
+    assert coar.load(copy.path).fit.method == "ridge"
     for baseline in (coar.load(copy.path, "leave_one_out"), coar.load(tmp_path / "b.safetensors")):
         assert (baseline.weights() == 2).all()
         assert baseline[3].standard_error is None
@@ -294,10 +311,10 @@ def test_unwritable_place_is_a_storage_error(found, tmp_path):
 def test_load_prefers_ridge_and_takes_any_name(copy):
     fit(copy, name="another")
     fit(copy, method="ols")
-    assert coar.load(copy.path).fit["method"] == "ridge"
-    assert coar.load(copy.path, "ols").fit["method"] == "ols"
+    assert coar.load(copy.path).fit.method == "ridge"
+    assert coar.load(copy.path, "ols").fit.method == "ols"
     shutil.rmtree(copy.path / "attributions/ridge")
-    assert coar.load(copy.path).fit["method"] == "ols"
+    assert coar.load(copy.path).fit.method == "ols"
     shutil.rmtree(copy.path / "attributions/ols")
     np.testing.assert_array_equal(coar.load(copy.path).weights(), coar.load(copy.path, "another").weights())
 
@@ -324,7 +341,7 @@ def test_a_baseline_is_loaded_only_by_name(copy):
     description.write_text(json.dumps(content))
     with pytest.raises(RunError, match=r"no finished fit 'ridge' \(finished: cheap\)"):
         coar.load(copy.path)
-    assert coar.load(copy.path, "cheap").fit["method"] == "leave_one_out"
+    assert coar.load(copy.path, "cheap").fit.method == "leave_one_out"
 
 
 def test_missing_path_is_a_run_error(tmp_path):

@@ -206,12 +206,12 @@ def test_other_library_versions_are_refused_by_name(fresh):
 
 
 def test_auto_precision_records_what_it_measured(tmp_path):
-    facts = collect(study(), tmp_path / "r.zarr", masks=40, precision="auto").facts["precision"]
-    assert facts["name"] == ("bf16" if facts["error"] <= 0.05 and facts["speedup"] > 1 else "float32")
-    assert (facts["tolerance"], facts["masks"]) == (0.05, 16)
-    assert 0 < facts["error"] < 1
+    facts = collect(study(), tmp_path / "r.zarr", masks=40, precision="auto").facts.precision
+    assert facts.name == ("bf16" if facts.error <= 0.05 and facts.speedup > 1 else "float32")
+    assert (facts.tolerance, facts.masks) == (0.05, 16)
+    assert 0 < facts.error < 1
     strict = collect(study(), tmp_path / "s.zarr", masks=40, precision="auto", precision_tolerance=1e-9)
-    assert strict.facts["precision"]["name"] == "float32"
+    assert strict.facts.precision.name == "float32"
     collect(study(), tmp_path / "s.zarr", masks=50, precision="auto").require_complete()
 
 
@@ -224,7 +224,7 @@ def test_bf16_beyond_its_tolerance_creates_nothing(tmp_path):
 @pytest.mark.parametrize(("first", "then"), [("float32", "bf16"), ("bf16", "float32")])
 def test_another_precision_is_refused(run, tmp_path, first, then):
     made = collect(study(), tmp_path / "r.zarr", **ASKED, precision=first, precision_tolerance=10)
-    assert made.facts["precision"]["name"] == first
+    assert made.facts.precision.name == first
     outputs = helpers.whole(run, "outputs")
     np.testing.assert_allclose(helpers.whole(made, "outputs"), outputs, atol=0.0 if first == "float32" else 0.1)
     assert np.array_equal(helpers.whole(made, "outputs"), outputs) == (first == "float32")

@@ -89,7 +89,7 @@ def test_until_flat_ends_when_more_promises_little(digits, tmp_path):
     assert re.match(r"flat at 0\.9\d\d: 50 % more passes promise \+0\.00[0-4]\d; the linear", why), why
     assert steps[-1].correlation > 0.93
     later = coar.collect(what, run.path, gradients=MaskGradients(run).count * 2, **QUIET)
-    assert coar.fit(later, progress=False).fit["validation"] < steps[-1].correlation + 0.02
+    assert coar.fit(later, progress=False).fit.validation < steps[-1].correlation + 0.02
 
 
 def test_it_goes_on_with_a_run_that_is_there(tmp_path):
@@ -295,7 +295,7 @@ def test_commands_with_mask_gradients(place, tmp_path):
     works("collect", pipeline, "--run", path, "--gradients", 20, "--masks", 60, "--device", "cpu")
     assert "fitted on 60 masks and 16 mask gradients" in works("fit", path, "--method", "informed", "--gradients", 16)
     assert "fitted on 30 masks\n" in works("fit", path, "--gradients", 0, "--masks", 30)
-    assert coar.load(path).fit["method"] == "informed"
+    assert coar.load(path).fit.method == "informed"
     assert "fitted on 60 masks and 8 mask gradients" in works("fit", path, "--method", "informed", "--gradients", 9)
     for gradients, message in (
         (7, "needs at least 8 mask gradients and would use 6 of the 20"),

@@ -222,7 +222,7 @@ def test_fits_on_a_cluster(fresh, fresh_gradients):
             shared = coar.fit(fresh_gradients, masks=masks, cluster=cluster, progress=False)
             alike(shared, alone)
             assert shared.fit == alone.fit
-            assert alone.fit["method"] == "informed"
+            assert alone.fit.method == "informed"
         before = files(fresh.path)
         with pytest.raises(RegressionError, match="least squares needs at least 14 masks"):
             coar.fit(fresh, masks=D, method="ols", cluster=cluster, progress=False)

@@ -8,6 +8,7 @@ import coar
 from coar.errors import IncompleteRunError, RunError
 from coar.evaluation import evaluate, score
 from coar.store import fits
+from coar.store.records import FitRecord
 from tests.synthetic import FRACTION, design, fit, linear, make, weights
 
 N, D = 20, 12
@@ -123,7 +124,7 @@ def test_exact_attributions_score_one(tmp_path):
 
 def test_attributions_twice_too_large_have_half_the_slope(tmp_path):
     run = make(tmp_path / "r.zarr", linear(weights(), 0.7), test_masks=40)
-    writer = fits.FitWriter(run, "double", ("weight", "intercept"), {"method": "double", "masks": 0})
+    writer = fits.FitWriter(run, "double", ("weight", "intercept"), FitRecord(method="double", masks=0))
     writer.write(slice(0, N), weight=2 * weights(), intercept=np.zeros(N))
     writer.finish()
     row = evaluate(run).table.iloc[0]
@@ -133,7 +134,7 @@ def test_attributions_twice_too_large_have_half_the_slope(tmp_path):
 
 def test_attributions_of_nothing_are_undefined_everywhere(tmp_path):
     run = make(tmp_path / "r.zarr", linear(weights()), test_masks=9)
-    writer = fits.FitWriter(run, "zero", ("weight", "intercept"), {"method": "zero", "masks": 0})
+    writer = fits.FitWriter(run, "zero", ("weight", "intercept"), FitRecord(method="zero", masks=0))
     writer.write(slice(0, N), weight=np.zeros((N, D)), intercept=np.ones(N))
     writer.finish()
     row = evaluate(run).table.iloc[0]

@@ -69,7 +69,7 @@ def test_factors_of_single_components_are_learned(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learning, "STAGES", ())
         by_site = fit(run, method="informed", name="by-site")
-    assert "gains" in found.fit["stages"]
+    assert "gains" in found.fit.stages
     assert off(found, truth) < 0.1 * off(by_site, truth)
     assert off(found, truth) < 4 * plain
 
@@ -81,7 +81,7 @@ def test_what_gradients_do_not_show_is_learned_where_examples_share_it(tmp_path)
     hidden = replace(truth, effect=truth.effect + unseen, unseen=unseen)
     found = fit(run_of(tmp_path / "r.zarr", hidden), method="informed")
     ignored = float(((unseen**2).sum(1) * VARIANCE / hidden.shares()[1]).mean())
-    assert "structure" in found.fit["stages"]
+    assert "structure" in found.fit.stages
     assert off(found, hidden) < 0.5 * ignored, (off(found, hidden), ignored)
 
 
@@ -94,7 +94,7 @@ def test_informed_beats_ridge_from_the_same_masks(run, masks):
     assert scores[f"informed-{masks}"] > scores[f"ridge-{masks}"] + 0.003
     alone = fit(run, method="informed", masks=0, name="alone")
     assert scores[f"informed-{masks}"] > correlations(run, ["alone"])["alone"] - 0.002
-    assert alone.fit["masks"] == 0
+    assert alone.fit.masks == 0
 
 
 def test_digits_from_64_mask_gradients_beat_ridge_from_500_masks(digits, tmp_path):
@@ -158,7 +158,7 @@ def test_correction_by_masks_is_ridge_on_what_the_mask_gradients_leave(run, mask
     prior = fit(run, method="informed", masks=0, name="prior").weights().astype(float)
     found = fit(run, method="informed", masks=masks, name=f"corrected-{masks}")
     weights, penalty = by_hand(run, prior, masks)
-    assert found.fit["mask_penalty"] == pytest.approx(penalty, rel=1e-3)
+    assert found.fit.mask_penalty == pytest.approx(penalty, rel=1e-3)
     np.testing.assert_allclose(found.weights(), weights, atol=1e-4)
 
 
@@ -196,12 +196,10 @@ def trials(tmp_path_factory):
 def test_quality_of_the_prior_agrees_with_the_truth(trials):
     strayed = []
     for truth, alone, _ in trials:
-        quality = alone.fit["prior_quality"]
+        quality = alone.fit.prior_quality
         share = float(truth.shares()[0].mean())
-        strayed.append(
-            [(quality["error"] - off(alone, truth)), quality["reachable"] ** 2 - share, quality["deviation"]]
-        )
-        assert quality["explained"] < share + quality["deviation"]
+        strayed.append([(quality.error - off(alone, truth)), quality.reachable**2 - share, quality.deviation])
+        assert quality.explained < share + quality.deviation
     error, reachable, deviation = np.array(strayed).T
     assert (np.abs(error) < 4 * deviation).all(), strayed
     assert (np.abs(reachable) < 4 * deviation + 0.01).all(), strayed
@@ -229,9 +227,9 @@ def test_gradients_do_not_explain_the_outputs_that_came_with_them(tmp_path):
     truth = Pairwise(-KEPT * mixed.pair.sum(2), mixed.pair, mixed.ends)
     np.testing.assert_allclose(truth.best(), 0, atol=1e-12)
     found = fit(run_of(tmp_path / "r.zarr", truth), method="informed")
-    quality = found.fit["prior_quality"]
-    assert abs(quality["explained"]) < 0.02
-    assert abs(quality["error"]) < 4 * quality["deviation"]
+    quality = found.fit.prior_quality
+    assert abs(quality.explained) < 0.02
+    assert abs(quality.error) < 4 * quality.deviation
     masks = np.random.default_rng(0).random((50, 100, 24)) > FRACTION
     outputs, gradients = truth.mask_gradients(masks.astype(float))
     own = (gradients * (masks - KEPT)).sum(2)  # what each mask gradient's gradients say of its output
@@ -287,10 +285,10 @@ def test_mask_gradients_are_used_by_whole_rounds(truth, tmp_path, caplog):
     for mask_gradients in (32, 64):
         short = fit(run_of(tmp_path / f"{mask_gradients}.zarr", truth, gradients=mask_gradients), method="informed")
         part = fit(long, method="informed", gradients=mask_gradients, name=f"part-{mask_gradients}")
-        assert part.fit["gradients"] == mask_gradients
+        assert part.fit.gradients == mask_gradients
         assert off(part, truth) == pytest.approx(off(short, truth), rel=0.25)
     part = fit(long, method="informed", gradients=63, name="part-63")
-    assert part.fit["gradients"] == 48
+    assert part.fit.gradients == 48
     assert "48 of the 63 mask gradients are used" in caplog.text
     with pytest.raises(SettingsError, match=r"65 mask gradients .* has 64; choose up to 64, or collect more"):
         fit(long, method="informed", gradients=65)
@@ -299,10 +297,10 @@ def test_mask_gradients_are_used_by_whole_rounds(truth, tmp_path, caplog):
 def test_a_fit_is_made_again_only_when_asked_or_when_mask_gradients_were_added(truth, tmp_path):
     run = run_of(tmp_path / "r.zarr", truth, gradients=16, masks=20)
     first = fit(run, method="informed").weights()
-    assert fit(run, method="informed", refit=True).fit["gradients"] == 16
+    assert fit(run, method="informed", refit=True).fit.gradients == 16
     np.testing.assert_array_equal(fit(run, method="informed").weights(), first)
     grown = fit(add_gradients(run, truth, 32), method="informed")
-    assert grown.fit["gradients"] == 32
+    assert grown.fit.gradients == 32
     assert not np.array_equal(grown.weights(), first)
 
 
@@ -312,14 +310,14 @@ def test_too_few_mask_gradients(truth, tmp_path):
         RegressionError, match=r"needs mask gradients, and .* has none; collect some, such as --gradients 64"
     ):
         fit(run, method="informed")
-    assert fit(run).fit["method"] == "ridge"
+    assert fit(run).fit.method == "ridge"
     add_gradients(run, truth, 7)
     with pytest.raises(RegressionError, match=r"at least 8 mask gradients and would use 7 of the 7 .* --gradients"):
         fit(run, method="informed")
     with pytest.raises(RegressionError, match="would use 0 of the 7"):
         fit(run, method="informed", gradients=0)
-    assert fit(run, gradients=0).fit["method"] == "ridge"
-    assert fit(add_gradients(run, truth, 9), method="informed").fit["gradients"] == 9
+    assert fit(run, gradients=0).fit.method == "ridge"
+    assert fit(add_gradients(run, truth, 9), method="informed").fit.gradients == 9
 
 
 def test_gradients_that_are_all_zero(truth, tmp_path):
@@ -327,14 +325,14 @@ def test_gradients_that_are_all_zero(truth, tmp_path):
     with pytest.raises(RegressionError, match=r"every mask gradient in .* is zero.* fit masks by ridge"):
         fit(run)
     assert coar.Run.open(run.path).group.get("attributions/informed") is None
-    assert fit(run, method="ridge").fit["masks"] == 20
+    assert fit(run, method="ridge").fit.masks == 20
 
 
 def test_mask_gradients_alone_give_attributions_that_do_everything(truth, tmp_path):
     run = run_of(tmp_path / "r.zarr", truth, masks=0, test_masks=0)
     assert len(run.plan) == 0
     found = fit(run)
-    assert (found.fit["method"], found.fit["masks"]) == ("informed", 0)
+    assert (found.fit.method, found.fit.masks) == ("informed", 0)
     with pytest.raises(RegressionError, match="needs at least two training masks"):
         fit(run, method="ridge")
     found.to_safetensors(tmp_path / "a.safetensors")
@@ -349,7 +347,7 @@ def test_mask_gradients_alone_give_attributions_that_do_everything(truth, tmp_pa
     goal = coar.EditGoal(targets="id == 3", references="id != 3", direction="decrease")
     assert len(coar.edit(found, goal, budget=5).components) == 5
     judged = run_of(tmp_path / "judged.zarr", truth)
-    assert fit(judged).fit["masks"] == 0
+    assert fit(judged).fit.masks == 0
     row = coar.evaluate(judged).table.iloc[0]
     assert (row["fit"], row["masks"], row["gradients"]) == ("informed", 0, 64)
     assert row["pearson"] > 0.9
@@ -370,7 +368,7 @@ def half_blind(truth):
 def test_auto_takes_what_predicts_validation_masks_better(truth, tmp_path, blind, masks, method):
     run = judged(tmp_path / "r.zarr", half_blind(truth) if blind else truth, masks)
     chosen = fit(run)
-    assert chosen.fit["method"] == method
+    assert chosen.fit.method == method
     loaded = coar.load(run.path)
     assert loaded.fit == chosen.fit
     np.testing.assert_array_equal(loaded.weights(), chosen.weights())
@@ -380,16 +378,16 @@ def test_auto_takes_what_predicts_validation_masks_better(truth, tmp_path, blind
         found = coar.load(run.path, name)
         pairs = zip(found.predict(x).T.astype(float), y.T, strict=True)
         expected = np.mean([np.corrcoef(predicted, outputs)[0, 1] for predicted, outputs in pairs])
-        assert found.fit["validation"] == pytest.approx(expected, abs=1e-5)
-        assert found.fit["validation"] <= chosen.fit["validation"]
+        assert found.fit.validation == pytest.approx(expected, abs=1e-5)
+        assert found.fit.validation <= chosen.fit.validation
 
 
 def test_auto_without_validation_masks_or_under_a_name_is_informed(truth, tmp_path):
     run = judged(tmp_path / "r.zarr", half_blind(truth), 1500)
-    assert fit(run, name="mine").fit["method"] == "informed"
+    assert fit(run, name="mine").fit.method == "informed"
     bare = run_of(tmp_path / "bare.zarr", half_blind(truth), masks=100)
-    assert fit(bare).fit["method"] == "informed"
-    assert "validation" not in fit(bare).fit
+    assert fit(bare).fit.method == "informed"
+    assert fit(bare).fit.validation is None
     assert sorted(bare.group["attributions"].group_keys()) == ["informed"]
 
 
@@ -403,8 +401,8 @@ def test_validation_masks_that_come_later_are_scored(truth, tmp_path):
             shutil.copytree(tmp_path / f"{number - 1}.zarr/attributions", run.path / "attributions")
             run = coar.Run.open(run.path)
         weights = fit(run).weights()
-        facts = coar.load(run.path, "informed").fit
-        scores.append((facts.get("validation"), facts.get("validation_masks")))
+        record = coar.load(run.path, "informed").fit
+        scores.append((record.validation, record.validation_masks))
         assert np.isfinite(weights).all()
-    assert [count for _, count in scores] == [None, 20, 60]
+    assert [count for _, count in scores] == [0, 20, 60]
     assert scores[1][0] != scores[2][0]

@@ -168,7 +168,7 @@ def test_what_watching_says(tmp_path):
 def test_what_is_known_of_held_out_masks_is_said(tmp_path):
     made = helpers.collect(helpers.study(), tmp_path / "r.zarr", **ASKED, validation_masks=40)
     assert [glance.correlation for glance in watched(made.path, every=None)] == [None]
-    kept = coar.fit(made, method="ridge", progress=False).fit["validation"]
+    kept = coar.fit(made, method="ridge", progress=False).fit.validation
     (glance,) = watched(made.path, every=None)
     assert glance.correlation == kept
     assert f"held-out correlation {kept:.3f}" in str(glance)

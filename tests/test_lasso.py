@@ -281,7 +281,7 @@ def test_there_are_no_standard_errors_and_a_message_says_so(run, tmp_path):
 def test_lasso_takes_the_place_of_another_method_under_its_name(run):
     fit(run, method="ridge", name="one")
     found = fitted(run, name="one")
-    assert found.fit["method"] == "lasso"
+    assert found.fit.method == "lasso"
     assert not (run.path / "attributions/one/standard_error").exists()
     np.testing.assert_array_equal(found.weights(), fitted(run, name="two").weights())
 

@@ -270,7 +270,7 @@ def test_any_number_of_a_long_runs_mask_gradients_can_be_fitted(tmp_path, calls)
         made = collect(study(), tmp_path / "r.zarr", gradients=total)
     for wanted in (8, 64, 100, 255, 256):
         fitted = coar.fit(made, method="informed", gradients=wanted, name=f"g-{wanted}", progress=False)
-        used = fitted.fit["gradients"]
+        used = fitted.fit.gradients
         assert wanted * 2 / 3 < used <= wanted
         assert np.isfinite(fitted.weights()).all()
         assert calls != (256,) or used == {100: 96, 255: 224}.get(wanted, wanted)

@@ -14,6 +14,7 @@ from coar.regression import sums
 from coar.regression.ridge import decompose_gram, decompose_kernel, scores_gram, solve
 from coar.regression.sums import Gram, Moments
 from coar.store import fits
+from coar.store.records import FitRecord
 from tests.synthetic import FRACTION, arrays, design, files, fit, linear, make, weights
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}  # outputs and results are float32
@@ -223,7 +224,7 @@ def test_only_training_masks_are_read(tmp_path, settings):
 def test_masks_takes_the_first_training_masks(run, masks):
     found = fit(run, masks=masks, name=f"first-{masks}")
     x, y = (part[:masks] for part in design(run))
-    assert found.fit["masks"] == masks
+    assert found.fit.masks == masks
     for i in (0, 10, 19):
         expected = Ridge(alpha=float(found.penalty[i])).fit(x, y[:, i])
         np.testing.assert_allclose(found.weights()[i], expected.coef_, **CLOSE)
@@ -253,7 +254,7 @@ def test_a_refused_fit_leaves_the_stored_one_as_it_is(run):
     with pytest.raises(RegressionError):
         fit(run, method="ols", name="kept", masks=13)
     assert files(run.path / "attributions/kept") == before
-    assert coar.load(run.path, "kept").fit["masks"] == 200
+    assert coar.load(run.path, "kept").fit.masks == 200
 
 
 def test_a_refused_fit_leaves_nothing_behind(tmp_path):
@@ -298,7 +299,7 @@ def test_stored_fit_of_other_settings_is_replaced(run, change):
     written = aged(run, "changed")
     found = fit(run, name="changed", **change)
     assert written()
-    assert {key: found.fit[key] for key in change} == change
+    assert {key: getattr(found.fit, key) for key in change} == change
 
 
 def test_extended_run_is_fitted_again(tmp_path):
@@ -306,7 +307,7 @@ def test_extended_run_is_fitted_again(tmp_path):
     fit(make(tmp_path / "r.zarr", outputs, masks=50))
     longer = make(tmp_path / "long.zarr", outputs, steps=[{("train", FRACTION): 50}, {("train", FRACTION): 80}])
     shutil.copytree(tmp_path / "r.zarr/attributions", longer.path / "attributions")
-    assert fit(longer).fit["masks"] == 80
+    assert fit(longer).fit.masks == 80
 
 
 def test_fit_cut_short_counts_for_nothing_until_it_is_made_again(run, tmp_path):
@@ -314,7 +315,7 @@ def test_fit_cut_short_counts_for_nothing_until_it_is_made_again(run, tmp_path):
     shutil.copytree(run.path, tmp_path / "copy.zarr")
     copy = coar.Run.open(tmp_path / "copy.zarr")
     shutil.rmtree(copy.path / "attributions/whole-again")
-    writer = fits.FitWriter(copy, "whole-again", fits.FIELDS, {"method": "ridge"})
+    writer = fits.FitWriter(copy, "whole-again", fits.FIELDS, FitRecord(method="ridge", masks=0))
     writer.write(slice(0, 20), weight=np.ones((20, D)))
     with pytest.raises(RunError, match="whole-again"):
         coar.load(copy.path, "whole-again")

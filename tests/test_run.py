@@ -281,6 +281,10 @@ DAMAGE = {
     "no sampler": lambda manifest: manifest["fingerprint"].pop("sampler"),
     "unknown sampler": lambda manifest: manifest["fingerprint"].update(sampler={"name": "Dice"}),
     "no facts": lambda manifest: manifest.pop("facts"),
+    "no precision": lambda manifest: manifest["facts"].pop("precision"),
+    "unknown precision": lambda manifest: manifest["facts"]["precision"].update(name="float64"),
+    "a number for a batch norm": lambda manifest: manifest["facts"].update(batch_norms={"layer1": 1}),
+    "a word for an error": lambda manifest: manifest["facts"].update(gate_error="small"),
 }
 
 

@@ -119,11 +119,9 @@ def _fit(run: "Run", method: str) -> "Attributions":
         from coar.regression.fitting import fit
 
         attributions = fit(run, method=method, progress=sys.stderr.isatty())
-        facts = attributions.fit
-        used = {"mask gradients": facts.get("gradients", 0), "masks": facts["masks"]}
-        summary.append(
-            f"{facts['method']}, from " + " and ".join(f"{count:,} {what}" for what, count in used.items() if count)
-        )
+        used = {"mask gradients": attributions.fit.gradients, "masks": attributions.fit.masks}
+        sizes = " and ".join(f"{count:,} {what}" for what, count in used.items() if count)
+        summary.append(f"{attributions.fit.method}, from {sizes}")
     return attributions
 
 

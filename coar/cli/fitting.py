@@ -54,9 +54,9 @@ def fit(
         return
     options: dict[str, Any] = {"method": method, "masks": masks, "gradients": gradients, "name": name, "refit": refit}
     attributions = fit_run(Run.open(run), **options, merge=merge, cluster=crew)
-    facts = attributions.fit
-    with_gradients = f" and {facts['gradients']} mask gradients" if "gradients" in facts else ""
-    typer.echo(f"{run}: {attributions!r}, fitted on {facts['masks']} masks{with_gradients}")
+    record = attributions.fit
+    with_gradients = f" and {record.gradients} mask gradients" if record.gradients else ""
+    typer.echo(f"{run}: {attributions!r}, fitted on {record.masks} masks{with_gradients}")
 
 
 @app.command(epilog="Example: coar baselines runs/digits-mean.zarr --pipeline pipelines/digits.py")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from coar.errors import SettingsError
 from coar.progress import WORKER_LOST
-from coar.store.fits import fit_facts, fit_names
+from coar.store.fits import finished_fits
 from coar.store.gradients import MaskGradients
 from coar.store.places import Address
 from coar.store.run import Run
@@ -134,6 +134,6 @@ def _glance(place: Path | Address, log_file: Path | None, since: tuple[int, floa
     done = units - len(run.missing_units()) - len(mask_gradients.missing_units())
     grown = done - since[0] if since else 0
     rate = grown / (time.monotonic() - since[1]) if since and grown > 0 else None
-    known = (fit_facts(run, name).get("validation") for name in fit_names(run))
-    best = max((value for value in known if value is not None), default=None)
+    scores = [record.validation for record in finished_fits(run).values() if record.validation is not None]
+    best = max(scores, default=None)
     return RunStatus(done, units, rate, best, None if log_file is None else workers_lost(log_file))

@@ -29,6 +29,7 @@ from coar.store.gradients import MaskGradients
 from coar.store.lock import extension_lock
 from coar.store.places import Address
 from coar.store.plan import Plan, Unit
+from coar.store.records import PrecisionRecord, RunRecord
 from coar.store.run import Run
 from coar.store.state import end, state_of
 from coar.store.storage_errors import storage_errors
@@ -143,8 +144,8 @@ def fast_runner(study: Study, run: Run, model: nn.Module, *, batch_size: int | N
         run.components,
         torch.from_numpy(run.replacements),
         study.output,
-        ExecutionPlan(precision=run.facts["precision"]["name"], batch_size=batch_size),
-        batch_norms=run.facts["batch_norms"],
+        ExecutionPlan(precision=run.facts.precision.name, batch_size=batch_size),
+        batch_norms=run.facts.batch_norms,
         sources=study.ablation.sources,
     )
 
@@ -174,7 +175,7 @@ def tuned(study: Study, run: Run, runner: FastRunner, missing: Sequence[Unit], b
         exact = FastRunner(
             *parts,
             dataclasses.replace(found.plan, precision="float32"),
-            batch_norms=run.facts["batch_norms"],
+            batch_norms=run.facts.batch_norms,
             sources=study.ablation.sources,
         )
         compare_with_reference(exact, parts, examples, masks[:together], {row.site for row in run.components})
@@ -209,24 +210,21 @@ def _create(
     if not len(masks):  # the request has mask gradients only
         masks = study.sampler.masks("gradient", range(CHECK_MASKS), len(study.components))
     called = called_sites(model, study.components, run=outputs)
-    facts: dict[str, Any] = {
-        "batch_norms": norms,
-        "gate_error": compare_with_reference(fast, parts, first, masks[:2], called),
-        "precision": {"name": "float32"},
-    }
+    gate_error = compare_with_reference(fast, parts, first, masks[:2], called)
+    precision = PrecisionRecord(name="float32")
     if order.precision != "float32":
         block = fast.load(study.examples, 0, min(blocks[1], len(study.examples)))
         low = FastRunner(*parts, dataclasses.replace(plan32, precision="bf16"), **shared)
         check = compare_precisions(fast, low, block, masks, order.tolerance)
-        facts["precision"] = {"name": choose_precision(order.precision, check), **dataclasses.asdict(check)}
-        log.info("precision %s: %s", facts["precision"]["name"], check)
+        precision = PrecisionRecord(name=choose_precision(order.precision, check), **dataclasses.asdict(check))
+        log.info("precision %s: %s", precision.name, check)
     return Run.create(
         place,
         components=study.components,
         metadata={name: np.asarray(column) for name, column in study.examples.metadata.items()},
         replacements=constants.numpy(),
         fingerprint=fingerprint,
-        facts=facts,
+        facts=RunRecord(batch_norms=norms, gate_error=gate_error, precision=precision),
         blocks=blocks,
         plan=plan,
     )
@@ -241,7 +239,7 @@ def _with_sources(study: Study, rows: range) -> list[int]:
 def check_same(run: Run, fingerprint: dict[str, Any], precision: str) -> None:
     """Raise `MismatchError` unless the run was made for this study, and in this precision."""
     run.check(fingerprint)
-    kept = run.facts["precision"]["name"]
+    kept = run.facts.precision.name
     if precision not in ("auto", kept):
         raise MismatchError(
             f"the run at {run.path} was collected in {kept}, now {precision} is requested; use {kept} or auto to "

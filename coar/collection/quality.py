@@ -60,14 +60,12 @@ class RunQuality:
 
 def quality_of(fitted: Attributions, gradients: int, masks: int, before: RunQuality | None) -> RunQuality:
     """Return the quality of a fit on validation masks; `before` is the quality of the previous step, if any."""
-    facts = fitted.fit
-    correlation = float(facts["validation"])
-    quality = facts.get("prior_quality")
-    if quality:
+    correlation, quality = fitted.fit.require_validation(), fitted.fit.prior_quality
+    if quality is not None:
         # a mean of squares cannot be below zero, though its estimate can
-        error = max(quality["error"], quality["deviation"] / 2)
-        width = quality["deviation"] / (2 * max(quality["reachable"], 0.1))
-        return RunQuality(gradients, masks, correlation, quality["reachable"], width, error, quality["explained"])
+        error = max(quality.error, quality.deviation / 2)
+        width = quality.deviation / (2 * max(quality.reachable, 0.1))
+        return RunQuality(gradients, masks, correlation, quality.reachable, width, error, quality.explained)
     # from masks alone, errors fall as one over their number: the last rise gives the remaining error
     rise = correlation**2 - before.correlation**2 if before else 0.25
     error = max(rise * (before.masks / (masks - before.masks) if before and masks > before.masks else 1.0), 0.0)

@@ -165,8 +165,7 @@ def _scatter(attributions: Attributions, error: np.ndarray, ablated: int) -> flo
     With m masks of ablated fraction p a weight's variance is about the residual's over m p (1 - p). Residuals under
     masks that ablate p d components are taken to grow in proportion to that number.
     """
-    fitted = attributions.fit
-    masks, fraction = int(fitted.get("masks", 0)), float(fitted.get("ablated_fraction", 0))
+    masks, fraction = attributions.fit.masks, attributions.fit.ablated_fraction
     if not masks or not fraction or not len(error):
         return 0.0
     residual = float(np.mean(error**2)) * masks * fraction * (1 - fraction)

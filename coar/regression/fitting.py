@@ -18,10 +18,11 @@ from coar.regression.ridge import LinearFit
 from coar.regression.solvers import METHODS, solver_of, takes_moments
 from coar.regression.sums import FitBlock, Streamed, Sums
 from coar.renamed import new_arguments_only
-from coar.store.fits import FitWriter, add_fit_facts, blocks_of, check_name, chunk_rows, fit_facts
+from coar.store.fits import FitWriter, add_validation, blocks_of, check_name, chunk_rows, finished_fit, fit_record
 from coar.store.gradients import MaskGradients
 from coar.store.lock import worker_lock
 from coar.store.plan import check_worker
+from coar.store.records import FitLearned, FitRecord, FitRequest
 from coar.store.run import Run
 
 
@@ -81,7 +82,7 @@ def fit(
     if len(rows) < 2 or name or not run.plan.count("validation", run.sampler.ablated_fraction) >= 2:
         return informed_fit
     ridge_fit = _fit(run, "ridge", rows, 0, "ridge", **common)
-    return max(informed_fit, ridge_fit, key=lambda fitted: fitted.fit["validation"])
+    return max(informed_fit, ridge_fit, key=lambda fitted: fitted.fit.require_validation())
 
 
 def fit_share(
@@ -169,32 +170,31 @@ def _fit(
             f"a fit needs at least two training masks, and {run.path} has {len(rows)}; collect with --masks"
         )
     label = check_name(name)
-    facts: dict[str, Any] = {"method": method, "masks": len(rows), "ablated_fraction": run.sampler.ablated_fraction}
-    if method == "informed":
-        facts["gradients"] = sum(MaskGradients(run).rounds[:rounds])
-    known = fit_facts(run, label)
-    if refit or {key: known.get(key) for key in facts} != facts or known.get("state") != "ready":
+    gradients = {"gradients": sum(MaskGradients(run).rounds[:rounds])} if method == "informed" else {}
+    request = FitRequest(method=method, masks=len(rows), ablated_fraction=run.sampler.ablated_fraction, **gradients)
+    known = fit_record(run, label)
+    if refit or known is None or not known.answers(request):
         with run.lock():
             if cluster is not None:
-                _fit_on_cluster(cluster, run, rows, rounds, label, facts, progress=progress)
+                _fit_on_cluster(cluster, run, rows, rounds, label, request, progress=progress)
             else:
-                _fit_here(run, rows, rounds, label, facts, merge=merge, progress=progress)
+                _fit_here(run, rows, rounds, label, request, merge=merge, progress=progress)
     _validate(run, label)
     return Attributions.open(run, label)
 
 
 def _fit_here(
-    run: Run, rows: np.ndarray, rounds: int, label: str, facts: dict[str, Any], *, merge: bool, progress: bool
+    run: Run, rows: np.ndarray, rounds: int, label: str, request: FitRequest, *, merge: bool, progress: bool
 ) -> None:
     """Solve in this process, block by block, and write the fit."""
-    method, step = facts["method"], chunk_rows(run)
+    method, step = request.method, chunk_rows(run)
     shares = PartialSums(run, label, rows, step) if merge else None
     if shares is not None:
         shares.require()
     learned, solutions = _solutions(run, rows, rounds, method, sums=shares or Streamed(run, rows, step))
     first = next(solutions)  # an error is raised here, before the stored fit is replaced
     fields = METHODS[method]
-    writer = FitWriter(run, label, fields, facts | learned)
+    writer = FitWriter(run, label, fields, FitRecord.of(request, learned))
     for examples, result in progress_bar(chain([first], solutions), desc=f"fit {label}", unit="block", shown=progress):
         writer.write(examples, **{field: getattr(result, field).numpy() for field in fields})
     writer.finish()
@@ -203,13 +203,13 @@ def _fit_here(
 
 
 def _fit_on_cluster(
-    cluster: RayCluster, run: Run, rows: np.ndarray, rounds: int, label: str, facts: dict[str, Any], *, progress: bool
+    cluster: RayCluster, run: Run, rows: np.ndarray, rounds: int, label: str, request: FitRequest, *, progress: bool
 ) -> None:
     """Solve blocks of examples on the cluster, which writes them."""
     with connected(cluster) as ray:
-        work = ClusterFit(ray, cluster, run, rows, rounds, facts["method"])
+        work = ClusterFit(ray, cluster, run, rows, rounds, request.method)
         learned = work.prepare()  # an error is raised here, before the stored fit is replaced
-        writer = FitWriter(run, label, METHODS[facts["method"]], facts | learned)
+        writer = FitWriter(run, label, METHODS[request.method], FitRecord.of(request, learned))
         with progress_bar(total=run.n_examples, desc=f"fit {label}", unit="example", shown=progress) as bar:
             for examples in work.solve(label, blocks_of(run)):
                 bar.update(examples.stop - examples.start)
@@ -220,16 +220,16 @@ def _validate(run: Run, label: str) -> None:
     """Store the fit's mean correlation on all validation masks with the fit, if there are any."""
     fraction = run.sampler.ablated_fraction
     count = run.plan.count("validation", fraction)
-    if count >= 2 and fit_facts(run, label).get("validation_masks") != count:
+    if count >= 2 and finished_fit(run, label).validation_masks != count:
         scores = score(Attributions.open(run, label), run, fraction, split="validation")
         with run.lock():
-            add_fit_facts(run, label, validation=float(scores["pearson"].mean()), validation_masks=count)
+            add_validation(run, label, float(scores["pearson"].mean()), count)
 
 
 def _solutions(
     run: Run, rows: np.ndarray, rounds: int, method: str, *, sums: Sums
-) -> tuple[dict[str, Any], Iterator[tuple[slice, LinearFit | SparseFit]]]:
-    """Return what was learned for all examples, in plain numbers, and the solved blocks of examples."""
+) -> tuple[FitLearned, Iterator[tuple[slice, LinearFit | SparseFit]]]:
+    """Return what was learned for all examples, and the solved blocks of examples."""
     summed = takes_moments(method, len(rows), run.n_components)
     solver = solver_of(run, rows, rounds, method=method, gram=sums.gram() if summed else None)
     return solver.learned(), (

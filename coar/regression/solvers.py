@@ -1,7 +1,7 @@
 """The solver of each method: what it prepares once for all examples, and how it solves a block of them."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from coar.regression.ridge import (
     solve_kernel,
 )
 from coar.regression.sums import FitBlock, Gram
+from coar.store.records import FitLearned
 from coar.store.run import Run
 
 METHODS = {  # the arrays of a fit by its method
@@ -32,8 +33,8 @@ METHODS = {  # the arrays of a fit by its method
 class Solver(Protocol):
     """What all examples of a fit share, and the solution of a block of examples from it."""
 
-    def learned(self) -> dict[str, Any]:
-        """Return what was learned for all examples, in plain numbers."""
+    def learned(self) -> FitLearned:
+        """Return what was learned for all examples."""
         ...
 
     def solve(self, block: FitBlock) -> LinearFit | SparseFit:
@@ -49,9 +50,9 @@ class FromMoments:
     total: Tensor  # (components,) number of masks that keep each
     method: str
 
-    def learned(self) -> dict[str, Any]:
-        """Return an empty dict."""
-        return {}
+    def learned(self) -> FitLearned:
+        """Return an empty record."""
+        return FitLearned()
 
     def solve(self, block: FitBlock) -> LinearFit:
         """Fit a block of examples."""
@@ -66,9 +67,9 @@ class FromOutputs:
     left: Tensor  # (masks, rank)
     method: str
 
-    def learned(self) -> dict[str, Any]:
-        """Return an empty dict."""
-        return {}
+    def learned(self) -> FitLearned:
+        """Return an empty record."""
+        return FitLearned()
 
     def solve(self, block: FitBlock) -> LinearFit:
         """Read the outputs of a block of examples and fit them."""
@@ -86,9 +87,9 @@ class Sparse:
 
     design: Design
 
-    def learned(self) -> dict[str, Any]:
-        """Return an empty dict."""
-        return {}
+    def learned(self) -> FitLearned:
+        """Return an empty record."""
+        return FitLearned()
 
     def solve(self, block: FitBlock) -> SparseFit:
         """Fit a block of examples."""

@@ -101,7 +101,7 @@ def merge(sources: Sequence[str | Path | Address], *, into: str | Path | Address
 
 def _check_alike(one: Run, other: Run) -> None:
     other.check(one.fingerprint)
-    precisions = [run.facts["precision"]["name"] for run in (one, other)]
+    precisions = [run.facts.precision.name for run in (one, other)]
     rounds = sorted((MaskGradients(run).rounds for run in (one, other)), key=len)
     problems = {
         f"precisions {precisions}": precisions[0] != precisions[1],
@@ -148,7 +148,7 @@ def _fill(values: np.ndarray, more: np.ndarray, run: Run) -> None:
     from coar.equivalence import Kind, compare  # imports torch
 
     both = np.isfinite(values) & np.isfinite(more)
-    if both.any() and run.facts["precision"]["name"] == "float32":
+    if both.any() and run.facts.precision.name == "float32":
         compared = compare(values[both], more[both], Kind.RECOMPUTED)
         if not compared.agrees:
             raise MismatchError(

@@ -10,6 +10,7 @@ import zarr
 from coar.errors import CorruptRunError, IncompleteRunError, RunError, SettingsError
 from coar.renamed import refuse_value
 from coar.store import arrays
+from coar.store.records import FitRecord
 from coar.store.run import Run
 
 GROUP = "attributions"
@@ -17,50 +18,34 @@ ATTRIBUTE = "coar"
 CHUNK_BYTES = 8 * 2**20
 FIELDS = ("weight", "intercept", "standard_error", "penalty")
 PER_COMPONENT = ("weight", "standard_error")
-Kind = type | tuple[type, ...]
-NUMBER = (int, float)
-NEEDED: dict[str, Kind] = {"method": str, "masks": int}  # facts of a finished fit, and their types
-ALLOWED: dict[str, Kind] = {
-    "ablated_fraction": NUMBER,
-    "gradients": int,
-    "validation": NUMBER,
-    "validation_masks": int,
-    "prior_quality": dict,
-}
-QUALITY = ("explained", "error", "deviation", "reachable")  # numbers of `prior_quality`
+
+
+def finished_fits(run: Run) -> dict[str, FitRecord]:
+    """Return the records of the run's finished fits by name, in alphabetical order."""
+    with _readable(run, GROUP):
+        if not arrays.there_is(run.group, GROUP):
+            return {}
+        names = sorted(cast(zarr.Group, run.group[GROUP]).group_keys())
+    return {name: record for name in names if (record := fit_record(run, name)) is not None}
 
 
 def fit_names(run: Run) -> list[str]:
     """Return the names of the run's finished fits."""
-    with _readable(run, GROUP):
-        if not arrays.there_is(run.group, GROUP):
-            return []
-        names = sorted(cast(zarr.Group, run.group[GROUP]).group_keys())
-    return [name for name in names if fit_facts(run, name).get("state") == "ready"]
+    return list(finished_fits(run))
 
 
-def fit_facts(run: Run, name: str) -> dict[str, Any]:
-    """Return the facts of a fit, such as state, method and masks; empty when there is no such fit.
+def fit_record(run: Run, name: str) -> FitRecord | None:
+    """Return the record of a finished fit, such as its method and masks; None when there is no such fit.
 
     Raises:
-        CorruptRunError: When the fit's description is damaged.
+        CorruptRunError: When the fit's description is damaged: a key is missing or has another type.
     """
     key = f"{GROUP}/{name}"
     with _readable(run, key):
         if not arrays.there_is(run.group, key):
-            return {}
-        return _checked(dict(cast(dict[str, Any], run.group[key].attrs.get(ATTRIBUTE, {}))))
-
-
-def _checked(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return facts; raise `TypeError` when facts of a finished fit are missing or have other types."""
-    if facts.get("state") == "ready":
-        wrong = [name for name, kind in NEEDED.items() if not isinstance(facts.get(name), kind)]
-        wrong += [name for name, kind in ALLOWED.items() if name in facts and not isinstance(facts[name], kind)]
-        quality = facts.get("prior_quality", {})
-        if wrong or (quality and not all(isinstance(quality.get(name), NUMBER) for name in QUALITY)):
-            raise TypeError(f"wrong {', '.join(wrong) or 'prior_quality'}")
-    return facts
+            return None
+        stored = dict(cast(dict[str, Any], run.group[key].attrs.get(ATTRIBUTE, {})))
+        return FitRecord.read(stored) if stored.get("state") == "ready" else None
 
 
 @contextmanager
@@ -74,10 +59,20 @@ def _readable(run: Run, key: str) -> Iterator[None]:
         ) from error
 
 
-def add_fit_facts(run: Run, name: str, **facts: Any) -> None:
-    """Add facts to a finished fit."""
-    group = cast(zarr.Group, run.group[f"{GROUP}/{name}"])
-    group.attrs[ATTRIBUTE] = {**fit_facts(run, name), **facts}
+def finished_fit(run: Run, name: str) -> FitRecord:
+    """Return the record of a finished fit; raise `RunError` when there is no such fit."""
+    record = fit_record(run, name)
+    if record is None:
+        refuse_value("fit", name)
+        finished = ", ".join(fit_names(run)) or "none"
+        raise RunError(f"{run.path} has no finished fit {name!r} (finished: {finished}); make it with 'coar fit'")
+    return record
+
+
+def add_validation(run: Run, name: str, correlation: float, masks: int) -> None:
+    """Store a finished fit's mean correlation on validation masks with the fit."""
+    scored = finished_fit(run, name).model_copy(update={"validation": correlation, "validation_masks": masks})
+    cast(zarr.Group, run.group[f"{GROUP}/{name}"]).attrs[ATTRIBUTE] = scored.stored()
 
 
 def fit_fields(run: Run, name: str) -> list[str]:
@@ -87,10 +82,7 @@ def fit_fields(run: Run, name: str) -> list[str]:
 
 def fit_array(run: Run, name: str, array: str) -> zarr.Array[Any]:
     """Open an array of a finished fit; raise `RunError` when there is no such fit or array."""
-    if fit_facts(run, name).get("state") != "ready":
-        refuse_value("fit", name)
-        finished = ", ".join(fit_names(run)) or "none"
-        raise RunError(f"{run.path} has no finished fit {name!r} (finished: {finished}); make it with 'coar fit'")
+    finished_fit(run, name)
     key = f"{GROUP}/{name}/{array}"
     if array not in fit_fields(run, name):
         raise RunError(f"fit {name!r} of {run.path} has no {array}; only regressions have one")
@@ -141,12 +133,12 @@ class FitWriter:
         run: The run to write into.
         name: Name of the fit.
         fields: Which of `weight`, `standard_error`, `intercept`, `penalty` it has.
-        facts: Method, number of masks, and other properties of the fit.
+        record: Method, number of masks, and other properties of the fit.
     """
 
-    def __init__(self, run: Run, name: str, fields: tuple[str, ...], facts: dict[str, Any]) -> None:
+    def __init__(self, run: Run, name: str, fields: tuple[str, ...], record: FitRecord) -> None:
         self._run, self._name = run, name
-        self._facts = {"state": "ready", **facts}
+        self._record = record
         n, d, rows = run.n_examples, run.n_components, chunk_rows(run)
         self._group = run.group.create_group(
             f"{GROUP}/{name}", overwrite=True, attributes={ATTRIBUTE: {"state": "fitting"}}
@@ -168,4 +160,4 @@ class FitWriter:
 
     def finish(self) -> None:
         """Mark the fit as finished."""
-        self._group.attrs[ATTRIBUTE] = self._facts
+        self._group.attrs[ATTRIBUTE] = self._record.stored()

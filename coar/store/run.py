@@ -20,6 +20,7 @@ from coar.store.layout import Sizes
 from coar.store.lock import Lock, write_lock
 from coar.store.places import Address, locate, open_store
 from coar.store.plan import Plan, Unit
+from coar.store.records import RunRecord
 from coar.store.sealed import RunStore
 from coar.store.state import ATTRIBUTE, begin, describe, end, read_manifest, state_of
 
@@ -39,6 +40,7 @@ class Run:
     Attributes:
         path: Path of the run, or its address in an object store.
         group: The Zarr group itself.
+        facts: What its creation measured: precision, batch norms that follow a site.
         plan: The rows of the mask axis.
     """
 
@@ -46,6 +48,7 @@ class Run:
         self.path = path
         self.group = group
         self._manifest = manifest
+        self.facts = RunRecord.read(manifest["facts"])
         self.plan = Plan.from_json(manifest["plan"])
 
     @classmethod
@@ -57,7 +60,7 @@ class Run:
         metadata: Mapping[str, np.ndarray],
         replacements: np.ndarray,
         fingerprint: dict[str, Any],
-        facts: dict[str, Any],
+        facts: RunRecord,
         blocks: tuple[int, int],
         plan: Plan | None = None,
     ) -> Self:
@@ -73,7 +76,7 @@ class Run:
             replacements: (components.width,) float32 constants of the ablation, one per channel; or (positions,
                 components.width), one per position and channel.
             fingerprint: Fingerprint of the study; only a study with the same fingerprint can continue the run.
-            facts: Other facts of the run: precision, batch norms that follow a site.
+            facts: What its creation measured: precision, batch norms that follow a site.
             blocks: Masks and examples per unit of work.
             plan: The initial rows; by default none.
 
@@ -99,7 +102,7 @@ class Run:
             for name, column in metadata.items():
                 arrays.write_all(group, f"example/{name}", np.asarray(column), "example")
             _write_row_columns(group, rows)
-            manifest = {"format": FORMAT, "state": "ready", "fingerprint": fingerprint, "facts": facts}
+            manifest = {"format": FORMAT, "state": "ready", "fingerprint": fingerprint, "facts": facts.stored()}
             describe(place, {ATTRIBUTE: manifest | {"plan": rows.to_json()}})
         end(place)
         return cls.open(place)
@@ -135,7 +138,7 @@ class Run:
                 )
             store = RunStore(open_store(place), place=place, study=manifest["fingerprint"])
             sampler_from_settings(manifest["fingerprint"]["sampler"])
-            _check_facts(manifest)
+            _check_study(manifest["fingerprint"])
             return cls(place, zarr.open_group(store, mode="r+"), manifest)
         except RunError:
             raise
@@ -148,11 +151,6 @@ class Run:
     def fingerprint(self) -> dict[str, Any]:
         """Fingerprint of the study that the run was made for."""
         return dict(self._manifest["fingerprint"])
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Other facts: the measured precision, and the batch norms that follow a site."""
-        return dict(self._manifest["facts"])
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -401,12 +399,11 @@ class Run:
         return write_lock(self.path)
 
 
-def _check_facts(manifest: dict[str, Any]) -> None:
-    """Raise a built-in error when a part of the manifest that every reader needs is missing."""
-    facts, fingerprint = manifest["facts"], manifest["fingerprint"]
-    words = [facts["precision"]["name"], fingerprint["ablation"]["name"], fingerprint["weights"]]
-    if not all(isinstance(word, str) for word in (*words, *facts["batch_norms"].values())):
-        raise TypeError(f"{words} and {facts['batch_norms']} should be words")
+def _check_study(fingerprint: dict[str, Any]) -> None:
+    """Raise a built-in error when a part of the fingerprint that every reader needs is missing."""
+    words = [fingerprint["ablation"]["name"], fingerprint["weights"]]
+    if not all(isinstance(word, str) for word in words):
+        raise TypeError(f"{words} should be words")
 
 
 def pack(masks: np.ndarray) -> np.ndarray:

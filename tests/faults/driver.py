@@ -3,11 +3,11 @@
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import coar
 from coar.cluster import RayCluster
 from coar.regression.distributed import cluster as fitting
+from coar.store.records import FitLearned
 from tests.faults.helpers import collect, study
 from tests.test_ray_engine import ASKED, study_slowly
 
@@ -20,7 +20,7 @@ def main() -> None:
         return
     prepare = fitting.ClusterFit.prepare
 
-    def slowly(self: fitting.ClusterFit) -> dict[str, Any]:
+    def slowly(self: fitting.ClusterFit) -> FitLearned:
         learned = prepare(self)
         Path(path).with_name("begun").touch()
         time.sleep(5)  # long enough to lose the node that has made the sums

@@ -14,6 +14,7 @@ from coar.errors import EngineError
 from coar.regression.solvers import METHODS, Solver, solver_of, takes_moments
 from coar.regression.sums import FitBlock, Gram, Moments, dealt_rows, moments_of, panels
 from coar.store.fits import write_block
+from coar.store.records import FitLearned
 from coar.store.run import Run
 
 AHEAD = 2  # blocks of examples in progress per worker, which bounds the number of sums that wait to be solved
@@ -52,16 +53,16 @@ class ClusterFit:
         self._rows = ray.put(rows)
         self._remote: dict[Any, Any] = {}
 
-    def prepare(self) -> dict[str, Any]:
-        """Prepare what all examples share; return what was learned, in plain numbers.
+    def prepare(self) -> FitLearned:
+        """Prepare what all examples share; return what was learned.
 
         Raises:
             RegressionError: When the masks or the mask gradients cannot support a fit.
         """
         gram = self._gram() if self._summed else None
         learned, self._shared = self._do(_prepare, self._rows, gram, results=2)
-        facts: dict[str, Any] = self._finish(learned)
-        return facts
+        found: FitLearned = self._finish(learned)
+        return found
 
     def solve(self, name: str, blocks: list[slice]) -> Iterator[slice]:
         """Solve every block of examples and write it into the named fit; yield each block when it is written."""
@@ -141,7 +142,7 @@ def _moments(fit: Fit, rows: np.ndarray, panel: slice) -> Moments:
     return moments_of(fit.open(), rows, panel)
 
 
-def _prepare(fit: Fit, rows: np.ndarray, gram: Gram | None) -> tuple[dict[str, Any], Solver]:
+def _prepare(fit: Fit, rows: np.ndarray, gram: Gram | None) -> tuple[FitLearned, Solver]:
     """Return what was learned, and the solver of blocks."""
     run = fit.open()
     solver = solver_of(run, rows, fit.rounds, method=fit.method, gram=gram)

@@ -10,7 +10,7 @@ w0. The intercept makes the mean prediction over all mask gradients and masks eq
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from coar.regression.informed.correction import Correction
 from coar.regression.informed.prior import Prior, PriorWeights, learn_prior, learning_examples
 from coar.regression.ridge import LinearFit
 from coar.regression.sums import FitBlock, Gram
+from coar.store.records import FitLearned, PriorQualityRecord
 from coar.store.run import Run
 
 
@@ -55,14 +56,14 @@ class Informed:
         correction = Correction.of(FitBlock(run, rows, examples), prior, found, gram=gram) if len(rows) >= 2 else None
         return cls(prior, correction, found if examples.step == 1 else None)
 
-    def learned(self) -> dict[str, Any]:
-        """Return what was learned for all examples, in plain numbers."""
+    def learned(self) -> FitLearned:
+        """Return what was learned for all examples."""
         quality = self.prior.quality
-        return {
-            "stages": dict(self.prior.shared.stages),
-            "mask_penalty": self.correction.penalty if self.correction else None,
-            "prior_quality": {**dataclasses.asdict(quality), "reachable": quality.reachable},
-        }
+        return FitLearned(
+            stages=dict(self.prior.shared.stages),
+            mask_penalty=self.correction.penalty if self.correction else None,
+            prior_quality=PriorQualityRecord(**dataclasses.asdict(quality), reachable=quality.reachable),
+        )
 
     def solve(self, block: FitBlock) -> LinearFit:
         """Fit a block of examples."""
