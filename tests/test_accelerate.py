@@ -13,6 +13,7 @@ import coar
 from coar.errors import WeightsError
 from coar.forward.devices import device_copy
 from coar.gates.gates import Gates
+from coar.weights import weights_fingerprint
 from tests import oracles, tiny
 
 
@@ -94,5 +95,11 @@ class Uncopied(nn.Module):
 
 
 def test_a_model_that_deepcopy_does_not_copy_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2), Uncopied()).train()
     with pytest.raises(WeightsError, match=r"shares the module '1' with it"):
-        device_copy(nn.Sequential(nn.Linear(2, 2), Uncopied()), torch.device("cpu"))
+        device_copy(model, torch.device("cpu"))
+    assert all(module.training for module in model.modules())  # the refused copy has not touched it
+    components = coar.neurons(model)
+    edit = coar.Edit(components[:1], (0.0,), (1.0,), None, "Mean", {}, weights_fingerprint(model))
+    with pytest.raises(WeightsError, match=r"shares the module '1' with it"):
+        edit.apply(model)

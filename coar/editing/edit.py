@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -18,6 +17,7 @@ from coar.editing.goal import EditGoal
 from coar.editing.originals import Originals
 from coar.errors import EditError, SettingsError, StorageError, WeightsError
 from coar.gates.folding import Constant, check_permanent, fold
+from coar.model_copy import independent_copy
 from coar.weights import read_state, save_state, weights_fingerprint
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class Edit:
 
         Raises:
             EditError: When the model's weights are not the ones that the edit was made for.
+            WeightsError: When a module of the model cannot be copied.
         """
         model = unwrapped(model)
         if weights_fingerprint(model) != self.weights:
@@ -82,7 +83,7 @@ class Edit:
                 f"this edit was made for weights {self.weights[:12]}..., and this {type(model).__name__} has others; "
                 f"load the weights that the attributions were collected with"
             )
-        edited = deepcopy(model)
+        edited = independent_copy(model)
         fold(edited, self.components, self.replacements, batch_norms=self.batch_norms, strengths=self.strengths)
         return edited
 
@@ -121,8 +122,9 @@ class Edit:
 
         Raises:
             EditError: When the edit keeps no original weights, or did not make this model's.
+            WeightsError: When a module of the model cannot be copied.
         """
-        restored = deepcopy(model)
+        restored = independent_copy(model)
         state = self.kept().restore(model.state_dict(), original=self.weights)
         for name in self.kept().added:
             site, _, parameter = name.rpartition(".")

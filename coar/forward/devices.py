@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 
 from coar.equivalence import rounding
-from coar.errors import SettingsError, WeightsError
+from coar.errors import SettingsError
+from coar.model_copy import independent_copy
 
 BATCH_SIZE = {"cpu": 128, "cuda": 512, "mps": 256}  # examples per forward pass by default
 ACTIVATIONS, GELU_BY_TANH = "transformers.activations", ("NewGELUActivation", "FastGELUActivation")
@@ -38,18 +38,11 @@ def device_copy(model: nn.Module, device: torch.device) -> nn.Module:
     In the copy, one kernel of torch replaces activations that are written as several elementwise steps.
 
     Raises:
-        WeightsError: When a module of the copy is one of the user's model.
+        WeightsError: When a module of the model cannot be copied.
     """
-    copy = deepcopy(model)
+    copy = independent_copy(model)
     # the class's own `to`: one that was set on the instance, as accelerate does, is bound to the user's model
     copy = type(copy).to(copy, device).eval().requires_grad_(False)
-    originals = {id(module) for module in model.modules()}
-    shared = [name for name, module in copy.named_modules() if id(module) in originals]
-    if shared:
-        raise WeightsError(
-            f"a copy of this {type(model).__name__} shares the module {shared[0]!r} with it, so ablations would change "
-            f"your model; let copy.deepcopy copy all of its modules"
-        )
     if rounding(copy) <= torch.finfo(torch.float32).eps:  # models of lower precision round between the steps
         _fuse_activations(copy)
     for module in copy.modules():

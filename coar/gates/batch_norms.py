@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from coar.equivalence import Kind, compare, fall_back
 from coar.gates.folding import fold
 from coar.gates.gates import Gates
 from coar.gates.weight import reads_own_weight
+from coar.model_copy import independent_copy
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -48,7 +48,7 @@ def following_batch_norms(
             with Gates(model, components, values, batch_norms=norms) as gates:
                 gates.set(keep)
                 results.append(run(model))
-        folded = deepcopy(model)
+        folded = independent_copy(model)
         replacements = [tuple(values[components.channels_of([i])].tolist()) for i in rows]
         fold(folded, [components[i] for i in rows], replacements, batch_norms=pairs)
         results.append(run(folded))
