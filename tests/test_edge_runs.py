@@ -9,6 +9,7 @@ import coar
 from coar.errors import AblationError, EditError, SettingsError
 from coar.forward.memory_limit import gradient_bytes, ledger_bytes, mask_bytes
 from coar.forward.runner import FastRunner, ReferenceRunner
+from coar.gates.folding import fold
 from tests import edge_oracle
 from tests.edge_oracle import WORDS, build
 from tests.faults.helpers import grouped
@@ -196,6 +197,8 @@ def test_what_edges_do_not_have(tmp_path) -> None:
             ablation.replacements(study.model, study.components, batch_size=4)
     run = collected(study, tmp_path / "run.zarr", masks=100)
     goal = coar.EditGoal(targets="id < 2", references="id >= 2", direction="decrease")
-    edit = coar.edit(coar.fit(run, method="ridge", progress=False), goal, budget=2)
+    attributions = coar.fit(run, method="ridge", progress=False)
     with pytest.raises(EditError, match="no weight belongs to one edge alone"):
-        edit.apply(study.model)
+        coar.edit(attributions, goal, budget=2)
+    with pytest.raises(EditError, match="no weight belongs to one edge alone"):
+        fold(study.model, study.components[:1], [0.0], batch_norms={})

@@ -55,11 +55,6 @@ def fold(
     pairs = list(zip(components, values, strict=True))
     chosen = list(zip(pairs, [1.0] * len(pairs) if strengths is None else strengths, strict=True))
     for component, value in pairs:
-        if component.side == "edge":
-            raise EditError(
-                f"{component.name!r} is an edge, or a writer of edges, and no weight belongs to one edge alone; make "
-                f"edits with other components, such as attention_heads"
-            )
         check_permanent(component, value)
     if pairs:
         check_components(model, Components(component for component, _ in pairs))
@@ -120,7 +115,12 @@ class _Owners:
 
 
 def check_permanent(component: Component, value: Constant) -> None:
-    """Raise `EditError` for a component without constants, or with neither one nor one per channel."""
+    """Raise `EditError` for an edge, and for a component without constants or with neither one nor one per channel."""
+    if component.side == "edge":
+        raise EditError(
+            f"{component.name!r} is an edge, or a writer of edges, and no weight belongs to one edge alone; make edits "
+            f"with other components, such as attention_heads"
+        )
     if np.size(value) not in (1, component.size):
         raise EditError(
             f"{component.name!r} has {component.size} channels, and {np.size(value)} constants were given; give one "
