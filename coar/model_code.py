@@ -107,7 +107,7 @@ def _source(function: FunctionType) -> str:
 
 
 def _bytecode(code: CodeType) -> str:
-    constants = [_bytecode(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
+    constants = [_bytecode(one) if isinstance(one, CodeType) else _plain(one) or repr(one) for one in code.co_consts]
     return f"{code.co_code.hex()}{code.co_names}{constants}"
 
 

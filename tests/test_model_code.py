@@ -3,6 +3,9 @@
 import copy
 import functools
 import importlib.util
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -122,3 +125,19 @@ def test_versions_of_libraries_are_named():
     assert code["libraries"] == {"torch": torch.__version__.partition("+")[0]} or "torch" in code["libraries"]
     other = {**code, "libraries": {"torch": "0.0"}}
     assert "0.0 before" in differences(other, code)[0]
+
+
+def test_code_without_source_has_the_same_hash_in_every_process():
+    """A set of strings among the constants has another order in every process."""
+    code = "def forward(x, kind=0):\\n    return x if kind in {'a', 'b', 'c', 'd'} else -x"
+    program = (
+        "from torch import nn; from coar.model_code import model_code; model, scope = nn.ReLU(), {}; "
+        f'exec("{code}", scope); model.forward = scope["forward"]; print(model_code(model)["modules"])'
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1
