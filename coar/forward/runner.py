@@ -28,9 +28,10 @@ from coar.outputs.base import Output
 class ReferenceRunner(GatedRunner):
     """Runs one mask at a time through plain hooks, in float32 and on unchanged inputs: the reference for fast runners.
 
-    It takes no shortcut: no channels-last layout, length bucketing, logit positions, prefix cache, folded batch norm,
-    shared forward pass, lower precision or compiled model. See `GatedRunner` for the arguments, of which it takes all
-    but `precision`.
+    It takes no shortcut: no channels-last inputs, length bucketing, logit positions, prefix cache, folded batch norm,
+    shared forward pass, lower precision or compiled model. Its model is a `device_copy` as a fast runner's is, so what
+    that changes, the layout of weights and the kernels of activations, is not compared. See `GatedRunner` for the
+    arguments, of which it takes all but `precision`.
     """
 
     def __init__(
