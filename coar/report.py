@@ -69,7 +69,10 @@ def write_edit(edit: Edit, model: nn.Module, folder: Path, *, stem: str = "edit"
 
 
 def evaluation_figure(evaluation: Evaluation) -> Figure:
-    """Draw the distribution of held-out correlations over examples, and their mean against the ablated fraction."""
+    """Draw the distribution of held-out correlations over examples, and their mean with its interval.
+
+    The mean is drawn against the ablated fraction, or fit by fit where there is only one fraction.
+    """
     table, examples = evaluation.table, evaluation.per_example
     names = list(dict.fromkeys(table["fit"]))
     fractions = sorted(set(table["ablated_fraction"]))
@@ -81,11 +84,19 @@ def evaluation_figure(evaluation: Evaluation) -> Figure:
         left.ecdf(chosen, label=name, color=colour)
         rows = table[table["fit"] == name].sort_values("ablated_fraction")
         error = np.abs(rows[["low", "high"]].to_numpy().T - rows["pearson"].to_numpy())
-        right.errorbar(
-            rows["ablated_fraction"], rows["pearson"], error, marker="o", capsize=3, label=name, color=colour
-        )
+        style = {"marker": "o", "capsize": 3, "label": name, "color": colour}
+        if len(fractions) == 1:
+            right.errorbar(rows["pearson"], [name], xerr=error, **style)
+        else:
+            right.errorbar(rows["ablated_fraction"], rows["pearson"], error, **style)
     left.set(xlabel=f"held-out correlation at fraction {main:g}", ylabel="share of examples below")
-    right.set(xlabel="ablated fraction", ylabel="mean held-out correlation", xticks=fractions)
+    mean = "mean held-out correlation"
+    if len(fractions) == 1:
+        right.set(xlabel=mean)
+        right.margins(y=0.2)
+        right.invert_yaxis()  # the first fit on top
+    else:
+        right.set(xlabel="ablated fraction", ylabel=mean, xticks=fractions)
     left.legend(frameon=False)
     _tidy(left, right)
     return figure

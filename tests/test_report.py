@@ -109,6 +109,18 @@ def test_evaluation_figure_is_of_the_fraction_that_was_fitted(evaluation):
         np.testing.assert_array_equal(np.sort(scores), line.get_xdata()[1:])
 
 
+def test_evaluation_figure_of_one_fraction_names_the_fits_beside_their_means(tmp_path):
+    run = make(tmp_path / "r.zarr", linear(weights()), test_masks=9)
+    fit(run)
+    fit(run, method="ols")
+    evaluation = coar.evaluate(run)
+    _, right = evaluation_figure(evaluation).axes
+    assert right.get_xlabel() == "mean held-out correlation"
+    assert [text.get_text() for text in right.get_yticklabels()] == list(evaluation.table["fit"])
+    for container, score in zip(right.containers, evaluation.table["pearson"], strict=True):
+        assert container[0].get_xdata().tolist() == [score]
+
+
 def test_evaluation_figure_with_undefined_examples(tmp_path):
     def outputs(masks):
         return linear(weights())(masks) * (np.arange(20) != 4)
