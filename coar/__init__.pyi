@@ -14,6 +14,7 @@ from .ablation.zero import ZeroActivation as ZeroActivation
 from .ablation.zero import ZeroWeight as ZeroWeight
 from .attributions import Attributions as Attributions
 from .attributions import load as load
+from .baselines import add_fit as add_fit
 from .baselines import leave_one_out as leave_one_out
 from .baselines import mask_gradient as mask_gradient
 from .cluster import RayCluster as RayCluster

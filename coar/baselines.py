@@ -1,22 +1,24 @@
-"""Cheaper attributions to compare with: leave-one-out and the mask gradient, stored as fits."""
+"""Attributions to compare with, stored as fits: leave-one-out, the mask gradient, and those of any other method."""
 
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from coar.attributions import Attributions
 from coar.collection.preparation import fast_runner
-from coar.errors import AblationError
+from coar.errors import AblationError, IncompleteRunError, SettingsError
 from coar.forward.batches import ExampleBlock
 from coar.forward.devices import choose_device, device_copy
 from coar.forward.malloc import memory_kept
 from coar.forward.runner import FastRunner
 from coar.progress import progress_bar
-from coar.store.fits import FitWriter, chunk_rows, fit_record
+from coar.store.fits import FitWriter, blocks_of, check_name, chunk_rows, fit_record
 from coar.store.records import FitRecord
 from coar.store.run import Run
 from coar.study import Study
 
+ADDED = "added"  # the method of fits that `add_fit` stores
 MASKS = 64  # single-component masks per call of the worker
 
 
@@ -80,6 +82,73 @@ def mask_gradient(
         batch_size,
         progress,
     )
+
+
+def add_fit(run: Run, name: str, weight: ArrayLike, intercept: ArrayLike | None = None) -> Attributions:
+    """Store attributions of another method as a fit of the run, so that `evaluate` and edits take them as any other.
+
+    The prediction for a mask is the intercept plus the sum of the weights of the kept components. `load` never chooses
+    an added fit by itself. A fit of the same name is replaced if it was added too.
+
+    Args:
+        run: The run to write the attributions into.
+        name: Name of the fit.
+        weight: (examples, components) numbers, in the order of the run's examples and components.
+        intercept: (examples,) predictions with every component ablated. By default, the numbers for which the mean
+            prediction on the run's training masks is the mean output.
+
+    Raises:
+        SettingsError: When the name belongs to a fit that was not added, or an array has another shape or a number that
+            is not finite.
+        IncompleteRunError: When no intercept is given, and the run has no training masks or misses units.
+    """
+    known = fit_record(run, check_name(name))
+    if known is not None and known.method != ADDED:
+        raise SettingsError(f"{run.path} has a fit {name!r} by {known.method}; choose another name")
+    shape = (run.n_examples, run.n_components)
+    weights = _numbers("weight", weight, shape, "(examples, components)")
+    intercepts = None if intercept is None else _numbers("intercept", intercept, shape[:1], "(examples,)")
+    if intercepts is None:
+        intercepts = _centring_intercepts(run, weights)
+    record = FitRecord(method=ADDED, masks=0, ablated_fraction=run.sampler.ablated_fraction)
+    with run.lock():
+        writer = FitWriter(run, name, ("weight", "intercept"), record)
+        for examples in blocks_of(run):
+            writer.write(examples, weight=weights[examples], intercept=intercepts[examples])
+        writer.finish()
+    return Attributions.open(run, name)
+
+
+def _numbers(name: str, given: ArrayLike, shape: tuple[int, ...], meaning: str) -> np.ndarray:
+    """Return the array in float32, or raise `SettingsError` when its shape or a number is wrong."""
+    try:
+        values = np.asarray(given, dtype=np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SettingsError(f"{name} is not an array of numbers ({error}); give {meaning} numbers") from error
+    if values.shape != shape:
+        turned = "; it looks transposed: give its .T" if len(shape) == 2 and values.shape == shape[::-1] else ""
+        raise SettingsError(f"{name} has shape {values.shape}; {shape} {meaning} was expected{turned}")
+    if not np.isfinite(values).all():
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+        raise SettingsError(
+            f"{name} has {int((~np.isfinite(values)).sum())} numbers that are not finite, such as {where}"
+        )
+    return values
+
+
+def _centring_intercepts(run: Run, weights: np.ndarray) -> np.ndarray:
+    """Return (examples,) intercepts with which predictions on the training masks have the outputs' mean."""
+    rows = run.plan.rows("train", run.sampler.ablated_fraction)
+    if not len(rows):
+        raise IncompleteRunError(
+            f"{run.path} has no training masks to choose intercepts on; give intercept=, for example zeros: "
+            f"correlations do not depend on it"
+        )
+    run.require_complete()
+    kept = run.masks_at(rows).mean(axis=0)
+    means = [run.outputs_at(rows, examples).mean(axis=0, dtype=np.float64) for examples in blocks_of(run)]
+    centred: np.ndarray = (np.concatenate(means) - weights @ kept).astype(np.float32)
+    return centred
 
 
 BASELINES: dict[str, Callable[..., Attributions]] = {

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 BLOCK = 512  # examples scored at a time
 RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)
+SCORES = ("pearson", "spearman", "explained_variance", "slope")
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,51 @@ class Evaluation:
             have the right size; `undefined`: number of examples left out because an output never varies.
         per_example: The same scores per example.
         ablated_fraction: The ablated fraction of the training masks.
+        seed: Seed of the bootstrap.
     """
 
     table: "pd.DataFrame"
     per_example: "pd.DataFrame"
     ablated_fraction: float
+    seed: int = 0
+
+    def paired(self, fit: str, other: str) -> "pd.DataFrame":
+        """Compare two fits example by example: the mean difference of their scores, fit minus other.
+
+        Each example is its own control, so the interval is that of the difference, and narrower than those of the two
+        means. It says how the difference varies over examples, not over masks or runs.
+
+        Args:
+            fit: Name of a fit in the evaluation.
+            other: Name of another.
+
+        Returns:
+            One row per ablated fraction and score: mean difference with its bootstrap interval (`low`, `high`: 95 %
+            over examples), `better`: share of the examples where the fit's score is larger, and `examples`: number of
+            examples where both scores are defined.
+
+        Raises:
+            RunError: When the evaluation has no fit of that name.
+        """
+        import pandas as pd
+
+        known = self.table["fit"].tolist()
+        for name in (fit, other):
+            if name not in known:
+                raise RunError(f"the evaluation has no fit {name!r} (fits: {', '.join(dict.fromkeys(known))})")
+        columns = ["ablated_fraction", "example"]
+        first, second = (
+            self.per_example[self.per_example["fit"] == name].set_index(columns)[list(SCORES)] for name in (fit, other)
+        )
+        rows = []
+        for fraction, differences in (first - second).groupby(level="ablated_fraction"):
+            for measure in SCORES:
+                values = differences[measure].dropna().to_numpy()
+                low, high = _interval(values, self.seed)
+                found = {"mean": values.mean() if len(values) else np.nan, "low": low, "high": high}
+                found |= {"better": (values > 0).mean() if len(values) else np.nan, "examples": len(values)}
+                rows.append({"ablated_fraction": fraction, "score": measure, **found})
+        return pd.DataFrame(rows)
 
 
 def evaluate(run: Run, *, fits: list[str] | None = None, seed: int = 0) -> Evaluation:
@@ -76,7 +117,7 @@ def evaluate(run: Run, *, fits: list[str] | None = None, seed: int = 0) -> Evalu
                     **_summary(scores, seed),
                 }
             )
-    return Evaluation(pd.DataFrame(rows), pd.concat(parts, ignore_index=True), run.sampler.ablated_fraction)
+    return Evaluation(pd.DataFrame(rows), pd.concat(parts, ignore_index=True), run.sampler.ablated_fraction, seed)
 
 
 def score(attributions: Attributions, run: Run, ablated_fraction: float, *, split: Split = "test") -> "pd.DataFrame":
@@ -125,8 +166,7 @@ def _positive(values: np.ndarray) -> np.ndarray:
 def _summary(scores: "pd.DataFrame", seed: int) -> dict[str, float | int]:
     defined = scores.dropna(subset=["pearson"])
     pearson = defined["pearson"].to_numpy()
-    draws = np.random.default_rng(seed).integers(0, max(len(pearson), 1), (RESAMPLES, len(pearson)))
-    low, high = np.percentile(pearson[draws].mean(1), INTERVAL) if len(pearson) else (np.nan, np.nan)
+    low, high = _interval(pearson, seed)
     tenth = float(np.percentile(pearson, 10)) if len(pearson) else np.nan
     return {
         "pearson": float(defined["pearson"].mean()),
@@ -139,3 +179,12 @@ def _summary(scores: "pd.DataFrame", seed: int) -> dict[str, float | int]:
         "slope": float(defined["slope"].mean()),
         "undefined": len(scores) - len(defined),
     }
+
+
+def _interval(values: np.ndarray, seed: int) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean of (examples,) values, NaN without values."""
+    if not len(values):
+        return np.nan, np.nan
+    draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(values[draws].mean(1), INTERVAL)
+    return float(low), float(high)

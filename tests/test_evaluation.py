@@ -194,3 +194,24 @@ def test_incomplete_run_is_an_error(tmp_path):
     (run.path / "outputs/c/0/0").unlink()
     with pytest.raises(IncompleteRunError, match="have not been collected"):
         evaluate(run)
+
+
+def test_pairs_of_fits_are_compared_example_by_example(evaluation, run):
+    paired = evaluation.paired("ridge", "least-squares")
+    scores = ["pearson", "spearman", "explained_variance", "slope"]
+    assert paired.score.tolist() == scores * len(TESTS)
+    for row in paired.itertuples():
+        at = evaluation.per_example.query("ablated_fraction == @row.ablated_fraction")
+        wide = at.pivot_table(index="example", columns="fit", values=row.score)
+        differences = (wide["ridge"] - wide["least-squares"]).dropna().to_numpy()
+        assert row.examples == len(differences) == N - len(CONSTANT)
+        assert row.mean == pytest.approx(differences.mean())
+        assert row.better == pytest.approx((differences > 0).mean())
+        interval = scipy.stats.bootstrap((differences,), np.mean, n_resamples=4000, method="percentile", rng=1)
+        width = interval.confidence_interval.high - interval.confidence_interval.low
+        assert (row.low, row.high) == pytest.approx(tuple(interval.confidence_interval), abs=0.1 * width)
+
+
+def test_pairs_name_the_fits_there_are(evaluation):
+    with pytest.raises(RunError, match=r"no fit 'mine' \(fits: "):
+        evaluation.paired("ridge", "mine")
