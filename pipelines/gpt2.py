@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import coar
-from pipelines import hub, training
+from pipelines import hub, language_models, training
 
 try:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 except ImportError as error:
     raise coar.errors.PipelineError(
         f"the pipeline gpt2 needs {error.name}, which is not installed; {coar.errors.install_hint('text')}"
@@ -140,11 +140,7 @@ def next_tokens_found(model: nn.Module) -> dict[str, float]:
 def model(training_seed: int = 0) -> nn.Module:
     """Return the model that COAR_GPT2 names, or the small one, trained on first use and kept under data/gpt2."""
     if "COAR_GPT2" in os.environ:
-        net, words = SOURCE.model(AutoModelForCausalLM), len(tokenizer())
-        if words > net.config.vocab_size:
-            raise SOURCE.unusable(f"the tokenizer has {words} words where the model has {net.config.vocab_size}")
-        net.config.use_cache = False
-        return net
+        return language_models.model_of(SOURCE)
     return training.fitted(
         small_gpt2,
         examples("train"),

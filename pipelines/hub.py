@@ -33,10 +33,10 @@ class Source:
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise self.unusable(str(error).splitlines()[0]) from None
 
-    def model(self, part: type[Any]) -> nn.Module:
+    def model(self, part: type[Any], **options: Any) -> nn.Module:
         """Load a model with all its weights; raise `PipelineError` when some are missing."""
         # the eager attention kernel gives gradients on every device
-        model, found = self.load(part, attn_implementation="eager", output_loading_info=True)
+        model, found = self.load(part, attn_implementation="eager", output_loading_info=True, **options)
         if found["missing_keys"]:  # transformers fills missing weights with random numbers
             raise self.unusable(f"{len(found['missing_keys'])} weights are missing, first {min(found['missing_keys'])}")
         return model.eval()
