@@ -16,8 +16,7 @@ from coar.cli.common import app
 from coar.cluster import RayCluster
 from coar.errors import IncompleteRunError, MismatchError, RegressionError, SettingsError
 from coar.regression import sums
-from coar.regression.fitting import fit_share
-from coar.regression.solvers import METHODS
+from coar.regression.fitting import METHODS, fit_share
 from coar.store import fits
 from coar.store.integrity import repair, verify
 from tests import buckets, synthetic

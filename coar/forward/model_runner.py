@@ -29,23 +29,20 @@ class ModelRunner:
     Args:
         model: A copy made by `device_copy`.
         output: The scalar read per example.
-        precision: `float32`, or `bf16` for automatic mixed precision.
         batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on CUDA, 256 on MPS.
 
     Attributes:
         model: The model.
-        precision: The precision.
+        precision: `float32`, or `bf16` for automatic mixed precision.
         device: The model's device.
         batch_size: Most examples per forward pass.
     """
 
+    precision: Precision = "float32"
     _sources: Sources | None = None
 
-    def __init__(
-        self, model: nn.Module, output: Output, *, precision: Precision = "float32", batch_size: int | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, output: Output, *, batch_size: int | None = None) -> None:
         self.model = model
-        self.precision = precision
         self.device = next(model.parameters()).device
         self.batch_size = batch_size or BATCH_SIZE[self.device.type]
         self._output = output
@@ -109,7 +106,6 @@ class GatedRunner(ModelRunner, ABC):
         output: The scalar read per example.
         sources: Maps examples to the position of each one's resample source, see `Ablation.sources`;
             hooks then give an ablated component its value for the source.
-        precision: `float32`, or `bf16` for automatic mixed precision.
         batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on CUDA, 256 on MPS.
 
     Attributes:
@@ -124,10 +120,9 @@ class GatedRunner(ModelRunner, ABC):
         output: Output,
         *,
         sources: Sources | None = None,
-        precision: Precision = "float32",
         batch_size: int | None = None,
     ) -> None:
-        super().__init__(model, output, precision=precision, batch_size=batch_size)
+        super().__init__(model, output, batch_size=batch_size)
         self.components = components
         self._sources = sources
         self._replacements = replacements

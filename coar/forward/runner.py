@@ -31,20 +31,8 @@ class ReferenceRunner(GatedRunner):
     It takes no shortcut: no channels-last inputs, length bucketing, logit positions, prefix cache, folded batch norm,
     shared forward pass, lower precision or compiled model. Its model is a `device_copy` as a fast runner's is, so what
     that changes, the layout of weights and the kernels of activations, is not compared. See `GatedRunner` for the
-    arguments, of which it takes all but `precision`.
+    arguments.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        components: Components,
-        replacements: Tensor,
-        output: Output,
-        *,
-        sources: Sources | None = None,
-        batch_size: int | None = None,
-    ) -> None:
-        super().__init__(model, components, replacements, output, sources=sources, batch_size=batch_size)
 
     def outputs(self, block: ExampleBlock, masks: np.ndarray) -> np.ndarray:
         """Return (masks, examples) float32 outputs of the block under (masks, components) masks.
@@ -98,8 +86,8 @@ class FastRunner(GatedRunner):
         sources: Sources | None = None,
     ) -> None:
         self.plan = plan = (plan or ExecutionPlan()).on(next(model.parameters()).device)
-        sizes: dict[str, Any] = {"precision": plan.precision, "batch_size": plan.batch_size}
-        super().__init__(model, components, replacements, output, sources=sources, **sizes)
+        super().__init__(model, components, replacements, output, sources=sources, batch_size=plan.batch_size)
+        self.precision = plan.precision
         self._batch_norms = batch_norms or {}
         self._full_weights: list[Fallback] = []  # gates with some weights not in bfloat16
         self._compiled: tuple[nn.Module | Callable[..., Any], list[torch.Size]] | None = None  # and its inputs' shapes

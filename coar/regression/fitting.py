@@ -13,10 +13,10 @@ from coar.evaluation import score
 from coar.progress import progress_bar
 from coar.regression.distributed.cluster import ClusterFit
 from coar.regression.distributed.partial_sums import PartialSums
-from coar.regression.lasso import SparseFit
-from coar.regression.ridge import LinearFit
-from coar.regression.solvers import METHODS, solver_of, takes_moments
-from coar.regression.sums import FitBlock, Streamed, Sums
+from coar.regression.informed.fit import Informed
+from coar.regression.lasso import Design, Sparse, check_memory
+from coar.regression.ridge import FromMoments, FromOutputs
+from coar.regression.sums import FitBlock, Gram, Solution, Solver, Streamed, Sums, takes_moments
 from coar.renamed import new_arguments_only
 from coar.store.fits import FitWriter, add_validation, blocks_of, check_name, chunk_rows, finished_fit, fit_record
 from coar.store.gradients import MaskGradients
@@ -24,6 +24,13 @@ from coar.store.lock import worker_lock
 from coar.store.plan import check_worker
 from coar.store.records import FitLearned, FitRecord, FitRequest
 from coar.store.run import Run
+
+METHODS = {  # the arrays of a fit by its method
+    "ridge": ("weight", "intercept", "standard_error", "penalty"),
+    "ols": ("weight", "intercept", "standard_error", "penalty"),
+    "lasso": ("weight", "intercept", "penalty"),
+    "informed": ("weight", "intercept", "standard_error"),
+}
 
 
 @new_arguments_only
@@ -207,7 +214,9 @@ def _fit_on_cluster(
 ) -> None:
     """Solve blocks of examples on the cluster, which writes them."""
     with connected(cluster) as ray:
-        work = ClusterFit(ray, cluster, run, rows, rounds, request.method)
+        work = ClusterFit(
+            ray, cluster, run, rows, rounds, request.method, fields=METHODS[request.method], solver_of=solver_of
+        )
         learned = work.prepare()  # an error is raised here, before the stored fit is replaced
         writer = FitWriter(run, label, METHODS[request.method], FitRecord.of(request, learned))
         with progress_bar(total=run.n_examples, desc=f"fit {label}", unit="example", shown=progress) as bar:
@@ -228,7 +237,7 @@ def _validate(run: Run, label: str) -> None:
 
 def _solutions(
     run: Run, rows: np.ndarray, rounds: int, method: str, *, sums: Sums
-) -> tuple[FitLearned, Iterator[tuple[slice, LinearFit | SparseFit]]]:
+) -> tuple[FitLearned, Iterator[tuple[slice, Solution]]]:
     """Return what was learned for all examples, and the solved blocks of examples."""
     summed = takes_moments(method, len(rows), run.n_components)
     solver = solver_of(run, rows, rounds, method=method, gram=sums.gram() if summed else None)
@@ -236,3 +245,26 @@ def _solutions(
         (examples, solver.solve(FitBlock(run, rows, examples, sums.moments(examples) if summed else None)))
         for examples in blocks_of(run)
     )
+
+
+def solver_of(run: Run, rows: np.ndarray, rounds: int, *, method: str, gram: Gram | None = None) -> Solver:
+    """Prepare what all examples of a fit share.
+
+    Args:
+        run: A complete run.
+        rows: Row numbers of the training masks to use; may be empty for `informed`.
+        rounds: How many rounds of mask gradients to use.
+        method: One of `METHODS`.
+        gram: The sums over these masks; by default they are made here if the method uses them.
+
+    Raises:
+        RegressionError: When the masks or the mask gradients do not support the fit, or it does not fit into memory.
+    """
+    if method == "informed":
+        return Informed.of(run, rows, rounds, gram=gram)
+    if method == "lasso":
+        check_memory(run.n_components)
+        return Sparse(Design.of(gram or Gram.of(run, rows)))
+    if takes_moments(method, len(rows), run.n_components):
+        return FromMoments.of(gram or Gram.of(run, rows), method)
+    return FromOutputs.of(run, rows, method)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from coar.errors import RegressionError
-from coar.regression.sums import Gram, Moments
+from coar.regression.sums import FitBlock, Gram, Moments
+from coar.store.records import FitLearned
 
 PATH = torch.logspace(0, -3, 30, dtype=torch.float64)  # penalties, as shares of the first, which zeroes all weights
 PATIENCE = 5  # penalties without a better score after which an example's path ends
@@ -80,6 +81,28 @@ class SparseFit:
     weight: Tensor
     intercept: Tensor
     penalty: Tensor
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Lasso.
+
+    The (components, components) Gram matrix is used for few masks too: all examples share it, and a product with it
+    costs no more than two products with the masks, unless there are fewer masks than half the number of components.
+
+    Attributes:
+        design: Sums over the masks.
+    """
+
+    design: Design
+
+    def learned(self) -> FitLearned:
+        """Return an empty record."""
+        return FitLearned()
+
+    def solve(self, block: FitBlock) -> SparseFit:
+        """Fit a block of examples."""
+        return solve_sparse(self.design, block.moments(), first=block.examples.start)
 
 
 def check_memory(components: int) -> None:

@@ -17,11 +17,14 @@ where 1 is for the intercept. Least squares is the penalty 0.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from coar.errors import RegressionError
-from coar.regression.sums import Gram, Moments
+from coar.regression.sums import FitBlock, Gram, Moments
+from coar.store.records import FitLearned
+from coar.store.run import Run
 
 PENALTIES = torch.logspace(-4, 4, 65, dtype=torch.float64)  # in units of the Gram matrix's mean eigenvalue
 RANK = 1e-10  # share of the largest eigenvalue below which others count as zero
@@ -60,6 +63,67 @@ class LinearFit:
     intercept: Tensor
     standard_error: Tensor
     penalty: Tensor
+
+
+@dataclass(frozen=True)
+class FromMoments:
+    """Ridge or least squares for more masks than components.
+
+    Attributes:
+        spectrum: The masks' decomposition.
+        total: (components,) number of masks that keep each component.
+        method: As for `solve`.
+    """
+
+    spectrum: Spectrum
+    total: Tensor
+    method: str
+
+    @classmethod
+    def of(cls, gram: Gram, method: str) -> "FromMoments":
+        """Decompose the Gram matrix; raises as `check_solvable` does."""
+        spectrum = decompose_gram(gram)
+        check_solvable(spectrum, method)
+        return cls(spectrum, gram.total, method)
+
+    def learned(self) -> FitLearned:
+        """Return an empty record."""
+        return FitLearned()
+
+    def solve(self, block: FitBlock) -> LinearFit:
+        """Fit a block of examples."""
+        return solve_gram(self.spectrum, self.total, block.moments(), method=self.method)
+
+
+@dataclass(frozen=True)
+class FromOutputs:
+    """Ridge for no more masks than components.
+
+    Attributes:
+        spectrum: The masks' decomposition.
+        left: (masks, rank) U, whose transpose maps centred outputs to scores.
+        method: As for `solve`.
+    """
+
+    spectrum: Spectrum
+    left: Tensor
+    method: str
+
+    @classmethod
+    def of(cls, run: Run, rows: np.ndarray, method: str) -> "FromOutputs":
+        """Read the masks and decompose their kernel matrix; raises as `check_solvable` does."""
+        spectrum, left = decompose_kernel(torch.from_numpy(run.masks_at(rows)).float())
+        check_solvable(spectrum, method)
+        return cls(spectrum, left, method)
+
+    def learned(self) -> FitLearned:
+        """Return an empty record."""
+        return FitLearned()
+
+    def solve(self, block: FitBlock) -> LinearFit:
+        """Read the outputs of a block of examples and fit them."""
+        outputs = torch.from_numpy(block.run.outputs_at(block.rows, block.examples))
+        return solve_kernel(self.spectrum, self.left, outputs, method=self.method)
 
 
 def decompose_gram(gram: Gram) -> Spectrum:

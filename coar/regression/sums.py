@@ -1,4 +1,4 @@
-"""The sums that a linear fit needs, from one pass over a run in memory that does not grow with the masks."""
+"""What a solver is given: a block of examples, and sums over it in memory that does not grow with the masks."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coar.store.layout import PANEL
+from coar.store.records import FitLearned
 from coar.store.run import Run
 
 BATCH = 4096  # rows per float32 matrix product; the products are summed in float64
@@ -241,6 +242,37 @@ class FitBlock:
     def moments(self) -> Moments:
         """Return the moments; read them from the run if they were not given."""
         return self.sums or moments_of(self.run, self.rows, self.examples)
+
+
+class Solution(Protocol):
+    """The linear models of a block of examples."""
+
+    @property
+    def weight(self) -> Tensor:
+        """(examples, components) weights."""
+        ...
+
+    @property
+    def intercept(self) -> Tensor:
+        """(examples,) predictions with all components ablated."""
+        ...
+
+
+class Solver(Protocol):
+    """What all examples of a fit share, and the solution of a block of examples from it."""
+
+    def learned(self) -> FitLearned:
+        """Return what was learned for all examples."""
+        ...
+
+    def solve(self, block: FitBlock) -> Solution:
+        """Fit a block of examples."""
+        ...
+
+
+def takes_moments(method: str, masks: int, components: int) -> bool:
+    """Return whether a method fits this number of masks from their Gram matrix and the examples' moments."""
+    return method == "lasso" or masks > components
 
 
 def dealt_rows(run: Run, rows: np.ndarray, share: tuple[int, int]) -> np.ndarray:

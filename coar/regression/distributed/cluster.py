@@ -1,7 +1,7 @@
 """A fit on a Ray cluster: sums in shares, added up pair by pair, and blocks of examples solved in parallel."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -11,8 +11,7 @@ import torch
 
 from coar.cluster import TRIES, RayCluster, unwrap
 from coar.errors import EngineError
-from coar.regression.solvers import METHODS, Solver, solver_of, takes_moments
-from coar.regression.sums import FitBlock, Gram, Moments, dealt_rows, moments_of, panels
+from coar.regression.sums import FitBlock, Gram, Moments, Solver, dealt_rows, moments_of, panels, takes_moments
 from coar.store.fits import write_block
 from coar.store.records import FitLearned
 from coar.store.run import Run
@@ -32,10 +31,21 @@ class ClusterFit:
         rows: Row numbers of the training masks to use.
         rounds: How many rounds of mask gradients to use.
         method: `ridge`, `ols`, `lasso` or `informed`.
+        fields: Names of the arrays that the method's solutions have.
+        solver_of: Prepares what all examples share, see `coar.regression.fitting.solver_of`.
     """
 
     def __init__(
-        self, ray: ModuleType, cluster: RayCluster, run: Run, rows: np.ndarray, rounds: int, method: str
+        self,
+        ray: ModuleType,
+        cluster: RayCluster,
+        run: Run,
+        rows: np.ndarray,
+        rounds: int,
+        method: str,
+        *,
+        fields: tuple[str, ...],
+        solver_of: Callable[..., Solver],
     ) -> None:
         self._ray, self._workers, self._run = ray, cluster.workers, run
         self._summed = takes_moments(method, len(rows), run.n_components)
@@ -44,6 +54,8 @@ class ClusterFit:
             method,
             rounds,
             max(1, int(cluster.cpus_per_worker)),
+            fields,
+            solver_of,
         )
         self._options = {
             "num_cpus": cluster.cpus_per_worker,
@@ -116,12 +128,16 @@ class Fit(NamedTuple):
         method: `ridge`, `ols`, `lasso` or `informed`.
         rounds: How many rounds of mask gradients to use.
         threads: How many threads a task has.
+        fields: Names of the arrays that solutions have.
+        solver_of: Prepares what all examples share.
     """
 
     place: str
     method: str
     rounds: int
     threads: int
+    fields: tuple[str, ...]
+    solver_of: Callable[..., Solver]
 
     def open(self) -> Run:
         """Open the run, on as many threads as the task has."""
@@ -145,11 +161,11 @@ def _moments(fit: Fit, rows: np.ndarray, panel: slice) -> Moments:
 def _prepare(fit: Fit, rows: np.ndarray, gram: Gram | None) -> tuple[FitLearned, Solver]:
     """Return what was learned, and the solver of blocks."""
     run = fit.open()
-    solver = solver_of(run, rows, fit.rounds, method=fit.method, gram=gram)
+    solver = fit.solver_of(run, rows, fit.rounds, method=fit.method, gram=gram)
     return solver.learned(), solver
 
 
 def _solve(fit: Fit, rows: np.ndarray, solver: Solver, name: str, block: slice, *parts: Moments) -> None:
     run = fit.open()
     result = solver.solve(FitBlock(run, rows, block, Moments.joined(parts) if parts else None))
-    write_block(run, name, block, **{field: getattr(result, field).numpy() for field in METHODS[fit.method]})
+    write_block(run, name, block, **{field: getattr(result, field).numpy() for field in fit.fields})
