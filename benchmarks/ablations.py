@@ -23,7 +23,7 @@ import torch
 
 import coar
 from coar.ablation.registry import ABLATIONS
-from coar.forward.devices import device_copy
+from coar.forward.copies import device_copy
 from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.runner import FastRunner
 
@@ -57,7 +57,7 @@ SIZES = {
 def losses(module: ModuleType, study: coar.Study, size: Size) -> dict[str, float]:
     """Return the mean loss of judging examples under masks at each fraction, and of the unablated model (0)."""
     loss = module.study(ablation="optimal").ablation.loss
-    model = device_copy(study.model, torch.device("cpu"))
+    model = device_copy(study.model, torch.device("cpu"), study.examples)
     judge = module.judge()
     judge = judge.subset(range(min(size.judged, len(judge))))
     if loss.settings()["name"] == "Drift":  # its targets are the embeddings of the unablated model

@@ -52,7 +52,8 @@ from coar.collection.collect import MASK_BLOCK
 from coar.components.table import Components
 from coar.forward.autotune import fastest_runner
 from coar.forward.batches import ExampleBlock
-from coar.forward.devices import BATCH_SIZE, device_copy
+from coar.forward.copies import device_copy
+from coar.forward.devices import BATCH_SIZE
 from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.malloc import memory_kept
 from coar.forward.model_runner import ModelRunner
@@ -142,7 +143,7 @@ def hook_loop(study: coar.Study) -> Callable[[np.ndarray], Tensor]:
 @memory_kept()
 def workers(study: coar.Study) -> dict[str, tuple[FastRunner, ExampleBlock]]:
     """Return, by precision, the runner of a long run, with its measured plan, and the examples."""
-    model = device_copy(study.model, CPU)
+    model = device_copy(study.model, CPU, study.examples)
     constants = study.ablation.replacements(model, study.components, batch_size=BATCH)
     few = ModelRunner(model, study.output).load(study.examples, 0, FEW)
 

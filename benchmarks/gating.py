@@ -20,7 +20,7 @@ from torch import nn
 
 import coar
 from benchmarks.models import SUBJECTS
-from coar.forward.devices import device_copy
+from coar.forward.copies import device_copy
 from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.runner import FastRunner
 from coar.gates.batch_norms import following_batch_norms
@@ -86,7 +86,8 @@ def ratios(timed: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, 
 def costs(name: str, repeats: int) -> dict[str, float]:
     """Return the time of a pass gated in each way, relative to that of a plain pass."""
     study = study_of(name, EXAMPLES[name])
-    model, table, count = device_copy(study.model, torch.device("cpu")), study.components, len(study.examples)
+    model = device_copy(study.model, torch.device("cpu"), study.examples)
+    table, count = study.components, len(study.examples)
     plain = FastRunner(model, table, torch.zeros(table.width), study.output, ExecutionPlan(batch_size=count))
     ((inputs, _),) = plain.load(study.examples, 0, count).batches
     keep = torch.from_numpy(study.sampler.masks("test", range(1), len(table))[0])
@@ -126,7 +127,7 @@ def costs(name: str, repeats: int) -> dict[str, float]:
 def saving(name: str, repeats: int) -> float:
     """Return the speed-up of a counterfactual on few examples when masks share a pass."""
     study = study_of(name, FEW)
-    model, table = device_copy(study.model, torch.device("cpu")), study.components
+    model, table = device_copy(study.model, torch.device("cpu"), study.examples), study.components
     masks = study.sampler.masks("test", range(MASKS), len(table))
     zero = coar.ZeroWeight().replacements(model, table, batch_size=FEW)
     timed: dict[str, Callable[[], float]] = {}

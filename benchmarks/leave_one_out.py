@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import SUBJECTS
-from coar.forward.devices import device_copy
+from coar.forward.copies import device_copy
 from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.runner import FastRunner
 from coar.study import Study
@@ -53,7 +53,7 @@ def compare(name: str, few: bool, count: int, rounds: int, precision: str) -> st
     """Time both ways on a model; return a row of a Markdown table."""
     examples = SUBJECTS[name].examples[0 if few else 1]
     study = SUBJECTS[name].study(examples)
-    model, d = device_copy(study.model, torch.device("cpu")), len(study.components)
+    model, d = device_copy(study.model, torch.device("cpu"), study.examples), len(study.components)
     zeros, plan = torch.zeros(study.components.width), ExecutionPlan(precision=precision)
     worker = FastRunner(model, study.components, zeros, study.output, plan)
     block = worker.load(study.examples, 0, examples)

@@ -42,7 +42,8 @@ from coar.collection.collect import blocks_of
 from coar.collection.preparation import BatchSettings, unit_runner
 from coar.collection.ray_engine import ActorPool
 from coar.collection.units import Stage
-from coar.forward.devices import choose_device, device_copy
+from coar.forward.copies import device_copy
+from coar.forward.devices import choose_device
 from coar.store.integrity import verify
 from coar.store.plan import Plan, Unit
 from coar.store.run import Run
@@ -110,7 +111,7 @@ def throughput(folder: Path, units: int, rounds: int) -> None:
 
 def storing(folder: Path, units: int) -> None:
     """Measure the time of storing a unit and its share of the unit's time."""
-    made, model = study(), device_copy(study().model, choose_device("cpu"))
+    made, model = study(), device_copy(study().model, choose_device("cpu"), study().examples)
     run = coar.collect(
         made, folder / "r.zarr", masks=2, execution=coar.Execution(batch_size=BATCH, mask_block=64), **SETTINGS
     )

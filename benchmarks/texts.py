@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import coar
 from coar.forward.autotune import fastest_runner
-from coar.forward.devices import device_copy
+from coar.forward.copies import device_copy
 from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.malloc import memory_kept
 from coar.forward.runner import FastRunner
@@ -111,7 +111,7 @@ def ours(study: coar.Study, name: str, masks: np.ndarray) -> Run:
     """Return a way that uses a runner with its measured plan."""
     precision, *whole = name.split()
     zeros, plan = torch.zeros(study.components.width), ExecutionPlan(precision=precision)
-    runner = FastRunner(device_copy(study.model, CPU), study.components, zeros, study.output, plan)
+    runner = FastRunner(device_copy(study.model, CPU, study.examples), study.components, zeros, study.output, plan)
     with memory_kept():
         runner = fastest_runner(runner, study.examples, masks, work=WORK)
     if whole:

@@ -9,7 +9,8 @@ from coar.attributions import Attributions
 from coar.collection.preparation import fast_runner
 from coar.errors import AblationError, IncompleteRunError, SettingsError
 from coar.forward.batches import ExampleBlock
-from coar.forward.devices import choose_device, device_copy
+from coar.forward.copies import device_copy
+from coar.forward.devices import choose_device
 from coar.forward.malloc import memory_kept
 from coar.forward.runner import FastRunner
 from coar.progress import progress_bar
@@ -177,7 +178,9 @@ def _store(
     known = fit_record(run, name)
     if known is not None and known.answers(record):
         return Attributions.open(run, name)
-    worker = fast_runner(study, run, device_copy(study.model, choose_device(device)), batch_size=batch_size)
+    worker = fast_runner(
+        study, run, device_copy(study.model, choose_device(device), study.examples), batch_size=batch_size
+    )
     with run.lock(), memory_kept():
         writer = FitWriter(run, name, ("weight", "intercept"), record)
         step = max(run.blocks[1] // chunk_rows(run), 1) * chunk_rows(run)

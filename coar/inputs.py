@@ -131,6 +131,12 @@ def batch_of(items: list[Any], named: str) -> Inputs:
     return batch  # type: ignore[no-any-return]
 
 
+def described(inputs: Inputs) -> str:
+    """Return the types and shapes of inputs in words, such as `x: float32 (2, 3, 32, 32)`."""
+    parts = inputs.items() if isinstance(inputs, dict) else [("inputs", inputs)]
+    return ", ".join(f"{name}: {str(part.dtype).removeprefix('torch.')} {tuple(part.shape)}" for name, part in parts)
+
+
 def _is_array(given: Any) -> bool:
     """Return whether a value is a tensor, a NumPy array, or a column or table of a data frame library."""
     return isinstance(given, Tensor | np.ndarray | np.generic) or (

@@ -1,27 +1,98 @@
 """Copies of models that share no module with the original, so that changing a copy leaves the user's model alone."""
 
+import copy
+import gc
+from collections.abc import Iterator
 from copy import deepcopy
-from typing import TypeVar
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from coar.errors import WeightsError
 
 M = TypeVar("M", bound=nn.Module)
+CLOSED = (Tensor, ModuleType, FunctionType, BuiltinFunctionType, type, str, bytes, int, float, complex)
 
 
 def independent_copy(model: M) -> M:
     """Return a deep copy of a model.
 
+    Tensors that a forward pass left in the model, such as kept activations and pruned weights, are copied without their
+    graph. Objects that Python cannot copy, such as locks and open files, are shared if they hold no tensor and no
+    module.
+
     Raises:
-        WeightsError: When a module of the copy is one of the original, since some module refuses to be copied.
+        WeightsError: When a part of the model cannot be copied, or a module of the copy is one of the original, since
+            some module refuses to be copied.
     """
-    copy = deepcopy(model)
+    made: dict[int, Any] = {}  # the copies of objects by the objects' identity, as deepcopy takes and returns them
+    for held in _held_by(model):
+        if isinstance(held, Tensor) and not held.is_leaf:
+            made[id(held)] = held.detach().clone()
+        elif isinstance(held, torch.Generator):
+            made[id(held)] = held.clone_state()
+    try:
+        copied = deepcopy(model, dict(made))
+    except Exception:  # whatever a part of a model may raise
+        made |= {id(held): held for held in _held_by(model) if _is_shared(held)}
+        try:
+            copied = deepcopy(model, dict(made))
+        except Exception as error:
+            raise _not_copied(model, made, error) from error
     originals = {id(module) for module in model.modules()}
-    shared = [name for name, module in copy.named_modules() if id(module) in originals]
+    shared = [name for name, module in copied.named_modules() if id(module) in originals]
     if shared:
         raise WeightsError(
             f"a copy of this {type(model).__name__} shares the module {shared[0]!r} with it, so ablations and edits "
             f"would change your model; let copy.deepcopy copy all of its modules"
         )
-    return copy
+    return copied
+
+
+def _held_by(root: object) -> Iterator[Any]:
+    """Yield an object and all that it holds, in attributes and containers at any depth."""
+    seen, waiting = {id(root)}, [root]
+    while waiting:
+        held = waiting.pop()
+        yield held
+        if not isinstance(held, CLOSED):
+            new = [part for part in gc.get_referents(held) if id(part) not in seen]
+            seen.update(id(part) for part in new)
+            waiting += new
+
+
+def _is_shared(held: object) -> bool:
+    """Return whether an object cannot be copied and holds neither tensors nor modules."""
+    if isinstance(held, Tensor | nn.Module):
+        return False
+    try:
+        copy.copy(held)
+    except Exception:  # whatever an object may raise
+        return not any(isinstance(part, Tensor | nn.Module) for part in _held_by(held))
+    return False
+
+
+def _not_copied(model: nn.Module, made: dict[int, Any], error: Exception) -> WeightsError:
+    """Return an error that names the first attribute that cannot be copied."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name == "_modules":
+                continue
+            try:
+                deepcopy(value, dict(made))
+            except Exception as reason:
+                return WeightsError(
+                    f"the attribute {name!r} of {path or type(model).__name__!r}, a {type(value).__name__}, cannot be "
+                    f"copied ({_in_words(reason)}), and ablations and edits are applied to a copy of the model; "
+                    f"delete it from the model, or let its class define __deepcopy__"
+                )
+    return WeightsError(
+        f"this {type(model).__name__} cannot be copied ({_in_words(error)}), and ablations and edits are applied to a "
+        f"copy of the model; let copy.deepcopy(model) work, such as by __deepcopy__ of the class that fails"
+    )
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

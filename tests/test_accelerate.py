@@ -11,7 +11,7 @@ from torch import nn
 
 import coar
 from coar.errors import WeightsError
-from coar.forward.devices import device_copy
+from coar.forward.copies import device_copy
 from coar.gates.gates import Gates
 from coar.weights import weights_fingerprint
 from tests import oracles, tiny

@@ -19,7 +19,7 @@ import coar
 from coar.collection.preparation import BatchSettings, unit_runner
 from coar.errors import AblationError, SettingsError
 from coar.forward.autotune import fastest_runner
-from coar.forward.devices import device_copy
+from coar.forward.copies import device_copy
 from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.memory_limit import batch_sizes, bytes_of, gradient_bytes, mask_bytes, within_memory
 from coar.forward.model_runner import ModelRunner

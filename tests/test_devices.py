@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 import coar
-from coar.forward.devices import device_copy
+from coar.forward.copies import device_copy
 from coar.forward.runner import FastRunner
 from tests.tiny import GPT2, lively
 

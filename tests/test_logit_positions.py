@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import coar
-from coar.forward.devices import device_copy
+from coar.forward.copies import device_copy
 from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.logit_positions import select_positions
 from coar.forward.runner import FastRunner, ReferenceRunner

@@ -13,7 +13,8 @@ from coar.collection.preparation import BatchSettings, RunRequest, check_same, p
 from coar.collection.ray_engine import collect_on_cluster
 from coar.collection.units import Stage, UnitProgress, UnitRunner, gradient_stage, interrupts, mask_stage
 from coar.errors import SettingsError
-from coar.forward.devices import choose_device, device_copy
+from coar.forward.copies import device_copy
+from coar.forward.devices import choose_device
 from coar.forward.execution_plan import PRECISIONS
 from coar.forward.malloc import memory_kept
 from coar.renamed import new_arguments_only
@@ -100,7 +101,7 @@ def collect(
     )
     target = choose_device(device)
     with _hold(place, among, order) as lock, memory_kept():
-        model = device_copy(study.model, target)
+        model = device_copy(study.model, target, study.examples)
         batches = BatchSettings.choose(study, model, execution, gradients=bool(gradients))
         if lock.alone:
             run = prepare(study, place, model, order, batches)

@@ -11,7 +11,8 @@ from coar.ablation.calibration import activation_moments
 from coar.attributions import Attributions
 from coar.examples import Examples
 from coar.forward.batches import ExampleBlock
-from coar.forward.devices import choose_device, device_copy
+from coar.forward.copies import device_copy
+from coar.forward.devices import choose_device
 from coar.forward.execution_plan import ExecutionPlan, Precision
 from coar.forward.runner import FastRunner
 from coar.outputs.base import Output
@@ -51,7 +52,7 @@ class GatedEvaluator:
     ) -> None:
         self.table, self.constants = attributions.components, attributions.origin.constants
         self._batch_norms = attributions.origin.batch_norms
-        self._model = device_copy(model, choose_device(device))
+        self._model = device_copy(model, choose_device(device), examples)
         self._plan = ExecutionPlan(precision=precision, batch_size=batch_size)
         self._largest, self._smooth = margin_pair(output or CorrectClassMargin())
         self._runners: dict[tuple[Output, bytes], FastRunner] = {}

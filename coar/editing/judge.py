@@ -13,7 +13,8 @@ from coar.editing.edit import Edit
 from coar.editing.goal import EditGoal
 from coar.errors import GoalError
 from coar.examples import Examples
-from coar.forward.devices import choose_device, device_copy
+from coar.forward.copies import device_copy
+from coar.forward.devices import choose_device
 from coar.forward.model_runner import ModelRunner
 from coar.forward.runner import FastRunner
 from coar.outputs.base import Output
@@ -56,7 +57,8 @@ def effect_curve(
     for row, count in enumerate(counts):
         gates[row, rows[:count]] = np.broadcast_to(kept, rows.shape)[:count]
     replacements = torch.tensor(attributions.origin.constants if constants is None else constants, dtype=torch.float32)
-    copy, (largest, _) = device_copy(model, choose_device(device)), margin_pair(output or CorrectClassMargin())
+    copy = device_copy(model, choose_device(device), examples)
+    largest, _ = margin_pair(output or CorrectClassMargin())
     runner = FastRunner(
         copy, attributions.components, replacements, largest, batch_norms=attributions.origin.batch_norms
     )
@@ -130,7 +132,9 @@ def judge_edit(
 
 def margins(model: nn.Module, examples: Examples, *, device: str = "auto", output: Output | None = None) -> np.ndarray:
     """Return (examples,) margins of the correct answer, by default the class, against the runner-up logit."""
-    runner = ModelRunner(device_copy(model, choose_device(device)), margin_pair(output or CorrectClassMargin())[0])
+    runner = ModelRunner(
+        device_copy(model, choose_device(device), examples), margin_pair(output or CorrectClassMargin())[0]
+    )
     step = runner.batch_size
     blocks = (runner.load(examples, start, start + step) for start in range(0, len(examples), step))
     return np.concatenate([runner.base_output(block) for block in blocks])

@@ -13,6 +13,7 @@ from coar.components.table import Components
 from coar.errors import AblationError
 from coar.examples import Examples, rows_of
 from coar.forward.batches import ExampleBlock
+from coar.forward.copies import has_channels_last, in_channels_last
 from coar.forward.devices import BATCH_SIZE, full_float32
 from coar.forward.execution_plan import Precision
 from coar.gates.gates import Gates
@@ -46,6 +47,7 @@ class ModelRunner:
         self.device = next(model.parameters()).device
         self.batch_size = batch_size or BATCH_SIZE[self.device.type]
         self._output = output
+        self._channels_last = has_channels_last(model)
 
     def load(self, examples: Examples, start: int, stop: int) -> ExampleBlock:
         """Read examples `start` up to `stop`, and their resample sources if any, and move them to the device."""
@@ -86,8 +88,8 @@ class ModelRunner:
         return self._sent(self._laid_out(inputs))
 
     def _laid_out(self, inputs: Tensor) -> Tensor:
-        """Return inputs in the fastest memory format for convolutions."""
-        return inputs.to(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
+        """Return inputs in the memory format of the convolutions."""
+        return in_channels_last(inputs) if self._channels_last else inputs
 
     def _sent(self, value: Tensor) -> Tensor:
         """Copy to the device; to CUDA from pinned memory, so that the copy and computation overlap."""

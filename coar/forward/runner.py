@@ -30,7 +30,7 @@ class ReferenceRunner(GatedRunner):
 
     It takes no shortcut: no channels-last inputs, length bucketing, logit positions, prefix cache, folded batch norm,
     shared forward pass, lower precision or compiled model. Its model is a `device_copy` as a fast runner's is, so what
-    that changes, the layout of weights and the kernels of activations, is not compared. See `GatedRunner` for the
+    that changes, the memory format and the kernels of activations, is not compared. See `GatedRunner` for the
     arguments.
     """
 

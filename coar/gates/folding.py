@@ -102,8 +102,8 @@ class _Owners:
         layer = self.model.get_submodule(site)
         if name not in layer._parameters:
             raise EditError(
-                f"the {name} of {site!r} is computed from other parameters; bake it in first, for example with "
-                f"torch.nn.utils.parametrize.remove_parametrizations"
+                f"the {name} of {site!r} is computed from other parameters; make it a parameter first, with "
+                f"torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
             )
         parameter = layer._parameters[name]
         owners = self._paths.get(id(parameter), [])

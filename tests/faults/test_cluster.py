@@ -16,7 +16,7 @@ import torch
 import coar
 from coar.cluster import RayCluster
 from coar.collection.preparation import BatchSettings, unit_runner
-from coar.forward.devices import device_copy
+from coar.forward.copies import device_copy
 from coar.store.integrity import verify
 from coar.store.plan import Unit
 from tests.faults import helpers
