@@ -1,4 +1,4 @@
-"""Copies of models that share no module with the original, so that changing a copy leaves the user's model alone."""
+"""Copies of models that share nothing with the original, so that changing a copy leaves the user's model alone."""
 
 import copy
 import gc
@@ -11,21 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from coar.errors import WeightsError
+from coar.rebinding import rebind
 
 M = TypeVar("M", bound=nn.Module)
 CLOSED = (Tensor, ModuleType, FunctionType, BuiltinFunctionType, type, str, bytes, int, float, complex)
 
 
 def independent_copy(model: M) -> M:
-    """Return a deep copy of a model.
+    """Return a deep copy of a model, whose patched forward passes run the copy.
 
     Tensors that a forward pass left in the model, such as kept activations and pruned weights, are copied without their
     graph. Objects that Python cannot copy, such as locks and open files, are shared if they hold no tensor and no
     module.
 
     Raises:
-        WeightsError: When a part of the model cannot be copied, or a module of the copy is one of the original, since
-            some module refuses to be copied.
+        WeightsError: When a part of the model cannot be copied, a module or tensor of the copy is one of the original,
+            since it refuses to be copied, or a function in it that uses the original cannot be rebuilt.
     """
     made: dict[int, Any] = {}  # the copies of objects by the objects' identity, as deepcopy takes and returns them
     for held in _held_by(model):
@@ -48,6 +49,7 @@ def independent_copy(model: M) -> M:
             f"a copy of this {type(model).__name__} shares the module {shared[0]!r} with it, so ablations and edits "
             f"would change your model; let copy.deepcopy copy all of its modules"
         )
+    rebind(copied, model)
     return copied
 
 

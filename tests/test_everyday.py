@@ -1,0 +1,168 @@
+"""Models that people bring are right, against oracles without the engine, or refused in words."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import coar
+from coar.errors import WeightsError
+from coar.model_copy import independent_copy
+
+EXAMPLES, FEATURES, HIDDEN, CLASSES = 10, 6, 8, 4
+
+
+class Net(nn.Module):
+    """Two hidden layers in a block, and a last layer."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.block = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU())
+            self.last = nn.Linear(HIDDEN, CLASSES)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(2)
+
+    def forward(self, x):
+        return self.last(self.block(x))
+
+
+def inputs(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def study(model, x=None, **changes):
+    x = inputs(EXAMPLES, FEATURES) if x is None else x
+    examples = coar.Examples(inputs=x, targets=torch.arange(len(x)) % CLASSES)
+    parts = {"components": coar.neurons(model, exclude="last"), "ablation": coar.ZeroActivation()} | changes
+    return coar.Study(model=model, examples=examples, sampler=coar.BernoulliSampler(ablated_fraction=0.4), **parts)
+
+
+def collect(what, folder, **counts):
+    return coar.collect(what, folder / "run.zarr", device="cpu", progress=False, **(counts or {"masks": 6}))
+
+
+def margin(logits, targets):
+    """The correct logit less the log-sum-exp of the others, row by row."""
+    others = logits.clone()
+    others[torch.arange(len(logits)), targets] = -torch.inf
+    return (logits[torch.arange(len(logits)), targets] - others.logsumexp(1)).numpy()
+
+
+def expected(run_plainly, masks, targets):
+    """(masks, examples) margins of logits that a function computes from one (components,) mask."""
+    with torch.no_grad():
+        return np.stack([margin(run_plainly(torch.from_numpy(mask).float()), targets) for mask in masks])
+
+
+def formula(net, shift=0.0, scale=1.0):
+    """Return what a net computes from rows and a mask, if its second layer computes scale * f(h + shift)."""
+    one, two, last = net.block[0], net.block[2], net.last
+
+    def run(x, keep):
+        h = torch.relu((x @ one.weight.T + one.bias) * keep[:HIDDEN])
+        h = torch.relu(scale * ((h + shift) @ two.weight.T + two.bias) * keep[HIDDEN:])
+        return h @ last.weight.T + last.bias
+
+    return run
+
+
+def compiled(net):
+    net.forward = torch.compile(net.forward, backend="eager")
+    return formula(net)
+
+
+def closure(net):
+    old = net.block[2].forward
+    net.block[2].forward = lambda x: 1.5 * old(x + 1)
+    return formula(net, shift=1.0, scale=1.5)
+
+
+def default_argument(net):
+    def forward(x, block=net.block, last=net.last):
+        return last(block(x))
+
+    net.forward = forward
+    return formula(net)
+
+
+def global_name(net):
+    global OLD_FORWARD  # noqa: PLW0603 - as in a script
+    OLD_FORWARD = net.block[2].forward
+    net.block[2].forward = lambda x: OLD_FORWARD(x + 1)
+    return formula(net, shift=1.0)
+
+
+def wrapped_twice(net):
+    def wrapped(function):
+        @functools.wraps(function)
+        def inner(*args):
+            return function(*args)
+
+        return inner
+
+    net.forward = wrapped(wrapped(net.forward))
+    return formula(net)
+
+
+class Runner:
+    """An object that holds a net and functions of it."""
+
+    def __init__(self, net):
+        self.steps = {
+            "block": lambda x: net.block(x + 0.0),
+            "last": functools.partial(type(net.last).forward, net.last),
+        }
+
+    def __call__(self, x):
+        return self.steps["last"](self.steps["block"](x))
+
+
+def object_with_closures(net):
+    runner = Runner(net)
+    net.forward = lambda x: runner(x + 0.0)
+    return formula(net)
+
+
+PATCHES = (compiled, closure, default_argument, global_name, wrapped_twice, object_with_closures)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.__name__)
+def test_a_patched_forward_pass_runs_the_copy(patch, tmp_path):
+    """A mask, a mask gradient and an edit do what the formula of the patched net says."""
+    model = Net().eval()
+    run_plainly = patch(model)
+    what = study(model)
+    x, targets = what.examples.inputs, what.examples.targets
+    run = collect(what, tmp_path, masks=6, gradients=8)
+    masks = run.masks(0, 6)
+    assert np.allclose(run.array("outputs")[:], expected(lambda keep: run_plainly(x, keep), masks, targets), atol=1e-4)
+    edit = coar.edit(coar.fit(run, method="ridge", progress=False), goal(), budget=3)
+    keep = torch.ones(2 * HIDDEN)
+    keep[[what.components.index(component.name) for component in edit.components]] = 0
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        assert torch.allclose(edit.apply(model)(x), run_plainly(x, keep), atol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def goal():
+    return coar.EditGoal(targets=[0], references=list(range(1, EXAMPLES)), direction="decrease")
+
+
+class Obstinate(nn.Parameter):
+    """A parameter that deepcopy returns as it is."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_copy_that_shares_a_tensor_is_refused():
+    model = Net()
+    model.block[0].weight = Obstinate(torch.zeros(HIDDEN, FEATURES))
+    with pytest.raises(WeightsError, match=r"shares the tensor 'block\.0\.weight'"):
+        independent_copy(model)
