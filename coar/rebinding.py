@@ -1,6 +1,6 @@
-"""References of a copied model to the original in functions, which Python does not copy: rebound to the copy.
+"""Functions in a copied model that refer to the original, rebuilt so that they refer to the copy.
 
-A user may patch a forward pass, `block.forward = patched`, and `patched` may hold the original block in a closure, a
+Python does not copy functions. A user may patch a forward pass, `block.forward = patched`, and `patched` may hold the original block in a closure, a
 default argument or a global name. A copy that ran it would run the original's weights, and no gate would reach them.
 """
 
