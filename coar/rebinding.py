@@ -1,7 +1,8 @@
 """Functions in a copied model that refer to the original, rebuilt so that they refer to the copy.
 
-Python does not copy functions. A user may patch a forward pass, `block.forward = patched`, and `patched` may hold the original block in a closure, a
-default argument or a global name. A copy that ran it would run the original's weights, and no gate would reach them.
+Python does not copy functions. A user may patch a forward pass, `block.forward = patched`, and `patched` may hold the
+original block in a closure, a default argument or a global name. A copy that ran it would run the original's weights,
+and no gate would reach them.
 """
 
 import copy
