@@ -53,7 +53,6 @@ from .errors import CoarError as CoarError
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .examples import Examples as Examples
-from .examples import token_examples as token_examples
 from .outputs.base import Output as Output
 from .outputs.classification import ClassLogit as ClassLogit
 from .outputs.classification import CorrectClassMargin as CorrectClassMargin
@@ -66,6 +65,7 @@ from .outputs.predictions import PredictedValue as PredictedValue
 from .outputs.predictions import SquaredError as SquaredError
 from .outputs.predictions import ToleranceMargin as ToleranceMargin
 from .outputs.tokens import ChoiceMargin as ChoiceMargin
+from .outputs.tokens import LogitDifference as LogitDifference
 from .outputs.tokens import TokenLogProbability as TokenLogProbability
 from .outputs.tokens import TokenMargin as TokenMargin
 from .regression.fitting import fit as fit
@@ -77,5 +77,6 @@ from .store.integrity import repair as repair
 from .store.integrity import verify as verify
 from .store.run import Run as Run
 from .study import Study as Study
+from .texts import token_examples as token_examples
 from .weights import load_weights as load_weights
 from .weights import save_weights as save_weights

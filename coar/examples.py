@@ -30,14 +30,18 @@ class Examples:
             list.
         metadata: Columns of one value per example; `id` (0, 1, ...) and `label` (integer targets) are added when
             missing.
+        positions: Named positions of texts, such as `subject_last`: the index of each example along the second axis of
+            `input_ids`, padding included.
 
     Raises:
-        ExamplesError: When there are no examples, lengths differ, or a metadata column is not a vector of values.
+        ExamplesError: When there are no examples, lengths differ, a metadata column is not a vector of values, or a
+            position is outside its text.
     """
 
     inputs: Inputs | Dataset[Any]
     targets: Tensor
     metadata: Mapping[str, Sequence[Any] | np.ndarray] = field(default_factory=dict)
+    positions: Mapping[str, Sequence[int] | np.ndarray | Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", as_inputs(self.inputs))
@@ -65,6 +69,24 @@ class Examples:
                     f"metadata column {name!r} is not a valid name; rename it to one word, such as 'my_column'"
                 )
         object.__setattr__(self, "metadata", columns)
+        object.__setattr__(self, "positions", {name: self._position(name, p) for name, p in self.positions.items()})
+
+    def _position(self, name: str, given: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
+        column = np.asarray(given)
+        ids = self.inputs.get("input_ids") if isinstance(self.inputs, dict) else None
+        length = ids.shape[1] if isinstance(ids, Tensor) and ids.ndim > 1 else 0
+        if column.shape != (len(self),) or column.dtype.kind not in "iu" or not name.isidentifier():
+            raise ExamplesError(
+                f"the position {name!r} has shape {column.shape} and type {column.dtype}; give one whole number for "
+                f"each of the {len(self)} examples, under a name of one word"
+            )
+        outside = np.flatnonzero((column < 0) | (column >= length))
+        if len(outside):
+            raise ExamplesError(
+                f"the position {name!r} of example {outside[0]} is {column[outside[0]]}, outside of the {length} "
+                f"positions of input_ids; coar.token_examples counts positions from the start or end of each text"
+            )
+        return column.astype(np.int64)
 
     def _lengths(self) -> dict[str, int | None]:
         parts: dict[str, Any] = {f"metadata[{name!r}]": column for name, column in self.metadata.items()}
@@ -111,7 +133,8 @@ class Examples:
         else:
             inputs = torch.utils.data.Subset(self.inputs, rows.tolist())
         metadata = {name: np.asarray(column)[rows.numpy()] for name, column in self.metadata.items()}
-        return Examples(inputs=inputs, targets=self.targets[rows], metadata=metadata)
+        positions = {name: np.asarray(column)[rows.numpy()] for name, column in self.positions.items()}
+        return Examples(inputs=inputs, targets=self.targets[rows], metadata=metadata, positions=positions)
 
     def input_hashes(self) -> list[bytes]:
         """Return a hash of each example's inputs, equal for equal inputs; a data set is read once."""
@@ -127,7 +150,7 @@ class Examples:
         return hashes
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of inputs, targets and metadata in order, in hexadecimal; a data set is read once."""
+        """Return the SHA-256 of inputs, targets, metadata and positions, in hexadecimal; a data set is read once."""
         digest = hashlib.sha256()
         for start in range(0, len(self), HASH_BLOCK):
             inputs, targets = self.block(start, start + HASH_BLOCK)
@@ -138,80 +161,9 @@ class Examples:
         for name in sorted(self.metadata):
             column = np.asarray(self.metadata[name])
             digest.update(f"{name}:{column.tolist()}".encode())
+        for name in sorted(self.positions):
+            digest.update(f"positions:{name}:{np.asarray(self.positions[name]).tolist()}".encode())
         return digest.hexdigest()
-
-
-def token_examples(
-    tokens: Mapping[str, Any],
-    *,
-    answers: Tensor | None = None,
-    metadata: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
-) -> Examples:
-    """Return examples for a causal language model, whose targets are the next tokens.
-
-    At every position that has a token and a next token, the target is that next token; elsewhere it is -100, and no
-    logits are read. Where texts have padding on the left, `position_ids` that count from their first tokens are added
-    to the inputs, as in transformers' generation; pad on the right for models that take none.
-
-    Args:
-        tokens: The result of a tokenizer with `return_tensors="pt"`: `input_ids` and `attention_mask` (examples,
-            length), 1 where there is a token, and other inputs of the model.
-        answers: (examples,) tokens of the correct answers, one after each text; they are then the only targets, each
-            at its text's last token.
-        metadata: Columns of one value per example.
-
-    Raises:
-        ExamplesError: When there is no attention mask, tokens are missing between others, or a text is too short.
-    """
-    ids, mask = _tokens_and_mask(tokens)
-    lengths = mask.sum(1)
-    shortest = 2 if answers is None else 1
-    if int(lengths.min()) < shortest:
-        raise ExamplesError(
-            f"example {int(lengths.argmin())} has {int(lengths.min())} tokens and at least {shortest} are needed; "
-            f"leave such texts out"
-        )
-    targets = torch.full_like(ids, UNREAD, dtype=torch.long)
-    if answers is None:
-        follows = mask[:, :-1] & mask[:, 1:]
-        targets[:, :-1][follows] = ids[:, 1:][follows].long()
-    else:
-        if answers.shape != lengths.shape or answers.is_floating_point():
-            raise ExamplesError(
-                f"answers are {answers.dtype} of shape {tuple(answers.shape)}; give one token, a whole number, for "
-                f"each of the {len(ids)} examples"
-            )
-        last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-        targets[torch.arange(len(ids)), last] = answers.long()
-    inputs = dict(tokens)
-    if not bool(mask[:, 0].all()):
-        inputs.setdefault("position_ids", (mask.long().cumsum(1) - 1).clamp(min=0))
-    return Examples(inputs=inputs, targets=targets, metadata=metadata or {})
-
-
-def _tokens_and_mask(tokens: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return (examples, length) tokens, and where they are text; raise `ExamplesError` when that is unknown."""
-    for name in ("input_ids", "attention_mask"):
-        if not isinstance(tokens.get(name), Tensor):
-            raise ExamplesError(
-                f"{name} is a {type(tokens.get(name)).__name__} and a tensor is expected; without it text and padding "
-                f"cannot be distinguished; give the result of a tokenizer with padding=True and "
-                f"return_tensors='pt' (or ones for texts of one length)"
-            )
-    ids, mask = tokens["input_ids"], tokens["attention_mask"]
-    if ids.ndim != 2 or ids.shape != mask.shape or len(ids) == 0 or not bool(((mask == 0) | (mask == 1)).all()):
-        raise ExamplesError(
-            f"input_ids have shape {tuple(ids.shape)} and attention_mask {tuple(mask.shape)}; give both as (examples, "
-            f"length), the mask 1 where there is a token and 0 where there is padding"
-        )
-    mask = mask.bool()
-    interrupted = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0].int() > 1  # tokens begin more than once
-    if bool(interrupted.any()):
-        raise ExamplesError(
-            f"the attention_mask of example {int(interrupted.int().argmax())} has zeros between ones; put padding "
-            f"before a text or after it"
-        )
-    return ids, mask
 
 
 @overload

@@ -27,8 +27,9 @@ OUTPUTS = {
     "last token": coar.TokenMargin(reduction="last"),
     "continuation": coar.TokenLogProbability(reduction="sum"),
     "answer": coar.ChoiceMargin(answers=ANSWERS),
+    "difference": coar.LogitDifference(),
 }
-MOST = {"last token": 1, "continuation": 3, "answer": 1}  # positions that get logits
+MOST = {"last token": 1, "continuation": 3, "answer": 1, "difference": 1}  # positions that get logits
 
 
 def examples(kind, side, count=6):
@@ -39,8 +40,9 @@ def examples(kind, side, count=6):
     places = torch.arange(LENGTH).expand(count, -1)
     mask = (places >= LENGTH - lengths[:, None] if side == "left" else places < lengths[:, None]).long()
     tokens = {"input_ids": ids * mask, "attention_mask": mask}
-    answers = torch.tensor(ANSWERS).repeat(count)[:count] if kind == "answer" else None
-    found = coar.token_examples(tokens, answers=answers)
+    answers = torch.tensor(ANSWERS).repeat(count)[:count] if kind in ("answer", "difference") else None
+    wrong = [[5, 9][: 1 + i % 2] for i in range(count)] if kind == "difference" else None
+    found = coar.token_examples(tokens, answers=answers, wrong=wrong)
     if kind == "continuation":  # of two tokens, or three
         ends = (found.targets != -100) & (found.targets.flip(1) != -100).cumsum(1).flip(1).le(2 + lengths[:, None] % 2)
         found = coar.Examples(inputs=found.inputs, targets=found.targets.where(ends, -100))

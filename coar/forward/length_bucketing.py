@@ -106,8 +106,8 @@ def ends_of(inputs: dict[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]
     if mask.ndim < 2 or inputs[IDS].shape != mask.shape or not bool(((mask == 0) | (mask == 1)).all()):
         return None
     there = mask.bool()
-    if targets.shape == mask.shape:
-        there = there | (targets != UNREAD)
+    if targets.shape[: mask.ndim] == mask.shape:
+        there = there | (targets != UNREAD).view(*mask.shape, -1).any(-1)
     places = torch.arange(1, mask.shape[-1] + 1, device=mask.device)
     ends, starts = ((one * places).flatten(1).amax(1).clamp(min=1) for one in (there, there.flip(-1)))
     return ends, starts
@@ -141,4 +141,5 @@ def shortened(inputs: dict[str, Tensor], targets: Tensor, length: int, *, front:
     whole = inputs[MASK].shape
     part = slice(-length, None) if front else slice(length)
     short = {name: value[..., part] if value.shape == whole else value for name, value in inputs.items()}
-    return short, targets[..., part] if targets.shape == whole else targets
+    each = targets.shape[: len(whole)] == whole  # targets may have more axes, such as several answers
+    return short, targets.narrow(len(whole) - 1, whole[-1] - length if front else 0, length) if each else targets

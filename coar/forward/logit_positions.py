@@ -44,7 +44,7 @@ class LogitPositions:
         The first time, logits at these positions are compared with logits at all positions, on two examples.
 
         Args:
-            batch: Inputs and (examples, length) targets, on the model's device.
+            batch: Inputs and (examples, length, ...) targets, on the model's device.
             run: Runs the model on inputs.
         """
         inputs, targets = batch
@@ -84,10 +84,11 @@ def select_positions(inputs: dict[str, Tensor], targets: Tensor, read: Tensor) -
 
     Args:
         inputs: Tensors by name.
-        targets: (examples, length).
+        targets: (examples, length, ...).
         read: (examples, length) booleans.
     """
     most = int(read.sum(1).max())
     positions = (~read).int().argsort(dim=1, stable=True)[:, :most]
-    there = read.gather(1, positions)
-    return inputs | {ARGUMENT: positions}, targets.gather(1, positions).where(there, UNREAD)
+    further = (1,) * (targets.ndim - 2)  # axes after the positions, such as several answers
+    there, places = (part.view(*positions.shape, *further) for part in (read.gather(1, positions), positions))
+    return inputs | {ARGUMENT: positions}, targets.take_along_dim(places, 1).where(there, UNREAD)

@@ -70,7 +70,7 @@ def margin_pair(output: Output) -> tuple[Output, Output]:
         raise OutputError(
             f"{output!r} does not say what is right and wrong; an edit is chosen and judged by a margin: give "
             f"CorrectClassMargin, BinaryMargin, MultiLabelMargin, ToleranceMargin, TokenMargin(reduction='last'), "
-            f"ChoiceMargin or ZeroShotMargin"
+            f"ChoiceMargin, LogitDifference or ZeroShotMargin"
         )
     return found
 

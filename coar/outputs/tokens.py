@@ -1,7 +1,8 @@
 """Outputs of causal language models: margins and log-probabilities of tokens, and choices between answers.
 
 Targets are (examples, length): at each position the next token, or `UNREAD` where no logits are read, such as at
-padding. `coar.token_examples` makes them from a tokenizer's result, with padding on either side.
+padding. With wrong answers they are (examples, length, 2, tokens): answers and wrong answers, filled up with `UNREAD`.
+`coar.token_examples` makes them from a tokenizer's result, with padding on either side.
 
 In the formulas of the classes, T is the set of positions of text x that have a target, y_t is the target at position t,
 and l_{t,v} is the logit of token v at position t under the ablation.
@@ -67,7 +68,7 @@ class TokenMargin(Margin):
 
     def positions_read(self, targets: Tensor) -> Tensor | None:
         """Return the positions that are read, as (examples, length) booleans."""
-        return _target_positions(targets, last=self.reduction == "last")
+        return target_positions(targets, last=self.reduction == "last")
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) margins."""
@@ -90,7 +91,7 @@ class TokenLogProbability(Output):
 
     def positions_read(self, targets: Tensor) -> Tensor | None:
         """Return the positions that are read, as (examples, length) booleans."""
-        return _target_positions(targets, last=self.reduction == "last")
+        return target_positions(targets, last=self.reduction == "last")
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) log-probabilities."""
@@ -145,7 +146,7 @@ class ChoiceMargin(Margin):
 
     def positions_read(self, targets: Tensor) -> Tensor | None:
         """Return the positions that are read, as (examples, length) booleans."""
-        return _target_positions(targets, last=True)
+        return target_positions(targets, last=True)
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) margins.
@@ -170,54 +171,116 @@ class ChoiceMargin(Margin):
         return margins(read.logits[:, answers], correct.int().argmax(1), self.against)
 
 
+class LogitDifference(Output):
+    """Logits of the answers less those of wrong answers, at one position of each text.
+
+    f_M(x, C') = (1 / |A|) sum_{a in A} l_{t,a} - (1 / |W|) sum_{w in W} l_{t,w}, where A are the answers and W the
+    wrong answers of x, and t is the position that is read. With one of each it is the logit difference of Wang et al.
+    (2023, "Interpretability in the wild"), which is positive exactly where the model prefers the answer. Targets are
+    those of `coar.token_examples` with `answers=` and `wrong=`.
+    """
+
+    def hard_and_smooth(self) -> tuple[Output, Output] | None:
+        """Return the difference itself, which is both."""
+        return self, self
+
+    def positions_read(self, targets: Tensor) -> Tensor | None:
+        """Return the positions that are read, as (examples, length) booleans."""
+        return target_positions(targets, last=True)
+
+    def __call__(self, result: Any, targets: Tensor) -> Tensor:
+        """Return (examples,) differences of logits.
+
+        Raises:
+            OutputError: When targets have no wrong answers, or one is outside the vocabulary.
+        """
+        logits, tokens, read = _checked(result, targets)
+        if tokens.ndim != 4:
+            raise OutputError(
+                f"the targets have shape {tuple(targets.shape)}, one token for each position, and LogitDifference "
+                f"compares answers with wrong answers; make the examples with coar.token_examples(answers=..., "
+                f"wrong=...)"
+            )
+        read = _last(read)
+        found = tokens[read]  # (examples, 2, tokens)
+        given = found != UNREAD
+        values = logits[read].float().gather(1, found.where(given, 0).flatten(1)).view(found.shape)
+        means = values.where(given, 0).sum(2) / given.sum(2)
+        return means[:, 0] - means[:, 1]
+
+
 def token_logits(result: Any, targets: Tensor, *, last: bool = False) -> TokensRead:
     """Return the logits at the positions that have a target, or at the last of these in every example.
 
     Args:
         result: The model's result, with (examples, length, vocabulary) logits.
-        targets: (examples, length) next tokens, `UNREAD` where no logits are read.
+        targets: (examples, length) next tokens, or (examples, length, 2, tokens) with one answer for each example;
+            `UNREAD` where no logits are read.
         last: Whether to read only the last such position.
+
+    Raises:
+        OutputError: When shapes do not fit, an example has no target or several answers, or a target is outside the
+            vocabulary.
+    """
+    logits, tokens, read = _checked(result, targets)
+    if tokens.ndim == 4:
+        several = (tokens[:, :, 0, 1:] != UNREAD).flatten(1).any(1).nonzero()
+        if len(several):
+            raise OutputError(
+                f"example {int(several[0])} of this batch has several answers, and this output reads one; use "
+                f"coar.LogitDifference, or give one answer for each example"
+            )
+        tokens = tokens[:, :, 0, 0]
+    if last:
+        read = _last(read)
+    rows, columns = read.nonzero(as_tuple=True)
+    return TokensRead(logits[rows, columns].float(), tokens[rows, columns], rows, read.sum(1))
+
+
+def target_positions(targets: Tensor, *, last: bool) -> Tensor | None:
+    """Return (examples, length) booleans: the positions that have a target, or the last of them.
+
+    None for targets that are not (examples, length) or (examples, length, 2, tokens).
+    """
+    if targets.ndim not in (2, 4):
+        return None
+    read = _with_target(targets)
+    return _last(read) if last else read
+
+
+def _with_target(targets: Tensor) -> Tensor:
+    """Return (examples, length) booleans: the positions that have a target."""
+    return (targets != UNREAD).view(*targets.shape[:2], -1).any(2)
+
+
+def _checked(result: Any, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits, targets as int64, and the (examples, length) positions that have a target.
 
     Raises:
         OutputError: When shapes do not fit, an example has no target, or a target is outside the vocabulary.
     """
     logits = find_logits(result)
-    if logits.ndim != 3 or targets.ndim != 2 or logits.shape[:2] != targets.shape:
+    if logits.ndim != 3 or targets.ndim not in (2, 4) or logits.shape[:2] != targets.shape[:2]:
         raise OutputError(
             f"the model's logits have shape {tuple(logits.shape)} and the targets {tuple(targets.shape)}; (examples, "
             f"length, vocabulary) and (examples, length) were expected: make the examples with coar.token_examples, "
             f"and let the model return the logits of all positions"
         )
     tokens = whole_numbers(targets)
-    read = tokens != UNREAD
-    counts = read.sum(1)
-    if not bool(counts.all()):
+    read = _with_target(tokens)
+    if not bool(read.any(1).all()):
         raise OutputError(
-            f"example {int((counts == 0).nonzero()[0, 0])} of this batch has no token to read; make the examples with "
+            f"example {int((~read.any(1)).nonzero()[0, 0])} of this batch has no token to read; make the examples with "
             f"coar.token_examples, which refuses such texts"
         )
-    wrong = read & ((tokens < 0) | (tokens >= logits.shape[2]))
+    wrong = (tokens != UNREAD) & ((tokens < 0) | (tokens >= logits.shape[2]))
     if bool(wrong.any()):
-        row, column = wrong.nonzero()[0].tolist()
+        at = wrong.nonzero()[0]
         raise OutputError(
-            f"token {int(tokens[row, column])} is outside the model's vocabulary of {logits.shape[2]} tokens, first in "
-            f"example {row} of this batch; use the tokenizer that belongs to the model"
+            f"token {int(tokens[tuple(at)])} is outside the model's vocabulary of {logits.shape[2]} tokens, first in "
+            f"example {int(at[0])} of this batch; use the tokenizer that belongs to the model"
         )
-    if last:
-        read, counts = _last(read), torch.ones_like(counts)
-    rows, columns = read.nonzero(as_tuple=True)
-    return TokensRead(logits[rows, columns].float(), tokens[rows, columns], rows, counts)
-
-
-def _target_positions(targets: Tensor, *, last: bool) -> Tensor | None:
-    """Return (examples, length) booleans: the positions that have a target, or the last of them.
-
-    None for targets that are not (examples, length).
-    """
-    if targets.ndim != 2:
-        return None
-    read = targets != UNREAD
-    return _last(read) if last else read
+    return logits, tokens, read
 
 
 def _last(read: Tensor) -> Tensor:
