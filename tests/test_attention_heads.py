@@ -2,9 +2,14 @@
 
 from copy import deepcopy
 
+import peft
 import pytest
+import timm
 import torch
+import torchvision
 import transformers
+import vit_pytorch
+from diffusers.models.attention_processor import Attention as DiffusersAttention
 from torch import nn
 
 import coar
@@ -136,6 +141,54 @@ def test_a_block_that_is_not_understood_is_an_error_that_says_what_was_seen(attr
     with pytest.raises(ComponentError, match="cannot determine the heads of 'mixer'") as raised:
         coar.attention_heads(model)
     assert [part for part in seen if part not in str(raised.value)] == []
+
+
+FAMILIES = {  # blocks whose projection is in a sequence, or whose name does not say attention; layer and row of values
+    "vit_pytorch": (lambda: vit_pytorch.vit.Attention(16, heads=2, dim_head=8), "to_qkv", 32),
+    "diffusers": (lambda: DiffusersAttention(16, heads=2, dim_head=8), "to_v", 0),
+    "maxvit": (lambda: torchvision.models.maxvit.RelativePositionalMultiHeadAttention(16, 8, 4), "to_qkv", 32),
+    "cross-covariance": (lambda: timm.models.xcit.XCA(16, num_heads=2), "qkv", 32),
+    "convit": (lambda: timm.models.convit.MHSA(16, num_heads=2), "qkv", 32),
+    "gated positions": (lambda: timm.models.convit.GPSA(16, num_heads=2), "v", 0),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_heads_of_other_families_are_their_values(name):
+    make, layer, start = FAMILIES[name]
+    model = oracles.rough(make().eval()).requires_grad_(False)
+    x = torch.randn(2, 3, 4, 16) if name == "maxvit" else torch.randn(2, 4, 16)
+    heads = coar.attention_heads(model)
+    for head in (0, 1):
+        silent = deepcopy(model)
+        for values in silent.get_submodule(layer).parameters():
+            values[start + 8 * head : start + 8 * head + 8] = 0
+        with Gates(model, heads, torch.zeros(heads.width), use_hooks=True) as gates, torch.no_grad():
+            gates.set(torch.arange(2) != head)
+            y = model(x)
+        torch.testing.assert_close(y, oracles.forward(silent, x), rtol=0, atol=1e-5)
+        assert (y - oracles.forward(model, x)).abs().max() > 0.01
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # of peft's call
+def test_an_adapter_around_the_projection_must_be_merged():
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+    settings = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(plain, peft.LoraConfig(**settings))
+    with pytest.raises(
+        ComponentError, match=r"peft\.tuners\.lora\.layer\.Linear, wraps .* 'o_proj'; merge .*merge_and_unload"
+    ):
+        coar.attention_heads(model)
+    assert len(coar.attention_heads(model.merge_and_unload())) == 2
+
+
+def test_two_output_projections_and_alternating_heads_are_errors():
+    joint = DiffusersAttention(16, heads=2, dim_head=8, added_kv_proj_dim=8)
+    with pytest.raises(ComponentError, match=r"'to_out\.0': 16, 'to_add_out': 16"):
+        coar.attention_heads(joint.requires_grad_(False))
+    with pytest.raises(ComponentError, match=r"timm\.models\.nest\.Attention, alternate"):
+        coar.attention_heads(timm.models.nest.Attention(16, num_heads=2))
 
 
 def test_architectures_that_are_not_understood_are_errors():

@@ -17,13 +17,17 @@ PROJECTIONS = (
     "c_proj",
     "out_lin",
     "to_out",
+    "to_add_out",
     "linear_out",
     "Wo",
     "o",
     "proj",
     "projection",
+    "merge",
     "dense",
 )
+QUERIES = ("qkv", "to_qkv", "qk", "to_qk", "q", "to_q", "q_proj", "query", "wq")  # layers that make queries
+INTERLEAVED = ("timm.models.nest.Attention",)  # types whose heads are not slices: head h has features h, h + heads, ...
 SIBLING_PROJECTION = "output.dense"  # of BERT and its relatives, next to the block that computes the heads
 
 
@@ -33,9 +37,10 @@ def attention_heads(model: nn.Module, *, include: Patterns = None, exclude: Patt
     A head is a contiguous slice of the input of the block's output projection, for any attention kernel; with grouped
     queries there is one head per query head.
 
-    Blocks are found by type and role. A block has `attention` or `attn` in the name of its type, parameters, and no
-    smaller block inside. Its output projection is a linear layer with one of the usual names (`o_proj`, `out_proj`,
-    `c_proj`, ...) or, as in BERT, `output.dense` next to the block. An attribute of the block such as `num_heads` or
+    Blocks are found by type and role. A block has `attention` or `attn` in the name of its type, or a number of heads,
+    a layer of queries and an output projection; it has parameters, and no smaller block inside. Its output projection
+    is a linear layer with one of the usual names (`o_proj`, `out_proj`, `c_proj`, ...), the first layer of a sequence
+    of that name or, as in BERT, `output.dense` next to the block. An attribute of the block such as `num_heads` or
     `head_dim`, or `num_attention_heads` of its configuration, gives the heads, which must fill the projection's input
     exactly.
 
@@ -59,18 +64,36 @@ def attention_heads(model: nn.Module, *, include: Patterns = None, exclude: Patt
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    """Return the paths of modules with attention in their type's name, parameters, and no such module inside."""
+    """Return the paths of blocks that have parameters and no smaller block inside."""
     named = [
         name
         for name, module in model.named_modules()
-        if any(word in type(module).__name__.lower() for word in ("attention", "attn"))
-        and next(module.parameters(), None) is not None
+        if next(module.parameters(), None) is not None and (_is_named_attention(module) or _acts_as_attention(module))
     ]
     return [name for name in named if not any(other.startswith(inside(name, "")) for other in named if other != name)]
 
 
+def _is_named_attention(module: nn.Module) -> bool:
+    return any(word in type(module).__name__.lower() for word in ("attention", "attn"))
+
+
+def _acts_as_attention(module: nn.Module) -> bool:
+    """Return whether a module has a number of heads, a layer of queries and a linear output projection."""
+    children = dict(module.named_children())
+    return bool(
+        _number(module, HEAD_COUNTS)
+        and any(is_linear(children[name]) for name in QUERIES if name in children)
+        and any(_first_linear(name, children[name]) for name in PROJECTIONS if name in children)
+    )
+
+
 def _heads(model: nn.Module, name: str) -> Iterator[Component]:
     block, projections = model.get_submodule(name), _projections(model, name)
+    if _kind(block) in INTERLEAVED:
+        raise ComponentError(
+            f"the heads of {name!r}, a {_kind(block)}, alternate along the input of its output projection, and a head "
+            f"must be a slice of it; exclude the block, or choose input_features of the projection"
+        )
     width = input_channels(model.get_submodule(projections[0])) if len(projections) == 1 else 0
     count = _count(block, width) if width else 0
     if count == 0:
@@ -84,9 +107,18 @@ def _projections(model: nn.Module, name: str) -> list[str]:
     """Return the paths of the linear layers that may be a block's output projection."""
     modules = dict(model.named_modules())
     own = [inside(name, child) for child in PROJECTIONS]
-    found = [path for path in own if path in modules and is_linear(modules[path])]
+    found = [linear for path in own if path in modules and (linear := _first_linear(path, modules[path]))]
     sibling = inside(name.rpartition(".")[0], SIBLING_PROJECTION)
     return found or [path for path in [sibling] if name and path in modules and is_linear(modules[path])]
+
+
+def _first_linear(path: str, module: nn.Module) -> str:
+    """Return the path of a linear layer, or of the one that begins a sequence; "" where there is none."""
+    if is_linear(module):
+        return path
+    parts = module.named_children() if isinstance(module, nn.Sequential | nn.ModuleList) else []
+    reading = [(name, part) for name, part in parts if not isinstance(part, nn.Dropout | nn.Identity)]
+    return inside(path, reading[0][0]) if reading and is_linear(reading[0][1]) else ""
 
 
 def _count(block: nn.Module, width: int) -> int:
@@ -106,6 +138,15 @@ def _number(holder: object, names: Sequence[str]) -> int:
 
 def _not_understood(model: nn.Module, name: str, projections: list[str]) -> ComponentError:
     block, parent = model.get_submodule(name), name.rpartition(".")[0]
+    adapted = [
+        child for child, layer in block.named_children() if child in PROJECTIONS and hasattr(layer, "base_layer")
+    ]
+    if adapted:
+        return ComponentError(
+            f"cannot determine the heads of {name!r}: an adapter, {_kind(block.get_submodule(adapted[0]))}, "
+            f"wraps its output projection {adapted[0]!r}; merge the adapter first, as with "
+            f"model = model.merge_and_unload() of peft, or leave the projection out of the adapter's target_modules"
+        )
     attributes = {key: getattr(block, key) for key in (*HEAD_COUNTS, *HEAD_WIDTHS) if hasattr(block, key)}
     widths = {path: input_channels(model.get_submodule(path)) for path in projections}
     around = f", in {_described(model.get_submodule(parent))}" if name else ""
@@ -114,6 +155,10 @@ def _not_understood(model: nn.Module, name: str, projections: list[str]) -> Comp
         f"and the layers that could be its output projection have inputs {widths}; heads were expected to fill the "
         f"input of exactly one such layer: exclude the block, or cut the projection's weight with parameter_slices"
     )
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _described(module: nn.Module) -> str:
