@@ -17,7 +17,7 @@ from torch import nn
 
 import coar
 from coar.attributions import Attributions, Origin
-from coar.editing.rank import ranking, welch_t
+from coar.editing.select import ranking, welch_t
 
 BLOCKS, SIZES = 12, (768, 2304, 768, 3072, 768)
 TARGETS, EXAMPLES = 100, 1_100

@@ -31,10 +31,9 @@ import numpy as np
 import torch
 
 import coar
-from coar.editing.context import SelectionContext
+from coar.editing.evaluate import SelectionContext
 from coar.editing.judge import effect_curve, margins
-from coar.editing.rank import ranking, welch_t
-from coar.editing.select import select_in
+from coar.editing.select import ranking, select_in, welch_t
 from coar.editing.tasks import PRESETS
 
 FOLDER = Path("reports/edits")

@@ -34,13 +34,13 @@ from .components.finders import parameter_slices as parameter_slices
 from .components.table import Component as Component
 from .components.table import Components as Components
 from .editing.edit import Edit as Edit
+from .editing.goal import Bound as Bound
 from .editing.goal import EditGoal as EditGoal
+from .editing.goal import TradeOff as TradeOff
 from .editing.judge import judge_edit as judge_edit
-from .editing.objective import Bound as Bound
-from .editing.objective import TradeOff as TradeOff
-from .editing.options import SelectionOptions as SelectionOptions
 from .editing.predict import predict_edit as predict_edit
 from .editing.select import Selection as Selection
+from .editing.select import SelectionOptions as SelectionOptions
 from .editing.select import edit as edit
 from .editing.select import select as select
 from .editing.tasks import fix_errors as fix_errors

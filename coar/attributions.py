@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 BLOCK = 1024  # examples per read when all of them are read
+PART_NUMBERS = 2**24  # attributions held at a time by sums over examples
 PREFERRED = ("informed", "ridge", "ols")
 
 
@@ -345,3 +346,47 @@ def load(path: str | Path, fit: str | None = None) -> Attributions:
     scores = {name: -1.0 if record.validation is None else record.validation for name, record in fitted.items()}
     usual = sorted((name for name in PREFERRED if name in fitted), key=lambda name: -scores[name])
     return Attributions.open(run, fit or next(iter([*usual, *fitted]), "ridge"))
+
+
+def mean_standard_errors(attributions: Attributions, rows: np.ndarray) -> np.ndarray:
+    """Return (components,) mean standard errors of these examples' attributions, zeros where the fit has none.
+
+    The errors of one component are correlated between similar examples, so they are not reduced by averaging.
+    """
+    total = np.zeros(len(attributions.components))
+    if attributions.has_standard_errors:
+        for part in _parts(attributions, rows):
+            total += attributions.standard_errors(part).sum(0, dtype=np.float64)
+    return total / len(rows)
+
+
+def group_means(attributions: Attributions, rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return (groups, components) mean attributions of each group, in the order of `np.unique`."""
+    names, of, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    sums = np.zeros((len(names), len(attributions.components)))
+    for part, here in zip(_parts(attributions, rows), _parts(attributions, of), strict=True):
+        sums += np.equal.outer(np.arange(len(names)), here).astype(np.float32) @ attributions.weights(part)
+    return sums / counts[:, None]
+
+
+def _parts(attributions: Attributions, rows: np.ndarray) -> list[np.ndarray]:
+    """Split rows into parts of at most `PART_NUMBERS` attributions each."""
+    step = min(BLOCK, max(PART_NUMBERS // len(attributions.components), 1))
+    return [rows[at : at + step] for at in range(0, len(rows), step)]
+
+
+def attribution_moments(
+    attributions: Attributions, rows: np.ndarray, others: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (components,) mean and unbiased variance over examples, or over differences, one block at a time."""
+    count, mean, squares = 0, np.zeros(len(attributions.components)), np.zeros(len(attributions.components))
+    both = (_parts(attributions, side) for side in (rows, rows if others is None else others))
+    for part, other in zip(*both, strict=True):
+        weights = attributions.weights(part).astype(np.float64)
+        if others is not None:
+            weights -= attributions.weights(other)
+        here = weights.mean(0)
+        gap, total = here - mean, count + len(weights)
+        squares += ((weights - here) ** 2).sum(0) + gap**2 * count * len(weights) / total
+        mean, count = mean + gap * len(weights) / total, total
+    return mean, squares / max(count - 1, 1)

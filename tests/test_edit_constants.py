@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 import coar
-from coar.editing.context import SelectionContext
-from coar.editing.evaluator import GatedEvaluator
-from coar.editing.objective import Objective
+from coar.editing.evaluate import GatedEvaluator, SelectionContext
+from coar.editing.goal import Objective
 from coar.editing.train import train_constants
 from coar.errors import EditError
 from tests.synthetic import fit

@@ -10,7 +10,7 @@ import torch
 
 import coar
 from coar.editing.judge import effect_curve
-from coar.editing.rank import welch_t
+from coar.editing.select import welch_t
 from coar.errors import EditError, GoalError, SettingsError, StorageError
 from tests.synthetic import fit, linear, make, table, weights
 

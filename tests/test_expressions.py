@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coar.editing.expressions import matching_rows
+from coar.editing.goal import matching_rows
 from coar.errors import GoalError
 
 COLUMNS = {

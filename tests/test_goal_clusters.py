@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import coar
-from coar.editing.objective import Objective
+from coar.editing.goal import Objective
 from coar.errors import GoalError
 from tests import test_select
 from tests.test_select import N, chosen, goal, margins, select

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import coar
-from coar.editing.context import SelectionContext
+from coar.editing.evaluate import SelectionContext
+from coar.editing.goal import Objective
 from coar.editing.judge import effect_curve
-from coar.editing.minimal_strength import minimal_strengths
-from coar.editing.objective import Objective
+from coar.editing.train import minimal_strengths
 from coar.errors import EditError, SettingsError
 from coar.gates.folding import fold
 from coar.gates.gates import Gates

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import coar
-from coar.attributions import Attributions, Origin
+from coar.attributions import Attributions, Origin, group_means
 from coar.components.table import Components
-from coar.editing.rank import candidates, group_means, welch_t
+from coar.editing.select import candidates, welch_t
 from coar.errors import GoalError, SettingsError
 from tests.synthetic import fit, linear, make, table, weights
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import coar
 from coar import renamed
-from coar.editing.options import CHOICES
+from coar.editing.select import CHOICES
 from coar.errors import CoarError, RenamedArgumentError, RenamedModuleError, RenamedNameError, SettingsError
 
 

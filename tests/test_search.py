@@ -5,11 +5,9 @@ from dataclasses import replace
 import numpy as np
 
 import coar
-from coar.editing.context import SelectionContext
-from coar.editing.evaluator import GatedEvaluator
-from coar.editing.objective import Objective
-from coar.editing.rules import checked_search
-from coar.editing.search import GROWTH, MAX_UNMET, ROUNDS, Search
+from coar.editing.evaluate import GatedEvaluator, SelectionContext
+from coar.editing.goal import Objective
+from coar.editing.search import GROWTH, MAX_UNMET, ROUNDS, Search, checked_search
 from tests import test_select
 from tests.test_select import NEURONS, N, goal, judged, margins
 

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 import coar
-from coar.editing import rules
-from coar.editing.context import SelectionContext
-from coar.editing.evaluator import GatedEvaluator
-from coar.editing.objective import Objective
+from coar.editing import select as choice
+from coar.editing.evaluate import GatedEvaluator, SelectionContext
+from coar.editing.goal import Objective
 from coar.editing.select import select_in
 from coar.errors import GoalError, SettingsError
 
@@ -225,15 +224,15 @@ def test_slopes_are_differences_of_outputs_at_partial_gates(case, level):
 def test_search_widens_where_targets_are_left_unchanged(case, monkeypatch):
     study, _, more = case
     wide, parts = coar.Bound(mean=1, group=1), (study.examples, more)
-    monkeypatch.setattr(rules, "STAGES", (rules.Stage(2, 1, 1.0),))
+    monkeypatch.setattr(choice, "STAGES", (choice.Stage(2, 1, 1.0),))
     narrow = select(case, goal(), bound=wide)
     assert narrow.after.targets > 0.1
     assert len(narrow.edit) == 1
-    monkeypatch.setattr(rules, "STAGES", (rules.Stage(2, 1, 1.0), rules.Stage(NEURONS, NEURONS, 0.1)))
+    monkeypatch.setattr(choice, "STAGES", (choice.Stage(2, 1, 1.0), choice.Stage(NEURONS, NEURONS, 0.1)))
     widened = select(case, goal(), bound=wide)
     assert len(widened.edit) > 1
     assert judged(study.model, parts, chosen(widened, study))[0] < judged(study.model, parts, chosen(narrow, study))[0]
-    monkeypatch.setattr(rules, "MAX_UNMET", 1.0)  # any share may be left
+    monkeypatch.setattr(choice, "MAX_UNMET", 1.0)  # any share may be left
     assert select(case, goal(), bound=wide).edit == narrow.edit
 
 

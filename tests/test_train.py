@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import coar
-from coar.editing import rules
-from coar.editing.context import SelectionContext
-from coar.editing.objective import Objective
+from coar.editing import select as choice
+from coar.editing.evaluate import SelectionContext
+from coar.editing.goal import Objective
 from coar.editing.train import MIN_STRENGTH, train_strengths
 from tests import test_edit_constants as constants_tests
 from tests.synthetic import fit
@@ -100,14 +100,14 @@ def test_choice_is_what_was_judged_and_within_the_bound(case, bound, constants):
 def test_budget_trains_the_strongest_again(case, monkeypatch):
     """By themselves, so that they are not what they were in a crowd."""
     study, attributions, more = case
-    calls, plain = [], rules.train_strengths
+    calls, plain = [], choice.train_strengths
 
     def watched(evaluator, objective, free, **options):
         gates, constants = plain(evaluator, objective, free, **options)
         calls.append((set(free.tolist()), gates))
         return gates, constants
 
-    monkeypatch.setattr(rules, "train_strengths", watched)
+    monkeypatch.setattr(choice, "train_strengths", watched)
     options = {"choosing": more, "bound": coar.Bound(mean=1, group=1), "strength": "per_component", **QUICK}
     few = coar.select(attributions, study.model, study.examples, GOAL, budget=2, **options)
     (every, first), (allowed, second) = calls
@@ -123,19 +123,19 @@ def test_budget_trains_the_strongest_again(case, monkeypatch):
 def test_harm_weighs_more_until_the_bound_holds(case, monkeypatch):
     study, attributions, more = case
     weights = []
-    plain = rules.train_strengths
+    plain = choice.train_strengths
 
     def watched(evaluator, objective, free, **options):
         weights.append(objective.weights[objective.references].sum())
         return plain(evaluator, objective, free, **options)
 
-    monkeypatch.setattr(rules, "train_strengths", watched)
+    monkeypatch.setattr(choice, "train_strengths", watched)
     options = {"choosing": more, "strength": "per_component", "tradeoff": coar.TradeOff(harm_weight=0.001), **QUICK}
     for bound in (1, 0.03):
         weights.clear()
         limit = coar.Bound(mean=bound, group=1)
         coar.select(attributions, study.model, study.examples, GOAL, bound=limit, **options)
-        np.testing.assert_allclose(weights, 0.001 * np.array(rules.HARM_WEIGHTS[: len(weights)]), rtol=1e-9)
+        np.testing.assert_allclose(weights, 0.001 * np.array(choice.HARM_WEIGHTS[: len(weights)]), rtol=1e-9)
         assert (len(weights) == 1) == (bound == 1)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from coar.attributions import Attributions
     from coar.editing.goal import EditGoal
-    from coar.editing.options import RuleName
+    from coar.editing.select import RuleName
     from coar.editing.tasks import TaskResult
     from coar.pipeline import Pipeline
     from coar.study import Study
@@ -141,7 +141,7 @@ def check_options(
 
 def _bound(harm: float | None, group_harm: float | None) -> dict[str, Any]:
     """Return the bound as an option if the user sets one."""
-    from coar.editing.objective import Bound
+    from coar.editing.goal import Bound
 
     given = {"mean": harm, "group": group_harm}
     settings = {key: value / 100 for key, value in given.items() if value is not None}

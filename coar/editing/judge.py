@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from coar.attributions import Attributions
-from coar.editing.context import columns
 from coar.editing.edit import Edit
+from coar.editing.evaluate import columns
 from coar.editing.goal import EditGoal
 from coar.errors import GoalError
 from coar.examples import Examples

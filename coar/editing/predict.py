@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from coar.attributions import Attributions
+from coar.attributions import Attributions, attribution_moments, group_means, mean_standard_errors
 from coar.editing.edit import Edit
 from coar.editing.goal import EditGoal
-from coar.editing.rank import attribution_moments, group_means, noise, ranking
 from coar.errors import EditError, GoalError
 
 CANDIDATES = 2_000  # components that the programme chooses from; it has one unknown for each
@@ -95,7 +94,7 @@ def predict_edit(attributions: Attributions, edit: Edit, *, goal: EditGoal | Non
 
 
 def best_predicted_set(
-    attributions: Attributions, goal: EditGoal, scores: np.ndarray, *, budget: int, max_loss: float
+    attributions: Attributions, goal: EditGoal, ranking: np.ndarray, *, budget: int, max_loss: float
 ) -> np.ndarray:
     """Return the components that change the targets' mean output most, by prediction, within a limit on loss.
 
@@ -105,7 +104,7 @@ def best_predicted_set(
     Args:
         attributions: The attributions of the examples that the goal names.
         goal: Targets, references and direction.
-        scores: (components,) t statistics, by which candidates are found too.
+        ranking: (components,) indices by t, the first to ablate first, by which candidates are found too.
         budget: The most components.
         max_loss: The most that any group's mean output may fall, in units of the output.
 
@@ -117,10 +116,10 @@ def best_predicted_set(
     """
     targets, references = goal.resolve(attributions.metadata)
     sign = 1.0 if goal.direction == "decrease" else -1.0
-    gain = sign * attribution_moments(attributions, targets)[0] - noise(attributions, targets)
+    gain = sign * attribution_moments(attributions, targets)[0] - mean_standard_errors(attributions, targets)
     group = goal.groups_of(attributions.metadata, references)
     loss = group_means(attributions, references, group)
-    few = _promising(gain, loss, ranking(scores, goal), budget)
+    few = _promising(gain, loss, ranking, budget)
     if not len(few):
         raise GoalError(
             f"no component is predicted to {goal.direction} the targets' outputs by more than its standard error; "
@@ -154,7 +153,7 @@ def _promising(gain: np.ndarray, loss: np.ndarray, order: np.ndarray, budget: in
 def _change(attributions: Attributions, rows: np.ndarray, chosen: np.ndarray) -> Change:
     """Return the predicted change of these examples' mean output when components are ablated."""
     mean = -float(attribution_moments(attributions, rows)[0][chosen].sum())
-    error = noise(attributions, rows)[chosen]
+    error = mean_standard_errors(attributions, rows)[chosen]
     spread = WITHIN * math.sqrt(float((error**2).sum()) + _scatter(attributions, error, len(chosen)))
     return Change(mean, mean - spread, mean + spread)
 

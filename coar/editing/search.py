@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coar.editing.evaluator import GatedEvaluator
-from coar.editing.minimal_strength import minimal_strengths
-from coar.editing.objective import Objective, Outcome
-from coar.editing.train import train_constants
+from coar.editing.evaluate import GatedEvaluator
+from coar.editing.goal import Objective, Outcome
+from coar.editing.train import minimal_strengths, train_constants
 
 SCREEN = (150, 300)  # targets and references that sets are evaluated on first
 FULLY_EVALUATED = 3  # sets that are then evaluated on all examples
@@ -19,6 +18,7 @@ ROUNDS = 14  # of additions and drops, and of training, at most
 MAX_UNMET = 0.1  # share of targets that may stay unmet before a search is widened
 PENALTY = 20.0  # of a broken bound in the first rounds, in units of the trade-off per unit of accuracy
 GROWTH = 1.5  # of the penalty and of the weight of harm with every round that breaks the bound
+FIRST_CHECKED = 8  # of the best sets are evaluated in float32 on all examples before the search goes on there
 CONSTANT_FRACTIONS = (1.0, 0.6, 0.3)  # of the way to trained constants that are evaluated
 
 
@@ -258,6 +258,38 @@ class Search:
         others = self.objective.references
         nearest = others[np.argsort(margins[others], kind="stable")[:references]]
         return np.sort(np.concatenate([self.objective.targets[:targets], nearest]))
+
+
+def checked_search(search: Search, exact_evaluator: GatedEvaluator, found: np.ndarray) -> Search:
+    """Evaluate the best sets in float32 on all examples, until one holds there too: within the bound, and of use.
+
+    Where none of the first few does, or only one that leaves more targets unmet, the search goes on there from the set
+    that is nearest to it.
+
+    Args:
+        search: The search that ended.
+        exact_evaluator: Evaluates in float32.
+        found: The candidates of the search, which goes on among them.
+    """
+    if search.evaluator is exact_evaluator and search.n_boundary_references is None:
+        return search
+    exact = Search(exact_evaluator, search.objective, search.budget, minimal_strength=search.minimal_strength)
+    within = [one for one in search.evaluated if one.outcome.excess == 0 and one.ablated]
+    promising = sorted(within, key=lambda one: one.outcome.value)
+    _evaluate_until_one_holds(exact, promising[:FIRST_CHECKED])
+    unmet_here, unmet_there = (search.objective.unmet_fraction(one.best.outcome) for one in (exact, search))
+    if within and len(found) and (not exact.best.ablated or unmet_here > unmet_there + MAX_UNMET):
+        exact.take_over(search)
+        exact.improve(found)
+    _evaluate_until_one_holds(exact, promising[FIRST_CHECKED:])
+    return exact
+
+
+def _evaluate_until_one_holds(exact: Search, sets: Sequence[EvaluatedSet]) -> None:
+    for one in sets:
+        if exact.best.ablated:
+            return
+        exact.evaluate([one.ablated], one.constants, None if exact.minimal_strength else [one.strengths])
 
 
 def _flipped(ablated: tuple[int, ...], flips: Sequence[int]) -> tuple[int, ...]:

@@ -8,13 +8,11 @@ import numpy as np
 from torch import nn
 
 from coar.attributions import Attributions
-from coar.editing.context import SelectionContext, columns
 from coar.editing.edit import Edit
-from coar.editing.goal import EditGoal
+from coar.editing.evaluate import SelectionContext, columns
+from coar.editing.goal import Bound, EditGoal, TradeOff
 from coar.editing.judge import effect_curve, judge_edit, margins
-from coar.editing.objective import Bound, TradeOff
-from coar.editing.options import SelectionOptions
-from coar.editing.select import Selection, select, select_in
+from coar.editing.select import Selection, SelectionOptions, select_by, select_in
 from coar.errors import BoundError, GoalError
 from coar.examples import Examples
 from coar.forward.execution_plan import Precision
@@ -99,8 +97,8 @@ class _Setup:
 
     def select(self, attributions: Attributions, model: nn.Module, studied: Examples, goal: EditGoal) -> Selection:
         """Choose components for a goal."""
-        options = {name: getattr(self.selection, name) for name in self.selection.model_fields_set}
-        return select(
+        return select_by(
+            self.selection,
             attributions,
             model,
             studied,
@@ -109,7 +107,6 @@ class _Setup:
             device=self.device,
             precision=self.precision,
             output=self.output,
-            **options,
         )
 
     def margins(self, model: nn.Module, examples: Examples) -> np.ndarray:

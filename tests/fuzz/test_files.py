@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import coar
-from coar.editing.expressions import matching_rows
+from coar.editing.goal import matching_rows
 from coar.errors import CoarError
 from coar.store.fits import fit_names
 from coar.store.gradients import MaskGradients
