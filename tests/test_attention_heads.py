@@ -184,9 +184,9 @@ def test_an_adapter_around_the_projection_must_be_merged():
 
 
 def test_two_output_projections_and_alternating_heads_are_errors():
-    joint = DiffusersAttention(16, heads=2, dim_head=8, added_kv_proj_dim=8)
+    joint = DiffusersAttention(16, heads=2, dim_head=8, added_kv_proj_dim=8, context_pre_only=False)
     with pytest.raises(ComponentError, match=r"'to_out\.0': 16, 'to_add_out': 16"):
-        coar.attention_heads(joint.requires_grad_(False))
+        coar.attention_heads(joint)
     with pytest.raises(ComponentError, match=r"timm\.models\.nest\.Attention, alternate"):
         coar.attention_heads(timm.models.nest.Attention(16, num_heads=2))
 
