@@ -53,6 +53,8 @@ from .errors import CoarError as CoarError
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .examples import Examples as Examples
+from .lenses.lens import Lens as Lens
+from .lenses.training import lens as lens
 from .outputs.base import Output as Output
 from .outputs.classification import ClassLogit as ClassLogit
 from .outputs.classification import CorrectClassMargin as CorrectClassMargin

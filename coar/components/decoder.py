@@ -58,6 +58,21 @@ class Reading(NamedTuple):
     rows: tuple[int, ...] | None = None
 
 
+class DecoderLayer(NamedTuple):
+    """A layer of a decoder-only transformer.
+
+    Attributes:
+        path: Path of the layer.
+        block: Path of its attention block.
+        written: Path of the module whose output the attention adds to the residual stream: the output projection, or
+            the norm after it.
+    """
+
+    path: str
+    block: str
+    written: str
+
+
 @dataclass(frozen=True)
 class Decoder:
     """The writers and readers of a decoder-only transformer; an edge is a reader and a writer before it.
@@ -65,12 +80,14 @@ class Decoder:
     Attributes:
         path: Path of the module that takes the tokens' embeddings or numbers, and their attention mask.
         width: Features of the residual stream.
+        layers: The layers in their order.
         writers: All writers, in the order in which they write; the embedding is the first.
         readings: All modules that read, in the order in which they do.
     """
 
     path: str
     width: int
+    layers: tuple[DecoderLayer, ...]
     writers: tuple[Writer, ...]
     readings: tuple[Reading, ...]
 
@@ -94,10 +111,12 @@ def find_decoder(model: nn.Module) -> Decoder:
     blocks = [Block(layer.block, _projections(passed, layer), layer.heads) for layer in layers]
     ports = ports_of(model, blocks)
     draft = _Draft(passed)
-    for layer, block, own in zip(layers, blocks, ports, strict=True):
-        _add_layer(draft, layer, block, own)
+    written = [
+        DecoderLayer(layer.path, layer.block, _add_layer(draft, layer, block, own))
+        for layer, block, own in zip(layers, blocks, ports, strict=True)
+    ]
     draft.read_last()
-    return Decoder(_owner(layers), draft.width, tuple(draft.writers), tuple(draft.readings))
+    return Decoder(_owner(layers), draft.width, tuple(written), tuple(draft.writers), tuple(draft.readings))
 
 
 @dataclass(frozen=True)
@@ -193,8 +212,8 @@ def _projections(passed: Trace, layer: _Layer) -> tuple[str, ...]:
     return tuple(call.path for call in linear)
 
 
-def _add_layer(draft: "_Draft", layer: _Layer, block: Block, ports: dict[str, tuple[Port, ...]]) -> None:
-    """Add a layer's readers and writers in their order in the pass."""
+def _add_layer(draft: "_Draft", layer: _Layer, block: Block, ports: dict[str, tuple[Port, ...]]) -> str:
+    """Add a layer's readers and writers in their order in the pass; return the path of what its attention writes."""
     groups = sorted({port.heads for own in ports.values() for port in own if port.kind != "q"})
     before, stream = len(draft.writers), draft.stream(block.projections[0], layer.path)
     for path in block.projections:
@@ -213,12 +232,13 @@ def _add_layer(draft: "_Draft", layer: _Layer, block: Block, ports: dict[str, tu
         heads = [Writer(f"{layer.label}.H{i}", site, (h.position, h.size)) for i, h in enumerate(layer.heads)]
         draft.write(heads, site)
     if layer.mlp is None:
-        return
+        return site
     first, last = layer.mlp
     parallel = stream is not None and draft.stream(first, layer.path) is stream
     draft.read(first, layer.path, f"{layer.label}.mlp", [f"{layer.label}.mlp"], before=before if parallel else None)
-    site, _ = draft.written(last, layer.path)
-    draft.write([Writer(f"{layer.label}.mlp", site)], site)
+    last_site, _ = draft.written(last, layer.path)
+    draft.write([Writer(f"{layer.label}.mlp", last_site)], last_site)
+    return site
 
 
 class _Draft:

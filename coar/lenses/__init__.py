@@ -1,0 +1,1 @@
+"""Lenses: what the latents between a language model's layers already predict."""
