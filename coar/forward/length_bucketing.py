@@ -19,7 +19,7 @@ from coar.equivalence import FastPath, compare_passes
 from coar.examples import UNREAD, rows_of
 from coar.forward.batches import Batch, ExampleBlock
 from coar.inputs import Inputs
-from coar.outputs.base import Output
+from coar.outputs.base import Output, RelativeOutput, find_logits
 
 IDS, MASK = "input_ids", "attention_mask"
 # A pass costs as much as this many tokens more than it has: 40 to 150 measured on a CPU, the others are guesses.
@@ -80,7 +80,11 @@ class LengthBucketing:
         short = shortened(*whole, int(lengths[rows].max()), front=front)
 
         def read(batch: Batch) -> Tensor:
-            return self._output.read(run(batch[0]), batch[1])
+            result, targets = run(batch[0]), batch[1]
+            if not isinstance(self._output, RelativeOutput):
+                return self._output.read(result, targets)
+            logits, there = find_logits(result), self._output.positions_read(targets)
+            return logits if there is None else logits[there]
 
         passes = partial(read, whole), partial(read, short)
         return compare_passes(self._model, self._components, *passes, axis_only=True)

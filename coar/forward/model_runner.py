@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from coar.forward.devices import BATCH_SIZE, full_float32
 from coar.forward.execution_plan import Precision
 from coar.gates.gates import Gates
 from coar.inputs import Inputs
-from coar.outputs.base import Output
+from coar.outputs.base import Output, RelativeOutput
 
 Sources = Callable[[Examples], np.ndarray | None]  # see Ablation.sources
 GateKind = Literal["weights", "hooks", "sources", "constants"]
@@ -50,7 +51,24 @@ class ModelRunner:
         self._channels_last = has_channels_last(model)
 
     def load(self, examples: Examples, start: int, stop: int) -> ExampleBlock:
-        """Read examples `start` up to `stop`, and their resample sources if any, and move them to the device."""
+        """Read examples `start` up to `stop`, and their resample sources if any, and move them to the device.
+
+        Where the output compares with the unablated model, that is run once, and what the output keeps of its result
+        takes the place of the targets.
+        """
+        block = self._arranged(self._read(examples, start, stop))
+        if not isinstance(self._output, RelativeOutput):
+            return block
+        with torch.no_grad(), self._computing():
+            references = [self._output.reference(self._run(inputs), targets) for inputs, targets in block.batches]
+        inputs_of = (inputs for inputs, _ in block.batches)
+        return replace(block, batches=list(zip(inputs_of, references, strict=True)))
+
+    def _arranged(self, block: ExampleBlock) -> ExampleBlock:
+        """Return a block whose batches are faster to run."""
+        return block
+
+    def _read(self, examples: Examples, start: int, stop: int) -> ExampleBlock:
         inputs, targets = examples.block(start, stop)
         parts = [slice(at, at + self.batch_size) for at in range(0, len(targets), self.batch_size)]
         batches = [(self._place(rows_of(inputs, part)), self._sent(targets[part])) for part in parts]

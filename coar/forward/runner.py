@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coar.components.table import Components
 from coar.equivalence import Fallback, fall_back
 from coar.errors import AblationError, SettingsError
-from coar.examples import Examples, rows_of
+from coar.examples import rows_of
 from coar.forward.batches import ExampleBlock
 from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.length_bucketing import LengthBucketing
@@ -117,9 +117,8 @@ class FastRunner(GatedRunner):
         other._compiled = None
         return other
 
-    def load(self, examples: Examples, start: int, stop: int) -> ExampleBlock:
-        """Load a block as `ModelRunner.load` does, without padding that no text needs and logits that nothing reads."""
-        block = super().load(examples, start, stop)
+    def _arranged(self, block: ExampleBlock) -> ExampleBlock:
+        """Return a block without padding that no text needs and logits that nothing reads."""
         if self.plan.length_bucketing and not block.sources:
             block = self._length_bucketing.bucketed(block, self.batch_size, self._run)
         if not self.plan.logit_positions:

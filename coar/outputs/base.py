@@ -67,6 +67,23 @@ class Output(Settings):
         return {"name": type(self).__name__, **self.model_dump(mode="json")}
 
 
+class RelativeOutput(Output):
+    """Base of outputs that compare the ablated model with the unablated one.
+
+    Before any mask, the unablated model is run once on each block of examples, and `reference` says what is kept of its
+    result. The function gets this in place of the targets.
+    """
+
+    @abstractmethod
+    def reference(self, result: Any, targets: Tensor) -> Tensor:
+        """Return what is kept of the unablated model's result, a tensor (examples, ...).
+
+        Args:
+            result: The result of the unablated model.
+            targets: (examples, ...) targets of the examples.
+        """
+
+
 class Margin(Output):
     """Base of margins against several competitors.
 
