@@ -56,9 +56,11 @@ from .examples import Examples as Examples
 from .lenses.lens import Lens as Lens
 from .lenses.training import lens as lens
 from .outputs.base import Output as Output
+from .outputs.base import RelativeOutput as RelativeOutput
 from .outputs.classification import ClassLogit as ClassLogit
 from .outputs.classification import CorrectClassMargin as CorrectClassMargin
 from .outputs.classification import CrossEntropy as CrossEntropy
+from .outputs.divergence import KLDivergence as KLDivergence
 from .outputs.embeddings import CosineSimilarity as CosineSimilarity
 from .outputs.embeddings import ZeroShotMargin as ZeroShotMargin
 from .outputs.labels import BinaryMargin as BinaryMargin

@@ -16,7 +16,7 @@ from coar.components.table import Components
 from coar.errors import AblationError, ExamplesError
 from coar.examples import call_model
 from coar.gates.gates import Gates
-from coar.outputs.base import Output
+from coar.outputs.base import Output, RelativeOutput
 from coar.outputs.classification import CrossEntropy
 from coar.sampling import BernoulliSampler, Split
 
@@ -37,7 +37,7 @@ class Optimal(Calibrated):
     than these on the held-out examples.
 
     Attributes:
-        loss: L, an output that is smaller where the model is better, with gradients.
+        loss: L, an output that is smaller where the model is better, with gradients, such as `KLDivergence`.
         ablated_fraction: Expected share of ablated components in a mask, ideally that of the study.
         steps: Largest number of steps.
         examples_per_step: Number of examples per step, in one forward and backward pass.
@@ -150,9 +150,14 @@ class _Training:
         examples = self._ablation.calibration.subset(rows.numpy())
         inputs, targets = examples.block(0, len(examples))
         masks = self._sampler.masks(split, range(first, first + len(rows)), self._count)
+        targets = targets.to(self._device)
         self.gates.replace(constants)
+        if isinstance(self._ablation.loss, RelativeOutput):
+            self.gates.set(torch.ones(self._count, device=self._device))  # the unablated model
+            with torch.no_grad():
+                targets = self._ablation.loss.reference(call_model(self._model, inputs), targets)
         self.gates.set(torch.from_numpy(masks).to(self._device))
-        losses = self._ablation.loss.read(call_model(self._model, inputs), targets.to(self._device))
+        losses = self._ablation.loss.read(call_model(self._model, inputs), targets)
         self.gates.confirm()
         return losses.float()
 

@@ -96,6 +96,7 @@ def collect(
         requested=requested,
         gradients=check_count(gradients),
         blocks=blocks_of(total, len(study.examples), execution.mask_block, execution.example_block),
+        memory_limit=execution.memory_limit,
         precision=precision,
         tolerance=execution.precision_tolerance,
     )

@@ -22,7 +22,8 @@ class Execution(Settings):
         mask_block: Masks per unit of work, fixed when the run is created; by default 64, and more in a run that would
             have more than 131,072 units.
         example_block: Examples per unit of work, fixed when the run is created; by default at most 512, or more as
-            above.
+            above. An output that compares with the unablated model keeps a part of its results for all of them: there
+            are fewer if that part would exceed the memory limit, or 1 GiB without one.
 
     Raises:
         SettingsError: When a number is out of range, or a batch size and a memory limit are given.

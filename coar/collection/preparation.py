@@ -16,7 +16,7 @@ from coar.collection.units import UnitRunner
 from coar.errors import MismatchError
 from coar.forward.autotune import fastest_runner
 from coar.forward.execution_plan import ExecutionPlan
-from coar.forward.memory_limit import batch_sizes
+from coar.forward.memory_limit import batch_sizes, examples_per_block
 from coar.forward.model_runner import ModelRunner
 from coar.forward.precision import choose_precision, compare_precisions
 from coar.forward.preflight import compare_rows, compare_with_reference, warn_of_overlap
@@ -48,7 +48,8 @@ class RunRequest:
     Attributes:
         requested: Masks by split and ablated fraction.
         gradients: Mask gradients.
-        blocks: Masks and examples per unit, for a run that is created.
+        blocks: Masks and most examples per unit, for a run that is created.
+        memory_limit: As in `Execution`.
         precision: `float32`, `bf16` or `auto`.
         tolerance: Largest accepted difference of bfloat16.
     """
@@ -56,6 +57,7 @@ class RunRequest:
     requested: dict[tuple[Split, float], int]
     gradients: int
     blocks: tuple[int, int]
+    memory_limit: int | str | None
     precision: str
     tolerance: float
 
@@ -192,7 +194,8 @@ def _create(
 ) -> Run:
     """Measure a run's fixed properties (constants, precision, batch norms), then create it."""
     warn_of_overlap(study)
-    plan, blocks = Plan().extended(order.requested), order.blocks
+    plan, (mask_block, example_block) = Plan().extended(order.requested), order.blocks
+    blocks = mask_block, examples_per_block(study, model, example_block, order.memory_limit)
     runner = ModelRunner(model, study.output, batch_size=batch_size)
     constants = study.ablation.replacements(model, study.components, batch_size=runner.batch_size)
     parts = (model, study.components, constants, study.output)

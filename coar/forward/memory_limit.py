@@ -16,10 +16,14 @@ from coar.errors import SettingsError
 from coar.forward.devices import BATCH_SIZE
 from coar.forward.model_runner import ModelRunner
 from coar.forward.runner import FastRunner, ReferenceRunner
+from coar.outputs.base import RelativeOutput
 from coar.study import Study
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 FREE_SHARE = 0.8  # of a CUDA device's free memory that batches may take
+KEPT_BYTES = 2**30  # of unablated results that a block of examples keeps, where there is no limit
 MEASURED = 2  # examples whose memory is measured
 UNITS = {"": 1, "B": 1} | {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", 1)}
 UNITS |= {f"{letter}IB": 1024**i for i, letter in enumerate("KMGT", 1)}
@@ -62,6 +66,31 @@ def batch_sizes(study: Study, model: nn.Module, *, memory_limit: int | str | Non
     by_masks = _rows_within(limit, mask_bytes(study, model), "forward pass")
     by_gradients = _rows_within(limit, gradient_bytes(study, model), "mask gradient") if gradients else most
     return (min(most, by_masks), min(most, by_gradients))
+
+
+def examples_per_block(study: Study, model: nn.Module, most: int, memory_limit: int | str | None) -> int:
+    """Return the examples of a block, `most` or fewer.
+
+    An output that compares with the unablated model keeps a part of its results, such as the probabilities of all
+    tokens. What a block keeps is bounded by the limit, or by 1 GiB without one.
+
+    Args:
+        study: What is examined.
+        model: A copy made by `device_copy`.
+        most: The most examples.
+        memory_limit: Bytes, or text such as `4GiB`.
+    """
+    if not isinstance(study.output, RelativeOutput):
+        return most
+    runner = FastRunner(model, study.components, torch.zeros(study.components.width), study.output)
+    ((_, kept),) = runner.load(study.examples, 0, 1).batches
+    limit = KEPT_BYTES if memory_limit is None else bytes_of(memory_limit)
+    fit = max(limit // kept.nbytes, 1)
+    if fit < most:
+        log.info(
+            "blocks have %d examples, since the unablated model's results take %s each", fit, _readable(kept.nbytes)
+        )
+    return min(fit, most)
 
 
 def within_memory(runner: FastRunner, examples: int, run: Callable[[FastRunner], T]) -> tuple[FastRunner, T]:

@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from coar.errors import OutputError
 from coar.examples import UNREAD
@@ -84,11 +83,22 @@ class KLDivergence(RelativeOutput):
                 f"targets) returned for the unablated model's result on the same inputs"
             )
         read = targets[..., 0] != UNREAD_LOG_PROBABILITY
-        expected = targets[read]  # (positions, classes)
-        found = logits[read].float().log_softmax(-1)
-        terms = functional.kl_div(found, expected, reduction="none", log_target=True)
-        values = terms.where(expected != -torch.inf, 0).sum(-1)  # an impossible token adds nothing
+        values = _divergences(targets[read], logits[read].float().log_softmax(-1))
         if read.ndim == 1:
             return values
         totals = values.new_zeros(len(read)).index_add(0, read.nonzero()[:, 0], values)
         return totals if self.reduction == "sum" else totals / read.sum(1)
+
+
+def _divergences(expected: Tensor, found: Tensor) -> Tensor:
+    """Return (rows,) divergences of the second log-probabilities, (rows, classes), from the first.
+
+    Since probabilities sum to 1, sum q (log q - log p) = sum q (exp(d) - 1 - d) with d = log p - log q. No term of the
+    second sum is negative, so small divergences are no difference of large numbers.
+    """
+    possible = expected != -torch.inf
+    d = (found - expected).where(possible, 0)
+    q, p = expected.exp(), found.exp()
+    near = d.clamp(max=1.0)  # beyond, exp(d) might overflow
+    terms = torch.where(d < 1, q * (near.expm1() - near), p - q - q * d)
+    return terms.where(possible, p).sum(-1)
