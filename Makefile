@@ -18,13 +18,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SIZES := $(if $(MASKS),--masks $(MASKS)) $(if $(GRADIENTS),--gradients $(GRADIENTS))
 TASKS := $(foreach task,$(TASK),--task $(task)) $(if $(filter forget,$(TASK)),--label $(LABEL))
-FAST := "not slow and not gpu and not network and not ffcv"
+FAST := "not slow and not gpu and not network and not ffcv and not browser"
 FFCV_COMPILES := pkg-config --exists opencv4 libturbojpeg && command -v c++ > /dev/null
 FFCV_PACKAGES := g++ pkg-config libopencv-dev libturbojpeg0-dev
+BROWSER := command -v chromium chromium-browser google-chrome > /dev/null
 UV := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-ffcv ffcv-packages lint type test test-ffcv coverage bench new collect fit evaluate edit edits report clean
+.PHONY: help setup setup-ffcv ffcv-packages browser-packages lint type test test-ffcv test-browser coverage bench new collect fit evaluate edit edits report clean
 unexport PYTHONDONTWRITEBYTECODE  # bytecode halves the time of every import
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -55,6 +56,10 @@ ffcv-packages: ## Install the compiler and libraries for ffcv, by apt-get as roo
 	$(FFCV_COMPILES) || { apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $(FFCV_PACKAGES); }
 
+browser-packages: ## Install Chromium, by apt-get as root
+	$(BROWSER) || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core; }
+
 lint: $(READY) ## Check style and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,6 +73,10 @@ test: $(READY) ## Run the fast tests
 
 test-ffcv: setup-ffcv ## Run the tests of .beton files
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m ffcv
+
+test-browser: $(READY) ## Run the tests of the page in Chromium
+	@$(BROWSER) || { echo "these tests need Chromium; on Debian: make browser-packages" >&2; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser
 
 coverage: $(READY) ## Run the fast tests, then show the lines and branches of coar/ that they ran
 	rm -f .coverage .coverage.*
@@ -98,8 +107,8 @@ edit: $(READY) ## All steps in one process, with an edit for each TASK, judged o
 edits: $(READY) ## All tasks and rules on all models, in one table: reports/edits/summary.md
 	$(BIN)/python benchmarks/edits.py
 
-report: $(READY) ## Gather the tables and figures of the steps that are done on one page
-	$(BIN)/coar report $(RUN)
+report: $(READY) ## Write one page of the steps that are done
+	$(BIN)/coar report $(RUN) --pipeline $(FILE)
 
 clean: ## Remove runs, reports and caches; data and .venv stay
 	rm -rf runs reports .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* docs/_build

@@ -14,6 +14,7 @@ from coar.comparison import Comparison
 from coar.editing.goal import EditGoal
 from coar.errors import CoarError, PipelineError, RenamedArgumentError, RenamedModuleError, RenamedNameError
 from coar.examples import Examples
+from coar.explorer.source import Source
 from coar.store.run import Run
 from coar.study import Study
 
@@ -108,6 +109,17 @@ class Pipeline:
         file = getattr(self.module, "COMPARISON", None)
         return None if file is None else Comparison.read(Path(file))
 
+    def source(self, run: Run, study: Study | None = None) -> Source:
+        """Return what a page of a run needs from the file; its `show` and `judge` are optional.
+
+        Args:
+            run: The run.
+            study: Its study; by default the file defines it again.
+        """
+        show = _function(self.path, self.module, "show") if hasattr(self.module, "show") else None
+        judge = self.judge if hasattr(self.module, "judge") else None
+        return Source(study or self.study_of(run), judge, show, self.path)
+
     def _examples(self, name: str) -> Examples:
         examples = _function(self.path, self.module, name)()
         if not isinstance(examples, Examples):
@@ -123,8 +135,9 @@ def load_pipeline(path: str | Path) -> Pipeline:
     A pipeline file is the user's own trusted code. It defines `study(*, ablation, ablated_fraction, seed)`, with
     any of these options, which returns a `coar.Study`. For edits it defines `judge()`, which returns `coar.Examples`
     that no choice has seen, and optionally `choosing()`, which returns further examples to choose on, and `GOAL`, a
-    `coar.EditGoal`. `MASKS`, `GRADIENTS`, `TEST_MASKS` and `TEST_FRACTIONS` set what is collected by default.
-    `COMPARISON` names a JSON file with the measured costs of two fits.
+    `coar.EditGoal`. For pages it may define `show(example)`, which returns the look of one example from its inputs.
+    `MASKS`, `GRADIENTS`, `TEST_MASKS` and `TEST_FRACTIONS` set what is collected by default. `COMPARISON` names a JSON
+    file with the measured costs of two fits.
 
     Raises:
         PipelineError: When the file is missing, fails to import, or defines no `study`.

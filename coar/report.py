@@ -1,7 +1,5 @@
-"""Figures, tables, and one HTML page of them."""
+"""Tables and figures of evaluations and edits, as files."""
 
-import base64
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,25 +8,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import nn
 
-from coar._version import __version__
-from coar.description import describe
 from coar.editing.edit import Edit
 from coar.editing.tasks import TaskResult
 from coar.errors import StorageError
 from coar.evaluation import Evaluation
-from coar.store.run import Run
 from coar.weights import save_weights
 
 if TYPE_CHECKING:
     import pandas as pd
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")  # Paul Tol's bright scheme
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; display: block; overflow-x: auto }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd } th { background: #f5f5f5 }
-.facts td, td:first-child, th:first-child { text-align: left } img { max-width: 100% } code { font-size: 13px }
-"""
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -118,53 +107,11 @@ def curve_figure(curve: "pd.DataFrame", *, title: str, counts: Sequence[int] = (
     return figure
 
 
-def write_page(run: Run, folder: Path) -> Path:
-    """Gather the tables and figures in a folder on one self-contained page; return the file."""
-    import pandas as pd
-
-    parts = [f"<h1>{html.escape(run.path.name)}</h1>", _facts(run)]
-    if (folder / "evaluation.csv").is_file():
-        table = compact(pd.read_csv(folder / "evaluation.csv"))
-        parts += ["<h2>Predicting outputs under held-out masks</h2>", _table(table)]
-        parts += _images(folder / "evaluation.png")
-    for file in sorted(folder.glob("*/table.csv")):
-        parts += [f"<h2>Edit: {html.escape(file.parent.name)}</h2>", _table(pd.read_csv(file))]
-        parts += _images(file.parent / "curve.png")
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(run.path.name)}</title>'
-        f"<style>{STYLE}</style><body>{''.join(parts)}<p>Made by coar {__version__}.</p></body></html>\n"
-    )
-    file = folder / "index.html"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot write {file}: {error}; free space or choose another folder") from error
-    return file
-
-
 def compact(table: "pd.DataFrame") -> "pd.DataFrame":
     """Return an evaluation's table without the columns that need width; `undefined` is kept if any is above 0."""
     short = {"ablated_fraction": "fraction", "tenth_percentile": "p10", "explained_variance": "R2"}
     shown = table.drop(columns=["test_masks", "median"]).rename(columns=short)
     return shown if shown["undefined"].any() else shown.drop(columns="undefined")
-
-
-def _facts(run: Run) -> str:
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in describe(run).items())
-    return f'<table class="facts">{rows}</table>'
-
-
-def _table(frame: "pd.DataFrame") -> str:
-    return str(frame.to_html(index=False, escape=True, float_format=lambda value: f"{value:.3f}", border=0))
-
-
-def _images(file: Path) -> list[str]:
-    """Return a list with the image, or an empty list when the file is missing."""
-    if not file.is_file():
-        return []
-    data = base64.b64encode(file.read_bytes()).decode()
-    return [f'<img alt="{html.escape(file.stem)}" src="data:image/png;base64,{data}">']
 
 
 def _colours(count: int) -> list[str]:

@@ -1,10 +1,7 @@
-"""Figures that open, and a page that shows what was written and nothing that was smuggled in."""
+"""Tables that read back, and figures that open and show the numbers they are made from."""
 
-import base64
 import csv
 import io
-import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
@@ -16,30 +13,13 @@ import coar
 from coar.description import describe
 from coar.editing.tasks import TaskResult
 from coar.errors import StorageError
-from coar.report import curve_figure, evaluation_figure, write_edit, write_evaluation, write_page, write_task
+from coar.report import curve_figure, evaluation_figure, write_edit, write_evaluation, write_task
 from coar.weights import weights_fingerprint
 from tests.synthetic import fit, linear, make, weights
 
 HOSTILE = "<script>alert('coar')</script>"
 FRACTION = 0.1
 TESTS = [0.05, FRACTION, 0.2]
-
-
-class Reader(HTMLParser):
-    """Collects what a browser would make of a page."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.links, self.images, self.text = [], [], [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.links += [value for name, value in attrs if name in ("href", "src") or name.startswith("on")]
-        self.images += [value for name, value in attrs if (tag, name) == ("img", "src")]
-
-    def handle_data(self, data):
-        self.text.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -179,58 +159,6 @@ def test_several_edits_are_numbered(run, model, result, tmp_path):
     assert sorted(file.name for file in files if "edit" in file.name) == names
 
 
-@pytest.fixture
-def page(run, evaluation, result, tmp_path):
-    """The page over an evaluation and a task, as text."""
-    write_evaluation(evaluation, tmp_path)
-    write_task(result, nn.Identity(), tmp_path / result.name)
-    file = write_page(run, tmp_path)
-    assert file == tmp_path / "index.html"
-    return file.read_text(encoding="utf-8")
-
-
-def test_page_contains_the_tables(page, evaluation):
-    text = " ".join(Reader(page).text)
-    for row in evaluation.table.itertuples():
-        assert row.fit in text
-        assert f"{row.pearson:.3f}" in text
-        assert f"{row.spearman:.3f}" in text
-    assert "-5.000" in text
-    assert "größe & co" in text
-    assert "60 train at 0.1" in text
-    assert Reader(page).tags.count("table") == 3
-
-
-def test_page_stands_alone_with_its_pictures(page, tmp_path):
-    reader = Reader(page)
-    assert reader.links == reader.images
-    pictures = [
-        base64.b64decode(image.removeprefix("data:image/png;base64,"), validate=True) for image in reader.images
-    ]
-    assert pictures == [(tmp_path / "evaluation.png").read_bytes(), *(p.read_bytes() for p in tmp_path.glob("*/*.png"))]
-    for picture in pictures:
-        check_picture(picture)
-    assert not re.search(r"https?:|url\(|@import", page)
-
-
-def test_page_escapes_hostile_names(page, run):
-    reader = Reader(page)
-    assert "script" not in reader.tags
-    assert not {"b", "link", "iframe"} & set(reader.tags)
-    assert reader.tags.count("img") == 2
-    text = "\n".join(reader.text)
-    assert HOSTILE in text
-    assert run.path.name in text
-    assert "fix-<img src=x onerror=alert(1)>" in text
-
-
-def test_page_of_a_bare_run_has_its_facts_alone(run, tmp_path):
-    reader = Reader(write_page(run, tmp_path / "new").read_text(encoding="utf-8"))
-    assert reader.tags.count("table") == 1
-    assert not reader.images
-    assert "12 neurons, from layer0[0] to layer2[3]" in reader.text
-
-
 def test_description_counts_what_is_there(tmp_path):
     run = make(tmp_path / "r.zarr", linear(weights()), masks=40, test_masks=8)
     facts = describe(run)
@@ -245,7 +173,6 @@ WRITERS = {
     "evaluation": lambda run, evaluation, result, model, place: write_evaluation(evaluation, place),
     "task": lambda run, evaluation, result, model, place: write_task(result, model, place),
     "edit": lambda run, evaluation, result, model, place: write_edit(chosen_edit(run, model), model, place),
-    "page": lambda run, evaluation, result, model, place: write_page(run, place),
 }
 
 

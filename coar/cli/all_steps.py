@@ -59,13 +59,13 @@ def all_steps(
     attributions = _fit(collected, method)
     _baselines(study, collected, device)
     folder = out or reports(path)
-    _evaluate(collected, folder)
+    evaluation = _evaluate(collected, folder)
     comparison = loaded.comparison()
     if comparison is not None and comparison.ablation == study.ablation.label:
         typer.echo(f"\n{comparison}")
     for asked in tasks:
         _edit(loaded, study, attributions, asked, folder, device)
-    _ending(collected, folder)
+    _page(loaded, study, collected, folder, evaluation)
 
 
 @contextmanager
@@ -135,15 +135,16 @@ def _baselines(study: "Study", run: "Run", device: str) -> None:
         summary.append(", ".join(names))
 
 
-def _evaluate(run: "Run", folder: Path) -> None:
+def _evaluate(run: "Run", folder: Path) -> "Evaluation":
     with _step("evaluate") as summary:
         from coar.evaluation import evaluate
         from coar.report import write_evaluation
 
-        evaluation: Evaluation = evaluate(run)
+        evaluation = evaluate(run)
         write_evaluation(evaluation, folder)
         summary.append("predicted against true outputs, under masks that no fit has seen")
     typer.echo(scores(evaluation))
+    return evaluation
 
 
 def _edit(
@@ -160,9 +161,9 @@ def _edit(
     typer.echo(changes(result))
 
 
-def _ending(run: "Run", folder: Path) -> None:
-    from coar.report import write_page
+def _page(loaded: "Pipeline", study: "Study", run: "Run", folder: Path, evaluation: "Evaluation") -> None:
+    from coar.explorer.page import write_page
 
     typer.echo()
-    written([write_page(run, folder)])
-    typer.echo(f"the page has all tables and figures; 'coar info {run.path}' says what the run holds")
+    written([write_page(run, folder, source=loaded.source(run, study), evaluation=evaluation)])
+    typer.echo(f"open the page in a browser; 'coar info {run.path}' says what the run holds")

@@ -8,14 +8,24 @@ import typer
 from coar.cli.common import OutOption, RunArgument, app, report_errors, reports, written
 
 
-@app.command(epilog="Example: coar report runs/digits-mean.zarr")
+@app.command(epilog="Example: coar report runs/digits-mean.zarr --pipeline pipelines/digits.py")
 @report_errors
-def report(run: RunArgument, out: OutOption = None) -> None:
-    """Write the results of evaluate and edit on one HTML page."""
-    from coar.report import write_page
+def report(
+    run: RunArgument,
+    pipeline: Annotated[
+        Path | None, typer.Option(help="The run's pipeline; adds pictures or texts, predictions and activations.")
+    ] = None,
+    fit_name: Annotated[str | None, typer.Option("--fit", help="Name of the fit [default: the best one].")] = None,
+    out: OutOption = None,
+) -> None:
+    """Write one interactive HTML page of a run: its examples, components, predictions, edits and evaluation."""
+    from coar.explorer.page import write_page
+    from coar.pipeline import load_pipeline
     from coar.store.run import Run
 
-    written([write_page(Run.open(run), out or reports(run))])
+    opened = Run.open(run)
+    source = None if pipeline is None else load_pipeline(pipeline).source(opened)
+    written([write_page(opened, out or reports(run), fit=fit_name, source=source)])
 
 
 @app.command(epilog="Example: coar info runs/digits-mean.zarr --watch 10")

@@ -1,0 +1,138 @@
+// The view of one component: its effect over examples, where it is, what excites it, and what is similar.
+
+function componentView(panel, argument) {
+  const j = Math.min(Math.max(Number.parseInt(argument, 10) || 0, 0), count.components - 1);
+  panel.append(componentTools(j), componentHead(j));
+  if (fit) panel.append(make("div", { class: "pair" }, effectPart(j), ...(groupColumns.length ? [groupsPart(j)] : [])), leaningPart(j));
+  else panel.append(missing("This run has no fit, so there are no attributions to show; make one with coar fit."));
+  panel.append(...[excitingPart(j)].filter(Boolean));
+  if (fit) panel.append(similarPart(j), ...[placePart(j)].filter(Boolean));
+}
+
+/** Steps to other components, and a field that finds one by name. */
+function componentTools(j) {
+  const field = componentField("Component", (found) => go(`component/${found}`));
+  return make("div", { class: "tools" }, stepper("component", j, count.components), field);
+}
+
+/** A field with the names of all components; `chosen` gets the index of one. */
+function componentField(label, chosen) {
+  const names = content.components.names;
+  const list = make("datalist", { id: `names-${label.replaceAll(" ", "-")}` }, names.map((name) => make("option", { value: name })));
+  const input = make("input", { type: "text", list: list.id, placeholder: names[0], autocomplete: "off" });
+  input.addEventListener("change", () => {
+    const found = names.indexOf(input.value.trim());
+    if (found >= 0) {
+      chosen(found);
+      input.value = "";
+    }
+  });
+  return make("label", {}, label, input, list);
+}
+
+function componentHead(j) {
+  const { names, kinds, sites, site, index, kernels } = content.components;
+  const rows = [["kind", kinds[j]], ["layer", `${sites[site[j]]} (${site[j] + 1} of ${sites.length})`], ["index in the layer", String(index[j])]];
+  let words = "";
+  if (fit) {
+    const own = weightsOn(j);
+    const { mean, half } = meanOf(own);
+    const size = (k) => weightsOn(k).reduce((sum, value) => sum + Math.abs(value), 0);
+    const place = ranked(count.components, sizeOfEach(size)).indexOf(j) + 1;
+    words = `Ablating it lowers the output of ${percent(own.filter((value) => value > 0).length / own.length)} of the examples, by ${shown(mean)} on average.`;
+    rows.push(["mean weight", `${shown(mean, 4, { sign: true })} ± ${shown(half, 4)}`], ["rank by mean magnitude", `${place} of ${count.components}`]);
+  }
+  const at = kernels ? kernels.components.indexOf(j) : -1;
+  const face = at >= 0 ? make("figure", {}, picture(kernels, at, 128, `Kernel of ${names[j]}`), make("figcaption", {}, "its kernel")) : null;
+  const add = make("button", { type: "button", on: { click: () => { trial.chosen.add(j); go("whatif"); } } }, "What if it were ablated?");
+  return card(names[j], make("div", { class: "profile" }, face, make("div", {}, make("p", { class: "lead" }, words), facts(rows),
+    make("p", {}, fit ? add : null))));
+}
+
+const sizes = [];
+
+/** Values for every component, computed once. */
+function sizeOfEach(size) {
+  if (!sizes.length) for (let k = 0; k < count.components; k += 1) sizes.push(size(k));
+  return (k) => sizes[k];
+}
+
+function effectPart(j) {
+  const trace = { type: "histogram", x: Array.from(weightsOn(j)), nbinsx: 40, marker: { color: colour("for"), line: { color: colour("panel"), width: 1 } } };
+  const layout = { xaxis: axis("weight"), yaxis: axis("examples"), bargap: 0 };
+  return card("Distribution of its effect", chart(`Weights of ${content.components.names[j]} over examples`, [trace], layout,
+    { height: 270, caption: "One weight per example; above 0 the component raises that example's output." }));
+}
+
+function groupsPart(j) {
+  const own = weightsOn(j);
+  const place = make("div", {});
+  const draw = (column) => {
+    const groups = [...groupsBy(column)].map(([value, rows]) => [value, meanOf(rows.map((i) => own[i]))]);
+    const trace = {
+      type: "scatter", mode: "markers", x: groups.map(([, found]) => found.mean), y: groups.map(([value]) => inert(value)),
+      error_x: { type: "data", array: groups.map(([, found]) => found.half), color: colour("muted") },
+      marker: { size: 9, color: groups.map(([, found]) => colour(found.mean < 0 ? "against" : "for")) }, hovertemplate: "%{y}: %{x:.3f}<extra></extra>",
+    };
+    place.replaceChildren(chart(`Mean weight of ${content.components.names[j]} by ${column}`, [trace],
+      { xaxis: axis("mean weight"), yaxis: axis(column, { autorange: "reversed", type: "category" }) },
+      { height: Math.max(230, 22 * groups.length + 80), caption: "Means over the examples of a group, with 95 % intervals." }));
+  };
+  draw(groupColumns[0]);
+  const picks = groupColumns.length > 1 ? make("div", { class: "tools" }, choice("Group by", groupColumns.map((name) => [name, name]), groupColumns[0], draw)) : null;
+  return card("Who leans on it", picks, place);
+}
+
+function leaningPart(j) {
+  const own = weightsOn(j);
+  const best = ranked(count.examples, (i) => own[i]).slice(0, 12);
+  const worst = ranked(count.examples, (i) => -own[i]).slice(0, 12);
+  const cards = (rows) => rows.map((i) => exampleCard(i, `weight ${shown(own[i], 3, { sign: true })}`));
+  return make("div", { class: "pair" },
+    card("Examples that it supports most", gallery(cards(best), "Examples that it supports most")),
+    card("Examples that it opposes most", gallery(cards(worst), "Examples that it opposes most")));
+}
+
+let excitingPlaces = null;
+let excitingValues = null;
+
+/** The examples with the largest activations of the component, and where in them. */
+function excitingPart(j) {
+  const { exciting } = content.components;
+  if (!exciting) return null;
+  excitingPlaces ??= numbers(exciting.places);
+  excitingValues ??= numbers(exciting.values);
+  const top = exciting.values.shape[1];
+  const cards = exciting.rows[j]
+    .map((row, k) => {
+      const at = j * top + k;
+      const place = Array.from(excitingPlaces.subarray(4 * at, 4 * at + 4));
+      const inPicture = content.examples.sheet && place.every((share) => share >= 0);
+      return row < 0 ? null : exampleCard(row, `activation ${shown(excitingValues[at], 2)}`,
+        { box: inPicture ? place : null, marked: place[1] === -1 ? place[0] : -1 });
+    })
+    .filter(Boolean);
+  if (!cards.length) return null;
+  const where = content.examples.sheet ? " The frame is the cell of the feature map; the component sees more around it." : "";
+  return card("What excites it most", make("p", { class: "caption" }, `The examples with its largest activations in the unablated model.${where}`),
+    gallery(cards, "Most exciting examples"));
+}
+
+function similarPart(j) {
+  const own = weightsOn(j);
+  const similar = content.components.names.map((_, k) => cosine(own, weightsOn(k)));
+  const near = ranked(count.components, (k) => similar[k]).filter((k) => k !== j).slice(0, 10);
+  const columns = [
+    { title: "component", text: true, value: componentLink },
+    { title: "cosine similarity", value: (k) => shown(similar[k]) },
+    { title: "mean weight", value: (k) => shown(meanOf(weightsOn(k)).mean, 3, { sign: true }) },
+  ];
+  return card("Ten most similar components", make("p", { class: "caption" }, "By the cosine similarity of their weights over all examples on the page."),
+    tableOf(columns, near, "Most similar components"));
+}
+
+function placePart(j) {
+  const map = grid("Mean weight of every component", (k) => meanOf(weightsOn(k)).mean,
+    "Mean weights over examples: blue raises outputs, orange lowers them. The frame marks this component.", j);
+  return map ? card("Where it is in the model", map) : null;
+}
