@@ -1,14 +1,19 @@
 """Models that people bring are right, against oracles without the engine, or refused in words."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import coar
-from coar.errors import WeightsError
+from coar.errors import EditError, WeightsError
+from coar.forward.copies import device_copy
+from coar.forward.runner import FastRunner
 from coar.model_copy import independent_copy
 
 EXAMPLES, FEATURES, HIDDEN, CLASSES = 10, 6, 8, 4
@@ -35,11 +40,15 @@ def inputs(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def study(model, x=None, **changes):
+def study(model, x=None, components=None, ablation=None):
     x = inputs(EXAMPLES, FEATURES) if x is None else x
-    examples = coar.Examples(inputs=x, targets=torch.arange(len(x)) % CLASSES)
-    parts = {"components": coar.neurons(model, exclude="last"), "ablation": coar.ZeroActivation()} | changes
-    return coar.Study(model=model, examples=examples, sampler=coar.BernoulliSampler(ablated_fraction=0.4), **parts)
+    return coar.Study(
+        model=model,
+        examples=coar.Examples(inputs=x, targets=torch.arange(len(x)) % CLASSES),
+        components=components or coar.neurons(model, exclude="last"),
+        ablation=ablation or coar.ZeroActivation(),
+        sampler=coar.BernoulliSampler(ablated_fraction=0.4),
+    )
 
 
 def collect(what, folder, **counts):
@@ -166,3 +175,93 @@ def test_a_copy_that_shares_a_tensor_is_refused():
     model.block[0].weight = Obstinate(torch.zeros(HIDDEN, FEATURES))
     with pytest.raises(WeightsError, match=r"shares the tensor 'block\.0\.weight'"):
         independent_copy(model)
+
+
+# Layers that do not respond to their weight as a convolution or linear layer does.
+
+
+class StandardisedConv(nn.Conv2d):
+    """A convolution with rows of the weight at mean 0 and variance 1, as in BiT and NFNet."""
+
+    def forward(self, x):
+        mean, variance = self.weight.mean((1, 2, 3), keepdim=True), self.weight.var((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, (self.weight - mean) * torch.rsqrt(variance + 1e-6), self.bias, self.stride)
+
+
+class CosineLinear(nn.Linear):
+    """A linear layer with rows of the weight at length 1."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, nn.functional.normalize(self.weight, dim=1), self.bias)
+
+
+class CachedLinear(nn.Linear):
+    """A linear layer that keeps a transposed copy of its weight from the first pass on."""
+
+    kept = None
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = self.weight.detach().T.contiguous()
+        return x @ self.kept + self.bias
+
+
+def closed_over(layer):
+    """The layer, its forward pass patched with a function that holds the weight and not the layer."""
+    weight, bias = layer.weight, layer.bias
+    layer.forward = lambda x: nn.functional.linear(x, weight, bias)
+    return layer
+
+
+RESPONSES = {  # how each layer is made, and whether edits in part and at full strength are possible
+    "weight-standardised": (lambda: StandardisedConv(3, HIDDEN, 3), False, True),
+    "timm's for BiT": (lambda: timm.layers.StdConv2d(3, HIDDEN, 3, bias=True), False, True),
+    "timm's for NFNet": (lambda: timm.layers.ScaledStdConv2d(3, HIDDEN, 3), False, True),
+    "timm's with padding": (lambda: timm.layers.Conv2dSame(3, HIDDEN, 3), True, True),
+    "rows of length 1": (lambda: CosineLinear(FEATURES, HIDDEN), False, True),
+    "cached": (lambda: CachedLinear(FEATURES, HIDDEN), False, False),
+    "held in a closure": (lambda: closed_over(nn.Linear(FEATURES, HIDDEN)), False, False),
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(FEATURES, HIDDEN)), False, False),
+    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Conv2d(3, HIDDEN, 3)).eval(), False, False),
+}
+
+
+def layered(layer):
+    """A net that begins with a layer, and examples for it."""
+    conv = isinstance(layer, nn.Conv2d)
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if conv else []
+    model = nn.Sequential(layer, nn.ReLU(), *pool, nn.Linear(HIDDEN, CLASSES)).eval()
+    return model, inputs(EXAMPLES, 3, 6, 6) if conv else inputs(EXAMPLES, FEATURES)
+
+
+@pytest.mark.parametrize("kind", RESPONSES)
+def test_half_a_gate_is_half_the_activation_of_any_layer(kind, tmp_path):
+    """Gates, masks and edits act on what the layer returns, by whatever weight it computes that."""
+    make, in_part, in_full = RESPONSES[kind]
+    model, x = layered(make())
+    what = study(model, x, components=coar.conv_filters(model) if x.ndim == 4 else coar.neurons(model, include="0"))
+    with torch.no_grad():
+        activations = model[0](x).clone()
+    run = collect(what, tmp_path)
+
+    def run_plainly(keep):
+        return model[1:](activations * keep.view(-1, *[1] * (x.ndim - 2)))
+
+    halves = np.tile(np.float32([0.5, 1, 0, 1]), HIDDEN // 4)[None]
+    runner = FastRunner(device_copy(model, torch.device("cpu")), what.components, torch.zeros(HIDDEN), what.output)
+    found = runner.outputs(runner.load(what.examples, 0, EXAMPLES), halves)
+    assert np.allclose(found, expected(run_plainly, halves, what.examples.targets), atol=1e-4)
+    wanted = expected(run_plainly, run.masks(0, 6), what.examples.targets)
+    assert np.allclose(run.array("outputs")[:], wanted, atol=1e-4)
+    edit = coar.edit(coar.fit(run, method="ridge", progress=False), goal(), budget=1)
+    keep = torch.ones(HIDDEN)
+    for strength, possible in ((0.5, in_part), (1.0, in_full)):
+        keep[edit.components[0].position] = 1 - strength
+        if possible:
+            with torch.no_grad():
+                assert torch.allclose(
+                    replace(edit, strengths=(strength,)).apply(model)(x), run_plainly(keep), atol=1e-4
+                )
+        else:
+            with pytest.raises(EditError, match=r"computes? its weight|computed from|does not return zeros"):
+                replace(edit, strengths=(strength,)).apply(model)

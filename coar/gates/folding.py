@@ -1,6 +1,7 @@
 """Ablations made permanent in the weights, so that the edited model does not need this package."""
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from coar.components.layers import (
 from coar.components.membership import check_components
 from coar.components.table import Component, Components
 from coar.errors import EditError
+from coar.gates.response import is_proportional, responds
 
 Constant = float | tuple[float, ...]  # of all channels of a component, or one for each
 
@@ -171,6 +173,7 @@ def _fold_outputs(
     rows = np.concatenate([component.position + np.arange(component.size) for component, _, _ in replaced])
     values = np.concatenate([np.broadcast_to(value, size) for (_, value, _), size in zip(replaced, sizes, strict=True)])
     strengths = np.repeat([strength for _, _, strength in replaced], sizes)
+    _check_response(layer, site, "output", partial=bool((strengths != 1).any()))
     for strength in np.unique(strengths):
         _shrink_outputs(layer, weight, rows[strengths == strength], float(strength))  # type: ignore[arg-type]
     at = torch.from_numpy(rows).to(weight.device)  # type: ignore[union-attr]
@@ -182,6 +185,30 @@ def _fold_outputs(
         bias[at] = kept + constants
     elif batch_norm is not None:
         owners.model.get_submodule(batch_norm).running_mean[at] -= constants  # type: ignore[operator, index]
+
+
+def _check_response(layer: nn.Module, site: str, side: Literal["output", "input"], *, partial: bool) -> None:
+    """Raise `EditError` when a layer does not respond to its weight as the edit needs.
+
+    Args:
+        layer: The layer.
+        site: Its path.
+        side: The side of the layer that the edit replaces.
+        partial: Whether the edit needs a part of the weight, and not only zeros.
+    """
+    if is_proportional(layer) or responds(layer, side, (0.5, 0.0) if partial else (0.0,)):
+        return
+    kind = type(layer).__name__
+    if partial:
+        raise EditError(
+            f"{site!r}, a {kind}, computes its weight from the parameter, so a part of the parameter is not the same "
+            f"part of its output; make the edit at full strength, or replace the layer by a plain one with the "
+            f"computed weight"
+        )
+    raise EditError(
+        f"{site!r}, a {kind}, does not return zeros where its weight is zero and its bias where it has one, so no edit "
+        f"of its weight replaces its output by constants; replace it by a plain layer with the same output"
+    )
 
 
 def _scaled(values: Tensor, factors: np.ndarray) -> Tensor:
@@ -205,6 +232,7 @@ def _shrink_outputs(layer: nn.Module, weight: Tensor, rows: np.ndarray, strength
 def _fold_input(owners: _Owners, component: Component, value: Constant, strength: float) -> None:
     layer = owners.model.get_submodule(component.site)
     weight, bias = owners.own(component.site, "weight"), owners.own(component.site, "bias")
+    _check_response(layer, component.site, "input", partial=strength != 1)
     axis = input_axis(layer)
     columns = weight.narrow(axis, component.position, component.size)  # type: ignore[union-attr]
     constants = strength * columns.new_tensor(value).expand(component.size)

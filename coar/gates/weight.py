@@ -10,10 +10,11 @@ from coar.errors import AblationError
 from coar.gates.building import GatedSite, GateKind, GateRequest
 from coar.gates.channels import Channels, along
 from coar.gates.gate import Gate
+from coar.gates.response import is_proportional
 
 
 def reads_own_weight(layer: nn.Module) -> bool:
-    """Return whether replacing the layer's weight and bias gates it: plain convolutions and linear layers.
+    """Return whether replacing the layer's weight and bias gates it: convolutions and linear layers that follow them.
 
     It does not where accelerate offloads the weight, which is then on the meta device except while its layer runs.
     """
@@ -21,7 +22,7 @@ def reads_own_weight(layer: nn.Module) -> bool:
         return False
     weight = layer._parameters.get("weight")
     grouped = isinstance(layer, TRANSPOSED_CONVOLUTIONS) and layer.groups > 1
-    return weight is not None and not weight.is_meta and not grouped
+    return weight is not None and not weight.is_meta and not grouped and is_proportional(layer)
 
 
 class LayerGate(Gate):
