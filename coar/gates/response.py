@@ -97,5 +97,5 @@ def _random_input(layer: nn.Module, weight: Tensor) -> Tensor:
         shape: tuple[int, ...] = (2, input_channels(layer))
     else:
         sizes = zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)  # type: ignore[arg-type]
-        shape = (2, layer.in_channels, *(int(d * (k - 1) + s + 1) for k, d, s in sizes))  # type: ignore[assignment]
+        shape = (2, int(layer.in_channels), *(int(d * (k - 1) + s + 1) for k, d, s in sizes))  # type: ignore[arg-type]
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
