@@ -68,11 +68,13 @@ class Origin:
             the ablation has none, as under resampling.
         batch_norms: By site, the path of the batch norm that takes the site's constants.
         fingerprint: The fingerprint of the study.
+        accepted_code: Hashes of other code that the run accepted as equivalent, see `Run.accept_code`.
     """
 
     constants: np.ndarray
     batch_norms: dict[str, str]
     fingerprint: dict[str, Any]
+    accepted_code: tuple[dict[str, Any], ...] = ()
 
     @property
     def ablation(self) -> str:
@@ -83,6 +85,12 @@ class Origin:
     def weights(self) -> str:
         """SHA-256 of the model's weights."""
         return str(self.fingerprint["weights"])
+
+    @property
+    def codes(self) -> tuple[dict[str, Any], ...]:
+        """Hashes of the code of the model, and of code accepted as equivalent; empty if the run does not know them."""
+        own = self.fingerprint.get("code")
+        return (own, *self.accepted_code) if own else ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ class Attributions:
         constants = run.replacements
         if constants.ndim == 2:  # constants by position: no single constant, as under resampling
             constants = np.full(run.components.width, np.nan)
-        origin = Origin(constants.astype(np.float32), run.facts.batch_norms, run.fingerprint)
+        origin = Origin(constants.astype(np.float32), run.facts.batch_norms, run.fingerprint, tuple(run.accepted_code))
         return cls(run.components, run.metadata, finished_fit(run, name), origin, _RunSource(run, name))
 
     @classmethod
@@ -147,6 +155,7 @@ class Attributions:
         facts = {
             "fit": self.fit.stored(),
             "fingerprint": self.origin.fingerprint,
+            "accepted_code": self.origin.accepted_code,
             "batch_norms": self.origin.batch_norms,
             "replacements": self.origin.constants.tolist(),
         }
@@ -323,7 +332,8 @@ def _read_facts(facts: dict[str, Any], components: Components) -> tuple[FitRecor
     constants = components.per_channel(np.array([float(value) for value in facts["replacements"]]))
     if not all(isinstance(name, str) for name in facts["batch_norms"].values()):
         raise TypeError("names of batch norms are not strings")
-    origin = Origin(constants.astype(np.float32), facts["batch_norms"], facts["fingerprint"])
+    accepted = tuple(dict(one) for one in facts.get("accepted_code", []))
+    origin = Origin(constants.astype(np.float32), facts["batch_norms"], facts["fingerprint"], accepted)
     return FitRecord.read(facts["fit"]), origin
 
 

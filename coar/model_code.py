@@ -8,11 +8,13 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib import metadata
-from types import CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from coar.weights import state_fingerprint
 
 SKIPPED = {"training", "call_super_init", "dump_patches", "T_destination"}  # attributes that no forward pass reads
 PLACING = {"to", "cpu", "cuda", "hf_device_map", "mlu", "musa", "npu", "sdaa", "xpu"}  # what accelerate sets, to place
@@ -32,10 +34,13 @@ def model_code(model: nn.Module) -> dict[str, dict[str, str]]:
         `libraries`: versions of the packages that the classes come from.
     """
     classes = {_name(kind): kind for module in model.modules() for kind in _own_classes(type(module))}
+    known = frozenset(id(module) for module in model.modules())
     packages = sorted({kind.__module__.partition(".")[0] for kind in classes.values()})
     return {
         "classes": {name: _digest(*_sources(kind)) for name, kind in sorted(classes.items())},
-        "modules": {path: _digest(_name(type(module)), _settings(module)) for path, module in model.named_modules()},
+        "modules": {
+            path: _digest(_name(type(module)), _settings(module, known)) for path, module in model.named_modules()
+        },
         "libraries": {name: version for name in packages if (version := _version(name))},
     }
 
@@ -111,30 +116,54 @@ def _bytecode(code: CodeType) -> str:
     return f"{code.co_code.hex()}{code.co_names}{constants}"
 
 
-def _settings(module: nn.Module) -> str:
-    """Return a module's plain attributes, its configuration, and the source of methods replaced on the instance."""
+def _settings(module: nn.Module, known: frozenset[int]) -> str:
+    """Return a module's plain attributes, its configuration, and the methods replaced on the instance, as text."""
     skipped = SKIPPED | PLACING | ({"forward"} if hasattr(module, "_hf_hook") else set())  # accelerate moves data there
     own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in skipped}
-    found = {name: text for name, value in own.items() if (text := _plain(value)) is not None}
+    found = {name: text for name, value in own.items() if (text := _plain(value, known)) is not None}
     describe = getattr(own.get("config"), "to_dict", None)  # configurations of transformers have it
     if describe:
         found["config"] = json.dumps(describe(), sort_keys=True, default=str)
     return json.dumps(found, sort_keys=True)
 
 
-def _plain(value: Any) -> str | None:
-    """Return a setting as text; None for tensors, modules and other values without a stable text."""
+def _plain(value: Any, known: frozenset[int] = frozenset()) -> str | None:
+    """Return a setting as text; None for tensors, modules and other values without a stable text.
+
+    Args:
+        value: The setting.
+        known: Identities of modules and functions that are described elsewhere.
+    """
     function = getattr(value, "__func__", value) if isinstance(value, MethodType) else value
     if isinstance(function, FunctionType):
-        return _source(function)
+        return _source(function) + ("" if id(function) in known else _captured(function, known | {id(function)}))
     if isinstance(value, type):
         return _name(value)
     if value is None or isinstance(value, bool | int | float | complex | str | torch.dtype):
         return repr(value)
-    return _joined(value)
+    return _joined(value, known)
 
 
-def _joined(value: Any) -> str | None:
+def _captured(function: FunctionType, known: frozenset[int]) -> str:
+    """Return the values of a function's closure and defaults as text, which its source does not show; "" for none."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    values = [(name, cell.cell_contents) for name, cell in cells if cell != CellType()]  # others are empty so far
+    defaults = [("", value) for value in function.__defaults__ or ()]
+    named = list((function.__kwdefaults__ or {}).items())
+    texts = [f"{name}={_content(value, known)}" for name, value in (*values, *defaults, *named)]
+    return f" with {texts}" if texts else ""
+
+
+def _content(value: Any, known: frozenset[int]) -> str:
+    """Return a captured value as text: a hash of the numbers of a tensor or another model, or an object's type."""
+    if isinstance(value, Tensor):
+        return state_fingerprint({"": value})
+    if isinstance(value, nn.Module):
+        return _name(type(value)) + ("" if id(value) in known else state_fingerprint(value.state_dict()))
+    return _plain(value, known) or _name(type(value))
+
+
+def _joined(value: Any, known: frozenset[int]) -> str | None:
     """Return a collection, or a partial function, whose parts are all settings as text; None for others."""
     parts: list[Any]
     if isinstance(value, partial):
@@ -147,7 +176,7 @@ def _joined(value: Any) -> str | None:
         parts = sorted(value, key=repr)
     else:
         return None
-    texts = [_plain(part) for part in parts]
+    texts = [_plain(part, known) for part in parts]
     return None if None in texts else f"{type(value).__name__}{texts}"
 
 

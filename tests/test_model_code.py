@@ -120,6 +120,54 @@ def test_a_method_replaced_on_an_instance_counts():
     assert differences(model_code(first), model_code(third)) == ["the class or the settings of module '1'"]
 
 
+def scaled(layer, factor):
+    """Patch a layer's forward by a closure over a value."""
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) * factor
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(2.0, 3.0), (torch.ones(3), torch.zeros(3)), ([1, {"a": 2}], [1, {"a": 3}]), (torch.float16, torch.float32)],
+)
+def test_values_in_the_closure_of_a_replaced_method_count(one, other):
+    first, same, second = net(), net(), net()
+    scaled(first[0], one), scaled(same[0], copy.deepcopy(one)), scaled(second[0], other)
+    assert model_code(first) == model_code(same)
+    assert differences(model_code(first), model_code(second)) == ["the class or the settings of module '0'"]
+
+
+def test_defaults_of_a_replaced_method_count():
+    nets = net(), net(), net()
+    for one, factor in zip(nets, (2, 2, 3), strict=True):
+        one[1].forward = lambda x, factor=factor: x * factor
+    codes = [model_code(one) for one in nets]
+    assert codes[0] == codes[1] != codes[2]
+
+
+def test_other_models_in_a_closure_count_by_their_weights_and_the_models_own_modules_do_not():
+    def replaced(scale, own):
+        model, other = net(), nn.Linear(2, 2)
+        with torch.no_grad():
+            other.weight.fill_(scale), model[0].weight.fill_(own)
+        layer = model[0]
+        model[2].forward = lambda x: other(layer(x))
+        return model_code(model)
+
+    assert replaced(1, 1) == replaced(1, 2)
+    assert replaced(1, 1) != replaced(2, 1)
+
+
+def test_a_function_that_captures_itself_has_a_hash():
+    def forward(x, depth=0):
+        return x if depth else forward(x, 1)
+
+    model = net()
+    model[1].forward = forward
+    assert model_code(model) == model_code(model)
+
+
 def test_versions_of_libraries_are_named():
     code = model_code(net())
     assert code["libraries"] == {"torch": torch.__version__.partition("+")[0]} or "torch" in code["libraries"]

@@ -17,6 +17,7 @@ from coar.components.table import Component, read_component
 from coar.editing.goal import EditGoal
 from coar.errors import EditError, SettingsError, StorageError, WeightsError
 from coar.gates.folding import Constant, check_permanent, fold
+from coar.model_code import differences, model_code
 from coar.model_copy import independent_copy
 from coar.weights import read_state, save_state, state_fingerprint, weights_fingerprint
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 3
+LISTED = 5  # differences of code in a message
+Code = dict[str, dict[str, str]]  # a result of `model_code`
 State = Mapping[str, Tensor]
 AT, WAS = "@at", "@was"  # after a tensor's name: changed positions, and their original numbers
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per number
@@ -112,6 +115,8 @@ class Edit:
         originals: The numbers it takes out of the weights, see `keep`; None for an edit made without the model.
         strengths: How far each component goes towards its constants: with a strength s an activation y with constant c
             becomes (1 - s) y + s c, so that 1, the default, ablates it.
+        codes: Hashes of the code of models that the edit may be applied to, see `coar.model_code`: that of the run, and
+            what was accepted as equivalent. Empty if it is unknown, as for a run of an older format.
 
     Raises:
         EditError: When there are not as many strengths as components, or one is not above 0 and at most 1.
@@ -126,6 +131,7 @@ class Edit:
     weights: str
     originals: Originals | None = field(default=None, repr=False)
     strengths: tuple[float, ...] = ()
+    codes: tuple[Code, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if not self.strengths:
@@ -145,18 +151,22 @@ class Edit:
         Its state dict has the same keys wherever a layer has a bias or is followed by a batch norm.
 
         Raises:
-            EditError: When the model's weights are not the ones that the edit was made for.
+            EditError: When the model's weights or code are not the ones that the edit was made for.
             WeightsError: When a module of the model cannot be copied.
         """
         model = unwrapped(model)
-        if weights_fingerprint(model) != self.weights:
-            raise EditError(
-                f"this edit was made for weights {self.weights[:12]}..., and this {type(model).__name__} has others; "
-                f"load the weights that the attributions were collected with"
-            )
+        owner, accept = "this edit was made for", "edit.accept_code(model)"
+        check_model(model, weights=self.weights, codes=self.codes, owner=owner, accept=accept)
         edited = independent_copy(model)
         fold(edited, self.components, self.replacements, batch_norms=self.batch_norms, strengths=self.strengths)
         return edited
+
+    def accept_code(self, model: nn.Module) -> "Edit":
+        """Return this edit with this model's code accepted as equivalent to the code that it was made for.
+
+        Use it for changed code that computes the same, such as a renamed class; the weights are still checked.
+        """
+        return replace(self, codes=(*self.codes, model_code(unwrapped(model))))
 
     def constants(self, attributions: Attributions) -> np.ndarray:
         """Return the (components.width,) constants of attributions, with those of this edit for its components.
@@ -184,7 +194,7 @@ class Edit:
         """Return this edit with the numbers that it takes out of the model's weights, so that it can be undone.
 
         Raises:
-            EditError: When the model's weights are not the ones that the edit was made for.
+            EditError: When the model's weights or code are not the ones that the edit was made for.
         """
         return replace(self, originals=Originals.between(model.state_dict(), self.apply(model).state_dict()))
 
@@ -218,12 +228,18 @@ class Edit:
         Original weights are not carried over; call `keep` on the result.
 
         Raises:
-            EditError: When the edits are for different weights or disagree on a constant or a strength.
+            EditError: When the edits are for different weights or code, or disagree on a constant or a strength.
         """
         if self.weights != other.weights:
             raise EditError(
                 f"one edit is for weights {self.weights[:12]}..., the other for {other.weights[:12]}...; join edits of "
                 f"one model only"
+            )
+        codes = tuple(code for code in self.codes if code in other.codes)
+        if self.codes and other.codes and not codes:
+            raise EditError(
+                "the edits were made for models of equal weights and different code; if the code computes the same, "
+                "accept it first with edit.accept_code(model)"
             )
         mine = {component: how for component, _, *how in self._rows()}
         more = []
@@ -248,6 +264,7 @@ class Edit:
             {**self.batch_norms, **other.batch_norms},
             self.weights,
             strengths=self.strengths + strengths,
+            codes=codes or self.codes or other.codes,
         )
 
     def _rows(self) -> Iterator[tuple[Component, float, Constant, float]]:
@@ -267,6 +284,7 @@ class Edit:
             "goal": self.goal.model_dump(mode="json") if self.goal else None,
             "ablation": self.ablation,
             "weights": self.weights,
+            "codes": list(self.codes),
             "batch_norms": self.batch_norms,
             "components": [
                 {**component._asdict(), "replacement": value, "score": score, "strength": strength}
@@ -310,6 +328,7 @@ class Edit:
                 str(content["weights"]),
                 _read_originals(file, content.get("originals")),
                 tuple(float(row.get("strength", 1)) for row in rows),
+                tuple(_read_code(code) for code in content.get("codes", [])),
             )
         except EditError:
             raise
@@ -355,6 +374,7 @@ def edit_of(
         {site: name for site, name in origin.batch_norms.items() if site in sites},
         origin.weights,
         strengths=() if strengths is None else tuple(strengths.tolist()),
+        codes=origin.codes,
     )
 
 
@@ -363,6 +383,39 @@ def _constant(values: float | Sequence[float]) -> Constant:
     if not isinstance(values, list):
         return float(values)  # type: ignore[arg-type]
     return float(values[0]) if len(values) == 1 else tuple(float(value) for value in values)
+
+
+def check_model(model: nn.Module, *, weights: str, codes: Sequence[Code], owner: str, accept: str) -> None:
+    """Raise `EditError` unless a model has these weights, and code with one of these hashes, if there are any.
+
+    Versions of libraries may differ, since the edited weights do not depend on them.
+
+    Args:
+        model: The model.
+        weights: SHA-256 of its weights.
+        codes: Results of `model_code`.
+        owner: What weights and code belong to, in words.
+        accept: How to accept other code, in words.
+    """
+    kind = type(model).__name__
+    if weights_fingerprint(model) != weights:
+        raise EditError(
+            f"{owner} weights {weights[:12]}..., and this {kind} has others; load the weights that the attributions "
+            f"were collected with"
+        )
+    now = {**model_code(model), "libraries": {}}
+    changes = [differences({**code, "libraries": {}}, now) for code in codes]
+    if changes and all(changes):
+        more = f", and {len(changes[0]) - LISTED} more" if len(changes[0]) > LISTED else ""
+        raise EditError(
+            f"{owner} a model of the same weights and other code, and this {kind} may compute something else; these "
+            f"differ: {'; '.join(changes[0][:LISTED])}{more}. Load the model as it was; if the changed code computes "
+            f"the same, accept it with {accept}"
+        )
+
+
+def _read_code(code: Mapping[str, Mapping[str, str]]) -> Code:
+    return {part: {str(name): str(value) for name, value in hashes.items()} for part, hashes in code.items()}
 
 
 def check_budget(budget: int, components: int) -> int:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from coar.ablation.calibration import activation_moments
 from coar.attributions import Attributions
+from coar.components.layers import unwrapped
+from coar.editing.edit import check_model
 from coar.editing.goal import EditGoal
 from coar.errors import GoalError
 from coar.examples import Examples
@@ -193,6 +195,13 @@ class SelectionContext:
         output: Output | None = None,
     ) -> Self:
         """Move the examples to the device and run the model on them; for arguments and errors see `select`."""
+        check_model(
+            unwrapped(model),
+            weights=attributions.origin.weights,
+            codes=attributions.origin.codes,
+            owner="these attributions were collected from",
+            accept="coar.Run.open(path).accept_code(model), and load the attributions again",
+        )
         examples = joined(attributions, studied, choosing)
         exact = GatedEvaluator(attributions, model, examples, device=device, output=output)
         evaluator = exact

@@ -236,7 +236,7 @@ class Run:
         from coar.model_code import differences  # imports torch, which `coar info` does without
 
         mine = self.fingerprint
-        if fingerprint.get("code") in self._manifest.get(ACCEPTED, []):
+        if fingerprint.get("code") in self.accepted_code:
             fingerprint = {**fingerprint, "code": mine.get("code")}
         differing = [key for key in sorted({*mine, *fingerprint}) if mine.get(key) != fingerprint.get(key)]
         if not differing:
@@ -270,8 +270,12 @@ class Run:
         from coar.model_code import model_code
 
         with self.lock():
-            accepted = self._manifest.get(ACCEPTED, [])
-            self.set_entry(ACCEPTED, [*accepted, model_code(unwrapped(model))])
+            self.set_entry(ACCEPTED, [*self.accepted_code, model_code(unwrapped(model))])
+
+    @property
+    def accepted_code(self) -> list[dict[str, Any]]:
+        """Results of `coar.model_code.model_code` that `accept_code` has recorded."""
+        return list(self._manifest.get(ACCEPTED, []))
 
     def rows_intact(self) -> bool:
         """Return whether all arrays over the mask axis have the length of the plan, unlike after a cut extension."""
