@@ -66,11 +66,13 @@ class DecoderLayer(NamedTuple):
         block: Path of its attention block.
         written: Path of the module whose output the attention adds to the residual stream: the output projection, or
             the norm after it.
+        mlp: Path of the module whose output the MLP adds to the stream; None if the layer has no MLP.
     """
 
     path: str
     block: str
     written: str
+    mlp: str | None
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,9 @@ def find_decoder(model: nn.Module) -> Decoder:
     blocks = [Block(layer.block, _projections(passed, layer), layer.heads) for layer in layers]
     ports = ports_of(model, blocks)
     draft = _Draft(passed)
-    written = [
-        DecoderLayer(layer.path, layer.block, _add_layer(draft, layer, block, own))
-        for layer, block, own in zip(layers, blocks, ports, strict=True)
-    ]
+    found = [_add_layer(draft, layer, block, own) for layer, block, own in zip(layers, blocks, ports, strict=True)]
     draft.read_last()
-    return Decoder(_owner(layers), draft.width, tuple(written), tuple(draft.writers), tuple(draft.readings))
+    return Decoder(_owner(layers), draft.width, tuple(found), tuple(draft.writers), tuple(draft.readings))
 
 
 @dataclass(frozen=True)
@@ -212,8 +211,8 @@ def _projections(passed: Trace, layer: _Layer) -> tuple[str, ...]:
     return tuple(call.path for call in linear)
 
 
-def _add_layer(draft: "_Draft", layer: _Layer, block: Block, ports: dict[str, tuple[Port, ...]]) -> str:
-    """Add a layer's readers and writers in their order in the pass; return the path of what its attention writes."""
+def _add_layer(draft: "_Draft", layer: _Layer, block: Block, ports: dict[str, tuple[Port, ...]]) -> DecoderLayer:
+    """Add a layer's readers and writers in their order in the pass, and return the layer."""
     groups = sorted({port.heads for own in ports.values() for port in own if port.kind != "q"})
     before, stream = len(draft.writers), draft.stream(block.projections[0], layer.path)
     for path in block.projections:
@@ -232,13 +231,13 @@ def _add_layer(draft: "_Draft", layer: _Layer, block: Block, ports: dict[str, tu
         heads = [Writer(f"{layer.label}.H{i}", site, (h.position, h.size)) for i, h in enumerate(layer.heads)]
         draft.write(heads, site)
     if layer.mlp is None:
-        return site
+        return DecoderLayer(layer.path, layer.block, site, None)
     first, last = layer.mlp
     parallel = stream is not None and draft.stream(first, layer.path) is stream
     draft.read(first, layer.path, f"{layer.label}.mlp", [f"{layer.label}.mlp"], before=before if parallel else None)
     last_site, _ = draft.written(last, layer.path)
     draft.write([Writer(f"{layer.label}.mlp", last_site)], last_site)
-    return site
+    return DecoderLayer(layer.path, layer.block, site, last_site)
 
 
 class _Draft:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coar.errors import SettingsError, StorageError, WeightsError
 from coar.examples import Examples
+from coar.forward.devices import choose_device
 from coar.lenses.divergence import chunks, divergences, passes
 from coar.lenses.kinds import Parameters, lens_kind
 from coar.lenses.layer_stack import LayerStack
@@ -167,8 +168,8 @@ class Lens:
         write_description(Path(folder), {"kind": self.kind, "layers": list(self.layers), **self.facts})
 
     @classmethod
-    def load(cls, folder: str | Path, model: nn.Module) -> Self:
-        """Read a lens that `save` or `coar.lens` wrote.
+    def load(cls, folder: str | Path, model: nn.Module, *, device: str = "auto") -> Self:
+        """Read a lens that `save` or `coar.lens` wrote, to compute on a device.
 
         Raises:
             WeightsError: When the files are damaged, or the lens is of another model.
@@ -181,7 +182,7 @@ class Lens:
                 f"the lens in {place} was made for weights {str(facts.get('weights'))[:12]}, and this model has "
                 f"{own[:12]}; load it with the model that it was made for, or make one with coar.lens"
             )
-        stack = LayerStack(model)
+        stack = LayerStack(model, choose_device(device))
         kind, layers = str(facts.pop("kind")), tuple(facts.pop("layers"))
         parameters: dict[int, Parameters] = {layer: {} for layer in layers}
         for name, value in read_state(place / TENSORS).items():

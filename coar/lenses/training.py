@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from coar.errors import MismatchError, SettingsError
 from coar.examples import Examples
+from coar.forward.devices import choose_device
 from coar.lenses.divergence import divergences, passes
 from coar.lenses.kinds import LensKind, MakeOptimizer, Moments, Parameters, lens_kind
 from coar.lenses.layer_stack import LayerStack
@@ -36,6 +37,7 @@ def lens(
     learning_rate: float | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
+    device: str = "auto",
     progress: bool = True,
 ) -> Lens:
     """Make a lens of each layer of a decoder-only transformer, see `Lens` for the kinds.
@@ -56,6 +58,7 @@ def lens(
         seed: Seed of the order of the texts.
         folder: Where the lens is written, and every minute and at a stop a checkpoint, from which the same call
             continues. If it holds the finished lens of the same call, that lens is returned.
+        device: Where to compute.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -64,7 +67,7 @@ def lens(
         SettingsError: When a setting is out of range or unknown.
     """
     chosen = lens_kind(kind)
-    stack = LayerStack(model)
+    stack = LayerStack(model, choose_device(device))
     numbers = _layers(stack, layers)
     if steps < 1 or texts_per_step < 1:
         raise SettingsError(f"{steps} steps of {texts_per_step} texts were given; both must be at least 1")
@@ -75,7 +78,7 @@ def lens(
         facts |= {"steps": steps, "texts_per_step": texts_per_step, "learning_rate": rate, "seed": seed}
     place = None if folder is None else Path(folder)
     if place is not None and _claim(place, facts):
-        return Lens.load(place, model)
+        return Lens.load(place, model, device=device)
     moments = _moments(stack, texts)
     parameters = {layer: chosen.start(stack, moments, layer) for layer in numbers}
     if chosen.optimizer is not None:
