@@ -26,6 +26,13 @@ def tokens(seed: int = 0) -> Tensor:
     return torch.randint(2, WORDS, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
+def small_circuits(edges: Components) -> Tensor:
+    """Return a mask of its own for each row that keeps one edge in thirty, and no edge to the second layer's MLP."""
+    masks = torch.rand(ROWS, len(edges), generator=torch.Generator().manual_seed(6)) < 1 / 30
+    masks[:, [name.endswith("-> L1.mlp") for name in edges.names]] = False
+    return masks.float()
+
+
 def masks_for(edges: Components, seed: int = 1) -> Tensor:
     """Return a mask of its own for each row: mostly zeros and ones, some between."""
     draw = torch.Generator().manual_seed(seed)
@@ -64,6 +71,36 @@ def test_random_masks_give_what_the_oracle_gives(family: str) -> None:
             scale = expected.abs().max()
             assert (found[row] - expected).abs().max() < 1e-4 * scale
             assert (model(ids[row : row + 1]).logits[0] - expected).abs().max() > 1e-2 * scale  # masks matter
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "gemma2", "opt"])
+@pytest.mark.parametrize("replaced", ["constants", "other texts"])
+def test_small_circuits_give_what_the_oracle_gives(family: str, replaced: str) -> None:
+    """Where few edges are kept, also in padded texts: logits are the oracle's, with constants and with sources."""
+    model, ids, others = build(family), tokens(), tokens(9)
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
+    mask[0, :2] = 0
+    edges = coar.edges(model)
+    constants, masks = drawn(2, edges.width), small_circuits(edges)
+    resample = replaced == "other texts"
+    with torch.no_grad(), Gates(model, edges, constants, use_hooks=True, resample=resample) as gates:
+        if resample:
+            gates.record(lambda: model(input_ids=others, attention_mask=mask))
+        gates.set(masks)
+        found = model(input_ids=ids, attention_mask=mask).logits
+        gates.set(masks[1])
+        shared = model(input_ids=ids, attention_mask=mask).logits
+    with torch.no_grad():
+        for row, start in enumerate((2, 0, 0)):
+            written: dict[tuple[str, int], Tensor] = {}
+            text, other = ids[row, start:], others[row, start:]
+            edge_oracle.logits(
+                family, model, other, lambda *_: 1.0, lambda *_: torch.zeros(1), start=start, written=written
+            )
+            constant = (lambda label, t, w=written: w[label, t]) if resample else by_writer(edges, constants)
+            for mine, own in ((found, masks[row]), (shared, masks[1])):
+                expected = edge_oracle.logits(family, model, text, keeps(edges, own), constant, start=start)
+                assert (mine[row, start:] - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -133,7 +170,7 @@ def test_gradients_are_finite_differences(family: str) -> None:
                     assert abs(slope - expected) < 1e-5 * abs(slope)
 
 
-@pytest.mark.parametrize("lacking", ["nothing", "one reader's edges", "one row's edges"])
+@pytest.mark.parametrize("lacking", ["nothing", "one reader's edges", "one row's edges", "most edges"])
 def test_gradients_where_little_is_lacking(lacking: str) -> None:
     """At the full model and near it, where modules that lack nothing take the residual itself, slopes are the same."""
     model, ids = build("gpt2").double(), tokens()
@@ -143,20 +180,29 @@ def test_gradients_where_little_is_lacking(lacking: str) -> None:
         masks[:, [name.endswith("-> L1.mlp") for name in edges.names]] = 0.3
     if lacking == "one row's edges":
         masks[1, ::3] = 0
+    if lacking == "most edges":
+        masks = small_circuits(edges).double()
     masks.requires_grad_()
-    with Gates(model, edges, drawn(2, edges.width).double(), use_hooks=True) as gates:
+    constants = drawn(2, edges.width).double().requires_grad_()
+    with Gates(model, edges, torch.zeros(edges.width), use_hooks=True) as gates:
 
-        def value(mask: Tensor) -> Tensor:
+        def value(mask: Tensor, constant: Tensor) -> Tensor:
+            gates.replace(constant)
             gates.set(mask)
             return model(ids).logits.square().sum()
 
-        (slopes,) = torch.autograd.grad(value(masks), masks)
+        by_mask, by_constant = torch.autograd.grad(value(masks, constants), [masks, constants])
+        assert torch.equal(
+            torch.autograd.grad(value(masks.detach(), constants), constants)[0] != 0, by_constant != 0
+        )  # also without gradients to masks
         step, draw = 1e-5, torch.Generator().manual_seed(4)
         with torch.no_grad():
             for _ in range(3):
-                way = torch.randn(masks.shape, generator=draw, dtype=torch.float64)
-                slope = (value(masks + step * way) - value(masks - step * way)) / (2 * step)
-                assert abs(slope - (slopes * way).sum()) < 1e-5 * abs(slope)
+                way, turn = (torch.randn(one.shape, generator=draw, dtype=torch.float64) for one in (masks, constants))
+                turn = turn if lacking == "most edges" else 0 * turn  # at the full model, nothing depends on it
+                ends = [value(masks + s * step * way, constants + s * step * turn) for s in (1, -1)]
+                slope = (ends[0] - ends[1]) / (2 * step)
+                assert abs(slope - (by_mask * way).sum() - (by_constant * turn).sum()) < 1e-5 * abs(slope)
 
 
 def test_gradients_of_a_root_mean_square_norm() -> None:

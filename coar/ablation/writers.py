@@ -40,6 +40,7 @@ def writer_moments(
                 gate.record(False)
                 written, later = gate.recorded()
             counted = later if tokens is None else later & tokens.to(later.device)
+            counted = counted[:, counted.shape[1] - written.shape[1] :]
             count += int(counted.sum())
             here = torch.stack([_sum(written, counted, power) for power in (1, 2)])
             sums = here if start == 0 else sums + here

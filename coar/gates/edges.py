@@ -8,6 +8,7 @@ readers.
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from coar.components.table import Components
 from coar.errors import AblationError
 from coar.gates.building import GatedSite, GateKind, GateRequest
 from coar.gates.channels import Channels
+from coar.gates.edge_pass import EdgePass, Joint, joints_of
 from coar.gates.gate import Gate
 from coar.gates.hook import hook
-from coar.gates.ledger import Compute, Ledger
+from coar.gates.ledger import Module, Projection
 
 
 class EdgeGate(Gate):
@@ -39,6 +41,7 @@ class EdgeGate(Gate):
         self.channels = (channels,)
         self._model, self._decoder, self._resample = model, decoder, resample
         self._constants = self._by_writer(channels.replacement)
+        self._joints = joints_of(decoder)
         self._stack = ExitStack()
         self._numbers: dict[str, int] = {}  # first writer of each site
         for number, writer in enumerate(decoder.writers):
@@ -47,8 +50,8 @@ class EdgeGate(Gate):
     def install(self) -> None:
         """Register hooks and replace the forward of projections; without a mask, the model runs unchanged."""
         self._keep: Tensor | None = None
-        self._pass: _Pass | None = None
-        self._source: _Pass | None = None
+        self._pass: EdgePass | None = None
+        self._source: EdgePass | None = None
         self._recording = False
         self._seen = set[str]()
         writers: dict[str, list[Writer]] = {}
@@ -61,11 +64,9 @@ class EdgeGate(Gate):
                 stack.callback(self._hook_writers(site, own))
             for site in dict.fromkeys(reading.norm or reading.site for reading in self._decoder.readings):
                 stack.callback(hook(self._model.get_submodule(site), "input", self._watch(site)).remove)
-            first = 0
-            for reading in self._decoder.readings:
-                pairs = len(reading.labels) * reading.before
-                stack.callback(self._hook_reading(reading, slice(first, first + pairs)))
-                first += pairs
+            for joint in self._joints:
+                hook_readers = self._hook_reader if joint.readings[0].rows is None else self._hook_projections
+                stack.callback(hook_readers(joint))
             self._stack = stack.pop_all()
 
     def restore(self) -> None:
@@ -88,7 +89,9 @@ class EdgeGate(Gate):
         self._recording, self._pass = on, None
 
     def recorded(self) -> tuple[Tensor, Tensor]:
-        """Return (rows, positions, writers, width) recorded outputs, and which (rows, positions) may be replaced.
+        """Return recorded outputs of writers, and which (rows, positions) may be replaced.
+
+        Outputs have shape (rows, last positions, writers, width), and begin after the first token of all rows.
 
         Raises:
             AblationError: When nothing was recorded.
@@ -130,7 +133,8 @@ class EdgeGate(Gate):
         if self._resample and not self._recording and self._source is None:
             raise AblationError("no other examples were recorded for edges; call Gates.record before a forward pass")
         keep, source = (None, None) if self._recording else (self._keep, self._source)
-        self._pass = _Pass(self._decoder, keep, self._constants, source, None if mask is None else mask.bool())
+        tokens = None if mask is None else mask.bool()
+        self._pass = EdgePass(self._model, self._decoder, self._joints, keep, self._constants, source, tokens)
 
     def _watch(self, site: str) -> Callable[[Tensor], Tensor]:
         def watch(stream: Tensor) -> Tensor:
@@ -145,165 +149,71 @@ class EdgeGate(Gate):
         module = self._model.get_submodule(site)
 
         def after(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            if self._pass is not None:
-                self._seen.add(site)
+            current = self._pass
+            if current is None:
+                return
+            self._seen.add(site)
+
+            def written() -> Tensor:
+                """Return the (rows, positions, writers, width) outputs of the site's writers."""
                 if writers[0].head is None:
-                    y = result[0] if isinstance(result, tuple) else result
-                    written = y.reshape(*self._pass.shape, 1, self._decoder.width)
-                else:
-                    z = args[0] if args else next(iter(kwargs.values()))
-                    written = _by_head(module, z.reshape(*self._pass.shape, len(writers), -1))
-                self._pass.write(self._numbers[site], written)
+                    y: Tensor = result[0] if isinstance(result, tuple) else result
+                    return y.reshape(*current.shape, 1, self._decoder.width)
+                z = args[0] if args else next(iter(kwargs.values()))
+                return _by_head(module, z.reshape(*current.shape, len(writers), -1))
+
+            current.write(self._numbers[site], len(writers), written)
 
         return module.register_forward_hook(after, with_kwargs=True).remove
 
-    def _hook_reading(self, reading: Reading, pairs: slice) -> Callable[[], None]:
-        """Make a module compute its outputs from the inputs of its readers; return a function that undoes this."""
-        module = self._model.get_submodule(reading.site)
-        norm = self._model.get_submodule(reading.norm).forward if reading.norm else None
-        rows = None if reading.rows is None else torch.tensor(reading.rows)
-        if rows is not None and torch.equal(rows, torch.arange(len(rows))):
-            rows = None
+    def _norm(self, joint: Joint) -> Callable[[Tensor], Tensor] | None:
+        path = joint.readings[0].norm
+        return self._model.get_submodule(path).forward if path else None
 
-        def normed(taken: Tensor) -> Tensor:
-            value: Tensor = taken if norm is None else norm(taken)
-            return value
+    def _hook_reader(self, joint: Joint) -> Callable[[], None]:
+        """Give a module with one reader that reader's input; return a function that undoes this."""
+        (reading,) = joint.readings
+        module = Module(self._norm(joint), ())
 
         def whole(x: Tensor) -> Tensor:
-            """Return the input of a module with one reader."""
             self._seen.add(reading.site)
-            if self._pass is None or self._recording:
+            if self._pass is None or self._recording or self._pass.is_plain(joint):
                 return x
-            read = self._pass.read(reading, pairs, lambda taken: normed(taken)[:, :, 0])
+            (read,) = self._pass.read(joint, x, module)
             return read.reshape(x.shape).to(x.dtype)
 
-        if reading.rows is None:
-            return hook(module, "input", whole).remove
-        plain, own = module.forward, {key: value for key, value in vars(module).items() if key == "forward"}
+        return hook(self._model.get_submodule(reading.site), "input", whole).remove
 
-        def forward(x: Tensor) -> Any:
-            """Return the outputs of a projection, those of each reader from its own input."""
-            self._seen.add(reading.site)
-            if self._pass is None or self._recording:
-                return plain(x)
-            return self._pass.read(reading, pairs, lambda taken: _project(module, normed(taken).to(x.dtype), rows))
+    def _hook_projections(self, joint: Joint) -> Callable[[], None]:
+        """Make projections compute each reader's outputs from its own input; return a function that undoes this.
 
-        def undo() -> None:
-            vars(module).pop("forward", None)
-            vars(module).update(own)
-
-        module.forward = forward
-        return undo
-
-
-class _Pass:
-    """One forward pass: the residual stream at every place that reads it, and the ledger of the writers' outputs.
-
-    Args:
-        decoder: The writers and readers.
-        keep: (pairs,) mask, or (rows, pairs) masks; None to record the writers' outputs.
-        constants: (writers, width) replacements.
-        source: Recorded outputs for another example each, which then are the replacements.
-        tokens: (rows, positions) booleans, False at padding; None if every position is a token.
-    """
-
-    def __init__(
-        self, decoder: Decoder, keep: Tensor | None, constants: Tensor, source: "_Pass | None", tokens: Tensor | None
-    ) -> None:
-        self.streams: dict[str, Tensor] = {}
-        self.ledger: Ledger | None = None
-        self.tokens = tokens
-        self._decoder, self._keep, self._constants, self._source = decoder, keep, constants, source
-        self._lacking: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and positions."""
-        rows, positions = self._started().entries.shape[:2]
-        return rows, positions
-
-    def watch(self, site: str, stream: Tensor) -> None:
-        """Record the residual stream at a place that reads it; the first one is the embedding's output."""
-        self.streams[site] = stream
-        if self.ledger is None:
-            self._start(stream)
-            self.write(0, stream[:, :, None])
-
-    def write(self, number: int, outputs: Tensor) -> None:
-        """Enter (rows, positions, writers, width) outputs of consecutive writers; `number` is the first one's."""
-        ledger, writers = self._started(), slice(number, number + outputs.shape[2])
-        replacement: Tensor | None = None
-        if self._source is not None:
-            replacement = self._source._started().entries[:, :, writers]
-            replacement = replacement.repeat(len(outputs) // len(replacement), 1, 1, 1)
-        elif self._keep is not None:
-            replacement = self._constants[writers]
-        ledger.write(number, outputs, replacement)
-
-    def read(self, reading: Reading, pairs: slice, compute: Compute) -> Tensor:
-        """Return the (rows, positions, features) that a module computes from the inputs of its readers.
-
-        Args:
-            reading: The module and its readers.
-            pairs: Where the masks of its edges are.
-            compute: The function of the module, position by position.
+        The first one that is called computes the outputs of all.
         """
-        stream = self.streams[reading.norm or reading.site].view(*self.shape, self._decoder.width)
-        if self._lacking is None:
-            raise AblationError("the edges have no masks; call Gates.set before a forward pass")
-        own = self._lacking[:, pairs].view(-1, len(reading.labels), reading.before)
-        return self._started().read(stream, own, compute)
+        sites = [reading.site for reading in joint.readings]
+        modules = [self._model.get_submodule(site) for site in sites]
+        orders = [_order(reading.rows) for reading in joint.readings if reading.rows is not None]
+        plain, norm, stack = [module.forward for module in modules], self._norm(joint), ExitStack()
 
-    def _started(self) -> Ledger:
-        if self.ledger is None:
-            raise AblationError(
-                f"a layer of {self._decoder.path!r} wrote before the first one read the residual stream; call the "
-                f"model as a whole"
-            )
-        return self.ledger
+        def forward(x: Tensor, number: int) -> Any:
+            self._seen.add(sites[number])
+            if self._pass is None or self._recording or self._pass.is_plain(joint):
+                return plain[number](x)
+            waiting = self._pass.results
+            if sites[number] not in waiting:
+                parts = map(_projection, joint.readings, modules, plain, orders)
+                waiting.update(zip(sites, self._pass.read(joint, x, Module(norm, tuple(parts))), strict=True))
+            return waiting.pop(sites[number])
 
-    def _start(self, stream: Tensor) -> None:
-        rows, positions = self._check_shape(stream)
-        first = torch.zeros(rows, dtype=torch.long, device=stream.device)
-        if self.tokens is not None:
-            first = self.tokens.long().argmax(1)
-        if self._source is not None:
-            self._check_source(rows, positions)
-        kind = stream.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else stream.dtype
-        self.ledger = Ledger(len(self._decoder.writers), first, stream, dtype)
-        if self._keep is not None:
-            keep = self._keep if self._keep.ndim == 2 else self._keep[None]
-            if rows % len(keep):
-                raise AblationError(
-                    f"{len(keep)} masks were given for {rows} rows; give a number of masks that divides {rows}"
-                )
-            self._lacking = 1 - (keep if len(keep) == 1 else keep.repeat_interleave(rows // len(keep), 0))
+        for number, module in enumerate(modules):
+            own = {key: value for key, value in vars(module).items() if key == "forward"}
 
-    def _check_shape(self, stream: Tensor) -> tuple[int, int]:
-        if stream.ndim != 3 or (self.tokens is not None and self.tokens.shape != stream.shape[:2]):
-            mask = None if self.tokens is None else tuple(self.tokens.shape)
-            raise AblationError(
-                f"the first layer of {self._decoder.path!r} was given a tensor of shape {tuple(stream.shape)} with an "
-                f"attention mask of shape {mask}; (texts, positions, features) and (texts, positions) were expected"
-            )
-        return stream.shape[0], stream.shape[1]
+            def undo(module: nn.Module = module, own: dict[str, Any] = own) -> None:
+                vars(module).pop("forward", None)
+                vars(module).update(own)
 
-    def _check_source(self, rows: int, positions: int) -> None:
-        """Raise `AblationError` unless the other examples have a token at every position of a token of the examples."""
-        source = self._source
-        shape = source.shape if source is not None else (0, 0)
-        fits = shape[1] == positions and shape[0] and rows % shape[0] == 0
-        if fits and source is not None and source.tokens is not None:
-            there = source.tokens.repeat(rows // shape[0], 1)
-            own = torch.ones_like(there) if self.tokens is None else self.tokens
-            fits = not bool((own & ~there).any())
-        if not fits:
-            raise AblationError(
-                f"ablated edges carry outputs for other examples, position by position: {rows} texts of {positions} "
-                f"positions were given, and other texts of shape {tuple(shape)} that lack tokens there; give pairs of "
-                f"texts with the same number of tokens, padded on the same side"
-            )
+            stack.callback(undo)
+            module.forward = partial(forward, number=number)
+        return stack.close
 
 
 def _by_head(projection: nn.Module, z: Tensor) -> Tensor:
@@ -312,21 +222,21 @@ def _by_head(projection: nn.Module, z: Tensor) -> Tensor:
     return torch.einsum("bths,hsd->bthd", z, _weight(projection).T.view(heads, size, -1))
 
 
-def _project(projection: nn.Module, taken: Tensor, rows: Tensor | None) -> Tensor:
-    """Return the (rows, positions, outputs) of a projection, those of each reader from its own input.
+def _projection(
+    reading: Reading, module: nn.Module, plain: Callable[[Tensor], Tensor], order: Tensor | None
+) -> Projection:
+    """Return a projection whose outputs are those of a reading's readers; `order` sorts them by reader."""
+    weight, bias = _weight(module), module.bias
+    ordered = weight if order is None else weight[order]
+    by_reader = ordered.view(len(reading.labels), -1, weight.shape[1])
+    back = None if order is None else order.argsort()
+    return Projection(plain, by_reader, bias if isinstance(bias, Tensor) else None, back)
 
-    Args:
-        projection: The projection.
-        taken: (rows, positions, readers, width) inputs of its readers.
-        rows: Its outputs in the order of its readers; None if they are in that order.
-    """
-    weight, bias = _weight(projection), projection.bias
-    width = taken.shape[-1]
-    ordered = weight if rows is None else weight[rows]
-    y = torch.einsum("btrd,rsd->btrs", taken, ordered.view(taken.shape[2], -1, width)).flatten(2)
-    if rows is not None:
-        y = y[..., rows.argsort()]
-    return y if not isinstance(bias, Tensor) else y + bias.to(y.dtype)
+
+def _order(rows: Sequence[int]) -> Tensor | None:
+    """Return the outputs of a projection in the order of its readers; None if they are in that order."""
+    order = torch.tensor(rows)
+    return None if torch.equal(order, torch.arange(len(order))) else order
 
 
 def _weight(projection: nn.Module) -> Tensor:
