@@ -11,8 +11,8 @@ function componentView(panel, argument) {
 
 /** Steps to other components, and a field that finds one by name. */
 function componentTools(j) {
-  const field = componentField("Component", (found) => go(`component/${found}`));
-  return make("div", { class: "tools" }, stepper("component", j, count.components), field);
+  const finder = componentField("Component", (found) => go(`component/${found}`));
+  return make("div", { class: "tools" }, stepper("component", j, count.components), finder);
 }
 
 /** A field with the names of all components; `chosen` gets the index of one. */
@@ -27,7 +27,9 @@ function componentField(label, chosen) {
       input.value = "";
     }
   });
-  return make("label", {}, label, input, list);
+  const made = field(label, input);
+  made.append(list);
+  return made;
 }
 
 function componentHead(j) {

@@ -68,7 +68,7 @@ function examplesTools(draw) {
   return make("form", { class: "card tools", "aria-label": "Sort and filter", on: { submit: (event) => event.preventDefault() } },
     choice("Sort by", keys, browsing.sort, (value) => set("sort", value)), order,
     choice("Show", verdicts, browsing.verdict, (value) => set("verdict", value)), groups, quality,
-    make("label", {}, "Search", search));
+    field("Search", search));
 }
 
 /** Examples without a look, as a table. */

@@ -138,19 +138,30 @@ function plainTable(packed, caption) {
   return tableOf(columns, packed.rows, caption);
 }
 
+let fields = 0;
+
+/** A control with its label. */
+function field(label, control) {
+  fields += 1;
+  control.id = `field${fields}`;
+  return make("div", { class: "field" }, make("label", { for: control.id }, label), control);
+}
+
 /** A labelled select; options are [value, text]. */
 function choice(label, options, value, changed) {
   const items = options.map(([key, text]) => make("option", { value: key, selected: String(key) === String(value) }, String(text)));
-  return make("label", {}, label, make("select", { on: { change: (event) => changed(event.target.value) } }, items));
+  return field(label, make("select", { on: { change: (event) => changed(event.target.value) } }, items));
 }
 
 function slider(label, { min, max, step = 1, value }, changed) {
-  const text = make("output", {}, ` ${value}`);
+  const text = make("span", { "aria-hidden": "true" }, ` ${value}`);
   const react = (event) => {
     text.textContent = ` ${event.target.value}`;
     changed(Number(event.target.value));
   };
-  return make("label", {}, make("span", {}, label, text), make("input", { type: "range", min, max, step, value, on: { input: react } }));
+  const made = field(label, make("input", { type: "range", min, max, step, value, on: { input: react } }));
+  made.firstChild.after(text);
+  return made;
 }
 
 /** Links to the item before and after, and to one by number. */

@@ -37,7 +37,7 @@ function trialTools(draw) {
     : null;
   return make("div", { class: "card tools" },
     componentField("By name", (j) => add([j])), choice("A layer", layers, "", ofLayer), chooseEdit,
-    make("label", {}, "Strongest", number),
+    field("Strongest", number),
     choice("for or against", [["for", "for"], ["against", "against"]], trial.direction, (value) => (trial.direction = value)),
     choice("the output of", targets, trial.group, (value) => (trial.group = value)), strongest,
     make("button", { type: "button", on: { click: () => { trial.chosen.clear(); trial.warning = ""; draw(); } } }, "Clear"));
