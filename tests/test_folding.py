@@ -168,6 +168,30 @@ def test_a_batch_norm_after_neurons_takes_their_constants():
     torch.testing.assert_close(oracles.forward(edited, x), gated(model, x, components, [1, 5], values))
 
 
+class NormAndTanh(nn.BatchNorm2d):
+    """A batch norm with an activation in its own forward, as timm has them."""
+
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_batch_norm_with_an_activation_inside_takes_constants(affine):
+    model = oracles.rough(
+        nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), NormAndTanh(6, affine=affine), nn.Conv2d(6, 3, 2), nn.Flatten())
+    )
+    x, components = torch.randn(8, 3, 4, 4), coar.conv_filters(model, include="0")
+    values = random_constants(components)
+    before = oracles.snapshot(model)
+    batch_norms = norms_of(model, x, components)
+    assert batch_norms == {"0": "1"}
+    oracles.assert_same(before, oracles.snapshot(model))
+    edited = folded(model, components, [1, 5], values, batch_norms)
+    assert set(edited.state_dict()) == set(model.state_dict())
+    expected = oracles.replaced(model, {("0", 1): float(values[1]), ("0", 5): float(values[5])})
+    torch.testing.assert_close(oracles.forward(edited, x), oracles.forward(expected, x))
+
+
 def test_a_batch_norm_that_keeps_no_statistics_is_no_home_for_constants():
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten())
     components = coar.conv_filters(model)

@@ -1,6 +1,7 @@
 """Gates in the weights of a layer: one mask for a whole batch, at no cost per example."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,7 @@ class LayerGate(Gate):
         norm: nn.Module | None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.layer, self._norm = layer, norm
-        self._forward = {name: value for name, value in vars(norm).items() if name == "forward"} if norm else {}
+        self.layer, self._skipped = layer, SkippedNorm(norm) if norm is not None else None
         self._outputs, self._inputs = outputs, inputs
         self._originals = {name: layer._parameters[name] for name in ("weight", "bias")}
         weight, bias = self._originals["weight"], self._originals["bias"]
@@ -93,15 +93,14 @@ class LayerGate(Gate):
         if "bias" in self._buffers:
             self._buffers["bias"].copy_(self.kept)
         self.layer._parameters.update(self._buffers)  # type: ignore[arg-type]
-        if self._norm is not None:
-            self._norm.forward = _unchanged
+        if self._skipped is not None:
+            self._skipped.install()
 
     def restore(self) -> None:
         """Put weight, bias and the batch norm's forward back."""
         self.layer._parameters.update(self._originals)
-        if self._norm is not None:
-            vars(self._norm).pop("forward", None)
-            vars(self._norm).update(self._forward)  # some libraries keep a wrapper there
+        if self._skipped is not None:
+            self._skipped.restore()
 
     def set(self, keeps: Sequence[Tensor]) -> None:
         """Write weight and bias under (channels,) masks of the outputs and inputs into the buffers."""
@@ -162,6 +161,42 @@ class FoldedNorm(Gate):
 
     def confirm(self) -> None:
         """Nothing to confirm: the layer cannot run without reading its weight."""
+
+
+class SkippedNorm:
+    """Removes a batch norm's effect.
+
+    The forward of torch's own batch norms is replaced. Other classes may do more in their forward, as timm's do with an
+    activation, so these get statistics, scales and shifts that change nothing.
+
+    Args:
+        norm: The batch norm.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        self._norm, self._plain = norm, type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        self._forward = {name: value for name, value in vars(norm).items() if name == "forward"}
+        mean: Tensor = norm.running_mean  # type: ignore[assignment]
+        zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
+        variance = ones - norm.eps  # type: ignore[operator]
+        self._neutral = {"running_mean": zeros, "running_var": variance, "weight": ones, "bias": zeros}
+        tables: tuple[dict[str, Any], ...] = (norm._buffers, norm._parameters)
+        self._own = [(table, dict(table)) for table in tables]
+
+    def install(self) -> None:
+        """Remove the effect."""
+        if self._plain:
+            self._norm.forward = _unchanged
+            return
+        for table, own in self._own:
+            table.update({name: self._neutral[name] for name in own if name in self._neutral and own[name] is not None})
+
+    def restore(self) -> None:
+        """Put forward, statistics, scales and shifts back."""
+        for table, own in self._own:
+            table.update(own)
+        vars(self._norm).pop("forward", None)
+        vars(self._norm).update(self._forward)  # some libraries keep a wrapper there
 
 
 def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
