@@ -122,6 +122,33 @@ def test_convolutions_are_in_channels_last_where_that_works():
     assert model[0].weight.is_contiguous()
 
 
+class GroupNet(nn.Module):
+    """A net whose group norm gets a large mean and a small deviation once the second channel is replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(3, 2, 3), nn.GroupNorm(1, 2), nn.Linear(2, 4)
+        with torch.no_grad():
+            self.conv.weight[1] *= 40
+            self.conv.bias[:] = 30
+
+    def forward(self, x):
+        return self.last((self.norm(self.conv(x)).relu() ** 3).mean((2, 3)))
+
+
+def test_group_norms_keep_their_digits_under_ablation(tmp_path):
+    torch.manual_seed(0)
+    model, x, other = GroupNet(), torch.randn(8, 3, 8, 8), torch.randn(16, 3, 8, 8)
+    components = coar.conv_filters(model)
+    ablation = coar.Mean(calibration=coar.Examples(inputs=other, targets=torch.zeros(16)))
+    masks, found, targets = masks_and_outputs(model, x, components, tmp_path / "r.zarr", ablation=ablation)
+    model, x, means = model.double(), x.double(), oracles.channel_means(model.double(), other.double(), "conv")
+    constants = [{("conv", i): means[i] for i in np.flatnonzero(~mask)} for mask in masks]
+    expected = [oracles.replaced_outputs(model, x, targets, of_mask) for of_mask in constants]
+    assert not masks.all()
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
 class PaddedNet(nn.Module):
     """A classifier of texts on torch's encoder with its defaults, which converts padded texts to nested tensors."""
 
