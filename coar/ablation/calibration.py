@@ -1,5 +1,6 @@
 """Passes of calibration examples through a model: the activations of its components, and their mean and spread."""
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coar.ablation.padding import tokens_of, without_padding
+from coar.ablation.padding import Padding, without_padding
 from coar.ablation.writers import writer_moments
 from coar.components.table import Components, Side
 from coar.errors import AblationError
@@ -15,6 +16,8 @@ from coar.examples import Examples, call_model
 from coar.gates.experts import Routing, check_weighted
 from coar.gates.hook import check_features, hook
 from coar.gates.projections import called_projections
+
+log = logging.getLogger(__name__)
 
 Place = tuple[str, Side, int]  # site, side, and position of the first channel, which is not 0 only for experts
 Visit = Callable[[Place, Tensor], None]  # receives (values, channels) at every call of a module
@@ -86,7 +89,12 @@ def walk(
             stack.callback(handle.remove)
         for start in range(0, len(examples), batch_size):
             inputs = examples.block(start, start + batch_size)[0]
-            observer.tokens = tokens_of(model, inputs)
+            observer.padding = Padding(model, inputs)
+            if start == 0 and observer.padding.unread:
+                log.warning(
+                    "the inputs %s are not read as masks of padding, so means count all positions",
+                    ", ".join(observer.padding.unread),
+                )
             call_model(model, inputs)
     observer.confirm()
 
@@ -95,11 +103,11 @@ class _Observer:
     """Passes the activations of components on to a function, and records which of the components were reached.
 
     Attributes:
-        tokens: (texts, positions) booleans of the current batch, False at padding; None without padding.
+        padding: The padding of the current batch.
     """
 
     def __init__(self, components: Components, visit: Visit, take: Take) -> None:
-        self.tokens: Tensor | None = None
+        self.padding: Padding
         self._components, self._visit, self._take = components, visit, take
         self._called: set[Place] = set()
 
@@ -109,7 +117,8 @@ class _Observer:
         def show(y: Tensor) -> Tensor:
             if place[1] == "module":
                 check_features(y, place[0], axis, features)
-            self._see(place, self._take(place, y.detach().movedim(axis, -1), self.tokens))
+            values = y.detach().movedim(axis, -1)
+            self._see(place, self._take(place, values, self.padding.at(place[0], values.shape[:-1])))
             return y
 
         return show
@@ -120,8 +129,9 @@ class _Observer:
         def show(mixture: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             routes = Routing.of(mixture, site, args, kwargs)
             check_weighted(mixture.forward, site, routes)
-            returned = without_padding(routes.returned(mixture.forward), self.tokens)
-            experts = without_padding(routes.experts, self.tokens).flatten()
+            tokens = self.padding.at(site, routes.experts.shape[:1])
+            returned = without_padding(routes.returned(mixture.forward), tokens)
+            experts = without_padding(routes.experts, tokens).flatten()
             for component in (self._components[i] for i in rows):
                 own = returned[experts == component.position // component.size]
                 self._see((site, "expert", component.position), own)

@@ -16,8 +16,8 @@ from coar.gates.positions import no_positions
 class Mean(Calibrated):
     """Replace each channel of a component by its mean over calibration examples and positions.
 
-    r_j = E_{x,t}[h_{j,t}(x)], over calibration examples x and positions t, which are pixels or tokens. Positions where
-    an `attention_mask` among the inputs is 0 are padding and do not count.
+    r_j = E_{x,t}[h_{j,t}(x)], over calibration examples x and positions t, which are pixels or tokens. Positions of
+    padding do not count; masks among the inputs show them, such as `attention_mask`.
     """
 
     label: ClassVar[str] = "mean"

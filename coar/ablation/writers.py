@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from coar.ablation.padding import tokens_of
+from coar.ablation.padding import Padding
 from coar.components.table import Components
 from coar.errors import AblationError
 from coar.examples import Examples, call_model
@@ -33,12 +33,13 @@ def writer_moments(
     try:
         for start in range(0, len(calibration), batch_size):
             inputs = calibration.block(start, start + batch_size)[0]
-            tokens = tokens_of(model, inputs)
+            padding = Padding(model, inputs)
             with torch.inference_mode():
                 gate.record(True)
                 call_model(model, inputs)
                 gate.record(False)
                 written, later = gate.recorded()
+            tokens = padding.at("", later.shape)
             counted = later if tokens is None else later & tokens.to(later.device)
             counted = counted[:, counted.shape[1] - written.shape[1] :]
             count += int(counted.sum())
