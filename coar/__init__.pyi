@@ -82,5 +82,7 @@ from .store.integrity import verify as verify
 from .store.run import Run as Run
 from .study import Study as Study
 from .texts import token_examples as token_examples
+from .tracing.trace import Trace as Trace
+from .tracing.trace import trace as trace
 from .weights import load_weights as load_weights
 from .weights import save_weights as save_weights

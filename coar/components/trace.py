@@ -123,13 +123,13 @@ def run(model: nn.Module, tokens: Tensor) -> None:
 
 def random_tokens(model: nn.Module, rows: int, positions: int) -> Tensor:
     """Return (rows, positions) random token numbers from the model's vocabulary."""
-    table = _embedding(unwrapped(model))
+    table = token_embedding(unwrapped(model))
     tokens = torch.tensor([token for token in range(min(table.num_embeddings, MANY)) if token != table.padding_idx])
     picks = torch.randint(len(tokens), (rows, positions), generator=torch.Generator().manual_seed(0))
     return tokens[picks].to(table.weight.device)
 
 
-def _embedding(model: nn.Module) -> nn.Embedding:
+def token_embedding(model: nn.Module) -> nn.Embedding:
     """Return the embedding of tokens: that of `get_input_embeddings`, or the model's first."""
     try:
         named = model.get_input_embeddings()  # type: ignore[operator]

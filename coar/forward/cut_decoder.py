@@ -59,7 +59,7 @@ class CutDecoder:
         self._recorded = []
         try:
             logits = self.logits(inputs)
-            return torch.stack(self._recorded).view(len(self), *logits.shape[:2], self.width), logits
+            return torch.stack(self._recorded), logits
         finally:
             self._recorded = None
 

@@ -1,0 +1,1 @@
+"""Causal tracing: where in a language model a fact is recalled."""
