@@ -22,7 +22,7 @@ def check_components(model: nn.Module, components: Components) -> None:
         if side in ("module", "edge"):  # gates on edges find them in the model again
             continue
         length = _length(found, side, axis)
-        last = max(components[i].position + components[i].size for i in indices)
+        last = int(components.positions_of(indices).max()) + 1
         if last > length:
             noun = "input features" if side == "input" else "rows"
             raise ComponentError(

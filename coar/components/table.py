@@ -135,8 +135,13 @@ class Components(Sequence[Component]):
 
     def positions_of(self, rows: Sequence[int]) -> np.ndarray:
         """Return the positions of the channels of some components along their axis, in the order of `channels_of`."""
-        starts = np.array([self._rows[i].position for i in rows], dtype=np.int64)
-        return _ranges(starts, self._sizes[np.asarray(rows, dtype=np.int64)])
+        index = np.asarray(rows, dtype=np.int64)
+        return _ranges(self._positions[index], self._sizes[index])
+
+    def sizes_of(self, rows: Sequence[int]) -> np.ndarray:
+        """Return the numbers of channels of some components."""
+        sizes: np.ndarray = self._sizes[np.asarray(rows, dtype=np.int64)]
+        return sizes
 
     def per_channel(self, constants: np.ndarray) -> np.ndarray:
         """Return (width,) constants, one per channel.
@@ -165,9 +170,13 @@ class Components(Sequence[Component]):
         return np.array([row.size for row in self._rows])
 
     @cached_property
+    def _positions(self) -> np.ndarray:
+        return np.array([row.position for row in self._rows])
+
+    @cached_property
     def _starts(self) -> np.ndarray:
         if self.of_edges:
-            return np.array([row.position for row in self._rows])
+            return self._positions
         starts: np.ndarray = self._sizes.cumsum() - self._sizes
         return starts
 
@@ -180,6 +189,10 @@ class Components(Sequence[Component]):
 
     def sites(self) -> dict[tuple[str, Side, int], list[int]]:
         """Group row numbers by (site, side, axis), in table order."""
+        return {place: list(rows) for place, rows in self._sites.items()}
+
+    @cached_property
+    def _sites(self) -> dict[tuple[str, Side, int], list[int]]:
         groups: dict[tuple[str, Side, int], list[int]] = {}
         for i, row in enumerate(self._rows):
             groups.setdefault((row.site, row.side, row.axis), []).append(i)

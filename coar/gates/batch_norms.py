@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,11 +37,11 @@ def following_batch_norms(
         Path of the batch norm by path of the site.
     """
     candidates = _candidates(model, components, run)
-    outputs = [i for i, row in enumerate(components) if row.side == "output"]
     constants = _large_constants(model, components, candidates)
 
     def differs(pairs: dict[str, str], values: Tensor) -> str:
-        rows = [i for i in outputs if components[i].site in pairs and components[i].position % 2 == 0]
+        sites = {(site, "output") for site in pairs}
+        rows = [i for i, row in enumerate(components) if (row.site, row.side) in sites and row.position % 2 == 0]
         keep = torch.ones(len(components), dtype=torch.bool, device=next(model.parameters()).device)
         keep[rows] = False
         results = []
@@ -49,7 +50,8 @@ def following_batch_norms(
                 gates.set(keep)
                 results.append(run(model))
         folded = independent_copy(model)
-        replacements = [tuple(values[components.channels_of([i])].tolist()) for i in rows]
+        flat = np.split(values[components.channels_of(rows)].numpy(), components.sizes_of(rows).cumsum()[:-1])
+        replacements = [tuple(own.tolist()) for own in flat]
         fold(folded, [components[i] for i in rows], replacements, batch_norms=pairs)
         results.append(run(folded))
         compared = (compare(results[0], other, Kind.REFORMULATED) for other in results[1:])  # strict in any precision

@@ -42,7 +42,7 @@ class Channels:
         Raises:
             AblationError: When two components overlap.
         """
-        owners = np.repeat(indices, [components[i].size for i in indices])  # (channels that a component takes,)
+        owners = np.repeat(indices, components.sizes_of(indices))  # (channels that a component takes,)
         taken = components.positions_of(indices)
         _, first = np.unique(taken, return_index=True)
         if len(first) < len(taken):
