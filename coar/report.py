@@ -12,7 +12,7 @@ from coar.editing.edit import Edit
 from coar.editing.tasks import TaskResult
 from coar.errors import StorageError
 from coar.evaluation import Evaluation
-from coar.weights import save_weights
+from coar.examples import Examples
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +33,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
     return files
 
 
-def write_task(result: TaskResult, model: nn.Module, folder: Path) -> list[Path]:
+def write_task(result: TaskResult, model: nn.Module, folder: Path, examples: Examples) -> list[Path]:
     """Write a task's edits, edited weights, tables and figure into a folder; return the files."""
     files = [folder / "table.csv", folder / "curve.csv", folder / "curve.png"]
     try:
@@ -45,15 +45,28 @@ def write_task(result: TaskResult, model: nn.Module, folder: Path) -> list[Path]
     except OSError as error:
         raise StorageError(f"cannot write into {folder}: {error}; free space or choose another folder") from error
     for number, edit in enumerate(result.edits):
-        files += write_edit(edit, model, folder, stem="edit" if len(result.edits) == 1 else f"edit-{number}")
+        files += write_edit(edit, model, folder, examples, stem="edit" if len(result.edits) == 1 else f"edit-{number}")
     return files
 
 
-def write_edit(edit: Edit, model: nn.Module, folder: Path, *, stem: str = "edit") -> list[Path]:
-    """Write an edit as JSON and the edited model's weights as safetensors; return the files."""
+def write_edit(edit: Edit, model: nn.Module, folder: Path, examples: Examples, *, stem: str = "edit") -> list[Path]:
+    """Write an edit as JSON and the edited model's weights as safetensors; return the files.
+
+    Where the edit gives layers a bias, a third file has the code that loads the weights into the model.
+
+    Args:
+        edit: The edit.
+        model: The model it was made for.
+        folder: Where to write.
+        examples: Examples of the model's inputs, by which the weights are checked, see `Edit.save_state_dict`.
+        stem: Start of the files' names.
+    """
     files = [folder / f"{stem}.json", folder / f"{stem}.safetensors"]
     edit.save(files[0])
-    save_weights(edit.apply(model), files[1])
+    saved = edit.save_state_dict(model, files[1], examples)
+    if saved.new_parameters:
+        files.append(folder / f"{stem}-loading.py")
+        files[2].write_text(saved.loading + "\n")
     return files
 
 

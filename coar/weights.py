@@ -119,6 +119,12 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def _could_hold(model: nn.Module, bias: str) -> bool:
+    """Return whether a bias of this name is for a module that could have one."""
+    module = dict(model.named_modules()).get(bias.rpartition(".")[0])
+    return getattr(module, "bias", 0) is None
+
+
 def _check_fit(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
     """Raise `WeightsError` before anything is loaded, so that weights that do not fit leave the model unchanged."""
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -129,6 +135,13 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
     wrong += [
         f"{name} has shape {read[name]}, not {own[name]}" for name in own if name in read and own[name] != read[name]
     ]
+    biases = [name for name in read if name not in own and name.endswith(".bias") and _could_hold(model, name)]
+    if wrong and len(wrong) == len(biases):
+        raise WeightsError(
+            f"the weights in {file} have {len(biases)} biases that this {type(model).__name__} lacks: {biases[0]} is a "
+            f"bias for a layer without one, as an edit adds it (Edit.new_parameters). Give the layer a bias first: "
+            f"model.get_submodule(site).bias = torch.nn.Parameter(state[site + '.bias'])"
+        )
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise WeightsError(

@@ -1,11 +1,13 @@
 """Fixtures that several test files share: real pipelines, and what is skipped where data is missing."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("COAR_FSYNC", "0")  # tests make thousands of files; those of a loss of power set it to 1
+os.environ.setdefault("HF_MODULES_CACHE", str(Path(tempfile.gettempdir()) / f"coar-tests-{os.getuid()}" / "modules"))
 NO_CIFAR = "needs COAR_DATA to name a folder with cifar10_subset.npz and cifar10_resnet20.safetensors"
 
 

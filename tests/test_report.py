@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from torch import nn
 
@@ -20,6 +21,7 @@ from tests.synthetic import fit, linear, make, weights
 HOSTILE = "<script>alert('coar')</script>"
 FRACTION = 0.1
 TESTS = [0.05, FRACTION, 0.2]
+EXAMPLES = coar.Examples(inputs=torch.linspace(-1, 1, 15).view(3, 5), targets=torch.arange(3))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_evaluation_figure_with_undefined_examples(tmp_path):
 
 
 def test_task_is_written_as_tables_and_a_picture(result, tmp_path):
-    files = write_task(result, nn.Identity(), tmp_path / "deep/er")
+    files = write_task(result, nn.Identity(), tmp_path / "deep/er", EXAMPLES)
     assert [file.name for file in files] == ["table.csv", "curve.csv", "curve.png"]
     with files[0].open(newline="", encoding="utf-8") as file:
         assert list(csv.reader(file))[1] == ["3", HOSTILE, "0.1234"]
@@ -136,25 +138,45 @@ def chosen_edit(run, model):
     return type(edit)(**{**edit.__dict__, "weights": weights_fingerprint(model)})
 
 
+class Layers(nn.ModuleDict):
+    """Linear layers whose outputs are added up."""
+
+    def __init__(self, bias=True):
+        super().__init__({f"layer{i}": nn.Linear(5, 4, bias=bias) for i in range(3)})
+
+    def forward(self, x):
+        return sum(layer(x) for layer in self.values())
+
+
 @pytest.fixture
 def model():
-    return nn.ModuleDict({f"layer{i}": nn.Linear(5, 4) for i in range(3)})
+    return Layers()
 
 
 def test_edit_is_written_with_its_weights(run, model, tmp_path):
     edit = chosen_edit(run, model)
-    files = write_edit(edit, model, tmp_path, stem="mine")
+    files = write_edit(edit, model, tmp_path, EXAMPLES, stem="mine")
     assert [file.name for file in files] == ["mine.json", "mine.safetensors"]
     assert coar.Edit.load(files[0]) == edit
-    loaded = coar.load_weights(nn.ModuleDict({f"layer{i}": nn.Linear(5, 4) for i in range(3)}), files[1])
+    loaded = coar.load_weights(Layers(), files[1])
     for component, value in zip(edit.components, edit.replacements, strict=True):
         assert not loaded[component.site].weight[component.position].any()
         np.testing.assert_allclose(loaded[component.site].bias[component.position].item(), value, rtol=1e-6)
 
 
+def test_code_is_written_that_loads_the_weights_of_an_edit_with_new_biases(run, tmp_path):
+    model = Layers(bias=False)
+    edit = chosen_edit(run, model)
+    files = write_edit(edit, model, tmp_path, EXAMPLES)
+    assert [file.name for file in files] == ["edit.json", "edit.safetensors", "edit-loading.py"]
+    scope = {"model": Layers(bias=False)}
+    exec(files[2].read_text(), scope)
+    assert torch.equal(scope["model"](EXAMPLES.inputs), edit.apply(model)(EXAMPLES.inputs))
+
+
 def test_several_edits_are_numbered(run, model, result, tmp_path):
     edit = chosen_edit(run, model)
-    files = write_task(TaskResult("two", (edit, edit), result.table, result.curve), model, tmp_path)
+    files = write_task(TaskResult("two", (edit, edit), result.table, result.curve), model, tmp_path, EXAMPLES)
     names = ["edit-0.json", "edit-0.safetensors", "edit-1.json", "edit-1.safetensors"]
     assert sorted(file.name for file in files if "edit" in file.name) == names
 
@@ -171,8 +193,8 @@ def test_description_counts_what_is_there(tmp_path):
 
 WRITERS = {
     "evaluation": lambda run, evaluation, result, model, place: write_evaluation(evaluation, place),
-    "task": lambda run, evaluation, result, model, place: write_task(result, model, place),
-    "edit": lambda run, evaluation, result, model, place: write_edit(chosen_edit(run, model), model, place),
+    "task": lambda run, evaluation, result, model, place: write_task(result, model, place, EXAMPLES),
+    "edit": lambda run, evaluation, result, model, place: write_edit(chosen_edit(run, model), model, place, EXAMPLES),
 }
 
 

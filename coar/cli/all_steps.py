@@ -156,7 +156,7 @@ def _edit(
 
         options = {"device": device, "progress": sys.stderr.isatty()}
         result = run_task(loaded, study, attributions, asked, options)
-        write_task(result, study.model, folder / result.name)
+        write_task(result, study.model, folder / result.name, study.examples)
         summary.append(heading(result, len(study.components)))
     typer.echo(changes(result))
 

@@ -10,8 +10,6 @@ from coar.cli.common import DeviceOption, OutOption, RunArgument, app, report_er
 from coar.errors import SettingsError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from coar.attributions import Attributions
     from coar.editing.goal import EditGoal
     from coar.editing.select import RuleName
@@ -87,7 +85,7 @@ def edit(
     options |= {**_bound(harm, group_harm), **{key: value for key, value in how.items() if value is not None}}
     loaded = load_pipeline(pipeline)
     study = loaded.study_of(Run.open(run))
-    _print_result(run_task(loaded, study, attributions, asked, options), study.model, None if dry_run else folder)
+    _print_result(run_task(loaded, study, attributions, asked, options), study, None if dry_run else folder)
 
 
 @app.command(
@@ -191,7 +189,7 @@ def run_task(
     return TASKS[str(asked.task)](*common, **options)
 
 
-def _print_result(result: "TaskResult", model: "nn.Module", folder: Path | None) -> None:
+def _print_result(result: "TaskResult", study: "Study", folder: Path | None) -> None:
     """Print the result of a task, and write it into a folder unless it is a dry run."""
     from coar.report import write_task
 
@@ -207,4 +205,4 @@ def _print_result(result: "TaskResult", model: "nn.Module", folder: Path | None)
             show(made.to_pandas())
         typer.echo("dry run: nothing was written")
         return
-    written(write_task(result, model, folder / result.name))
+    written(write_task(result, study.model, folder / result.name, study.examples))

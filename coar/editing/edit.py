@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from coar.attributions import Attributions
 from coar.components.layers import unwrapped
 from coar.components.table import Component, read_component
+from coar.editing import saving
 from coar.editing.goal import EditGoal
 from coar.errors import EditError, SettingsError, StorageError, WeightsError
+from coar.examples import Examples
 from coar.gates.folding import Constant, check_permanent, fold
 from coar.model_code import differences, model_code
 from coar.model_copy import independent_copy
@@ -167,6 +169,52 @@ class Edit:
         Use it for changed code that computes the same, such as a renamed class; the weights are still checked.
         """
         return replace(self, codes=(*self.codes, model_code(unwrapped(model))))
+
+    def new_parameters(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the names of the biases that the edit adds to layers without one; see `apply` for errors.
+
+        A state dict with these names is not loaded strictly into the model's class before its layers get a bias.
+        """
+        return saving.added_parameters(unwrapped(model), self.apply(model))
+
+    def save_state_dict(self, model: nn.Module, path: str | Path, examples: Examples) -> saving.SavedModel:
+        """Apply the edit, write the edited weights as safetensors, and compare the result with a model loaded from it.
+
+        Args:
+            model: The model that the edit was made for.
+            path: The file to write.
+            examples: Examples of the model's inputs; the first ones are used to compare.
+
+        Returns:
+            The file, and Python code that loads it without this package.
+
+        Raises:
+            EditError: When the path does not end in `.safetensors`, when the loaded model is not the edited one, or see
+                `apply`.
+            StorageError: When the disk refuses the write.
+        """
+        return saving.save_state_dict(unwrapped(model), self.apply(model), Path(path), examples)
+
+    def save_pretrained(self, model: nn.Module, folder: str | Path, examples: Examples) -> saving.SavedModel:
+        """Apply the edit, write the edited model by its own `save_pretrained`, and compare it with a loaded one.
+
+        A layer that gets a bias by the edit keeps it: by options of the configuration, such as `mlp_bias` of Llama, or
+        else by a small module of Python code in the folder, which transformers loads with `trust_remote_code=True`.
+
+        Args:
+            model: The model of transformers or diffusers that the edit was made for.
+            folder: The folder to write.
+            examples: Examples of the model's inputs; the first ones are used to compare.
+
+        Returns:
+            The folder, and Python code that loads it without this package.
+
+        Raises:
+            EditError: When the model has no `save_pretrained`, when the folder cannot keep new biases, when the loaded
+                model is not the edited one, or see `apply`.
+            StorageError: When the disk refuses the write.
+        """
+        return saving.save_pretrained(unwrapped(model), self.apply(model), Path(folder), examples)
 
     def constants(self, attributions: Attributions) -> np.ndarray:
         """Return the (components.width,) constants of attributions, with those of this edit for its components.
