@@ -1,6 +1,7 @@
 """Attributions: one labelled weight per example and component, read lazily, with predictions of outputs."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, overload
@@ -130,7 +131,7 @@ class Attributions:
     @classmethod
     def from_safetensors(cls, path: str | Path) -> Self:
         """Read attributions written by `to_safetensors`; raise `WeightsError` for any other file."""
-        file = Path(path)
+        file = Path(os.path.expanduser(path))
         try:
             with safe_open(file, framework="np") as data:
                 header = data.metadata() or {}
@@ -164,11 +165,12 @@ class Attributions:
             "examples": json.dumps({name: column.tolist() for name, column in self.metadata.items()}),
             "facts": json.dumps(facts),
         }
+        file = Path(os.path.expanduser(path))
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, path, metadata=header)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, file, metadata=header)
         except (OSError, SafetensorError) as error:
-            raise StorageError(f"cannot write attributions to {path}: {error}; choose another path") from error
+            raise StorageError(f"cannot write attributions to {file}: {error}; choose another path") from error
 
     def __len__(self) -> int:
         return len(self.metadata["id"])
@@ -348,7 +350,7 @@ def load(path: str | Path, fit: str | None = None) -> Attributions:
     Raises:
         RunError: When the run has no such fit.
     """
-    if Path(path).is_file():
+    if os.path.isfile(os.path.expanduser(path)):
         return Attributions.from_safetensors(path)
     run = Run.open(path)
     found = finished_fits(run)

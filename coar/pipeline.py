@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def load_pipeline(path: str | Path) -> Pipeline:
     Raises:
         PipelineError: When the file is missing, fails to import, or defines no `study`.
     """
-    file = Path(path)
+    file = Path(os.path.expanduser(path))
     if file.suffix != ".py" or not file.is_file():
         raise PipelineError(f"{file} is not a Python file; give a pipeline such as pipelines/digits.py")
     spec = importlib.util.spec_from_file_location(f"coar_pipeline_{file.stem}", file.resolve())

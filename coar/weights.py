@@ -41,7 +41,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: When the file is missing, damaged, or holds pickled objects.
     """
-    file = Path(path)
+    file = Path(os.path.expanduser(path))
     if not file.is_file():
         raise WeightsError(f"there are no weights at {file}; check the path, or train or download them first")
     if file.suffix == ".safetensors":
@@ -82,7 +82,7 @@ def save_state(state: Mapping[str, Tensor], path: str | Path) -> None:
     Raises:
         StorageError: When the file cannot be written.
     """
-    file = Path(path)
+    file = Path(os.path.expanduser(path))
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     tensors = {name: value.detach().cpu().contiguous() for name, value in _unshared(state).items()}
     try:

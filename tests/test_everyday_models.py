@@ -2,12 +2,15 @@
 
 import logging
 import threading
+from collections import namedtuple
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from transformers.modeling_outputs import BaseModelOutput
 
 import coar
 from coar.errors import ExamplesError, WeightsError
@@ -300,3 +303,74 @@ FAILING = {
 def test_inputs_that_the_model_does_not_take_are_described(tmp_path, inputs, message):
     with pytest.raises(ExamplesError, match=message):
         run_of(small(), inputs, tmp_path / "r.zarr")
+
+
+Pair = namedtuple("Pair", "hidden rest")
+
+
+@dataclass
+class Result:
+    """What a block may return instead of a tensor."""
+
+    loss: torch.Tensor | None
+    hidden: torch.Tensor
+    rest: float
+
+
+RESULTS = {
+    "named tuple": (lambda h: Pair(h, h.mean()), lambda y: y.hidden),
+    "structure of torch": (lambda h: torch.topk(h, 16), lambda y: y.values),
+    "dataclass": (lambda h: Result(None, h, 2.0), lambda y: y.hidden * y.rest),
+    "output of transformers": (lambda h: BaseModelOutput(last_hidden_state=h), lambda y: y[0] + y.last_hidden_state),
+}
+
+
+class Wrapping(nn.Module):
+    def __init__(self, pack):
+        super().__init__()
+        self.inner, self.pack = nn.Linear(6, 16), pack
+
+    def forward(self, x):
+        return self.pack(torch.tanh(self.inner(x)))
+
+
+class Reading(nn.Module):
+    """A net that reads its block's result by name."""
+
+    def __init__(self, pack, unpack):
+        super().__init__()
+        self.block, self.last, self.unpack = Wrapping(pack), nn.Linear(16, 4), unpack
+        oracles.rough(self)
+
+    def forward(self, x):
+        return self.last(self.unpack(self.block(x)))
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_block_may_return_more_than_a_tensor(tmp_path, name):
+    pack, unpack = RESULTS[name]
+    model, x = Reading(pack, unpack), torch.randn(8, 6)
+    components = coar.modules(model, "block") + coar.neurons(model, include="last")[:2]
+    masks, found, targets = masks_and_outputs(model, x, components, tmp_path / "r.zarr", gradients=8)
+    with torch.no_grad():
+        read = [model.unpack(model.block(x)) * keep for keep in masks[:, 0]]
+        logits = [model.last(y) * torch.tensor([*mask[1:], True, True]) for y, mask in zip(read, masks, strict=True)]
+    expected = [oracles.read_outputs(row, targets, "logsumexp") for row in logits]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert masks[:, 0].any()
+    assert not masks[:, 0].all()
+
+
+def test_a_home_folder_is_found_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = small()
+    run_of(model, torch.randn(8, 6), "~/runs/r.zarr")
+    assert (tmp_path / "runs" / "r.zarr").is_dir()
+    run = coar.Run.open("~/runs/r.zarr")
+    coar.fit(run, progress=False).to_safetensors("~/a.safetensors")
+    assert len(coar.load("~/a.safetensors").components) == 16
+    assert coar.load("~/runs/r.zarr").fit.masks == MASKS
+    coar.save_weights(model, "~/w.safetensors")
+    coar.load_weights(model, "~/w.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "runs", "w.safetensors"]

@@ -262,7 +262,9 @@ def test_whole_modules_that_return_no_tensor_are_errors():
     components = coar.modules(outer, "0")
     with Gates(outer, components, torch.zeros(components.width)) as gates:
         gates.set(torch.zeros(1))
-        with pytest.raises(AblationError, match="Net returned a dict; a tensor, or a tuple that starts with one"):
+        with pytest.raises(
+            AblationError, match="Net returned a dict; a tensor, or a tuple or dataclass that starts with one"
+        ):
             outer(pictures().inputs)
 
 

@@ -81,8 +81,8 @@ def modules(
 ) -> Components:
     """Find whole modules, such as attention blocks or branches of a residual net: one component per module.
 
-    Ablation replaces the tensor that the module returns, or the first of a tuple. Zeros and other examples' activations
-    replace a tensor of any shape. Constants, one per feature, need the axis of the features.
+    Ablation replaces the tensor that the module returns, or the first of a tuple or dataclass. Zeros and other
+    examples' activations replace a tensor of any shape. Constants, one per feature, need the axis of the features.
 
     Args:
         model: The model to look through.

@@ -325,7 +325,7 @@ class Edit:
         Raises:
             StorageError: When the disk refuses the write.
         """
-        file = Path(path)
+        file = Path(os.path.expanduser(path))
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         content = {
             "format": FORMAT,
@@ -358,7 +358,7 @@ class Edit:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read an edit written by `save`; raise `EditError` for any other file."""
-        file = Path(path)
+        file = Path(os.path.expanduser(path))
         try:
             content: dict[str, Any] = json.loads(file.read_text())
             if content["format"] > FORMAT:

@@ -1,5 +1,6 @@
 """Gates in forward hooks: every row of a batch may have its own mask, and gradients reach the masks."""
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,19 +46,25 @@ def hook(module: nn.Module, side: ModuleSide, change: Callable[[Tensor], Tensor]
 
     Args:
         module: The module to hook.
-        side: `input` for its first argument; `output` or `module` for what it returns, or the first of what it returns.
+        side: `input` for its first argument; `output` or `module` for what it returns, or the first of a tuple or a
+            dataclass that it returns.
         change: Maps the tensor to its replacement.
     """
 
     def after(called: nn.Module, _args: Any, y: Any) -> Any:
+        if isinstance(y, Tensor):
+            return change(y)
         if isinstance(y, tuple) and y and isinstance(y[0], Tensor):
-            return (change(y[0]), *y[1:])
-        if not isinstance(y, Tensor):
-            raise AblationError(
-                f"{type(called).__name__} returned a {type(y).__name__}; a tensor, or a tuple that starts with one, "
-                f"was expected: choose components of a module inside it"
-            )
-        return change(y)
+            made = getattr(type(y), "_make", type(y))  # a named tuple stays one
+            return made((change(y[0]), *y[1:]))
+        fields = [field.name for field in dataclasses.fields(y)] if dataclasses.is_dataclass(y) else []
+        given = [name for name in fields if getattr(y, name) is not None]  # transformers counts no others
+        if given and isinstance(getattr(y, given[0]), Tensor):
+            return dataclasses.replace(y, **{given[0]: change(getattr(y, given[0]))})
+        raise AblationError(
+            f"{type(called).__name__} returned a {type(y).__name__}; a tensor, or a tuple or dataclass that starts "
+            f"with one, was expected: choose components of a module inside it"
+        )
 
     def before(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -50,7 +50,7 @@ def locate(path: str | Path | Address) -> Path | Address:
         return path
     found = re.fullmatch(r"([a-z][a-z0-9+.-]+):/+(.+)", str(path), re.IGNORECASE)  # a `Path` keeps one slash of two
     if not found:
-        return Path(path)
+        return Path(os.path.expanduser(path))
     scheme, rest = found[1].lower(), found[2].rstrip("/")
     if scheme == "file":
         return Path("/", rest)
