@@ -6,6 +6,7 @@ LABEL ?= 3
 NAME ?= my_pipeline
 KIND ?= image
 TASK ?= forget fix
+CIRCUIT ?= ioi
 MASKS ?=
 GRADIENTS ?=
 FIT ?=
@@ -25,7 +26,7 @@ BROWSER := command -v chromium chromium-browser google-chrome > /dev/null
 UV := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-ffcv ffcv-packages browser-packages lint type test test-ffcv test-browser coverage bench new collect fit evaluate edit edits report clean
+.PHONY: help setup setup-ffcv ffcv-packages browser-packages lint type test test-ffcv test-browser coverage bench new collect fit evaluate edit edits circuit report clean
 unexport PYTHONDONTWRITEBYTECODE  # bytecode halves the time of every import
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -106,6 +107,9 @@ edit: $(READY) ## All steps in one process, with an edit for each TASK, judged o
 
 edits: $(READY) ## All tasks and rules on all models, in one table: reports/edits/summary.md
 	$(BIN)/python benchmarks/edits.py
+
+circuit: $(READY) ## Find circuits of a language model by several methods, and judge them (CIRCUIT=ioi)
+	$(BIN)/coar circuit pipelines/$(CIRCUIT).py
 
 report: $(READY) ## Write one page of the steps that are done
 	$(BIN)/coar report $(RUN) --pipeline $(FILE)

@@ -17,6 +17,15 @@ from .attributions import load as load
 from .baselines import add_fit as add_fit
 from .baselines import leave_one_out as leave_one_out
 from .baselines import mask_gradient as mask_gradient
+from .circuits.choosing import circuit as circuit
+from .circuits.circuit import Circuit as Circuit
+from .circuits.comparing import compare_methods as compare_methods
+from .circuits.evaluator import CircuitEvaluator as CircuitEvaluator
+from .circuits.faithfulness import faithfulness as faithfulness
+from .circuits.faithfulness import faithfulness_curve as faithfulness_curve
+from .circuits.figures import circuit_figure as circuit_figure
+from .circuits.scores import CircuitScores as CircuitScores
+from .circuits.scores import circuit_scores as circuit_scores
 from .cluster import RayCluster as RayCluster
 from .collection.adaptive import collect_until as collect_until
 from .collection.collect import collect as collect

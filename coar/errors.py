@@ -73,6 +73,10 @@ class EditError(CoarError, ValueError):
     """An edit does not fit the model or its file is damaged."""
 
 
+class CircuitError(CoarError, ValueError):
+    """A circuit does not fit the model, the study or another circuit, or its file is damaged."""
+
+
 class PipelineError(CoarError, ValueError):
     """A pipeline file is missing, cannot be imported, or lacks what a pipeline must define."""
 

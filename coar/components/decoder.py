@@ -46,6 +46,8 @@ class Reading(NamedTuple):
         before: Number of writers that write before it.
         block: Label of the block that reads: `L10.attn`, `L10.mlp` or `out`.
         labels: A label for each reader: `L10.H0.q`, `L10.mlp` or `out`; `L10.G0.k` if heads share keys and values.
+        feeds: For each reader, the labels of the writers that compute their outputs from it: heads, an MLP, or none
+            after the last layer.
         rows: The outputs of a projection in the order of its readers, the same number for each; None if the whole
             module is one reader.
     """
@@ -55,6 +57,7 @@ class Reading(NamedTuple):
     before: int
     block: str
     labels: tuple[str, ...]
+    feeds: tuple[tuple[str, ...], ...]
     rows: tuple[int, ...] | None = None
 
 
@@ -215,16 +218,18 @@ def _add_layer(draft: "_Draft", layer: _Layer, block: Block, ports: dict[str, tu
     """Add a layer's readers and writers in their order in the pass, and return the layer."""
     groups = sorted({port.heads for own in ports.values() for port in own if port.kind != "q"})
     before, stream = len(draft.writers), draft.stream(block.projections[0], layer.path)
+    site, normed = draft.written(layer.heads[0].site, layer.path)
     for path in block.projections:
         labels: list[str] = []
+        feeds: list[tuple[str, ...]] = []
         rows: list[int] = []
         for port in ports[path]:
             grouped = port.kind != "q" and len(groups) < len(layer.heads)
             name = f"G{groups.index(port.heads)}" if grouped else f"H{port.heads[0]}"
             labels.append(f"{layer.label}.{name}.{port.kind}")
+            feeds.append((f"{layer.label}.attn",) if normed else tuple(f"{layer.label}.H{h}" for h in port.heads))
             rows += port.rows
-        draft.read(path, layer.path, f"{layer.label}.attn", labels, tuple(rows))
-    site, normed = draft.written(layer.heads[0].site, layer.path)
+        draft.read(path, layer.path, f"{layer.label}.attn", labels, feeds, tuple(rows))
     if normed:
         draft.write([Writer(f"{layer.label}.attn", site)], site)
     else:
@@ -234,9 +239,10 @@ def _add_layer(draft: "_Draft", layer: _Layer, block: Block, ports: dict[str, tu
         return DecoderLayer(layer.path, layer.block, site, None)
     first, last = layer.mlp
     parallel = stream is not None and draft.stream(first, layer.path) is stream
-    draft.read(first, layer.path, f"{layer.label}.mlp", [f"{layer.label}.mlp"], before=before if parallel else None)
+    own = f"{layer.label}.mlp"
+    draft.read(first, layer.path, own, [own], [(own,)], before=before if parallel else None)
     last_site, _ = draft.written(last, layer.path)
-    draft.write([Writer(f"{layer.label}.mlp", last_site)], last_site)
+    draft.write([Writer(own, last_site)], last_site)
     return DecoderLayer(layer.path, layer.block, site, last_site)
 
 
@@ -272,6 +278,7 @@ class _Draft:
         within: str,
         block: str,
         labels: list[str],
+        feeds: list[tuple[str, ...]],
         rows: tuple[int, ...] | None = None,
         before: int | None = None,
     ) -> None:
@@ -287,7 +294,7 @@ class _Draft:
         count = len(self.writers) if before is None else max(before, 1)
         total = next(total for number, total in self._sums if number == count)
         self._check(residual, total, norm or site)
-        self.readings.append(Reading(site, norm, count, block, tuple(labels), rows))
+        self.readings.append(Reading(site, norm, count, block, tuple(labels), tuple(feeds), rows))
         self._last = site
 
     def _check(self, residual: Tensor, total: Tensor, reader: str) -> None:
@@ -339,6 +346,6 @@ class _Draft:
         for call in self._passed.calls[start:]:
             leaf = not any(True for _ in call.module.children()) and call.module._parameters
             if leaf and call.given is not None and call.given.shape[-1] == self.width:
-                self.read(call.path, call.path, "out", ["out"])
+                self.read(call.path, call.path, "out", ["out"], [()])
                 return
         raise ComponentError("no module reads the residual stream after the last layer, such as a norm or a head")

@@ -1,0 +1,74 @@
+"""The command that finds circuits by several methods and compares them."""
+
+from pathlib import Path
+from typing import Annotated, cast, get_args
+
+import typer
+
+from coar.cli.common import EXECUTION, DeviceOption, app, report_errors, show, written
+from coar.errors import SettingsError
+from coar.store.storage_errors import storage_errors
+
+
+@app.command(epilog="Example: coar circuit pipelines/ioi.py --edges 100,200,500,1000")
+@report_errors
+def circuit(
+    pipeline: Annotated[Path, typer.Argument(metavar="FILE", help="A pipeline file with edges, and judge().")],
+    edges: Annotated[str, typer.Option(help="Numbers of edges, separated by commas.")] = "100,200,500,1000",
+    methods: Annotated[str, typer.Option(help="Methods that score edges, separated by commas.")] = "gradual,eap,random",
+    ablation: Annotated[str, typer.Option(help="Replacement of ablated edges, a label.")] = "mean",
+    constant_steps: Annotated[int, typer.Option(help="Steps that train each circuit's constants.")] = 20,
+    refinement: Annotated[int, typer.Option(help="Rounds of swaps for each circuit.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to [default: reports/<file>-circuit].")] = None,
+    device: DeviceOption = "auto",
+    precision: Annotated[str, typer.Option(help="float32 or bf16.", rich_help_panel=EXECUTION)] = "float32",
+    batch_size: Annotated[int, typer.Option(help="Most prompts per pass.", rich_help_panel=EXECUTION)] = 16,
+) -> None:
+    """Find circuits of several sizes by several methods, and judge them on held-out prompts."""
+    from coar.circuits.comparing import compare_methods
+    from coar.circuits.evaluator import CircuitEvaluator
+    from coar.circuits.figures import DRAWN, circuit_figure, sizes_figure
+    from coar.forward.execution_plan import Precision
+    from coar.pipeline import load_pipeline
+
+    sizes = _numbers(edges)
+    if precision not in get_args(Precision):
+        raise SettingsError(f"unknown precision {precision!r}; choose float32 or bf16")
+    names = [name.strip() for name in methods.split(",")]
+    loaded = load_pipeline(pipeline)
+    study, held_out = loaded.study(ablation=ablation), loaded.judge()
+    typer.echo(
+        f"{loaded.name}: {study.components!r}, {len(study.examples)} learning and {len(held_out)} held-out prompts"
+    )
+    evaluator = CircuitEvaluator(study, device=device, precision=cast(Precision, precision), batch_size=batch_size)
+    found = compare_methods(
+        evaluator,
+        held_out,
+        {name: {} for name in names},
+        sizes,
+        constant_steps=constant_steps,
+        refinement=refinement,
+    )
+    show(found.table)
+    folder = out or Path("reports") / f"{loaded.name}-circuit"
+    files = [folder / "circuits.csv", folder / "circuits.png"]
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        found.table.to_csv(files[0], index=False)
+        sizes_figure(found.table).savefig(files[1], dpi=130)
+        for (method, size), made in found.circuits.items():
+            files.append(folder / f"{method}-{size}.json")
+            made.save(files[-1])
+        smallest = found.circuits[names[0], min(sizes)]
+        if len(smallest) <= DRAWN and smallest.table != "nodes":
+            files.append(folder / f"{names[0]}-{min(sizes)}.png")
+            circuit_figure(smallest, study.model).savefig(files[-1], dpi=130)
+    written(files)
+
+
+def _numbers(text: str) -> list[int]:
+    """Parse numbers of edges."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise SettingsError(f"--edges {text} is not a list of numbers; write it as in 100,200,500")
+    return sorted({int(part) for part in parts})
