@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from coar.attributions import Attributions
-from coar.collection.preparation import fast_runner
+from coar.collection.preparation import ensure_gradients, fast_runner
 from coar.errors import AblationError, IncompleteRunError, SettingsError
 from coar.forward.batches import ExampleBlock
 from coar.forward.copies import device_copy
@@ -70,7 +70,8 @@ def mask_gradient(
 
     Raises:
         MismatchError: When the run was made for another study.
-        AblationError: When some components are parameter slices, which have no output to gate.
+        AblationError: When some components are parameter slices, which have no output to gate, or gradients are not
+            those of the output.
     """
     if "mask_gradient" not in applicable(run):
         raise AblationError("parameter slices have no output to gate, so they have no mask gradient")
@@ -178,10 +179,11 @@ def _store(
     known = fit_record(run, name)
     if known is not None and known.answers(record):
         return Attributions.open(run, name)
-    worker = fast_runner(
-        study, run, device_copy(study.model, choose_device(device), study.examples), batch_size=batch_size
-    )
+    model = device_copy(study.model, choose_device(device), study.examples)
+    worker = fast_runner(study, run, model, batch_size=batch_size)
     with run.lock(), memory_kept():
+        if name == "mask_gradient":
+            ensure_gradients(study, run, model, batch_size=batch_size)
         writer = FitWriter(run, name, ("weight", "intercept"), record)
         step = max(run.blocks[1] // chunk_rows(run), 1) * chunk_rows(run)
         for start in progress_bar(range(0, run.n_examples, step), desc=name, unit="block", shown=progress):

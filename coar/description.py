@@ -18,6 +18,8 @@ def describe(run: Run) -> dict[str, str]:
     measured = "" if precision.error is None else f", error {precision.error:.4f} of the spread"
     counts = [f"{plan.count(s.split, s.ablated_fraction)} {s.split} at {s.ablated_fraction:g}" for s in plan.segments]
     units = len(run.units()) + len(mask_gradients.units())
+    preflight = run.facts.preflight
+    accepted = {f"accepted: {check}": seen for check, seen in preflight.accepted.items()} if preflight else {}
     return {
         "run": str(run.path),
         "components": repr(run.components).removeprefix("Components(").removesuffix(")"),
@@ -27,6 +29,8 @@ def describe(run: Run) -> dict[str, str]:
         "ablation": str(run.fingerprint["ablation"]["name"]),
         "output": ", ".join(f"{key}={value}" for key, value in run.fingerprint["output"].items()),
         "precision": f"{precision.name}{measured}",
+        "checks": f"passed: {', '.join(preflight.passed)}" if preflight else "not made",
+        **accepted,
         "collected": f"{units - missing} of {units} units" + ("" if missing else ", complete"),
     }
 

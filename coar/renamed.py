@@ -17,7 +17,7 @@ NAMES = {  # of `coar`, and of its former modules
     "gradient_x_gate": "coar.mask_gradient",
     "agreement": "coar.equivalence",
     "batches": "coar.forward.batches",
-    "checks": "coar.forward.preflight",
+    "checks": "coar.preflight",
     "devices": "coar.forward.devices",
     "engines": "coar.collection",
     "expressions": "coar.editing.goal",

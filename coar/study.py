@@ -21,6 +21,8 @@ from coar.outputs.classification import CorrectClassMargin
 from coar.sampling import BernoulliSampler, Sampler
 from coar.weights import weights_fingerprint
 
+CHECKS = ("examples", "original", "random", "batch", "gates", "rows", "gradients")  # before a run, see docs/checks.md
+
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
@@ -34,9 +36,11 @@ class Study:
         output: The output function: one number per example.
         ablation: The replacement of an ablated component.
         sampler: The distribution of the masks.
+        accept: Names of the checks before a run that may fail: some of `examples`, `original`, `random`, `batch`,
+            `gates`, `rows` and `gradients`. The run keeps what was accepted. No part of the fingerprint.
 
     Raises:
-        SettingsError: When one of these has another type.
+        SettingsError: When one of these has another type, or there is no check of that name.
         ComponentError: When a component is not part of the model.
         WeightsError: When some of the model's weights are not in memory.
     """
@@ -47,6 +51,7 @@ class Study:
     output: Output = field(default_factory=CorrectClassMargin)
     ablation: Ablation = field(default_factory=ZeroWeight)
     sampler: Sampler = field(default_factory=BernoulliSampler)
+    accept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         kinds = {"model": nn.Module, "examples": Examples, "components": Components, "output": Output}
@@ -58,6 +63,9 @@ class Study:
                     f"{name} is of type {type(given).__name__}, and {kind.__name__} was expected; give an object, not "
                     f"its name or its class"
                 )
+        unknown = [name for name in self.accept if name not in CHECKS]
+        if unknown or isinstance(self.accept, str):
+            raise SettingsError(f"accept is {self.accept!r}; give a tuple of names of checks, of {', '.join(CHECKS)}")
         object.__setattr__(self, "model", unwrapped(self.model))
         check_components(self.model, self.components)
         missing = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]

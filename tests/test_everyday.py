@@ -1,6 +1,7 @@
 """Models that people bring are right, against oracles without the engine, or refused in words."""
 
 import functools
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +12,14 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import coar
-from coar.errors import EditError, WeightsError
+from coar.description import describe
+from coar.errors import AblationError, EditError, WeightsError
 from coar.forward.copies import device_copy
 from coar.forward.runner import FastRunner
 from coar.model_copy import independent_copy
 
 EXAMPLES, FEATURES, HIDDEN, CLASSES = 10, 6, 8, 4
+TARGETS = torch.arange(EXAMPLES) % CLASSES
 
 
 class Net(nn.Module):
@@ -74,8 +77,9 @@ def formula(net, shift=0.0, scale=1.0):
 
     def run(x, keep):
         h = torch.relu((x @ one.weight.T + one.bias) * keep[:HIDDEN])
-        h = torch.relu(scale * ((h + shift) @ two.weight.T + two.bias) * keep[HIDDEN:])
-        return h @ last.weight.T + last.bias
+        h = torch.relu(scale * ((h + shift) @ two.weight.T + two.bias) * keep[HIDDEN : 2 * HIDDEN])
+        logits = h @ last.weight.T + last.bias
+        return logits * keep[2 * HIDDEN :] if len(keep) > 2 * HIDDEN else logits
 
     return run
 
@@ -155,7 +159,11 @@ def test_a_patched_forward_pass_runs_the_copy(patch, tmp_path):
     keep[[what.components.index(component.name) for component in edit.components]] = 0
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
-        assert torch.allclose(edit.apply(model)(x), run_plainly(x, keep), atol=1e-4)
+        if patch in (closure, global_name):  # whose layers do not return what their weights say
+            with pytest.raises(EditError, match="does not return zeros"):
+                edit.apply(model)
+        else:
+            assert torch.allclose(edit.apply(model)(x), run_plainly(x, keep), atol=1e-4)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -265,3 +273,249 @@ def test_half_a_gate_is_half_the_activation_of_any_layer(kind, tmp_path):
         else:
             with pytest.raises(EditError, match=r"computes? its weight|computed from|does not return zeros"):
                 replace(edit, strengths=(strength,)).apply(model)
+
+
+# Models that are not a function of one example.
+
+
+class Noisy(Net):
+    """A net with a step between its block and its last layer."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def forward(self, x):
+        return self.last(self.step(self.block(x)))
+
+
+class Step(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, h):
+        return self.function(h)
+
+
+class Remembering(nn.Module):
+    """Returns what it returned in the first pass, where the number of examples is the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = {}
+
+    def forward(self, h):
+        return self.kept.setdefault(len(h), h * 2)
+
+
+def sampled(h):
+    return torch.distributions.Normal(h, 0.1).sample()
+
+
+NOT_ALONE = {  # the step, the check that fails, and what the message names
+    "dropout kept on": (lambda h: nn.functional.dropout(h, 0.2), "random", "module 'step', a Step, .* second pass"),
+    "sampling": (sampled, "random", "module 'step', a Step, .* second pass"),
+    "random masking": (lambda h: h * (torch.rand_like(h) > 0.1), "random", "module 'step', a Step, .* second pass"),
+    "statistics over the batch": (lambda h: h - h.mean(0), "batch", "module 'step', a Step, .* in its batch"),
+    "batch norm without statistics": (
+        nn.BatchNorm1d(HIDDEN, track_running_stats=False),
+        "batch",
+        "module 'step', a BatchNorm1d, .* in its batch",
+    ),
+    "attention over the batch": (lambda h: torch.softmax(h @ h.T, 1) @ h, "batch", "'step', a Step, .* in its batch"),
+    "kept from an earlier pass": (Remembering(), "batch", "an earlier pass"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_ALONE)
+def test_a_model_that_is_no_function_of_one_example_is_refused_unless_accepted(kind, tmp_path):
+    step, check, message = NOT_ALONE[kind]
+    what = study(Noisy(step if isinstance(step, nn.Module) else Step(step)).eval())
+    with pytest.raises(AblationError, match=f"{message}.*accept=\\('{check}',\\)"):
+        collect(what, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    run = collect(replace(what, accept=(check,)), tmp_path)
+    assert re.search(message, describe(run)[f"accepted: {check}"])
+    assert run.facts.preflight == coar.Run.open(run.path).facts.preflight
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Rows that are read with noise, or with one feature left out at random."""
+
+    def __init__(self, change):
+        self.rows, self.change = inputs(EXAMPLES, FEATURES), change
+
+    def __len__(self):
+        return EXAMPLES
+
+    def __getitem__(self, index):
+        return self.change(self.rows[index])
+
+
+AUGMENTED = {
+    "noise": lambda x: x + 0.01 * torch.randn(FEATURES),
+    "one left out": lambda x: x * (torch.arange(FEATURES) != torch.randint(FEATURES, ())),
+    "flipped": lambda x: x.flip(0) if torch.rand(()) < 0.5 else x,
+}
+
+
+@pytest.mark.parametrize("kind", AUGMENTED)
+def test_examples_that_change_when_read_again_are_refused(kind, tmp_path):
+    with pytest.raises(AblationError, match=r"inputs of example \d+ differ when they are read twice"):
+        collect(study(Net().eval(), Augmented(AUGMENTED[kind])), tmp_path)
+
+
+SHARED = Net(seed=3)
+
+
+class OfAClass(nn.Module):
+    """A net whose second layer is held by its class too, and called there."""
+
+    def __init__(self):
+        super().__init__()
+        inner = Net()
+        self.block, self.last = inner.block, inner.last
+        type(self).second = staticmethod(self.block[2].forward)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.second(torch.relu(self.block[0](x)))))
+
+
+class OfAGlobal(nn.Module):
+    """A net whose forward pass names the net that it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = SHARED
+
+    def forward(self, x):
+        return SHARED(x)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(OfAClass, "block.2.weight"), (OfAGlobal, "net.block.0.weight")])
+def test_a_copy_that_computes_with_the_original_is_refused(kind, name, tmp_path):
+    model = kind().eval()
+    what = study(model, components=coar.neurons(model, exclude="*last"))
+    with pytest.raises(AblationError, match=f"computes with '{name}' of your model"):
+        collect(what, tmp_path)
+
+
+# Gates that gradients do not describe, and outputs that are not read.
+
+
+class Frozen(Net):
+    """A net whose block, or a part of it, is computed without autograd."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+
+    def forward(self, x):
+        return self.last(self.way(self.block, x))
+
+
+def under_no_grad(block, x):
+    with torch.no_grad():
+        return block(x)
+
+
+def half_detached(block, x):
+    h = block(x)
+    return torch.where(torch.arange(HIDDEN) % 2 == 0, h, h.detach())
+
+
+def first_layer_detached(block, x):
+    return block[1:](block[0](x).detach())
+
+
+def recomputed(block, x):
+    """The block's result, computed again from a copy of its input without autograd and put into the old tensor."""
+    h = block(x)
+    return h.detach().clone() * 1.0 + 0 * h
+
+
+DETACHED = {  # how the block is computed, and what the message names
+    "under no_grad": (under_no_grad, "'block.0', a Linear, have no gradient"),
+    "first layer detached": (first_layer_detached, "'block.0', a Linear, have no gradient"),
+    "recomputed": (recomputed, "'block.0', a Linear, have no gradient"),
+    "half detached": (half_detached, "'block.[02]', a Linear, is not the output's"),
+}
+
+
+@pytest.mark.parametrize("kind", DETACHED)
+def test_gates_without_their_gradient_are_refused_wherever_gradients_are_used(kind, tmp_path):
+    """Masks go on, and are right; mask gradients, the baseline and trained constants name the module."""
+    way, message = DETACHED[kind]
+    model = Frozen(way).eval()
+    what = study(model, components=coar.neurons(model))
+    with pytest.raises(AblationError, match=message):
+        collect(what, tmp_path, gradients=8)
+    assert list(tmp_path.iterdir()) == []
+    trained = coar.Optimal(calibration=coar.Examples(inputs=inputs(20, FEATURES), targets=torch.arange(20) % CLASSES))
+    with pytest.raises(AblationError, match=message):
+        collect(replace(what, ablation=trained), tmp_path)
+    run = collect(what, tmp_path)
+    wanted = expected(lambda keep: formula(what.model)(what.examples.inputs, keep), run.masks(0, 6), TARGETS)
+    assert np.allclose(run.array("outputs")[:], wanted, atol=1e-4)
+    with pytest.raises(AblationError, match=message):
+        coar.mask_gradient(what, run, device="cpu", progress=False)
+    accepting = replace(what, accept=("gradients",))
+    collect(accepting, tmp_path, masks=6, gradients=8)
+    assert "accepted: gradients" in describe(coar.Run.open(run.path))
+    coar.mask_gradient(accepting, coar.Run.open(run.path), device="cpu", progress=False)
+
+
+class Off(nn.Module):
+    """A net with a layer that is off for every example, behind ReLU, and one that the output saturates."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.off = Net(), nn.Linear(FEATURES, HIDDEN)
+        with torch.no_grad():
+            self.off.bias.fill_(-100)
+
+    def forward(self, x):
+        return self.net(x) + torch.relu(self.off(x))[:, :CLASSES]
+
+
+def test_a_layer_that_is_off_has_no_gradient_and_is_not_refused(tmp_path):
+    model = Off().eval()
+    run = collect(study(model, components=coar.neurons(model, exclude="*last")), tmp_path, gradients=8)
+    assert {"rows", "gradients", "gates"} <= set(run.facts.preflight.passed)
+
+
+class LastState(nn.Module):
+    """Reads the last state of a recurrent layer, the second of what it returns."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.body, self.last, self.read = nn.GRU(FEATURES, HIDDEN, batch_first=True), nn.Linear(HIDDEN, CLASSES), read
+
+    def forward(self, x):
+        return self.last(self.read(*self.body(x)))
+
+
+def test_a_module_whose_first_output_is_not_read_is_refused(tmp_path):
+    x = inputs(EXAMPLES, 5, FEATURES)
+    model = LastState(lambda _states, last: last[0]).eval()
+    with pytest.raises(
+        AblationError, match="module 'body', a GRU, returns several tensors, and the model reads others"
+    ):
+        collect(study(model, x, components=coar.modules(model, ["body"])), tmp_path)
+    model = LastState(lambda states, _last: states[:, -1]).eval()
+    collect(study(model, x, components=coar.modules(model, ["body"])), tmp_path)
+
+
+class Elsewhere(Net):
+    """A net whose second layer is called for nothing, and whose weight is read by a function."""
+
+    def forward(self, x):
+        h = self.block[1](self.block[0](x))
+        self.block[2](h)
+        return self.last(torch.relu(nn.functional.linear(h, self.block[2].weight, self.block[2].bias)))
+
+
+def test_a_layer_whose_output_is_not_read_though_its_weight_is_is_refused(tmp_path):
+    with pytest.raises(AblationError, match=r"at the output of 'block\.2', a Linear: .* in another way"):
+        collect(study(Elsewhere().eval()), tmp_path)

@@ -20,9 +20,11 @@ class Ablation(Settings):
 
     Attributes:
         label: The name of this ablation in commands and file names.
+        needs_gradients: Whether the constants are trained by gradients.
     """
 
     label: ClassVar[str]
+    needs_gradients: ClassVar[bool] = False
 
     @abstractmethod
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:

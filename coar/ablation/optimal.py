@@ -48,6 +48,7 @@ class Optimal(Calibrated):
     """
 
     label: ClassVar[str] = "optimal"
+    needs_gradients: ClassVar[bool] = True
 
     loss: Output = CrossEntropy()
     ablated_fraction: float = Field(default=0.10, gt=0, lt=1)

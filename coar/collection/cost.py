@@ -12,12 +12,14 @@ import numpy as np
 
 from coar.collection.collect import collect
 from coar.collection.execution import DEFAULTS, Execution
-from coar.collection.preparation import check_gradients, fast_runner
+from coar.collection.preparation import fast_runner
 from coar.collection.quality import FIRST_GRADIENTS, FIRST_MASKS, VALIDATION_MASKS, RunQuality, quality_of
 from coar.errors import AblationError, SettingsError
 from coar.forward.copies import device_copy
 from coar.forward.devices import choose_device
 from coar.forward.malloc import memory_kept
+from coar.preflight.findings import Findings
+from coar.preflight.gradients import check_gradients
 from coar.regression.fitting import fit
 from coar.renamed import new_arguments_only
 from coar.store.gradients import MaskGradients, next_rounds
@@ -60,7 +62,7 @@ class Estimate:
 def has_gradients(study: Study, *, device: str = "auto") -> bool:
     """Return whether mask gradients exist: parameter slices have no gate to differentiate by, some outputs detach."""
     try:
-        check_gradients(study, device_copy(study.model, choose_device(device), study.examples))
+        check_gradients(Findings(study.accept), study, device_copy(study.model, choose_device(device), study.examples))
     except AblationError as error:
         log.info("without mask gradients: %s", error)
         return False
@@ -123,7 +125,7 @@ def estimate(
             f"or mask gradients, and one worker or more"
         )
     if gradients:
-        check_gradients(study, device_copy(study.model, choose_device(device), study.examples))
+        check_gradients(Findings(study.accept), study, device_copy(study.model, choose_device(device), study.examples))
     n, d = len(study.examples), len(study.components)
     few = np.unique(np.linspace(0, n - 1, min(n, PILOT_EXAMPLES)).astype(int))
     small = dataclasses.replace(study, examples=study.examples.subset(few))

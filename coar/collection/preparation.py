@@ -14,15 +14,20 @@ from torch import Tensor, nn
 from coar.collection.execution import Execution
 from coar.collection.units import UnitRunner
 from coar.errors import MismatchError
+from coar.examples import Examples
 from coar.forward.autotune import fastest_runner
 from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.memory_limit import batch_sizes, examples_per_block
 from coar.forward.model_runner import ModelRunner
 from coar.forward.precision import choose_precision, compare_precisions
-from coar.forward.preflight import compare_rows, compare_with_reference, warn_of_overlap
-from coar.forward.runner import FastRunner, ReferenceRunner
+from coar.forward.runner import FastRunner
 from coar.gates.batch_norms import following_batch_norms
 from coar.gates.gates import called_sites
+from coar.preflight.examples import changed_examples, warn_of_overlap
+from coar.preflight.findings import Findings
+from coar.preflight.gates import compare_with_reference, unread_outputs
+from coar.preflight.gradients import check_gradients
+from coar.preflight.passes import check_passes
 from coar.sampling import Split
 from coar.store.disk import sweep
 from coar.store.gradients import MaskGradients
@@ -37,8 +42,8 @@ from coar.study import Study
 
 log = logging.getLogger(__name__)
 CHECK_MASKS = 16  # masks on which precisions are compared
-CHECK_EXAMPLES = 32  # examples on which the batch norm after a site is determined
-CHECK_ROWS = 8  # examples on which a mask per example is compared with one mask for all
+CHECK_EXAMPLES, FEW = 32, 2  # examples on which a small and a large model is checked
+LARGE = 2_000_000  # weights, or 50 times as many as numbers in an input, from which a model is large
 
 
 @dataclass(frozen=True)
@@ -103,13 +108,19 @@ class BatchSettings:
 def prepare(study: Study, place: Path | Address, model: nn.Module, order: RunRequest, batches: BatchSettings) -> Run:
     """Create or extend a run so that only units are missing; the caller holds an exclusive lock."""
     fingerprint = study.fingerprint()
-    if order.gradients:
-        check_gradients(study, model, batch_size=batches.gradients)
     if state_of(place) in ("nothing", "creating"):
-        run = _create(study, place, model, fingerprint, order, batches.masks)
+        findings = Findings(study.accept)
+        first = study.examples.subset(_with_sources(study, range(_checked(study))))
+        findings.conclude("examples", changed_examples(study.examples))
+        check_passes(findings, model, study.model, study.output, first)
+        if order.gradients or study.ablation.needs_gradients:
+            check_gradients(findings, study, model, batch_size=batches.gradients)
+        run = _create(study, place, model, fingerprint, order, batches.masks, first, findings)
     else:
         run = Run.open(place)
         end(place)  # of a creation that was interrupted just before its end
+        if order.gradients:
+            ensure_gradients(study, run, model, batch_size=batches.gradients)
     check_same(run, fingerprint, order.precision)
     if isinstance(place, Path):
         with storage_errors(place):
@@ -152,13 +163,12 @@ def fast_runner(study: Study, run: Run, model: nn.Module, *, batch_size: int | N
     )
 
 
-def check_gradients(study: Study, model: nn.Module, *, batch_size: int | None = None) -> None:
-    """Take mask gradients of a few examples; raise `AblationError` without gradients, or when they mix masks."""
-    nothing = torch.zeros(study.components.width)
-    reference = ReferenceRunner(model, study.components, nothing, study.output, batch_size=batch_size)
-    block = reference.load(study.examples, 0, CHECK_ROWS)
-    masks = study.sampler.masks("gradient", range(block.size), len(study.components))
-    compare_rows(reference, block, masks)
+def ensure_gradients(study: Study, run: Run, model: nn.Module, *, batch_size: int | None = None) -> None:
+    """Check mask gradients, see `check_gradients`, unless that was done for the run; the run keeps the outcome."""
+    if run.facts.preflight is None or not run.facts.preflight.has("gradients"):
+        findings = Findings(study.accept)
+        check_gradients(findings, study, model, batch_size=batch_size)
+        run.add_checks(findings.record)
 
 
 def tuned(study: Study, run: Run, runner: FastRunner, missing: Sequence[Unit], batches: BatchSettings) -> FastRunner:
@@ -180,7 +190,9 @@ def tuned(study: Study, run: Run, runner: FastRunner, missing: Sequence[Unit], b
             batch_norms=run.facts.batch_norms,
             sources=study.ablation.sources,
         )
-        compare_with_reference(exact, parts, examples, masks[:together], {row.site for row in run.components})
+        sites = {row.site for row in run.components}
+        problem = compare_with_reference(exact, parts, examples, masks[:together], sites)[1]
+        Findings(study.accept).conclude("gates", problem)
     return found
 
 
@@ -191,6 +203,8 @@ def _create(
     fingerprint: dict[str, Any],
     order: RunRequest,
     batch_size: int | None,
+    first: Examples,
+    findings: Findings,
 ) -> Run:
     """Measure a run's fixed properties (constants, precision, batch norms), then create it."""
     warn_of_overlap(study)
@@ -199,7 +213,6 @@ def _create(
     runner = ModelRunner(model, study.output, batch_size=batch_size)
     constants = study.ablation.replacements(model, study.components, batch_size=runner.batch_size)
     parts = (model, study.components, constants, study.output)
-    first = study.examples.subset(_with_sources(study, range(min(CHECK_EXAMPLES, len(study.examples)))))
     few = runner.load(first, 0, len(first))
 
     def outputs(variant: nn.Module) -> Tensor:
@@ -213,7 +226,9 @@ def _create(
     if not len(masks):  # the request has mask gradients only
         masks = study.sampler.masks("gradient", range(CHECK_MASKS), len(study.components))
     called = called_sites(model, study.components, run=outputs)
-    gate_error = compare_with_reference(fast, parts, first, masks[:2], called)
+    gate_error, disagreement = compare_with_reference(fast, parts, first, masks[:1], called)
+    unread = unread_outputs(model, study.components, lambda variant: outputs(variant).numpy())
+    findings.conclude("gates", disagreement or unread)
     precision = PrecisionRecord(name="float32")
     if order.precision != "float32":
         block = fast.load(study.examples, 0, min(blocks[1], len(study.examples)))
@@ -227,10 +242,18 @@ def _create(
         metadata={name: np.asarray(column) for name, column in study.examples.metadata.items()},
         replacements=constants.numpy(),
         fingerprint=fingerprint,
-        facts=RunRecord(batch_norms=norms, gate_error=gate_error, precision=precision),
+        facts=RunRecord(batch_norms=norms, gate_error=gate_error, precision=precision, preflight=findings.record),
         blocks=blocks,
         plan=plan,
     )
+
+
+def _checked(study: Study) -> int:
+    """Return the number of examples that the model is checked on."""
+    weights = sum(parameter.numel() for parameter in study.model.parameters())
+    inputs = study.examples.block(0, 1)[0]
+    numbers = max(value.numel() for value in (inputs.values() if isinstance(inputs, dict) else [inputs]))
+    return min(FEW if max(weights, 50 * numbers) >= LARGE else CHECK_EXAMPLES, len(study.examples))
 
 
 def _with_sources(study: Study, rows: range) -> list[int]:

@@ -57,8 +57,10 @@ def following_batch_norms(
         compared = (compare(results[0], other, Kind.REFORMULATED) for other in results[1:])  # strict in any precision
         return next((f"outputs {one}" for one in compared if not one.agrees), "")
 
+    signs, both = _signs(components, candidates)
+
     def why_not(pairs: dict[str, str]) -> str:
-        return differs(pairs, constants) or differs(pairs, -constants)
+        return differs(pairs, signs * constants) or (differs(pairs, -signs * constants) if not both else "")
 
     if not candidates or not why_not(candidates):
         return candidates
@@ -80,6 +82,17 @@ def _large_constants(model: nn.Module, components: Components, candidates: Mappi
             large = norm.running_mean.abs() + norm.running_var.sqrt()  # type: ignore[operator]
             constants[components.channels_of(rows)] = large.float().cpu()[positions]
     return constants
+
+
+def _signs(components: Components, candidates: Mapping[str, str]) -> tuple[Tensor, bool]:
+    """Return signs of constants that alternate over the ablated channels of a site, and whether all sites have both."""
+    signs, both = torch.ones(components.width), True
+    for (site, side, _), rows in components.sites().items():
+        if side == "output" and site in candidates:
+            positions = components.positions_of(rows)
+            signs[components.channels_of(rows)] = torch.from_numpy(np.where(positions % 4 < 2, 1.0, -1.0)).float()
+            both &= bool((positions % 4 == 0).any() and (positions % 4 == 2).any())
+    return signs, both
 
 
 def _candidates(model: nn.Module, components: Components, run: Callable[[nn.Module], Tensor]) -> dict[str, str]:

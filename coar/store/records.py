@@ -50,6 +50,22 @@ class PrecisionRecord(Record):
     device: StrictStr | None = None
 
 
+class PreflightRecord(Record):
+    """The outcomes of the checks before a run.
+
+    Attributes:
+        passed: Names of the checks that passed.
+        accepted: By name of a check that failed and that the study accepted, what was seen.
+    """
+
+    passed: tuple[StrictStr, ...] = ()
+    accepted: dict[StrictStr, StrictStr] = {}
+
+    def has(self, check: str) -> bool:
+        """Return whether a check was made."""
+        return check in self.passed or check in self.accepted
+
+
 class RunRecord(Record):
     """What the creation of a run measured.
 
@@ -58,11 +74,13 @@ class RunRecord(Record):
         gate_error: Largest difference of the fast runner from the reference runner, relative to the largest output;
             None when it was not measured.
         precision: The precision, and its measurements.
+        preflight: The outcomes of the checks before the run; None for runs of earlier versions.
     """
 
     batch_norms: dict[StrictStr, StrictStr]
     gate_error: StrictFloat | None = None
     precision: PrecisionRecord
+    preflight: PreflightRecord | None = None
 
 
 class PriorQualityRecord(Record):

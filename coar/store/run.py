@@ -20,7 +20,7 @@ from coar.store.layout import Sizes
 from coar.store.lock import Lock, write_lock
 from coar.store.places import Address, locate, open_store
 from coar.store.plan import Plan, Unit
-from coar.store.records import RunRecord
+from coar.store.records import PreflightRecord, RunRecord
 from coar.store.sealed import RunStore
 from coar.store.state import ATTRIBUTE, begin, describe, end, read_manifest, state_of
 
@@ -383,6 +383,14 @@ class Run:
     def entry(self, name: str) -> Any:
         """Return an optional entry of the run's manifest; None when there is none."""
         return self._manifest.get(name)
+
+    def add_checks(self, record: PreflightRecord) -> None:
+        """Add outcomes of checks to those that the run keeps."""
+        before = self.facts.preflight or PreflightRecord()
+        passed = tuple(dict.fromkeys([*before.passed, *record.passed]))
+        both = PreflightRecord(passed=passed, accepted=before.accepted | record.accepted)
+        self.facts = self.facts.model_copy(update={"preflight": both})
+        self.set_entry("facts", self.facts.stored())
 
     def set_entry(self, name: str, value: Any) -> None:
         """Store an optional entry in the run's manifest."""

@@ -1,0 +1,1 @@
+"""Checks before a run, a baseline, an edit or an estimate: its numbers will mean what they should."""

@@ -1,0 +1,171 @@
+"""Checks of gates: gating by weights and by outputs agree for every site, and what is gated is what the model reads."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as trees
+
+from coar.components.table import Components
+from coar.equivalence import ROUNDINGS, compare, rounding
+from coar.equivalence import Kind as Difference
+from coar.examples import Examples
+from coar.forward.runner import FastRunner, ReferenceRunner
+from coar.outputs.base import Output
+
+Parts = tuple[nn.Module, Components, Tensor, Output]
+ALLOWED = 1e-3  # difference of two ways to ablate, relative to what the ablation changes
+NOISE = 3e-4  # the same, relative to the largest output
+LAYERS = ("torch.nn.modules.conv", "torch.nn.modules.linear")  # which return one tensor
+SITES = 8  # sites with several returned tensors that are tried
+
+
+def compare_with_reference(
+    fast: FastRunner, parts: Parts, examples: Examples, masks: np.ndarray, called: set[str]
+) -> tuple[float | None, str]:
+    """Compare a fast runner with a reference runner.
+
+    They are compared under the first and the last mask, and under one that ablates one component of every site.
+    Components that have no output are kept.
+
+    Args:
+        fast: A fast runner in float32.
+        parts: Its model, components, replacements and output.
+        examples: The examples.
+        masks: (masks, components) boolean masks, all of which the fast runner runs.
+        called: Sites whose module is called, see `called_sites`.
+
+    Returns:
+        The largest difference of their outputs, relative to the largest output, which is None when no component has an
+        output, or both runners resample in hooks; and in words how they disagree, or "".
+    """
+    model, components, constants, output = parts
+    rows = [i for i, row in enumerate(components) if row.side != "parameter" and row.site in called]
+    block = fast.load(examples, 0, len(examples))
+    if not rows or block.sources:
+        return None, ""
+    chosen, own = components, constants
+    if len(rows) < len(components):
+        chosen = Components(components[i] for i in rows)
+        own = constants[..., torch.from_numpy(components.channels_of(rows))]
+    reference = ReferenceRunner(model, chosen, own, output, batch_size=fast.batch_size)
+    plain = reference.load(examples, 0, len(examples))
+
+    def outputs(keeps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        whole = np.ones((len(keeps), len(components)), dtype=bool)
+        whole[:, rows] = keeps
+        ends = sorted({0, max(len(keeps) - 2, 0), len(keeps) - 1})
+        return reference.outputs(plain, keeps[ends]), fast.outputs(block, whole)[ends]
+
+    base = reference.outputs(plain, np.ones((1, len(rows)), dtype=bool))
+    expected, found = outputs(np.concatenate([masks[:, rows], _one_of_each(chosen)[None]]))
+    compared = compare(expected, found, Difference.REFORMULATED, precision=rounding(model))
+    if _agree(base, expected, found, rounding(model)):  # what is not finite in both ways is an error of the first unit
+        return compared.error, ""
+    return compared.error, _disagreement(model, chosen, base, outputs, f"{compared}")
+
+
+def _one_of_each(components: Components) -> np.ndarray:
+    """Return a mask that ablates one component of every site, in its middle."""
+    keep = np.ones(len(components), dtype=bool)
+    keep[[rows[len(rows) // 2] for rows in components.sites().values()]] = False
+    return keep
+
+
+def _agree(base: np.ndarray, expected: np.ndarray, found: np.ndarray, precision: float) -> bool:
+    """Return whether two ways agree under every mask, relative to what the mask changes of the base outputs."""
+    finite = np.isfinite(expected)
+    if not np.array_equal(finite, np.isfinite(found)):
+        return False
+    base, expected, found = (np.where(finite, values, 0) for values in (base, expected, found))
+    error = np.abs(found - expected).max(1)
+    effect = np.abs(expected - base).max(1)
+    allowed = max(NOISE, ROUNDINGS * precision) * np.abs(expected).max() + ALLOWED * effect
+    return bool((error <= np.maximum(allowed, 1e-9)).all())
+
+
+def _disagreement(
+    model: nn.Module,
+    components: Components,
+    base: np.ndarray,
+    outputs: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    seen: str,
+) -> str:
+    """Return in words at which site two ways to ablate disagree by themselves."""
+    everything = np.ones(len(components), dtype=bool)
+    guilty = ""
+    for (site, side, _), rows in components.sites().items():
+        keep = everything.copy()
+        keep[rows] = False
+        if not _agree(base, *outputs(keep[None]), rounding(model)):
+            guilty = f" at the {side} of {site!r}, a {type(model.get_submodule(site)).__name__}"
+            break
+    return (
+        f"ablating by weights and by outputs gives outputs that {seen}{guilty}: some layer does not compute the "
+        f"function of its type, or the model uses its weight or its output in another way, so weights "
+        f"of its components would depend on how they are ablated; exclude it"
+    )
+
+
+def unread_outputs(model: nn.Module, components: Components, run: Callable[[nn.Module], np.ndarray]) -> str:
+    """Return in words which module's first returned tensor the model does not read, though it reads others; or "".
+
+    Gates change the first tensor that a module returns.
+
+    Args:
+        model: The model.
+        components: The components.
+        run: Runs the model on a few examples and returns their outputs.
+    """
+    sites = [site for site, side, _ in components.sites() if side in ("output", "module")]
+    sites = [site for site in sites if not type(model.get_submodule(site)).__module__.startswith(LAYERS)]
+    if not sites:
+        return ""
+    several: dict[str, int] = {}
+
+    def count(site: str, returned: Any) -> None:
+        if not isinstance(returned, Tensor):
+            several[site] = sum(_moves(leaf) for leaf in trees.tree_leaves(returned))
+
+    _hooked(model, sites, count, lambda: run(model))
+    plain: np.ndarray | None = None
+    for site in [site for site, number in several.items() if number > 1][:SITES]:
+        plain = run(model) if plain is None else plain
+        first, others = (_changed(model, site, which, run) for which in (True, False))
+        if np.array_equal(first, plain) and not np.array_equal(others, plain):
+            kind = type(model.get_submodule(site)).__name__
+            return (
+                f"module {site!r}, a {kind}, returns several tensors, and the model reads others than the first, which "
+                f"gates change: ablating its components changes no output, so their weights would be 0; choose "
+                f"components of a module inside it, or of the one that reads it"
+            )
+    return ""
+
+
+def _moves(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _hooked(model: nn.Module, sites: list[str], see: Callable[[str, Any], Any], run: Callable[[], Any]) -> Any:
+    with ExitStack() as stack:
+        for site in sites:
+            hook = model.get_submodule(site).register_forward_hook(lambda _m, _args, y, site=site: see(site, y))
+            stack.callback(hook.remove)
+        return run()
+
+
+def _changed(model: nn.Module, site: str, first: bool, run: Callable[[nn.Module], np.ndarray]) -> np.ndarray:
+    """Return outputs with zeros for the first tensor that a module returns, or for all others."""
+
+    def change(_site: str, returned: Any) -> Any:
+        leaves, structure = trees.tree_flatten(returned)
+        numbers = [i for i, leaf in enumerate(leaves) if _moves(leaf)]
+        for i in numbers[:1] if first else numbers[1:]:
+            leaves[i] = torch.zeros_like(leaves[i])
+        return trees.tree_unflatten(leaves, structure)
+
+    found: np.ndarray = _hooked(model, [site], change, lambda: run(model))
+    return found

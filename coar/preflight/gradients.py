@@ -1,0 +1,126 @@
+"""Checks of gradients by gates: they describe what a small change of the gates does, for each example."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from coar.components.table import Side
+from coar.equivalence import ROUNDINGS, Kind, compare, rounding
+from coar.forward.batches import ExampleBlock
+from coar.forward.model_runner import GatedRunner
+from coar.forward.runner import ReferenceRunner
+from coar.preflight.findings import Findings
+from coar.study import Study
+
+ROWS = 8  # examples on which a mask per example is compared with one mask for all
+FEW = 2  # examples on which gradients are compared with changes of gates
+ZEROS, OTHERS = 8, 3  # sites compared, of those without any gradient and of the others
+STEPS = (1e-2, 1e-3)  # changes of gates
+ALLOWED = 0.2  # difference of a gradient from the effect of such a change, relative to the effect
+FINEST = 1e-6  # rounding above which small changes of gates say nothing
+
+
+def check_gradients(findings: Findings, study: Study, model: nn.Module, *, batch_size: int | None = None) -> None:
+    """Check mask gradients of a few examples.
+
+    Args:
+        findings: Takes the outcomes.
+        study: The study.
+        model: A copy of its model made by `device_copy`.
+        batch_size: Most examples per pass.
+
+    Raises:
+        AblationError: When a component or the output has no gradient, or a check fails that the study does not accept.
+    """
+    zeros = torch.zeros(study.components.width)
+    reference = ReferenceRunner(model, study.components, zeros, study.output, batch_size=batch_size)
+    block = reference.load(study.examples, 0, ROWS)
+    masks = study.sampler.masks("gradient", range(block.size), len(study.components))
+    findings.conclude("rows", mixed_rows(reference, block, masks))
+    few = reference.load(study.examples, 0, FEW)
+    findings.conclude("gradients", wrong_gradients(reference, few))
+
+
+def mixed_rows(runner: GatedRunner, block: ExampleBlock, masks: np.ndarray) -> str:
+    """Return in words how outputs of a mask per example differ from those of one mask for all examples, or "".
+
+    Args:
+        runner: The runner.
+        block: A few examples.
+        masks: (examples, components) boolean masks, one per example.
+
+    Raises:
+        AblationError: When the output has no gradient by the gates.
+    """
+    found = runner.mask_gradients(block, masks[None], np.arange(block.size))[2][0]
+    expected = runner.outputs(block, masks).diagonal()
+    compared = compare(expected, found, Kind.REFORMULATED, precision=rounding(runner.model))
+    if compared.agrees:
+        return ""
+    return (
+        f"a mask for every example and one mask for all give outputs that {compared}: some layer does not put the "
+        f"entries of an example side by side; exclude it, or collect masks instead of mask gradients"
+    )
+
+
+def wrong_gradients(runner: GatedRunner, block: ExampleBlock) -> str:
+    """Return in words at which site the gradients by gates differ from the effect of small changes of them, or "".
+
+    Sites without any gradient come first: there, autograd may not reach the gates, though ablation does.
+    """
+    gradients = runner.full_model_gradients(block)  # (examples, components)
+    sites = list(runner.components.sites().items())
+    silent = [one for one in sites if not gradients[:, one[1]].any()]
+    others = [one for one in sites if gradients[:, one[1]].any()]
+    spread = np.unique(np.linspace(0, len(others) - 1, min(OTHERS, len(others))).round().astype(int))
+    for place, rows in [*silent[:ZEROS], *(others[i] for i in spread)]:
+        seen = _compared(runner, block, rows, gradients)
+        if seen:
+            return _in_words(runner.model, place, seen, silent=not gradients[:, rows].any())
+    return ""
+
+
+def _compared(runner: GatedRunner, block: ExampleBlock, rows: list[int], gradients: np.ndarray) -> str:
+    """Return in words how gradients differ from the effects of steps in a direction of a site's gates, or ""."""
+    precision = max(rounding(runner.model), float(np.finfo(np.float32).eps))
+    direction = np.zeros(len(runner.components), dtype=np.float32)
+    direction[rows] = np.resize([1.0, -1.0, 1.0], len(rows))
+    by_gradient = gradients @ direction
+    seen = ""
+    for step in STEPS if precision < FINEST else (1.0,):
+        masks = np.stack([1 + step * direction, 1 - step * direction]) if step < 1 else _removed(direction)
+        up, down = runner.outputs(block, masks.astype(np.float32)).astype(np.float64)
+        effect = (up - down) / (2 * step)
+        noise = 4 * ROUNDINGS * precision * np.abs(up).max() / (2 * step)
+        difference = effect - by_gradient
+        if step == 1:  # in low precision, only whether there is a gradient at all can be judged
+            difference = effect if not by_gradient.any() else np.zeros(1)
+        if not np.isfinite(difference).all() or _norm(difference) <= ALLOWED * _norm(effect) + noise:
+            return ""
+        seen = f"{_norm(effect):.2g} by a change of the gates and {_norm(by_gradient):.2g} by the gradient"
+    return seen
+
+
+def _removed(direction: np.ndarray) -> np.ndarray:
+    """Return two masks: all that keeps everything, and one that ablates the site."""
+    return np.stack([np.ones_like(direction), (direction == 0).astype(np.float32)])
+
+
+def _norm(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values).mean()))
+
+
+def _in_words(model: nn.Module, place: tuple[str, Side, int], seen: str, *, silent: bool) -> str:
+    site, side, _ = place
+    kind = type(model.get_submodule(site)).__name__
+    if silent:
+        return (
+            f"the gates at the {side} of {site!r}, a {kind}, have no gradient, though they change the output ({seen}): "
+            f"something after them is computed without autograd, as under no_grad or after detach, so everything made "
+            f"from mask gradients would be 0 there; collect masks instead of mask gradients, or let gradients pass"
+        )
+    return (
+        f"the gradient by the gates at the {side} of {site!r}, a {kind}, is not the output's ({seen}): a part of what "
+        f"follows is computed without autograd, as under no_grad, after detach or by rounding, so everything made from "
+        f"mask gradients would be wrong there; collect masks instead of mask gradients, or let gradients pass"
+    )

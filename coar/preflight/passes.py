@@ -1,0 +1,182 @@
+"""Checks of plain passes: they repeat, an example's output is its own, and the copy runs its own weights."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as trees
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coar.equivalence import ROUNDINGS, rounding
+from coar.examples import Examples
+from coar.forward.model_runner import ModelRunner
+from coar.outputs.base import Output
+from coar.preflight.findings import Findings
+from coar.preflight.tracing import calls_in, in_words, where_they_part
+
+TRACED = 4  # examples of the passes that find a module
+PAIRS = 10  # of passes, until two of them differ
+ALLOWED = 1e-3  # difference of two passes, relative to the spread over examples
+NOISE = 2e-5  # the same, relative to the largest output
+
+
+def check_passes(findings: Findings, model: nn.Module, original: nn.Module, output: Output, examples: Examples) -> None:
+    """Check that the model is a function of one example.
+
+    One pass over all examples is compared with a pass in smaller batches and in reverse order. Further passes find out
+    what is wrong only if these two differ.
+
+    Args:
+        findings: Takes the outcomes.
+        model: A copy made by `device_copy`.
+        original: The user's model.
+        output: The scalar read per example.
+        examples: A few examples.
+
+    Raises:
+        AblationError: When a check fails that the study does not accept.
+    """
+    findings.conclude("original", _reads_of_original(model, original, output, examples))
+    n = len(examples)
+    passed = _output(model, output, examples, n)
+    backwards = _output(model, output, examples.subset(np.arange(n)[::-1].copy()), -(-n // 2))[::-1]
+    agree = _difference(model, passed, backwards)
+    again = _difference(model, passed, _output(model, output, examples, n)) if agree or n == 1 else 0.0
+    findings.conclude("random", _randomness(model, output, examples, again) if again else "")
+    if n > 1 and not again:
+        findings.conclude("batch", _batch_effect(model, output, examples, agree) if agree else "")
+
+
+def _output(model: nn.Module, output: Output, examples: Examples, batch_size: int) -> np.ndarray:
+    runner = ModelRunner(model, output, batch_size=batch_size)
+    return runner.base_output(runner.load(examples, 0, len(examples)))
+
+
+def _difference(model: nn.Module, one: np.ndarray, other: np.ndarray) -> float:
+    """Return the largest difference relative to the largest output; 0 where roundings explain it."""
+    finite = np.isfinite(one) & np.isfinite(other)
+    if (np.isfinite(one) != np.isfinite(other)).any():
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    error, largest = float(np.abs(one - other)[finite].max()), float(np.abs(one[finite]).max())
+    allowed = max(NOISE, ROUNDINGS * rounding(model)) * largest + ALLOWED * float(one[finite].std())
+    return error / max(largest, 1e-30) if error > allowed else 0.0
+
+
+def _randomness(model: nn.Module, output: Output, examples: Examples, error: float) -> str:
+    run, few = _passes(model, output, examples)
+    path = None
+    for _ in range(PAIRS):
+        path = where_they_part(calls_in(model, lambda: run(few)), calls_in(model, lambda: run(few)), torch.equal)
+        if path is not None:
+            break
+    return (
+        f"{in_words(model, path)} returns something else in a second pass over the same examples, as dropout that "
+        f"stays on in evaluation mode, sampling and random masking do; outputs differ by {error:.1e} of the largest, "
+        f"so attributions would explain noise, and no output could be collected again: turn it off in evaluation mode"
+    )
+
+
+def _batch_effect(model: nn.Module, output: Output, examples: Examples, error: float) -> str:
+    run, few = _passes(model, output, examples)
+    whole = calls_in(model, lambda: run(few))
+    half = calls_in(model, lambda: run(few.subset(range(max(1, len(few) // 2)))))
+    path = where_they_part(half, whole, _leads)
+    return (
+        f"{in_words(model, path)} returns something else for an example when other examples are in its batch, as "
+        f"statistics over the batch, results kept from an earlier pass, or an axis of examples other than the first "
+        f"do; outputs differ by {error:.1e} of the largest, so all numbers would depend on the batch size: let the "
+        f"model compute each example alone, with examples on the first axis of its inputs"
+    )
+
+
+def _passes(model: nn.Module, output: Output, examples: Examples) -> tuple[Callable[[Examples], object], Examples]:
+    few = examples.subset(range(min(TRACED, len(examples))))
+    return (lambda chosen: _output(model, output, chosen, len(chosen))), few
+
+
+def _leads(part: Tensor, whole: Tensor) -> bool:
+    """Return whether a tensor of few examples is the beginning of one of more examples, along the first axis."""
+    if part.ndim != whole.ndim or part.shape[1:] != whole.shape[1:]:
+        return part.ndim == 0 and bool(part == whole)
+    if not part.is_floating_point():
+        return torch.equal(part, whole[: len(part)])
+    largest = float(whole.abs().nan_to_num().max()) if whole.numel() else 0.0
+    allowed = max(1e-4, ROUNDINGS * torch.finfo(part.dtype).eps) * largest
+    return bool(((part - whole[: len(part)]).abs().nan_to_num() <= allowed).all())
+
+
+def _reads_of_original(model: nn.Module, original: nn.Module, output: Output, examples: Examples) -> str:
+    """Return in words which module of the copy computes with a tensor of the original, or ""."""
+    names: dict[int, str] = {}
+    for name, tensor in [*original.named_parameters(), *original.named_buffers()]:
+        if (address := _address(tensor)) is not None:
+            names.setdefault(address, name)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if (address := _address(tensor)) in names:
+            return (
+                f"a copy of this {type(original).__name__} holds the memory of {names[address]!r} of your model, so "
+                f"ablations would change your model; let copy.deepcopy copy all of its tensors"
+            )
+    few = examples.subset(range(min(2, len(examples))))
+    with _running(model) as running, _Reads(names) as reads:
+        reads.running = running
+        _output(model, output, few, len(few))
+    if reads.found is None:
+        return ""
+    path, name = reads.found
+    return (
+        f"{in_words(model, path)} computes with {name!r} of your model, and not with the copy that is ablated, as "
+        f"where a class or a global name holds a module; ablations and edits would not reach it: read weights and "
+        f"modules through self"
+    )
+
+
+def _address(tensor: Tensor) -> int | None:
+    """Return where a tensor's numbers are; None where it has no memory of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (NotImplementedError, RuntimeError):  # of subclasses that wrap other tensors
+        return None
+
+
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the first operation that is given a tensor at one of some addresses.
+
+    Args:
+        names: Names of tensors by address.
+    """
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names = names
+        self.running: list[str] = [""]
+        self.found: tuple[str, str] | None = None
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.found is None:
+            for leaf in trees.tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and (name := self._names.get(_address(leaf) or 0)):
+                    self.found = self.running[-1], name
+                    break
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _running(model: nn.Module) -> Iterator[list[str]]:
+    """Keep a list of the paths of the modules that are running, the innermost last."""
+    paths = [""]
+
+    def leave(_module: nn.Module, _args: Any, _returned: Any) -> None:
+        paths.pop()
+
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            enter = module.register_forward_pre_hook(lambda _module, _args, path=path: paths.append(path))
+            stack.callback(enter.remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        yield paths
