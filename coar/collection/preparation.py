@@ -112,7 +112,7 @@ def prepare(study: Study, place: Path | Address, model: nn.Module, order: RunReq
         findings = Findings(study.accept)
         first = study.examples.subset(_with_sources(study, range(_checked(study))))
         findings.conclude("examples", changed_examples(study.examples))
-        check_passes(findings, model, study.model, study.output, first)
+        check_passes(findings, model, study.model, study.output, first, batch_size=batches.masks)
         if order.gradients or study.ablation.needs_gradients:
             check_gradients(findings, study, model, batch_size=batches.gradients)
         run = _create(study, place, model, fingerprint, order, batches.masks, first, findings)

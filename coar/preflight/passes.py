@@ -1,7 +1,8 @@
 """Checks of plain passes: they repeat, an example's output is its own, and the copy runs its own weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,15 @@ ALLOWED = 1e-3  # difference of two passes, relative to the spread over examples
 NOISE = 2e-5  # the same, relative to the largest output
 
 
-def check_passes(findings: Findings, model: nn.Module, original: nn.Module, output: Output, examples: Examples) -> None:
+def check_passes(
+    findings: Findings,
+    model: nn.Module,
+    original: nn.Module,
+    output: Output,
+    examples: Examples,
+    *,
+    batch_size: int | None = None,
+) -> None:
     """Check that the model is a function of one example.
 
     One pass over all examples is compared with a pass in smaller batches and in reverse order. Further passes find out
@@ -35,19 +44,21 @@ def check_passes(findings: Findings, model: nn.Module, original: nn.Module, outp
         original: The user's model.
         output: The scalar read per example.
         examples: A few examples.
+        batch_size: Most examples per pass.
 
     Raises:
         AblationError: When a check fails that the study does not accept.
     """
-    findings.conclude("original", _reads_of_original(model, original, output, examples))
-    n = len(examples)
-    passed = _output(model, output, examples, n)
-    backwards = _output(model, output, examples.subset(np.arange(n)[::-1].copy()), -(-n // 2))[::-1]
+    size = min(len(examples), batch_size or len(examples))
+    few = examples.subset(range(min(TRACED, size)))
+    findings.conclude("original", _reads_of_original(model, original, output, few))
+    passed = _output(model, output, examples, size)
+    backwards = _output(model, output, examples.subset(np.arange(len(examples))[::-1].copy()), -(-size // 2))[::-1]
     agree = _difference(model, passed, backwards)
-    again = _difference(model, passed, _output(model, output, examples, n)) if agree or n == 1 else 0.0
-    findings.conclude("random", _randomness(model, output, examples, again) if again else "")
-    if n > 1 and not again:
-        findings.conclude("batch", _batch_effect(model, output, examples, agree) if agree else "")
+    again = _difference(model, passed, _output(model, output, examples, size)) if agree or size == 1 else 0.0
+    findings.conclude("random", _randomness(model, output, few, again) if again else "")
+    if size > 1 and not again:
+        findings.conclude("batch", _batch_effect(model, output, few, agree) if agree else "")
 
 
 def _output(model: nn.Module, output: Output, examples: Examples, batch_size: int) -> np.ndarray:
@@ -67,8 +78,8 @@ def _difference(model: nn.Module, one: np.ndarray, other: np.ndarray) -> float:
     return error / max(largest, 1e-30) if error > allowed else 0.0
 
 
-def _randomness(model: nn.Module, output: Output, examples: Examples, error: float) -> str:
-    run, few = _passes(model, output, examples)
+def _randomness(model: nn.Module, output: Output, few: Examples, error: float) -> str:
+    run = partial(_whole, model, output)
     path = None
     for _ in range(PAIRS):
         path = where_they_part(calls_in(model, lambda: run(few)), calls_in(model, lambda: run(few)), torch.equal)
@@ -81,8 +92,8 @@ def _randomness(model: nn.Module, output: Output, examples: Examples, error: flo
     )
 
 
-def _batch_effect(model: nn.Module, output: Output, examples: Examples, error: float) -> str:
-    run, few = _passes(model, output, examples)
+def _batch_effect(model: nn.Module, output: Output, few: Examples, error: float) -> str:
+    run = partial(_whole, model, output)
     whole = calls_in(model, lambda: run(few))
     half = calls_in(model, lambda: run(few.subset(range(max(1, len(few) // 2)))))
     path = where_they_part(half, whole, _leads)
@@ -94,9 +105,8 @@ def _batch_effect(model: nn.Module, output: Output, examples: Examples, error: f
     )
 
 
-def _passes(model: nn.Module, output: Output, examples: Examples) -> tuple[Callable[[Examples], object], Examples]:
-    few = examples.subset(range(min(TRACED, len(examples))))
-    return (lambda chosen: _output(model, output, chosen, len(chosen))), few
+def _whole(model: nn.Module, output: Output, examples: Examples) -> np.ndarray:
+    return _output(model, output, examples, len(examples))
 
 
 def _leads(part: Tensor, whole: Tensor) -> bool:
@@ -110,7 +120,7 @@ def _leads(part: Tensor, whole: Tensor) -> bool:
     return bool(((part - whole[: len(part)]).abs().nan_to_num() <= allowed).all())
 
 
-def _reads_of_original(model: nn.Module, original: nn.Module, output: Output, examples: Examples) -> str:
+def _reads_of_original(model: nn.Module, original: nn.Module, output: Output, few: Examples) -> str:
     """Return in words which module of the copy computes with a tensor of the original, or ""."""
     names: dict[int, str] = {}
     for name, tensor in [*original.named_parameters(), *original.named_buffers()]:
@@ -122,10 +132,9 @@ def _reads_of_original(model: nn.Module, original: nn.Module, output: Output, ex
                 f"a copy of this {type(original).__name__} holds the memory of {names[address]!r} of your model, so "
                 f"ablations would change your model; let copy.deepcopy copy all of its tensors"
             )
-    few = examples.subset(range(min(2, len(examples))))
     with _running(model) as running, _Reads(names) as reads:
         reads.running = running
-        _output(model, output, few, len(few))
+        _whole(model, output, few)
     if reads.found is None:
         return ""
     path, name = reads.found
