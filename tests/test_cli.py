@@ -350,6 +350,7 @@ MISTAKES = {
     "a class that is not there": ((*TASK, "forget", "--label", "17"), "label == 17"),
     "a task without a pipeline": (("edit", "RUN", "--task", "fix"), "without --pipeline"),
     "unknown fit": (("edit", "RUN", *GOAL, "--budget", "3", "--fit", "elastic"), "no finished fit 'elastic'"),
+    "a port that is none": (("explore", "RUN", "--pipeline", "PIPELINE", "--port", "99999"), "port 99999 of 127.0.0.1"),
     "unwritable folder": (("report", "RUN", "--out", "PIPELINE"), "choose another folder"),
     "unwritable place for an edit": (("edit", "RUN", *GOAL, "--budget", "3", "--out", "PIPELINE"), "another path"),
 }
@@ -385,7 +386,21 @@ def test_messages_of_mistakes(place, tmp_path, monkeypatch, mistake):
     assert not (tmp_path / "s3:").exists()
 
 
-COMMANDS = ("all", "new", "collect", "fit", "baselines", "evaluate", "edit", "undo", "report", "info", "verify", "plan")
+COMMANDS = (
+    "all",
+    "new",
+    "collect",
+    "fit",
+    "baselines",
+    "evaluate",
+    "edit",
+    "undo",
+    "report",
+    "explore",
+    "info",
+    "verify",
+    "plan",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

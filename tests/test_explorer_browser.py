@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import threading
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 import coar
+from coar.explorer.server import serve_page
+from coar.pipeline import load_pipeline
+from tests.pages import numbers
 from tests.synthetic import fit, linear, make, weights
 from tests.test_cli import TINY, works
 from tests.test_explorer import written
@@ -79,7 +83,7 @@ class Visit:
         self.page.on("console", lambda message: self.said.append(message.text))
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
         self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(file.as_uri())
+        self.page.goto(file if isinstance(file, str) else file.as_uri())
         self.page.wait_for_selector("html[data-ready]")
         self.open(view)
 
@@ -144,6 +148,42 @@ def visit(browser, place):
         one.close()
 
 
+def test_served_what_if_measures_judges_and_saves(browser, place, attributions, frame, tmp_path):
+    source = load_pipeline(place / "tiny.py").source(coar.Run.open(place / "tiny.zarr"))
+    server = serve_page(coar.Run.open(place / "tiny.zarr"), tmp_path, source, device="cpu")
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    page = Visit(browser, server.url, view="whatif")
+    page.page.get_by_label("A layer").select_option("conv1")
+    check_prediction(page, attributions, frame, list(range(16)))
+    page.page.get_by_role("button", name="Measure with the model").click()
+    page.page.wait_for_selector("#measured")
+    (points,) = page.traces("Predicted and measured outputs")
+    measured = numbers(server.live.measure(list(range(16)))["output"])
+    np.testing.assert_allclose(points["y"], measured, atol=1e-4)
+    change, above0 = page.page.locator("#measured strong").all_inner_texts()[:2]
+    assert float(change.replace(MINUS, "-")) == pytest.approx((measured - frame["output"]).mean(), abs=1e-3)
+    assert above0 == f"{(measured > 0).mean():.1%}".replace("%", " %")
+    page.page.get_by_role("button", name="Judge on other examples").click()
+    page.page.wait_for_selector("table:has(caption:text-is('Judged by the model'))")
+    judged = server.live.judge(list(range(16)))["table"]["rows"]
+    assert [row[0] for row in page.rows("Judged by the model")] == [row[0] for row in judged]
+    page.page.get_by_label("Name", exact=True).fill("no/such")
+    page.page.get_by_role("button", name="Save as an edit").click()
+    page.page.wait_for_selector("text=Not done: the name of an edit")
+    page.said.clear()  # the browser reports the refused request
+    page.page.get_by_label("Name", exact=True).fill("first-layer")
+    page.page.get_by_role("button", name="Save as an edit").click()
+    page.page.wait_for_selector("text=Make the page again")
+    assert len(coar.Edit.load(tmp_path / "first-layer/edit.json")) == 16
+    assert {url.rpartition("/")[0] + "/" for url in page.asked if not url.startswith("data:")} == {server.url}
+    page.asked.clear()
+    page.close()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
 def test_axe_finds_no_barrier_and_nothing_overflows(visit, scheme, size):
@@ -197,8 +237,6 @@ def test_scheme_follows_the_system_and_the_switch(visit):
 @pytest.fixture(scope="module")
 def frame(place, attributions):
     """Metadata, output, held-out correlation and correctness of each example, by its position."""
-    from coar.pipeline import load_pipeline
-
     study = load_pipeline(place / "tiny.py").study()
     found = pd.DataFrame(attributions.metadata)
     run = coar.Run.open(place / "tiny.zarr")

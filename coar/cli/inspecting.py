@@ -1,11 +1,20 @@
-"""The commands report, info, verify, copy and merge."""
+"""The commands report, explore, info, verify, copy and merge."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from coar.cli.common import OutOption, RunArgument, app, report_errors, reports, written
+from coar.cli.common import (
+    DeviceOption,
+    OutOption,
+    PipelineOption,
+    RunArgument,
+    app,
+    report_errors,
+    reports,
+    written,
+)
 
 
 @app.command(epilog="Example: coar report runs/digits-mean.zarr --pipeline pipelines/digits.py")
@@ -26,6 +35,34 @@ def report(
     opened = Run.open(run)
     source = None if pipeline is None else load_pipeline(pipeline).source(opened)
     written([write_page(opened, out or reports(run), fit=fit_name, source=source)])
+
+
+@app.command(epilog="Example: coar explore runs/digits-mean.zarr --pipeline pipelines/digits.py")
+@report_errors
+def explore(
+    run: RunArgument,
+    pipeline: PipelineOption,
+    fit_name: Annotated[str | None, typer.Option("--fit", help="Name of the fit [default: the best one].")] = None,
+    port: Annotated[int, typer.Option(help="Port to serve on; 0 for any free one.")] = 0,
+    host: Annotated[str, typer.Option(help="Address to serve on; others let other machines in.")] = "127.0.0.1",
+    device: DeviceOption = "auto",
+    out: OutOption = None,
+) -> None:
+    """Serve the page of a run to this machine, with a what-if that runs the model; stop it with Ctrl-C."""
+    from coar.explorer.server import serve_page
+    from coar.pipeline import load_pipeline
+    from coar.store.run import Run
+
+    opened = Run.open(run)
+    source = load_pipeline(pipeline).source(opened)
+    server = serve_page(opened, out or reports(run), source, fit=fit_name, host=host, port=port, device=device)
+    typer.echo(f"open {server.url} in a browser; stop with Ctrl-C")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        typer.echo("stopped")
+    finally:
+        server.server_close()
 
 
 @app.command(epilog="Example: coar info runs/digits-mean.zarr --watch 10")

@@ -394,7 +394,7 @@ class Edit:
 
 def edit_of(
     attributions: Attributions,
-    goal: EditGoal,
+    goal: EditGoal | None,
     indices: Sequence[int] | np.ndarray,
     scores: np.ndarray,
     *,

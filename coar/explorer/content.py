@@ -52,11 +52,9 @@ def gather(
         RunError: When the run has no fit of that name.
     """
     notes = [] if source is not None else [NO_PIPELINE]
-    attributions = None
-    if fit is not None or finished_fits(run):
-        attributions = load(str(run.path), fit)
-        name = fit or _name_of(run, attributions)
-    else:
+    name = fit or default_fit(run)
+    attributions = None if name is None else Attributions.open(run, name)
+    if attributions is None:
         notes.append("The run has no fit, so the page has no attributions; 'coar fit RUN' makes one.")
     part = part_of(attributions) if attributions is not None else whole_part(run.n_examples, run.n_components)
     notes += part.sentences()
@@ -75,15 +73,20 @@ def gather(
         "notes": notes,
     }
     made["edits"] = edits_of(folder, made["components"]["names"], attributions, source)
-    if attributions is not None:
+    if attributions is not None and name is not None:
         made["fit"] = _fit(attributions, name, part, run)
     if evaluation is not None:
         made["evaluation"] = _scores(evaluation, part)
     return made
 
 
-def _name_of(run: Run, attributions: Attributions) -> str:
-    return next(name for name, record in finished_fits(run).items() if record == attributions.fit)
+def default_fit(run: Run) -> str | None:
+    """Return the name of the fit that `load` chooses; of a run with baselines only, the first; None without any."""
+    found = finished_fits(run)
+    if not any(record.masks or record.gradients for record in found.values()):
+        return next(iter(found), None)
+    chosen = load(str(run.path)).fit
+    return next(name for name, record in found.items() if record == chosen)
 
 
 def _evaluation(run: Run, notes: list[str]) -> Evaluation | None:

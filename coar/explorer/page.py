@@ -14,7 +14,8 @@ from coar.explorer.content import gather
 from coar.explorer.source import Source
 from coar.store.run import Run
 
-SCRIPTS = ("data", "page", "charts", "examples", "example", "component", "whatif", "edits", "evaluation", "main")
+BASE = ("data", "page", "charts", "live")
+VIEWS = ("examples", "example", "component", "whatif", "edits", "evaluation")
 
 
 def write_page(
@@ -51,15 +52,16 @@ def write_page(
 def page_of(content: dict[str, Any]) -> str:
     """Return the page of what `gather` returned.
 
-    Its content security policy allows the scripts in it by their hashes, and no network.
+    Its content security policy allows the scripts in it by their hashes, and no network; a page that is served may send
+    requests to its own server.
     """
     from plotly.offline import get_plotlyjs
 
     # plotly.js is kept as text and started when the first chart is drawn, so that the page shows before that
     charts = get_plotlyjs().replace("</script", "<\\/script")
-    script = "\n".join(_asset(f"{name}.js") for name in SCRIPTS)
+    script = "\n".join(_asset(f"{name}.js") for name in (*BASE, *VIEWS, "main"))
     parts = {
-        "POLICY": _policy([script, charts]),
+        "POLICY": _policy([script, charts], live="live" in content),
         "TITLE": html.escape(str(content["title"])),
         "STYLE": _asset("page.css"),
         "DATA": _embedded(content),
@@ -74,12 +76,12 @@ def _asset(name: str) -> str:
     return files("coar.explorer").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _policy(scripts: list[str]) -> str:
+def _policy(scripts: list[str], *, live: bool) -> str:
     hashes = [base64.b64encode(hashlib.sha256(one.encode()).digest()).decode() for one in scripts]
     allowed = " ".join(f"'sha256-{one}'" for one in hashes)
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
-        f"form-action 'none'"
+        f"form-action 'none'" + ("; connect-src 'self'" if live else "")
     )
 
 

@@ -76,3 +76,4 @@ makeSwitch();
 window.addEventListener("hashchange", show);
 show();
 document.documentElement.dataset.ready = "true";
+setTimeout(plotly, 300); // start the charts' code after the first view is on the screen

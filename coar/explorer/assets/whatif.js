@@ -95,6 +95,7 @@ function predictedParts(chosen) {
   const after = Array.from(output, (value, i) => value + change[i]);
   return [
     make("div", { class: "card big" }, bigNumbers(change, after)),
+    ...(live ? [measuredPart(chosen, change)] : []),
     make("div", { class: "pair" }, beforeAfterPart(after, half), predictedGroups(change, after)),
     movedPart(change, after),
   ];
