@@ -4,7 +4,7 @@ import base64
 import binascii
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from coar.gates.gates import Gates
 from coar.weights import weights_fingerprint
 
 FORMAT = 1
-TABLES = {  # by name: the finder of a model's whole table
+TABLES: dict[str, Callable[[nn.Module], Components]] = {  # by name: the finder of a model's whole table
     "edges": edges,
     "edges without ports": lambda model: edges(model, ports=False),
     "nodes": nodes,

@@ -97,13 +97,17 @@ class Decoder:
     readings: tuple[Reading, ...]
 
 
-def find_decoder(model: nn.Module) -> Decoder:
+def find_decoder(model: nn.Module, *, causal: bool = True) -> Decoder:
     """Find the writers and readers of a decoder-only transformer.
 
     Attention blocks and their heads are those of `attention_heads`. A layer is the part of the model's list of layers
     that contains a block; its MLP consists of its other children with linear layers. Two passes over a few random
     tokens find the rest: norms before and after blocks, parallel blocks, and the outputs of projections that are
     queries, keys and values. The first pass also checks that each module reads the sum of all earlier writes.
+
+    Args:
+        model: The model.
+        causal: Whether a model whose tokens see later ones is refused.
 
     Raises:
         ComponentError: When the model is an encoder, has an encoder, or its residual stream is not such a sum; the
@@ -114,7 +118,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     passed = trace(model, random_tokens(model, ROWS, POSITIONS))
     layers = _layers(model, passed)
     blocks = [Block(layer.block, _projections(passed, layer), layer.heads) for layer in layers]
-    ports = ports_of(model, blocks)
+    ports = ports_of(model, blocks, causal=causal)
     draft = _Draft(passed)
     found = [_add_layer(draft, layer, block, own) for layer, block, own in zip(layers, blocks, ports, strict=True)]
     draft.read_last()

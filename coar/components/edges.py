@@ -9,7 +9,7 @@ from coar.errors import ComponentError
 ARROW = " -> "
 
 
-def edges(model: nn.Module, *, ports: bool = True) -> Components:
+def edges(model: nn.Module, *, ports: bool = True, causal: bool = True) -> Components:
     """Find the edges of a decoder-only transformer: one component for each reader and each writer before it.
 
     Writers add to the residual stream: the embedding (with positions), every attention head and every MLP. If a norm
@@ -34,12 +34,14 @@ def edges(model: nn.Module, *, ports: bool = True) -> Components:
         model: The model, or a module that contains it; it must run on token numbers alone.
         ports: Whether the queries, keys and values of each head are separate readers; otherwise each layer's attention
             is one reader, `L10.attn`.
+        causal: Whether a model whose tokens see later ones is refused. With False such models are taken too, if their
+            residual stream is a plain sum; their first token is kept as well.
 
     Raises:
         ComponentError: When the model is not a decoder-only transformer, or a module reads something other than the sum
             of all earlier writes; the message names the module.
     """
-    decoder = find_decoder(model)
+    decoder = find_decoder(model, causal=causal)
     rows: dict[str, Component] = {}
     for reading in decoder.readings:
         for label in reading.labels if ports else (reading.block,):
@@ -51,18 +53,19 @@ def edges(model: nn.Module, *, ports: bool = True) -> Components:
     return Components(rows.values())
 
 
-def nodes(model: nn.Module) -> Components:
+def nodes(model: nn.Module, *, causal: bool = True) -> Components:
     """Find the writers of a decoder-only transformer: one component for all edges that leave a writer.
 
     They are the embedding, every attention head and every MLP, labelled `embed`, `L9.H6` and `L9.mlp`; see `edges`.
 
     Args:
         model: The model, or a module that contains it; it must run on token numbers alone.
+        causal: As in `edges`.
 
     Raises:
         ComponentError: As `edges` does.
     """
-    decoder = find_decoder(model)
+    decoder = find_decoder(model, causal=causal)
     width = decoder.width
     return Components(
         Component(writer.label, "node", writer.site, "edge", -1, number * width, width)

@@ -1,8 +1,8 @@
 """The roles of the outputs of an attention block's projections, found by gradients: query, key or value, and its head.
 
-With a causal mask, a head's output at the first position depends on that position's value alone. Its later outputs also
-depend on the keys and values of the first position, and on the queries at their own position. So gradients distinguish
-the outputs of projections, separate or fused, for any names and any layout of heads.
+A head's output for a text of one token depends on that token's value alone; so does its first output with a causal
+mask. Its later outputs also depend on the keys and values of the first position, and on the queries at their own
+position. So gradients distinguish the outputs of projections, separate or fused, for any names and any layout of heads.
 """
 
 from collections.abc import Sequence
@@ -49,27 +49,54 @@ class Block(NamedTuple):
     heads: tuple[Component, ...]
 
 
-def ports_of(model: nn.Module, blocks: Sequence[Block]) -> list[dict[str, tuple[Port, ...]]]:
+@torch.inference_mode(False)
+@torch.enable_grad()
+def ports_of(model: nn.Module, blocks: Sequence[Block], *, causal: bool = True) -> list[dict[str, tuple[Port, ...]]]:
     """Return the ports of every block's projections by path, in the order of their rows.
+
+    Args:
+        model: The model.
+        blocks: Its attention blocks.
+        causal: Whether blocks in which tokens see later ones are refused.
 
     Raises:
         ComponentError: When a block is not causal, or an output of a projection is not a query, key or value of heads.
     """
+    several = _recorded(model, blocks, POSITIONS)
+    slopes = [_slopes(block, *several, POSITIONS) for block in blocks]
+    scales = [[torch.maximum(*pair).amax((0, 1)) * ROUNDED for pair in own] for own in slopes]  # of each row
+    backward = [_see_later(own, scale) for own, scale in zip(slopes, scales, strict=True)]
+    if any(backward):
+        if causal:
+            raise ComponentError(
+                f"{blocks[backward.index(True)].path!r} lets tokens see later ones, as encoders do; edges need a "
+                f"decoder-only model, with causal attention: use attention_heads and modules for this one, or give "
+                f"causal=False if its residual stream is a plain sum"
+            )
+        alone = _recorded(model, blocks, 1)
+        single = [_slopes(block, *alone, 1) for block in blocks]
+        slopes = [
+            [(first, later) for (first, _), (_, later) in zip(*both, strict=True)]
+            for both in zip(single, slopes, strict=True)
+        ]
+    return [_of_block(*each) for each in zip(blocks, slopes, scales, strict=True)]
+
+
+def _recorded(model: nn.Module, blocks: Sequence[Block], positions: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Run the model with random outputs of projections; return these and the heads' outputs, each by path."""
     most = max(len(block.heads) for block in blocks)
-    tokens = random_tokens(model, 1, POSITIONS).expand(DRAWS * most, -1)  # a row for each draw and head
+    tokens = random_tokens(model, 1, positions).expand(DRAWS * most, -1)  # a row for each draw and head
     leaves: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}
     draw = torch.Generator().manual_seed(0)
 
     def replace(path: str, result: Tensor) -> Tensor:
         """Return random float32 outputs, which replace a projection's and end the flow of gradients."""
-        noise = torch.randn(DRAWS, 1, POSITIONS, result.shape[-1], generator=draw).to(result.device)
+        noise = torch.randn(DRAWS, 1, positions, result.shape[-1], generator=draw).to(result.device)
         leaves[path] = noise.expand(-1, most, -1, -1).reshape(result.shape).clone().requires_grad_()
         return leaves[path].clone()  # blocks may write into it
 
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
         for block in blocks:
             for path in block.projections:
 
@@ -85,40 +112,44 @@ def ports_of(model: nn.Module, blocks: Sequence[Block]) -> list[dict[str, tuple[
 
             stack.callback(model.get_submodule(site).register_forward_pre_hook(before).remove)
         run(model, tokens)
-        return [_of_block(block, leaves, heads[block.heads[0].site]) for block in blocks]
+    return leaves, heads
 
 
-def _of_block(block: Block, leaves: dict[str, Tensor], z: Tensor) -> dict[str, tuple[Port, ...]]:
+def _slopes(
+    block: Block, leaves: dict[str, Tensor], heads: dict[str, Tensor], positions: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the slopes of a block's first outputs, and of its later ones, by the outputs of each projection.
+
+    Each is (heads, positions, outputs of the projection), the largest absolute slope of all draws.
+    """
+    z = heads[block.heads[0].site]
+    z = z.reshape(DRAWS, -1, positions, z.shape[-1])
     own = [leaves[path] for path in block.projections]
-    z = z.reshape(DRAWS, -1, POSITIONS, z.shape[-1])
-    pairs = list(zip(_slopes(block, own, z, slice(0, 1)), _slopes(block, own, z, slice(1, None)), strict=True))
-    scales = [torch.maximum(by_first, by_later).amax((0, 1)) * ROUNDED for by_first, by_later in pairs]  # of each row
-    if any((by_first[:, 1:] > scale).any() for (by_first, _), scale in zip(pairs, scales, strict=True)):
-        raise ComponentError(
-            f"{block.path!r} lets tokens see later ones, as encoders do; edges need a decoder-only model, with causal "
-            f"attention: use attention_heads and modules for this one"
-        )
+    found = []
+    for read in (slice(0, 1), slice(1, None)):
+        mix = torch.zeros_like(z)
+        draw = torch.Generator().manual_seed(1)
+        for number, head in enumerate(block.heads):
+            part = mix[:, number, read, head.position : head.position + head.size]
+            part.copy_(torch.randint(2, part.shape, generator=draw) * 2 - 1)
+        slopes = torch.autograd.grad((z * mix).sum(), own, retain_graph=True, allow_unused=True, materialize_grads=True)
+        shape = (DRAWS, z.shape[1], positions, -1)
+        found.append([slope.abs().reshape(shape)[:, : len(block.heads)].amax(0) for slope in slopes])
+    return list(zip(*found, strict=True))
+
+
+def _see_later(slopes: list[tuple[Tensor, Tensor]], scales: list[Tensor]) -> bool:
+    """Return whether a block's first outputs depend on later positions."""
+    return any(bool((first[:, 1:] > scale).any()) for (first, _), scale in zip(slopes, scales, strict=True))
+
+
+def _of_block(block: Block, slopes: list[tuple[Tensor, Tensor]], scales: list[Tensor]) -> dict[str, tuple[Port, ...]]:
     found = {}
-    for path, (by_first, by_later), scale in zip(block.projections, pairs, scales, strict=True):
+    for path, (first, later), scale in zip(block.projections, slopes, scales, strict=True):
         # whether a head's first output, and its later ones, depend on the first position, and on later ones
-        parts = (by_first[:, 0] > scale, by_later[:, 0] > scale, (by_later[:, 1:] > scale).any(1))
+        parts = (first[:, 0] > scale, later[:, 0] > scale, (later[:, 1:] > scale).any(1))
         found[path] = _grouped(block, path, torch.stack(parts, -1))
     return found
-
-
-def _slopes(block: Block, leaves: list[Tensor], z: Tensor, positions: slice) -> list[Tensor]:
-    """Return (heads, positions, rows) slopes of each head's output, at some positions, by the projections' outputs.
-
-    Each is the largest absolute slope of all draws.
-    """
-    mix = torch.zeros_like(z)
-    draw = torch.Generator().manual_seed(1)
-    for number, head in enumerate(block.heads):
-        part = mix[:, number, positions, head.position : head.position + head.size]
-        part.copy_(torch.randint(2, part.shape, generator=draw) * 2 - 1)
-    slopes = torch.autograd.grad((z * mix).sum(), leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
-    shape = (DRAWS, z.shape[1], POSITIONS, -1)
-    return [slope.abs().reshape(shape)[:, : len(block.heads)].amax(0) for slope in slopes]
 
 
 KINDS = {(True, True, True): "v", (False, True, True): "k", (False, False, True): "q"}

@@ -39,7 +39,7 @@ def joints_of(decoder: Decoder) -> list[Joint]:
     """Return the modules that read, those with one common norm together."""
     found: list[Joint] = []
     first = 0
-    for _, readings in groupby(decoder.readings, lambda one: (one.norm or one.site, one.block, one.before)):
+    for _, readings in groupby(decoder.readings, lambda one: (one.norm, one.block, one.before)):
         found.append(Joint(tuple(readings), first))
         first = found[-1].pairs.stop
     return found

@@ -257,7 +257,7 @@ def edge_gate(model: nn.Module, components: Components, replacements: Tensor, *,
     Raises:
         ComponentError: When components are of another model, or overlap.
     """
-    decoder = find_decoder(model)
+    decoder = find_decoder(model, causal=False)  # a table of its edges exists
     index = torch.tensor(component_of_pairs(decoder, components), device=replacements.device)
     constants = torch.arange(components.width, device=replacements.device)
     return EdgeGate(
