@@ -140,6 +140,15 @@ def test_transformers_loads_an_edited_language_model(name, way, tmp_path):
     assert set(model.state_dict()).isdisjoint(saved.new_parameters)  # the user's model is as it was
 
 
+@pytest.mark.parametrize(("name", "warned"), [("gpt2", False), ("llama", True)])
+def test_an_applied_edit_warns_where_from_pretrained_would_leave_a_bias_out(name, warned, caplog, tmp_path):
+    model, examples, edit, *_ = language_case(name)
+    edit.keep(model).save_pretrained(model, tmp_path / "model", examples)
+    assert "from_pretrained leaves" not in caplog.text
+    edit.apply(model)
+    assert ("leaves them out; save it with edit.save_pretrained" in caplog.text) == warned
+
+
 def test_options_that_are_not_needed_stay_off(tmp_path):
     model, examples = LANGUAGE["llama"][0](), texts("llama")
     table = coar.input_features(model, include="*.down_proj")

@@ -1,6 +1,7 @@
 """An edit: components to ablate permanently; it is applied, undone, joined with others, and stored."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,8 @@ from coar.weights import read_state, save_state, state_fingerprint, weights_fing
 
 if TYPE_CHECKING:
     import pandas as pd
+
+log = logging.getLogger(__name__)
 
 FORMAT = 3
 LISTED = 5  # differences of code in a message
@@ -150,17 +153,23 @@ class Edit:
     def apply(self, model: nn.Module) -> nn.Module:
         """Return an edited copy, a plain module of the same class; the one inside a compiled or parallel model.
 
-        Its state dict has the same keys wherever a layer has a bias or is followed by a batch norm.
+        Its state dict has the same keys wherever a layer has a bias or is followed by a batch norm. Otherwise the layer
+        gets a bias, see `new_parameters`, with a warning if the model's `from_pretrained` leaves it out.
 
         Raises:
             EditError: When the model's weights or code are not the ones that the edit was made for.
             WeightsError: When a module of the model cannot be copied.
         """
-        model = unwrapped(model)
-        owner, accept = "this edit was made for", "edit.accept_code(model)"
-        check_model(model, weights=self.weights, codes=self.codes, owner=owner, accept=accept)
-        edited = independent_copy(model)
-        fold(edited, self.components, self.replacements, batch_norms=self.batch_norms, strengths=self.strengths)
+        edited = applied(self, model)
+        added = saving.added_parameters(unwrapped(model), edited)
+        if added and hasattr(edited, "from_pretrained"):
+            log.warning(
+                "the edited %s has %d more biases than its configuration creates, such as %s, and from_pretrained "
+                "leaves them out; save it with edit.save_pretrained(model, folder, examples)",
+                type(edited).__name__,
+                len(added),
+                added[0],
+            )
         return edited
 
     def accept_code(self, model: nn.Module) -> "Edit":
@@ -175,7 +184,7 @@ class Edit:
 
         A state dict with these names is not loaded strictly into the model's class before its layers get a bias.
         """
-        return saving.added_parameters(unwrapped(model), self.apply(model))
+        return saving.added_parameters(unwrapped(model), applied(self, model))
 
     def save_state_dict(self, model: nn.Module, path: str | Path, examples: Examples) -> saving.SavedModel:
         """Apply the edit, write the edited weights as safetensors, and compare the result with a model loaded from it.
@@ -193,7 +202,7 @@ class Edit:
                 `apply`.
             StorageError: When the disk refuses the write.
         """
-        return saving.save_state_dict(unwrapped(model), self.apply(model), Path(path), examples)
+        return saving.save_state_dict(unwrapped(model), applied(self, model), Path(path), examples)
 
     def save_pretrained(self, model: nn.Module, folder: str | Path, examples: Examples) -> saving.SavedModel:
         """Apply the edit, write the edited model by its own `save_pretrained`, and compare it with a loaded one.
@@ -214,7 +223,7 @@ class Edit:
                 model is not the edited one, or see `apply`.
             StorageError: When the disk refuses the write.
         """
-        return saving.save_pretrained(unwrapped(model), self.apply(model), Path(folder), examples)
+        return saving.save_pretrained(unwrapped(model), applied(self, model), Path(folder), examples)
 
     def constants(self, attributions: Attributions) -> np.ndarray:
         """Return the (components.width,) constants of attributions, with those of this edit for its components.
@@ -244,7 +253,9 @@ class Edit:
         Raises:
             EditError: When the model's weights or code are not the ones that the edit was made for.
         """
-        return replace(self, originals=Originals.between(model.state_dict(), self.apply(model).state_dict()))
+        return replace(
+            self, originals=Originals.between(unwrapped(model).state_dict(), applied(self, model).state_dict())
+        )
 
     def undo(self, model: nn.Module) -> nn.Module:
         """Return a copy of the edited model with the original weights, bit for bit.
@@ -431,6 +442,16 @@ def _constant(values: float | Sequence[float]) -> Constant:
     if not isinstance(values, list):
         return float(values)  # type: ignore[arg-type]
     return float(values[0]) if len(values) == 1 else tuple(float(value) for value in values)
+
+
+def applied(edit: Edit, model: nn.Module) -> nn.Module:
+    """Return an edited copy; see `Edit.apply` for errors."""
+    model = unwrapped(model)
+    owner, accept = "this edit was made for", "edit.accept_code(model)"
+    check_model(model, weights=edit.weights, codes=edit.codes, owner=owner, accept=accept)
+    edited = independent_copy(model)
+    fold(edited, edit.components, edit.replacements, batch_norms=edit.batch_norms, strengths=edit.strengths)
+    return edited
 
 
 def check_model(model: nn.Module, *, weights: str, codes: Sequence[Code], owner: str, accept: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from coar.attributions import Attributions
-from coar.editing.edit import Edit
+from coar.editing.edit import Edit, applied
 from coar.editing.evaluate import columns
 from coar.editing.goal import EditGoal
 from coar.errors import GoalError
@@ -103,7 +103,7 @@ def judge_edit(
                 "with conditions, or with positions of these examples"
             )
     targets, references = goal.resolve(columns(examples))
-    before, after = (margins(net, examples, device=device, output=output) for net in (model, edit.apply(model)))
+    before, after = (margins(net, examples, device=device, output=output) for net in (model, applied(edit, model)))
 
     def row(name: str, chosen: np.ndarray) -> dict[str, object]:
         old, new = before[chosen], after[chosen]
