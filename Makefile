@@ -9,6 +9,7 @@ TASK ?= forget fix
 CIRCUIT ?= ioi
 MASKS ?=
 GRADIENTS ?=
+CORRUPTION ?= optimal,noise
 FIT ?=
 
 RUN := runs/$(PIPELINE)-$(ABLATION).zarr
@@ -26,7 +27,8 @@ BROWSER := command -v chromium chromium-browser google-chrome > /dev/null
 UV := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-ffcv ffcv-packages browser-packages lint type test test-ffcv test-browser coverage bench new collect fit evaluate edit edits circuit report clean
+.PHONY: help setup setup-ffcv ffcv-packages browser-packages lint type test test-ffcv test-browser coverage bench new
+.PHONY: collect fit evaluate edit edits circuit trace lens report clean
 unexport PYTHONDONTWRITEBYTECODE  # bytecode halves the time of every import
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -110,6 +112,12 @@ edits: $(READY) ## All tasks and rules on all models, in one table: reports/edit
 
 circuit: $(READY) ## Find circuits of a language model by several methods, and judge them (CIRCUIT=ioi)
 	$(BIN)/coar circuit pipelines/$(CIRCUIT).py
+
+trace: $(READY) ## Find where a language model recalls facts, for each CORRUPTION
+	$(BIN)/coar trace pipelines/facts.py --corruption $(CORRUPTION)
+
+lens: $(READY) ## What each layer of a language model already predicts, by each kind of lens
+	$(BIN)/coar lens pipelines/gpt2.py
 
 report: $(READY) ## Write one page of the steps that are done
 	$(BIN)/coar report $(RUN) --pipeline $(FILE)

@@ -98,6 +98,28 @@ class Pipeline:
         """Return the file's further examples to choose edits on, or None when it defines none."""
         return self._examples("choosing") if hasattr(self.module, "choosing") else None
 
+    def facts(self) -> Examples:
+        """Return the file's facts to trace; raise `PipelineError` when it defines no `facts`."""
+        return self._examples("facts")
+
+    def texts(self) -> tuple[Examples, Examples]:
+        """Return the texts that lenses are trained on, and held-out ones.
+
+        Raises:
+            PipelineError: When the file defines no `texts`, or it returns something else.
+        """
+        texts = _function(self.path, self.module, "texts")()
+        if not isinstance(texts, tuple) or [type(part) for part in texts] != [Examples, Examples]:
+            raise PipelineError(
+                f"texts() in {self.path} returned a {type(texts).__name__}; it must return two coar.Examples, to train "
+                f"lenses on and to hold out"
+            )
+        return texts
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer of the file's language model; raise `PipelineError` when it defines no `tokenizer`."""
+        return _function(self.path, self.module, "tokenizer")()
+
     def goal(self) -> EditGoal | None:
         """Return the file's goal of edits (`GOAL`), or None when it defines none."""
         goal = getattr(self.module, "GOAL", None)
@@ -136,9 +158,11 @@ def load_pipeline(path: str | Path) -> Pipeline:
     A pipeline file is the user's own trusted code. It defines `study(*, ablation, ablated_fraction, seed)`, with
     any of these options, which returns a `coar.Study`. For edits it defines `judge()`, which returns `coar.Examples`
     that no choice has seen, and optionally `choosing()`, which returns further examples to choose on, and `GOAL`, a
-    `coar.EditGoal`. For pages it may define `show(example)`, which returns the look of one example from its inputs.
-    `MASKS`, `GRADIENTS`, `TEST_MASKS` and `TEST_FRACTIONS` set what is collected by default. `COMPARISON` names a JSON
-    file with the measured costs of two fits.
+    `coar.EditGoal`. For traces it defines `facts()`, which returns `coar.Examples` with answers and the positions of
+    subjects. For lenses it defines `texts()`, which returns texts to train on and held-out ones, and `tokenizer()`. For
+    pages it may define `show(example)`, which returns the look of one example from its inputs. `MASKS`, `GRADIENTS`,
+    `TEST_MASKS` and `TEST_FRACTIONS` set what is collected by default. `COMPARISON` names a JSON file with the measured
+    costs of two fits.
 
     Raises:
         PipelineError: When the file is missing, fails to import, or defines no `study`.

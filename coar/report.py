@@ -1,6 +1,7 @@
 """Tables and figures of evaluations and edits, as files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from coar.editing.tasks import TaskResult
 from coar.errors import StorageError
 from coar.evaluation import Evaluation
 from coar.examples import Examples
+from coar.lenses.reading import LensReading
+from coar.tracing.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,13 +26,10 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#7
 def write_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
     """Write an evaluation's tables and figure into a folder; return the files."""
     files = [folder / "evaluation.csv", folder / "evaluation_per_example.csv", folder / "evaluation.png"]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _writing(folder):
         evaluation.table.to_csv(files[0], index=False)
         evaluation.per_example.to_csv(files[1], index=False)
         evaluation_figure(evaluation).savefig(files[2], dpi=130)
-    except OSError as error:
-        raise StorageError(f"cannot write into {folder}: {error}; free space or choose another folder") from error
     return files
 
 
@@ -68,6 +68,55 @@ def write_edit(edit: Edit, model: nn.Module, folder: Path, examples: Examples, *
         files.append(folder / f"{stem}-loading.py")
         files[2].write_text(saved.loading + "\n")
     return files
+
+
+def write_trace(trace: Trace, folder: Path) -> list[Path]:
+    """Write a trace's tables and heat maps into a folder; return the files."""
+    stem = folder / f"trace-{trace.corruption}"
+    files = [stem.with_suffix(".csv"), folder / f"{stem.name}-per-fact.csv", stem.with_suffix(".png")]
+    with _writing(folder):
+        trace.table.to_csv(files[0], index=False)
+        trace.per_fact.to_csv(files[1], index=False)
+        trace.plot().savefig(files[2], dpi=130)
+    return files
+
+
+def write_lenses(table: "pd.DataFrame", readings: Mapping[str, LensReading], folder: Path) -> list[Path]:
+    """Write the divergences of lenses as a table and a figure, and what they read as heat maps; return the files."""
+    files = [folder / "lens.csv", folder / "lens.png"]
+    with _writing(folder):
+        table.to_csv(files[0], index=False)
+        lens_figure(table).savefig(files[1], dpi=130)
+        for kind, reading in readings.items():
+            files += [folder / f"lens-{kind}.csv", folder / f"lens-{kind}.png"]
+            reading.table.to_csv(files[-2], index=False)
+            reading.plot().figure.savefig(files[-1], dpi=130)  # type: ignore[union-attr]
+    return files
+
+
+def lens_figure(table: "pd.DataFrame") -> Figure:
+    """Return the divergence of each kind of lens before each layer, with its interval; see `Lens.summary`."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    kinds = list(dict.fromkeys(table["kind"]))
+    for colour, kind in zip(_colours(len(kinds)), kinds, strict=True):
+        own = table[table["kind"] == kind]
+        axes.plot(own["layer"], own["kl"], color=colour, marker="o", markersize=3, label=kind)
+        axes.fill_between(own["layer"], own["low"], own["high"], color=colour, alpha=0.2, linewidth=0)
+    axes.set(yscale="log", xlabel="before layer", ylabel="KL(model || lens) in nats, on held-out texts")
+    axes.locator_params(axis="x", integer=True)
+    axes.legend(frameon=False)
+    _tidy(axes)
+    return figure
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write into {folder}: {error}; free space or choose another folder") from error
 
 
 def evaluation_figure(evaluation: Evaluation) -> Figure:

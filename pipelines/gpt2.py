@@ -201,6 +201,11 @@ def study(
     )
 
 
+def texts() -> tuple[coar.Examples, coar.Examples]:
+    """Return passages to train lenses on, and held-out ones."""
+    return examples("train"), examples("judge")
+
+
 def judge() -> coar.Examples:
     """Return other passages, which no training and no attribution has seen."""
     return examples("judge")

@@ -1,9 +1,20 @@
 """The command line: every command is one call of the package."""
 
-from coar.cli import all_steps, circuits, collecting, editing, fitting, inspecting, starting
+from coar.cli import all_steps, circuits, collecting, editing, fitting, inspecting, language, starting
 from coar.cli.common import app
 
-__all__ = ["all_steps", "app", "circuits", "collecting", "editing", "fitting", "inspecting", "main", "starting"]
+__all__ = [
+    "all_steps",
+    "app",
+    "circuits",
+    "collecting",
+    "editing",
+    "fitting",
+    "inspecting",
+    "language",
+    "main",
+    "starting",
+]
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from matplotlib.figure import Figure
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -77,8 +78,6 @@ class LensReading:
         Args:
             ax: Where to draw; by default, a new figure that fits the text.
         """
-        import matplotlib.pyplot as plt
-
         first = self.table[self.table["rank"] == 1]
         layers = list(dict.fromkeys(self.table["layer"]))
         wide = first.pivot_table(index="layer", columns="position", values="probability", sort=False).reindex(layers)
@@ -86,7 +85,7 @@ class LensReading:
         given = dict(zip(first["position"], first["token"], strict=True))
         if ax is None:
             size = (max(5.0, 0.75 * shares.shape[1] + 1.5), max(3.0, 0.28 * shares.shape[0] + 1.2))
-            _, ax = plt.subplots(figsize=size, layout="constrained")
+            ax = Figure(figsize=size, layout="constrained").subplots()
         image = ax.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower")
         for row in range(shares.shape[0]):
             for column in range(shares.shape[1]):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from coar.errors import ExamplesError, SettingsError
@@ -19,7 +20,6 @@ from coar.tracing.restoring import KINDS, Cell, Restoring
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)
@@ -69,18 +69,11 @@ class Trace:
 
     def plot(self) -> "Figure":
         """Draw a heat map of the effect over layers and places for each kind and window."""
-        import matplotlib.pyplot as plt
-
         pairs = list(dict.fromkeys(zip(self.table["kind"], self.table["window"], strict=True)))
         layers = self.table["layer"].nunique()
-        figure, axes = plt.subplots(
-            len(pairs),
-            1,
-            figsize=(max(6.0, 0.3 * layers + 2), 1.9 * len(pairs) + 0.6),
-            squeeze=False,
-            layout="constrained",
-            sharex=True,
-        )
+        size = (max(6.0, 0.3 * layers + 2), 1.9 * len(pairs) + 0.6)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(pairs), 1, squeeze=False, sharex=True)
         most = max(0.05, float(self.table["aie"].max()))
         for ax, (kind, window) in zip(axes[:, 0], pairs, strict=True):
             own = self.table[(self.table["kind"] == kind) & (self.table["window"] == window)]
