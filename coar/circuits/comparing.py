@@ -9,8 +9,9 @@ from coar.circuits.choosing import circuit
 from coar.circuits.circuit import Circuit
 from coar.circuits.evaluator import CircuitEvaluator
 from coar.circuits.faithfulness import faithfulness
-from coar.circuits.scores import check_sizes, circuit_scores
+from coar.circuits.scores import check_sizes, circuit_scores, method_of
 from coar.examples import Examples
+from coar.store.run import Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,6 +40,7 @@ def compare_methods(
     *,
     constant_steps: int = 40,
     refinement: int = 0,
+    run: Run | None = None,
     progress: bool = True,
 ) -> MethodComparison:
     """Find circuits by several methods on an evaluator's examples and judge them on others.
@@ -52,6 +54,7 @@ def compare_methods(
         sizes: Numbers of edges.
         constant_steps: Steps that train the constants of each circuit, see `coar.circuit`.
         refinement: Rounds of refinement of each circuit.
+        run: A run of the study, whose fits are methods too.
         progress: Show progress bars.
 
     Raises:
@@ -60,9 +63,11 @@ def compare_methods(
     import pandas as pd
 
     check_sizes(sizes, evaluator.study.components)
+    for method, settings in methods.items():
+        method_of(method, settings, run)
     rows, found = [], {}
     for method, settings in methods.items():
-        scores = circuit_scores(evaluator.study, method, evaluator=evaluator, progress=progress, **settings)
+        scores = circuit_scores(evaluator.study, method, run=run, evaluator=evaluator, progress=progress, **settings)
         larger: Circuit | None = None
         for size in sorted(sizes, reverse=True):
             began = time.monotonic()

@@ -21,7 +21,7 @@ from coar.forward.execution_plan import Precision
 from coar.forward.logit_positions import LogitPositions
 from coar.gates.gates import Gates
 from coar.inputs import Inputs
-from coar.outputs.base import find_logits
+from coar.outputs.base import RelativeOutput, find_logits
 from coar.study import Study
 
 Loss = Literal["kl", "output"]
@@ -80,12 +80,18 @@ class CircuitEvaluator:
 
     Raises:
         ComponentError: When the components are no edges.
-        OutputError: When the output does not say at which positions it reads the next token.
+        OutputError: When the output does not say at which positions it reads the next token, or compares with the
+            unablated model itself.
     """
 
     def __init__(
         self, study: Study, *, device: str = "auto", precision: Precision = "float32", batch_size: int = 16
     ) -> None:
+        if isinstance(study.output, RelativeOutput):
+            raise OutputError(
+                f"the output of the study is {type(study.output).__name__}, and the divergence from the unablated "
+                f"model is measured in any case; give an output of the model alone, such as LogitDifference"
+            )
         self.study, self.passes = study, 0
         self.graph = EdgeGraph(study.model, study.components)
         self.device = choose_device(device)

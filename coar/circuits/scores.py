@@ -1,7 +1,7 @@
 """Scores of edges over a study's examples, by any method of one registry or from a run's fit."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +113,9 @@ def circuit_scores(
     """
     if evaluator is None:
         evaluator = CircuitEvaluator(study, device=device, precision=precision, batch_size=batch_size)
-    if method not in METHODS:
-        return _of_fit(evaluator, method, run)
-    chosen = METHODS[method](**settings)
+    chosen = method_of(method, settings, run)
+    if isinstance(chosen, Run):
+        return _of_fit(evaluator, method, chosen)
     started, before = time.monotonic(), evaluator.passes
     with progress_bar(total=chosen.steps_of(evaluator), desc=method, unit="step", shown=progress) as bar:
         scored = chosen.score(evaluator, bar.update)
@@ -124,12 +124,23 @@ def circuit_scores(
     return CircuitScores(method, scored.values.numpy(), constants, evaluator, passes, seconds)
 
 
-def _of_fit(evaluator: CircuitEvaluator, name: str, run: Run | None) -> CircuitScores:
-    """Return the mean attributions of a run's fit."""
-    if run is None:
+def method_of(label: str, settings: Mapping[str, Any], run: Run | None) -> ScoringMethod | Run:
+    """Return a method with its settings, or the run whose fit has this name.
+
+    Raises:
+        SettingsError: When the method is unknown, or its settings are wrong.
+    """
+    if label in METHODS:
+        return METHODS[label](**settings)
+    if run is None or settings:
         raise SettingsError(
-            f"unknown method {name!r}; choose {', '.join(METHODS)}, or give run= to use the fit {name!r} of a run"
+            f"unknown method {label!r}; choose {', '.join(METHODS)}, or give run= to use the fit {label!r} of a run"
         )
+    return run
+
+
+def _of_fit(evaluator: CircuitEvaluator, name: str, run: Run) -> CircuitScores:
+    """Return the mean attributions of a run's fit."""
     run.check(evaluator.study.fingerprint())
     weights = Attributions.open(run, name).weights().astype(np.float64).mean(0)
     return CircuitScores(name, weights, None, evaluator, 0, 0.0)

@@ -16,6 +16,7 @@ def circuit(
     pipeline: Annotated[Path, typer.Argument(metavar="FILE", help="A pipeline file with edges, and judge().")],
     edges: Annotated[str, typer.Option(help="Numbers of edges, separated by commas.")] = "100,200,500,1000",
     methods: Annotated[str, typer.Option(help="Methods that score edges, separated by commas.")] = "gradual,eap,random",
+    run: Annotated[Path | None, typer.Option(help="A run of this study, whose fits are methods too.")] = None,
     ablation: Annotated[str, typer.Option(help="Replacement of ablated edges, a label.")] = "mean",
     constant_steps: Annotated[int, typer.Option(help="Steps that train each circuit's constants.")] = 20,
     refinement: Annotated[int, typer.Option(help="Rounds of swaps for each circuit.")] = 0,
@@ -30,6 +31,7 @@ def circuit(
     from coar.circuits.figures import DRAWN, circuit_figure, sizes_figure
     from coar.forward.execution_plan import Precision
     from coar.pipeline import load_pipeline
+    from coar.store.run import Run
 
     sizes = _numbers(edges)
     if precision not in get_args(Precision):
@@ -48,6 +50,7 @@ def circuit(
         sizes,
         constant_steps=constant_steps,
         refinement=refinement,
+        run=None if run is None else Run.open(run),
     )
     show(found.table)
     folder = out or Path("reports") / f"{loaded.name}-circuit"
