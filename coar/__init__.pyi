@@ -40,6 +40,7 @@ from .components.finders import input_features as input_features
 from .components.finders import modules as modules
 from .components.finders import neurons as neurons
 from .components.finders import parameter_slices as parameter_slices
+from .components.mlps import mlp_neurons as mlp_neurons
 from .components.table import Component as Component
 from .components.table import Components as Components
 from .editing.edit import Edit as Edit

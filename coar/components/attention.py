@@ -54,7 +54,7 @@ def attention_heads(model: nn.Module, *, include: Patterns = None, exclude: Patt
             of a block cannot be determined.
     """
     model = unwrapped(model)
-    blocks = _blocks(model)
+    blocks = attention_blocks(model)
     if not blocks:
         raise ComponentError(
             f"{type(model).__name__} has no attention block; choose a finder for another kind of component"
@@ -63,7 +63,7 @@ def attention_heads(model: nn.Module, *, include: Patterns = None, exclude: Patt
     return Components(head for name in names for head in _heads(model, name))
 
 
-def _blocks(model: nn.Module) -> list[str]:
+def attention_blocks(model: nn.Module) -> list[str]:
     """Return the paths of blocks that have parameters and no smaller block inside."""
     named = [
         name
