@@ -192,6 +192,34 @@ def test_nothing_is_written_where_a_loaded_model_would_differ(tmp_path):
     torch.testing.assert_close(loaded(examples.inputs), expected)
 
 
+class Wrapped(nn.Module):
+    """A linear layer on the mean logits of a language model."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.last = body, nn.Linear(WORDS, 3)
+
+    def forward(self, **inputs):
+        return self.last(self.body(**inputs).logits.mean(1))
+
+
+def test_of_a_wrapper_the_model_of_transformers_is_written_and_nothing_if_the_edit_changes_more(tmp_path):
+    model, examples = Wrapped(LANGUAGE["llama"][0]()).eval(), texts("llama")
+    table = coar.input_features(model, include="*.down_proj")
+    edit = edit_of(model, [table[0], table[3]], [0.5, 2.0])
+    expected = replaced(model, edit.components, edit.replacements, lambda one: one(**examples.inputs))
+    saved = edit.save_pretrained(model, tmp_path / "model", examples)
+    whole = Wrapped(executed(saved)).eval()
+    whole.last.load_state_dict(model.last.state_dict())
+    with torch.no_grad():
+        close(whole(**examples.inputs), expected, model)
+        assert (model(**examples.inputs) - expected).abs().max() > 1e-3
+    more = edit_of(model, [table[0], coar.neurons(model, include="last")[1]], [0.5, 2.0])
+    with pytest.raises(EditError, match=r"changes last\.weight, and save_pretrained writes the module 'body'"):
+        more.save_pretrained(model, tmp_path / "other", examples)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_module_without_save_pretrained_is_refused(tmp_path):
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     examples = coar.Examples(inputs=torch.randn(5, 4), targets=torch.zeros(5, dtype=torch.long))

@@ -162,7 +162,7 @@ class Edit:
         """
         edited = applied(self, model)
         added = saving.added_parameters(unwrapped(model), edited)
-        if added and hasattr(edited, "from_pretrained"):
+        if added and any(hasattr(module, "from_pretrained") for module in edited.modules()):
             log.warning(
                 "the edited %s has %d more biases than its configuration creates, such as %s, and from_pretrained "
                 "leaves them out; save it with edit.save_pretrained(model, folder, examples)",
@@ -211,7 +211,7 @@ class Edit:
         else by a small module of Python code in the folder, which transformers loads with `trust_remote_code=True`.
 
         Args:
-            model: The model of transformers or diffusers that the edit was made for.
+            model: The model of transformers or diffusers that the edit was made for, or a module that wraps one.
             folder: The folder to write.
             examples: Examples of the model's inputs; the first ones are used to compare.
 

@@ -129,6 +129,8 @@ def save_state_dict(original: nn.Module, edited: nn.Module, path: Path, examples
 def save_pretrained(original: nn.Module, edited: nn.Module, folder: Path, examples: Examples) -> SavedModel:
     """Write an edited model by its own `save_pretrained`, so that `from_pretrained` keeps the biases of the edit.
 
+    Of a module that wraps a model of transformers, the wrapped model is written.
+
     Options of the configuration that give layers a bias, such as `mlp_bias` of Llama, keep new biases; the other biases
     that they create are zero. Without such options the folder gets a small module of Python code, which transformers
     loads with `trust_remote_code=True`. The folder is written only if a model loaded from it equals the edited one.
@@ -140,24 +142,20 @@ def save_pretrained(original: nn.Module, edited: nn.Module, folder: Path, exampl
         examples: The loaded model and the edited one are compared on the first of these.
 
     Raises:
-        EditError: When the model has no `save_pretrained`, when no way keeps the new biases, or when the loaded model
-            is not the edited one.
+        EditError: When the model has no `save_pretrained`, when the edit changes a module around the one that has, when
+            no way keeps the new biases, or when the loaded model is not the edited one.
         StorageError: When the folder cannot be written.
     """
-    kind = type(edited).__name__
-    if not hasattr(edited, "save_pretrained") or not hasattr(edited, "from_pretrained"):
-        raise EditError(
-            f"a {kind} has no save_pretrained and from_pretrained; call edit.save_state_dict, or give the model of "
-            f"transformers itself, without a wrapper, as the study's model"
-        )
-    added, reasons = added_parameters(original, edited), []
+    path = _pretrained_part(original, edited)
+    part, reasons = edited.get_submodule(path), []
+    kind, added = type(part).__name__, added_parameters(original.get_submodule(path), part)
     ways: dict[str, Callable[[Any, Sequence[str], Path], _Loader]] = {"as it is": _as_it_is}
     if added:
         ways = {"by options of its configuration": _by_options, "with code of its own": _by_code}
     partial = folder.with_name(f"{folder.name}.partial")
     for name, way in ways.items():
         try:
-            reason = _checked(way, edited, added, partial, folder, examples)
+            reason = _checked(way, edited, path, added, partial, folder, examples)
         except OSError as error:
             raise StorageError(f"cannot write the model to {folder}: {error}; choose another folder") from error
         finally:
@@ -173,22 +171,49 @@ def save_pretrained(original: nn.Module, edited: nn.Module, folder: Path, exampl
     )
 
 
+def _pretrained_part(original: nn.Module, edited: nn.Module) -> str:
+    """Return the path of the outermost module with a `save_pretrained`; raise `EditError` if others are edited too."""
+    paths = (
+        path
+        for path, module in edited.named_modules()
+        if hasattr(module, "save_pretrained") and hasattr(module, "from_pretrained")
+    )
+    found: str | None = next(paths, None)
+    kind = type(edited).__name__
+    if found is None:
+        raise EditError(f"a {kind} has no save_pretrained and from_pretrained; call edit.save_state_dict")
+    before, inside = original.state_dict(), f"{found}." if found else ""
+    for name, value in edited.state_dict().items():
+        same = name in before and state_fingerprint({"": value}) == state_fingerprint({"": before[name]})
+        if not name.startswith(inside) and not same:
+            raise EditError(
+                f"the edit changes {name}, and save_pretrained writes the module {found!r} of this {kind} alone; call "
+                f"edit.save_state_dict"
+            )
+    return found
+
+
 def _checked(
     way: Callable[[Any, Sequence[str], Path], _Loader],
     edited: nn.Module,
+    path: str,
     added: Sequence[str],
     partial: Path,
     folder: Path,
     examples: Examples,
 ) -> _Loader | str:
     """Write a model one way, load it, and move it to its folder; return why not where that does not give the model."""
-    model = independent_copy(edited).eval()
+    model = independent_copy(edited.get_submodule(path)).eval()
     try:
         loader = way(model, added, partial)
     except _UnsuitableError as unsuitable:
         return str(unsuitable)
     loaded = loader.load(partial)
-    difference = _other_weights(model, loaded) or _other_outputs(edited, loaded, examples)
+    whole = loaded
+    if path:
+        whole = independent_copy(edited)
+        whole.set_submodule(path, loaded.to(next(edited.parameters()).device))
+    difference = _other_weights(model, loaded) or _other_outputs(edited, whole, examples)
     if difference:
         return difference
     folder.mkdir(parents=True, exist_ok=True)
