@@ -19,7 +19,7 @@ from coar.editing import saving
 from coar.editing.goal import EditGoal
 from coar.errors import EditError, SettingsError, StorageError, WeightsError
 from coar.examples import Examples
-from coar.gates.folding import Constant, check_permanent, fold
+from coar.gates.folding import Constant, added_parameters, check_permanent, fold
 from coar.model_code import differences, model_code
 from coar.model_copy import independent_copy
 from coar.weights import read_state, save_state, state_fingerprint, weights_fingerprint
@@ -161,7 +161,7 @@ class Edit:
             WeightsError: When a module of the model cannot be copied.
         """
         edited = applied(self, model)
-        added = saving.added_parameters(unwrapped(model), edited)
+        added = added_parameters(unwrapped(model), edited)
         if added and any(hasattr(module, "from_pretrained") for module in edited.modules()):
             log.warning(
                 "the edited %s has %d more biases than its configuration creates, such as %s, and from_pretrained "
@@ -184,7 +184,7 @@ class Edit:
 
         A state dict with these names is not loaded strictly into the model's class before its layers get a bias.
         """
-        return saving.added_parameters(unwrapped(model), applied(self, model))
+        return added_parameters(unwrapped(model), applied(self, model))
 
     def save_state_dict(self, model: nn.Module, path: str | Path, examples: Examples) -> saving.SavedModel:
         """Apply the edit, write the edited weights as safetensors, and compare the result with a model loaded from it.

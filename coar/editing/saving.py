@@ -17,6 +17,7 @@ from torch.utils import _pytree as trees
 from coar.equivalence import Kind, compare, fall_back, rounding
 from coar.errors import EditError, StorageError
 from coar.examples import Examples, call_model
+from coar.gates.folding import added_parameters
 from coar.model_copy import independent_copy
 from coar.weights import load_weights, save_weights, state_fingerprint
 
@@ -84,12 +85,6 @@ class _Loader:
 
 class _UnsuitableError(Exception):
     """A way of saving that does not suit the model."""
-
-
-def added_parameters(original: nn.Module, edited: nn.Module) -> tuple[str, ...]:
-    """Return the names in the edited model's state dict that the original's does not have."""
-    before = original.state_dict().keys()
-    return tuple(name for name in edited.state_dict() if name not in before)
 
 
 def save_state_dict(original: nn.Module, edited: nn.Module, path: Path, examples: Examples) -> SavedModel:

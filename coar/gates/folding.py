@@ -81,6 +81,12 @@ def fold(
             _fold_outputs(owners, site, replaced, batch_norm)
 
 
+def added_parameters(original: nn.Module, edited: nn.Module) -> tuple[str, ...]:
+    """Return the names in the edited model's state dict that the original's does not have."""
+    before = original.state_dict().keys()
+    return tuple(name for name in edited.state_dict() if name not in before)
+
+
 class _Owners:
     """Which modules hold each parameter of a model, gathered once.
 
