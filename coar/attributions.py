@@ -1,5 +1,6 @@
 """Attributions: one labelled weight per example and component, read lazily, with predictions of outputs."""
 
+import html
 import json
 import os
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from coar.charts import html_table, signed_bars, signed_grid, split_bars
 from coar.components.table import Components, read_component
 from coar.errors import RunError, SettingsError, StorageError, WeightsError, install_hint
 from coar.renamed import no_attribute
@@ -20,9 +22,12 @@ from coar.store.run import Run
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
+    from matplotlib.axes import Axes
 
 BLOCK = 1024  # examples per read when all of them are read
 PART_NUMBERS = 2**24  # attributions held at a time by sums over examples
+WITHIN = 1.96  # standard errors on either side of a 95 % interval
+HTML_ROWS = 10  # components that a notebook shows
 PREFERRED = ("informed", "ridge", "ols")
 
 
@@ -256,6 +261,53 @@ class Attributions:
             index="id", columns="component"
         )
 
+    def plot_layers(self, examples: slice | np.ndarray | None = None, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw, layer by layer, the sum of weights above 0 and of those below, averaged over examples.
+
+        Args:
+            examples: A slice of the examples, positions or booleans; by default all.
+            ax: Matplotlib axes; by default those of a new figure.
+
+        Returns:
+            The axes.
+        """
+        weights = self.weights(examples)
+        sites = np.array([component.site for component in self.components])
+        names = list(dict.fromkeys(sites.tolist()))
+        above, below = (
+            np.array([part[:, sites == name].sum(1).mean() for name in names])
+            for part in (weights.clip(min=0), weights.clip(max=0))
+        )
+        return split_bars(ax, names, above, below, xlabel="mean sum of weights")
+
+    def plot_heads(self, examples: slice | np.ndarray | None = None, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw the mean weight of every attention head as a grid of layers and heads.
+
+        Args:
+            examples: A slice of the examples, positions or booleans; by default all.
+            ax: Matplotlib axes; by default those of a new figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            SettingsError: When none of the components is an attention head.
+        """
+        heads = [(i, one) for i, one in enumerate(self.components) if one.kind == "attention head"]
+        if not heads:
+            raise SettingsError(f"{self!r} has no attention heads to draw; plot_layers draws any components")
+        sites = list(dict.fromkeys(one.site for _, one in heads))
+        means = self.weights(examples).mean(0)
+        cells = np.full((len(sites), 1 + max(one.position // one.size for _, one in heads)), np.nan)
+        for i, one in heads:
+            cells[sites.index(one.site), one.position // one.size] = means[i]
+        return signed_grid(ax, sites, cells, xlabel="head", title="mean weight")
+
+    def _repr_html_(self) -> str:
+        means = self.components.to_pandas()[["name", "kind"]].assign(mean_weight=self.weights().mean(0))
+        strongest = means.loc[means["mean_weight"].abs().nlargest(HTML_ROWS).index]
+        return f"<p>{html.escape(repr(self))}; the strongest components on average:</p>{html_table(strongest)}"
+
     def _chosen(self, field: str, examples: slice | np.ndarray | None) -> np.ndarray:
         if examples is None or isinstance(examples, slice):
             return self._read(field, examples or slice(None))
@@ -308,6 +360,35 @@ class ExampleAttribution:
     def bottom(self, k: int) -> "pd.DataFrame":
         """Return the k components that lower the output most, strongest first."""
         return self.to_pandas().nsmallest(k, "weight")
+
+    def plot(self, k: int = 10, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw the k components that raise the output most and the k that lower it most, with 95 % intervals.
+
+        Args:
+            k: Components on each side, at most half of all.
+            ax: Matplotlib axes; by default those of a new figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            SettingsError: When k is below 1.
+        """
+        rows = self._strongest(k)
+        half = None if self.standard_error is None else WITHIN * rows["standard_error"].to_numpy()
+        return signed_bars(ax, rows["name"].tolist(), rows["weight"].to_numpy(), half, xlabel="weight")
+
+    def _repr_html_(self) -> str:
+        return html_table(self._strongest(HTML_ROWS // 2))
+
+    def _strongest(self, k: int) -> "pd.DataFrame":
+        """Return the k largest weights, then the k smallest, all in falling order."""
+        import pandas as pd
+
+        if k < 1:
+            raise SettingsError(f"{k} components were asked for; give 1 or more")
+        ordered = self.to_pandas().sort_values("weight", ascending=False, kind="stable")
+        return ordered if 2 * k >= len(ordered) else pd.concat([ordered.head(k), ordered.tail(k)])
 
     def by_layer(self) -> "pd.DataFrame":
         """Return, per site in model order, the sum of weights, of their magnitudes, and the number of components."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from coar.attributions import Attributions
+from coar.charts import distributions, html_table
 from coar.errors import IncompleteRunError, RunError
 from coar.sampling import Split
 from coar.store.fits import fit_names
@@ -13,6 +14,7 @@ from coar.store.run import Run
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 BLOCK = 512  # examples scored at a time
 RESAMPLES = 2000
@@ -38,6 +40,23 @@ class Evaluation:
     per_example: "pd.DataFrame"
     ablated_fraction: float
     seed: int = 0
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the distribution of held-out correlations over examples, a line per fit; return the axes.
+
+        The ablated fraction is the one nearest to that of the training masks.
+
+        Args:
+            ax: Matplotlib axes; by default those of a new figure.
+        """
+        fractions = self.table["ablated_fraction"].unique()
+        main = min(fractions, key=lambda fraction: abs(fraction - self.ablated_fraction))
+        scores = self.per_example[self.per_example["ablated_fraction"] == main].dropna(subset="pearson")
+        values = {name: scores.loc[scores["fit"] == name, "pearson"] for name in dict.fromkeys(self.table["fit"])}
+        return distributions(ax, values, xlabel=f"held-out correlation at fraction {main:g}")
+
+    def _repr_html_(self) -> str:
+        return html_table(self.table)
 
     def paired(self, fit: str, other: str) -> "pd.DataFrame":
         """Compare two fits example by example: the mean difference of their scores, fit minus other.

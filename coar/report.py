@@ -1,6 +1,6 @@
 """Tables and figures of evaluations and edits, as files."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import nn
 
+from coar.charts import colours, tidy
 from coar.editing.edit import Edit
 from coar.editing.tasks import TaskResult
 from coar.errors import StorageError
@@ -19,8 +20,6 @@ from coar.tracing.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
-
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")  # Paul Tol's bright scheme
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -36,14 +35,12 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
 def write_task(result: TaskResult, model: nn.Module, folder: Path, examples: Examples) -> list[Path]:
     """Write a task's edits, edited weights, tables and figure into a folder; return the files."""
     files = [folder / "table.csv", folder / "curve.csv", folder / "curve.png"]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _writing(folder):
         result.table.to_csv(files[0], index=False)
         result.curve.to_csv(files[1], index=False)
-        counts = [len(edit) for edit in result.edits]
-        curve_figure(result.curve, title=result.name, counts=counts).savefig(files[2], dpi=130)
-    except OSError as error:
-        raise StorageError(f"cannot write into {folder}: {error}; free space or choose another folder") from error
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        result.plot(figure.subplots())
+        figure.savefig(files[2], dpi=130)
     for number, edit in enumerate(result.edits):
         files += write_edit(edit, model, folder, examples, stem="edit" if len(result.edits) == 1 else f"edit-{number}")
     return files
@@ -99,14 +96,14 @@ def lens_figure(table: "pd.DataFrame") -> Figure:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     kinds = list(dict.fromkeys(table["kind"]))
-    for colour, kind in zip(_colours(len(kinds)), kinds, strict=True):
+    for colour, kind in zip(colours(len(kinds)), kinds, strict=True):
         own = table[table["kind"] == kind]
         axes.plot(own["layer"], own["kl"], color=colour, marker="o", markersize=3, label=kind)
         axes.fill_between(own["layer"], own["low"], own["high"], color=colour, alpha=0.2, linewidth=0)
     axes.set(yscale="log", xlabel="before layer", ylabel="KL(model || lens) in nats, on held-out texts")
     axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False)
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
@@ -124,15 +121,13 @@ def evaluation_figure(evaluation: Evaluation) -> Figure:
 
     The mean is drawn against the ablated fraction, or fit by fit where there is only one fraction.
     """
-    table, examples = evaluation.table, evaluation.per_example
+    table = evaluation.table
     names = list(dict.fromkeys(table["fit"]))
     fractions = sorted(set(table["ablated_fraction"]))
-    main = min(fractions, key=lambda fraction: abs(fraction - evaluation.ablated_fraction))
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for colour, name in zip(_colours(len(names)), names, strict=True):
-        chosen = examples[(examples["fit"] == name) & (examples["ablated_fraction"] == main)]["pearson"].dropna()
-        left.ecdf(chosen, label=name, color=colour)
+    evaluation.plot(left)
+    for colour, name in zip(colours(len(names)), names, strict=True):
         rows = table[table["fit"] == name].sort_values("ablated_fraction")
         error = np.abs(rows[["low", "high"]].to_numpy().T - rows["pearson"].to_numpy())
         style = {"marker": "o", "capsize": 3, "label": name, "color": colour}
@@ -140,7 +135,6 @@ def evaluation_figure(evaluation: Evaluation) -> Figure:
             right.errorbar(rows["pearson"], [name], xerr=error, **style)
         else:
             right.errorbar(rows["ablated_fraction"], rows["pearson"], error, **style)
-    left.set(xlabel=f"held-out correlation at fraction {main:g}", ylabel="share of examples below")
     mean = "mean held-out correlation"
     if len(fractions) == 1:
         right.set(xlabel=mean)
@@ -148,24 +142,7 @@ def evaluation_figure(evaluation: Evaluation) -> Figure:
         right.invert_yaxis()  # the first fit on top
     else:
         right.set(xlabel="ablated fraction", ylabel=mean, xticks=fractions)
-    left.legend(frameon=False)
-    _tidy(left, right)
-    return figure
-
-
-def curve_figure(curve: "pd.DataFrame", *, title: str, counts: Sequence[int] = ()) -> Figure:
-    """Draw accuracy per group against the number of ablated components, with the chosen numbers marked."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    groups = list(dict.fromkeys(curve["group"]))
-    for colour, group in zip(_colours(len(groups)), groups, strict=True):
-        rows = curve[curve["group"] == group]
-        axes.plot(rows["components"], 100 * rows["accuracy"], label=group, color=colour)
-    for number, count in enumerate(sorted(set(counts))):
-        axes.axvline(count, color="#bbbbbb", linewidth=1, zorder=0, label="chosen" if number == 0 else None)
-    axes.set(xlabel="components ablated", ylabel="accuracy (%)", title=title, ylim=(-3, 103))
-    axes.legend(frameon=False)
-    _tidy(axes)
+    tidy(right)
     return figure
 
 
@@ -174,13 +151,3 @@ def compact(table: "pd.DataFrame") -> "pd.DataFrame":
     short = {"ablated_fraction": "fraction", "tenth_percentile": "p10", "explained_variance": "R2"}
     shown = table.drop(columns=["test_masks", "median"]).rename(columns=short)
     return shown if shown["undefined"].any() else shown.drop(columns="undefined")
-
-
-def _colours(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
-
-
-def _tidy(*axes: object) -> None:
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)  # type: ignore[attr-defined]
-        axis.grid(alpha=0.25)  # type: ignore[attr-defined]

@@ -184,6 +184,14 @@ def test_what_does_not_fit_is_left_out_and_named(tmp_path, examples):
     assert part_of(attributions, numbers=40 * examples).sentences() == []
 
 
+def test_sums_over_very_many_layers_are_left_out_and_named(tmp_path):
+    run = make(tmp_path / "r.zarr", linear(weights(components=1204)), components=1204, masks=4)
+    coar.add_fit(run, "mine", weights(components=1204), np.zeros(20))
+    shown = content(written(run, tmp_path, fit="mine"))
+    assert "above" not in shown["fit"]
+    assert any("301 layers" in note for note in shown["notes"])
+
+
 def sheet(packed):
     """The pictures of a sheet, in order."""
     head, _, data = packed["url"].partition(",")

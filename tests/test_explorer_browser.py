@@ -527,6 +527,18 @@ def test_without_a_pipeline_examples_are_rows_of_a_table(visit, hostile):
     assert "was made without the pipeline" in page.text()
 
 
+def test_a_model_of_very_many_layers_has_no_sums_over_them(browser, tmp_path):
+    run = make(tmp_path / "r.zarr", linear(weights(components=1204)), components=1204, masks=4)
+    coar.add_fit(run, "mine", weights(components=1204), np.zeros(20))
+    written(run, tmp_path, fit="mine")
+    page = Visit(browser, tmp_path / "index.html", view="example/2")
+    assert "Strongest components" in page.text()
+    assert "Layer by layer" not in page.text()
+    page.open("component/7")
+    assert "Distribution of its effect" in page.text()
+    page.close()
+
+
 def test_the_page_of_a_run_without_a_fit_opens(browser, tmp_path):
     run = make(tmp_path / "r.zarr", linear(weights()), masks=20)
     written(run, tmp_path)

@@ -11,10 +11,11 @@ from PIL import Image
 from torch import nn
 
 import coar
+from coar.charts import accuracy_curves
 from coar.description import describe
 from coar.editing.tasks import TaskResult
 from coar.errors import StorageError
-from coar.report import curve_figure, evaluation_figure, write_edit, write_evaluation, write_task
+from coar.report import evaluation_figure, write_edit, write_evaluation, write_task
 from coar.weights import weights_fingerprint
 from tests.synthetic import fit, linear, make, weights
 
@@ -122,7 +123,7 @@ def test_task_is_written_as_tables_and_a_picture(result, tmp_path):
 
 
 def test_curve_figure_marks_the_chosen_numbers(result):
-    (axes,) = curve_figure(result.curve, title="a title", counts=[2, 1, 2]).axes
+    axes = accuracy_curves(None, result.curve, title="a title", counts=[2, 1, 2])
     lines = {line.get_label(): line for line in axes.lines}
     np.testing.assert_array_equal(lines["targets"].get_ydata(), [100, 50, 0])
     np.testing.assert_array_equal(lines["others"].get_xdata(), [0, 1, 2])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coar.attributions import Attributions
+from coar.charts import html_table, signed_bars
 from coar.components.layers import unwrapped
 from coar.components.table import Component, read_component
 from coar.editing import saving
@@ -26,6 +27,7 @@ from coar.weights import read_state, save_state, state_fingerprint, weights_fing
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 log = logging.getLogger(__name__)
 
@@ -393,6 +395,20 @@ class Edit:
             raise
         except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise EditError(f"{file} does not hold an edit ({error!r}); write it again with Edit.save") from None
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the number of components of each layer, each counted by its strength; return the axes.
+
+        Args:
+            ax: Matplotlib axes; by default those of a new figure.
+        """
+        sites = list(dict.fromkeys(component.site for component in self.components))
+        pairs = list(zip(self.components, self.strengths, strict=True))
+        sums = np.array([sum(strength for one, strength in pairs if one.site == site) for site in sites])
+        return signed_bars(ax, sites, sums, xlabel="components, each counted by its strength")
+
+    def _repr_html_(self) -> str:
+        return html_table(self.to_pandas())
 
     def to_pandas(self) -> "pd.DataFrame":
         """Return a frame with one row per component: name, score, replacement, strength."""

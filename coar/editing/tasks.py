@@ -8,6 +8,7 @@ import numpy as np
 from torch import nn
 
 from coar.attributions import Attributions
+from coar.charts import accuracy_curves, html_table
 from coar.editing.edit import Edit
 from coar.editing.evaluate import SelectionContext, columns
 from coar.editing.goal import Bound, EditGoal, TradeOff
@@ -21,6 +22,7 @@ from coar.progress import progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 PRESETS = {
     # half of the mean for the standard error, as with some 3,000 references; trained constants harm no less here
@@ -68,6 +70,17 @@ class TaskResult:
     table: "pd.DataFrame"
     curve: "pd.DataFrame"
     selections: tuple[Selection, ...] = ()
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw accuracy per group against the number of ablated components, the edits' numbers marked; return the axes.
+
+        Args:
+            ax: Matplotlib axes; by default those of a new figure.
+        """
+        return accuracy_curves(ax, self.curve, title=self.name, counts=[len(edit) for edit in self.edits])
+
+    def _repr_html_(self) -> str:
+        return html_table(self.table)
 
 
 @dataclass(frozen=True)

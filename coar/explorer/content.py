@@ -28,6 +28,7 @@ NO_PIPELINE = (
     "'coar report RUN --pipeline FILE' adds them."
 )
 BLUE, ORANGE = np.array([0.0, 0.45, 0.70]), np.array([0.84, 0.37, 0.0])  # Okabe and Ito (2008)
+SITES = 300  # layers whose sums are shown, at most
 ENLARGED = 32  # pixels of a kernel's side on the page, about
 
 
@@ -58,6 +59,9 @@ def gather(
         notes.append("The run has no fit, so the page has no attributions; 'coar fit RUN' makes one.")
     part = part_of(attributions) if attributions is not None else whole_part(run.n_examples, run.n_components)
     notes += part.sentences()
+    layers = len({component.site for component in run.components})
+    if layers > SITES:
+        notes.append(f"The model has {layers:,} layers with components, too many to show sums of each.")
     if evaluation is None:
         evaluation = _evaluation(run, notes)
     computed = compute(source.study, part.examples, run.facts.batch_norms) if source is not None else None
@@ -165,10 +169,6 @@ def _fit(attributions: Attributions, name: str, part: Part, run: Run) -> dict[st
     number = {site: i for i, site in enumerate(sites)}
     site = np.array([number[one.site] for one in attributions.components])
     weights = attributions.weights(part.examples)
-    above, below = (np.zeros((len(weights), len(sites)), dtype=np.float64) for _ in range(2))
-    for i in range(len(sites)):
-        of_site = weights[:, site == i]
-        above[:, i], below[:, i] = of_site.clip(min=0).sum(1), of_site.clip(max=0).sum(1)
     made: dict[str, Any] = {
         "name": name,
         "method": attributions.fit.method,
@@ -176,10 +176,12 @@ def _fit(attributions: Attributions, name: str, part: Part, run: Run) -> dict[st
         "gradients": attributions.fit.gradients,
         "fraction": run.sampler.ablated_fraction,
         "weights": steps(weights[:, part.components]),
-        "above": steps(above),
-        "below": steps(below),
         "full": floats(attributions.intercept[part.examples] + weights.sum(1)),
     }
+    if len(sites) <= SITES:
+        parts = [weights[:, site == i] for i in range(len(sites))]
+        made["above"] = steps(np.stack([part.clip(min=0).sum(1) for part in parts], axis=1))
+        made["below"] = steps(np.stack([part.clip(max=0).sum(1) for part in parts], axis=1))
     if attributions.has_standard_errors:
         made["errors"] = steps(attributions.standard_errors(part.examples)[:, part.components])
     return made

@@ -36,7 +36,7 @@ class Part:
         if len(self.components) < self.n_components:
             shown.append(
                 f"The page has {len(self.components):,} of the run's {self.n_components:,} components: those that rank "
-                f"highest by magnitude in any of these examples. Sums over layers are over all components."
+                f"highest by magnitude in any of these examples. Sums over a layer are over all its components."
             )
         return shown
 

@@ -26,8 +26,8 @@ const probability = content.examples.probability ? numbers(content.examples.prob
 const weights = fit ? numbers(fit.weights) : null;
 const errors = fit?.errors ? numbers(fit.errors) : null;
 const full = fit ? numbers(fit.full) : null;
-const above = fit ? numbers(fit.above) : null;
-const below = fit ? numbers(fit.below) : null;
+const above = fit?.above ? numbers(fit.above) : null;
+const below = fit?.below ? numbers(fit.below) : null;
 const heldOut = fit && content.evaluation?.fits[fit.name] ? scoresOf(content.evaluation.fits[fit.name]) : null;
 const metadata = content.examples.metadata;
 

@@ -10,7 +10,7 @@ function exampleView(panel, argument) {
     panel.append(missing("This run has no fit, so there are no attributions to show; make one with coar fit."));
     return;
   }
-  panel.append(strongestPart(i), make("div", { class: "pair" }, removalPart(i), layersPart(i)));
+  panel.append(strongestPart(i), make("div", { class: "pair" }, removalPart(i), above ? layersPart(i) : null));
   const map = grid(`Weights of all components on ${nameOf(i)}`, (j) => weightsOf(i)[j],
     "Each cell is a component: blue raises the output of this example, orange lowers it. Click one to open it.");
   if (map) panel.append(card("Where in the model", map));
