@@ -129,6 +129,7 @@ def test_hostile_words_stay_words(page, synthetic):
     assert shown["examples"]["metadata"]["word"][:10] == [HOSTILE] * 10
     assert not {"img", "b", "iframe", "object"} & set(found.tags)
     assert HOSTILE not in page
+    assert not set("<>&") & set(scripts(page)["application/json"])
 
 
 def test_a_run_without_a_fit_has_a_page_that_says_so(tmp_path):
