@@ -130,11 +130,20 @@ def test_connected_edges_are_those_on_a_path(family: str) -> None:
 
 
 def test_what_does_not_reach_the_end_has_no_effect() -> None:
-    """The model computes the same without it, and every other kept edge of a random set has an effect."""
+    """The model computes the same without it; what is left are all edges with a path of kept edges to the end."""
     scores = shared()
     keep = (torch.rand(scores.evaluator.components, generator=torch.Generator().manual_seed(5)) < 0.25).float()
     less = scores.evaluator.graph.reaching_end(keep).float()
     assert 0 < less.sum() < keep.sum()
+    kept = [name for name, one in zip(scores.components.names, keep, strict=True) if one]
+
+    def leads(name: str) -> bool:
+        reader = name.partition(" -> ")[2]
+        after = fed("llama").get(reader, [])
+        return reader == "out" or any(leads(other) for other in kept if other.partition(" -> ")[0] in after)
+
+    found = [name for name, one in zip(scores.components.names, less, strict=True) if one]
+    assert found == [name for name in kept if leads(name)]
     np.testing.assert_allclose(scores.evaluator.measure(less).output, scores.evaluator.measure(keep).output, atol=1e-5)
 
 

@@ -23,9 +23,9 @@ from coar.weights import weights_fingerprint
 
 FORMAT = 1
 TABLES: dict[str, Callable[[nn.Module], Components]] = {  # by name: the finder of a model's whole table
-    "edges": edges,
-    "edges without ports": lambda model: edges(model, ports=False),
-    "nodes": nodes,
+    "edges": lambda model: edges(model, causal=False),  # of a causal model, the same as with causal=True
+    "edges without ports": lambda model: edges(model, ports=False, causal=False),
+    "nodes": lambda model: nodes(model, causal=False),
 }
 
 

@@ -84,7 +84,7 @@ def circuit_figure(circuit: Circuit, model: nn.Module) -> Figure:
 def _ends(circuit: Circuit, model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return, for each reader, the writers of the circuit that compute from it; the last reader stands for itself."""
     own, found = set(circuit.nodes()), {}
-    for reading in find_decoder(model).readings:
+    for reading in find_decoder(model, causal=False).readings:
         for label, feeds in zip(reading.labels, reading.feeds, strict=True):
             there = tuple(writer for writer in feeds if writer in own) or (feeds or (label,))
             found[label] = there

@@ -26,7 +26,7 @@ class EdgeGraph:
                 f"a circuit consists of edges or nodes, and the first component is the {components[0].kind} "
                 f"{components[0].name!r}; use coar.edges(model) or coar.nodes(model)"
             )
-        decoder = find_decoder(model)
+        decoder = find_decoder(model, causal=False)  # a table of its edges exists
         numbers = {writer.label: i for i, writer in enumerate(decoder.writers)}
         self._writers, self._size = len(decoder.writers), len(components)
         self._readings = [(reading.before, len(reading.labels)) for reading in decoder.readings]

@@ -18,7 +18,7 @@ def circuit(
     methods: Annotated[str, typer.Option(help="Methods that score edges, separated by commas.")] = "gradual,eap,random",
     run: Annotated[Path | None, typer.Option(help="A run of this study, whose fits are methods too.")] = None,
     ablation: Annotated[str, typer.Option(help="Replacement of ablated edges, a label.")] = "mean",
-    constant_steps: Annotated[int, typer.Option(help="Steps that train each circuit's constants.")] = 20,
+    constant_steps: Annotated[int, typer.Option(help="Steps that train each circuit's constants.")] = 10,
     refinement: Annotated[int, typer.Option(help="Rounds of swaps for each circuit.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder to write to [default: reports/<file>-circuit].")] = None,
     device: DeviceOption = "auto",
