@@ -84,6 +84,7 @@ class EdgePass:
         self._keep, self._constants, self._source = keep, constants, source
         self._lacking: dict[Joint, Tensor] = {}
         self._terms: dict[Joint, Terms] = {}
+        self._token = constants.new_zeros(1)
         self._needed: Tensor | None = None
         self._slopes = False
         self._summed: tuple[int, Tensor | int] = (0, 0)
@@ -111,7 +112,7 @@ class EdgePass:
             replacement = self._of_source(writers)
         elif self._keep is not None:
             replacement = self._constants[writers]
-        ledger.write(number, outputs(), replacement)
+        self._token = ledger.write(self._token, number, outputs(), replacement)
 
     def _of_source(self, writers: slice) -> Tensor:
         """Return the (rows, positions, writers, width) outputs for other examples, at the ledger's positions."""
@@ -135,7 +136,7 @@ class EdgePass:
         first, shape, terms = joint.readings[0], (*self.shape, self._decoder.width), self._terms[joint]
         stream = self.streams[first.norm or first.site].view(shape)
         base = self._base(joint.before) if terms.added else None
-        return self.started().read(x.view(shape), stream, base, self._lacking[joint], terms, module)
+        return self.started().read(self._token, x.view(shape), stream, base, self._lacking[joint], terms, module)
 
     def _base(self, before: int) -> Tensor:
         """Return the sum of the replacements of the first writers, and of the biases that belong to no writer.
@@ -175,6 +176,7 @@ class EdgePass:
         kind = stream.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else stream.dtype
         self.ledger = Ledger(len(self._decoder.writers), first, stream, dtype)
+        self._token = self.ledger.token()
         if self._keep is not None:
             keep = self._keep if self._keep.ndim == 2 else self._keep[None]
             if rows % len(keep):

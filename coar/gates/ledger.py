@@ -147,25 +147,41 @@ class Ledger:
         self.entries = stream.new_empty(rows, positions - self.skipped, writers, width, dtype=dtype)
         self.gradient: Tensor | None = None
         self._chunk = chunk
-        # an input of all reads and later writes, so that the backward pass runs these first
-        self._token = torch.zeros(1, device=stream.device, requires_grad=torch.is_grad_enabled())
 
-    def write(self, number: int, outputs: Tensor, replacement: Tensor | None) -> None:
-        """Enter the outputs of one or more consecutive writers.
+    def token(self) -> Tensor:
+        """Return the token of a new pass.
+
+        It goes into all reads and writes, and each write returns the next one, so that the backward pass runs what came
+        later first. The ledger does not hold it, since the graph of the pass holds the ledger.
+        """
+        return self.entries.new_zeros(1, dtype=torch.float32).requires_grad_(torch.is_grad_enabled())
+
+    def write(self, token: Tensor, number: int, outputs: Tensor, replacement: Tensor | None) -> Tensor:
+        """Enter the outputs of one or more consecutive writers, and return the next token.
 
         Args:
+            token: The token of the last write.
             number: Number of the first writer.
             outputs: (rows, positions, writers, width).
             replacement: (writers, width) constants, or a tensor of the entries' shape; None for zeros.
         """
-        self._token = _Write.apply(self._token, outputs, replacement, self, number)
+        following: Tensor = _Write.apply(token, outputs, replacement, self, number)
+        return following
 
     def read(
-        self, x: Tensor, residual: Tensor, base: Tensor | None, lacking: Tensor, terms: Terms, module: Module
+        self,
+        token: Tensor,
+        x: Tensor,
+        residual: Tensor,
+        base: Tensor | None,
+        lacking: Tensor,
+        terms: Terms,
+        module: Module,
     ) -> tuple[Tensor, ...]:
         """Return the (rows, positions, features) that modules with one common input compute.
 
         Args:
+            token: The token of the last write.
             x: (rows, positions, width) their common input in the pass.
             residual: (rows, positions, width) the residual stream that it was computed from.
             base: (width,) or (rows, positions, width), what terms are added to, if they are added to a base.
@@ -174,7 +190,7 @@ class Ledger:
             module: The modules.
         """
         start = residual if base is None else torch.where(self.kept[:, :, None], residual, base.to(residual.dtype))
-        result: tuple[Tensor, ...] = _Read.apply(self._token, start, lacking, x.detach(), terms, self, module)
+        result: tuple[Tensor, ...] = _Read.apply(token, start, lacking, x.detach(), terms, self, module)
         return result
 
     def clear(self, values: Tensor) -> None:
