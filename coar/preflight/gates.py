@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as trees
 
 from coar.components.table import Components
-from coar.equivalence import ROUNDINGS, compare, rounding
+from coar.equivalence import ROUNDINGS, SMALLEST, compare, rounding
 from coar.equivalence import Kind as Difference
 from coar.examples import Examples
 from coar.forward.runner import FastRunner, ReferenceRunner
@@ -84,7 +84,7 @@ def _agree(base: np.ndarray, expected: np.ndarray, found: np.ndarray, precision:
     error = np.abs(found - expected).max(1)
     effect = np.abs(expected - base).max(1)
     allowed = max(NOISE, ROUNDINGS * precision) * np.abs(expected).max() + ALLOWED * effect
-    return bool((error <= np.maximum(allowed, 1e-9)).all())
+    return bool((error <= np.maximum(allowed, SMALLEST)).all())
 
 
 def _disagreement(

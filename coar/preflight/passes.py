@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as trees
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coar.equivalence import ROUNDINGS, rounding
+from coar.equivalence import ROUNDINGS, SMALLEST, rounding
 from coar.examples import Examples
 from coar.forward.model_runner import ModelRunner
-from coar.outputs.base import Output
+from coar.outputs.base import Output, RelativeOutput
 from coar.preflight.findings import Findings
 from coar.preflight.tracing import calls_in, in_words, where_they_part
 
@@ -49,6 +49,8 @@ def check_passes(
     Raises:
         AblationError: When a check fails that the study does not accept.
     """
+    if isinstance(output, RelativeOutput):  # which is the same for every unablated model
+        output = _Absolute(relative=output)
     size = min(len(examples), batch_size or len(examples))
     few = examples.subset(range(min(TRACED, size)))
     findings.conclude("original", _reads_of_original(model, original, output, few))
@@ -59,6 +61,22 @@ def check_passes(
     findings.conclude("random", _randomness(model, output, few, again) if again else "")
     if size > 1 and not again:
         findings.conclude("batch", _batch_effect(model, output, few, agree) if agree else "")
+
+
+class _Absolute(Output):
+    """A fixed combination of what an output that compares with the unablated model keeps of its result.
+
+    Attributes:
+        relative: The output.
+    """
+
+    relative: RelativeOutput
+
+    def __call__(self, result: Any, targets: Tensor) -> Tensor:
+        """Return (examples,) sums with alternating weights, without infinite numbers."""
+        kept = self.relative.reference(result, targets).flatten(1).float()
+        weights = torch.arange(kept.shape[1], device=kept.device).cos()
+        return torch.where(kept.isfinite(), kept, 0) @ weights
 
 
 def _output(model: nn.Module, output: Output, examples: Examples, batch_size: int) -> np.ndarray:
@@ -75,7 +93,7 @@ def _difference(model: nn.Module, one: np.ndarray, other: np.ndarray) -> float:
         return 0.0
     error, largest = float(np.abs(one - other)[finite].max()), float(np.abs(one[finite]).max())
     allowed = max(NOISE, ROUNDINGS * rounding(model)) * largest + ALLOWED * float(one[finite].std())
-    return error / max(largest, 1e-30) if error > allowed else 0.0
+    return error / max(largest, SMALLEST) if error > max(allowed, SMALLEST) else 0.0
 
 
 def _randomness(model: nn.Module, output: Output, few: Examples, error: float) -> str:
