@@ -35,15 +35,15 @@ COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 
 class Swapped(nn.Module):
-    """Lays both halves of an example out in the batch axis, not side by side, so that rows cannot have their masks."""
+    """Lays the second half of an example out at another example's place, so that rows cannot have their masks."""
 
     def __init__(self):
         super().__init__()
         self.hidden, self.head = nn.Linear(3, 11), nn.Linear(22, 3)
 
     def forward(self, x):
-        both = torch.tanh(self.hidden(torch.cat([x[:, :3], x[:, 3:]])))
-        return self.head(torch.cat(both.chunk(2), 1))
+        first, second = torch.tanh(self.hidden(torch.cat([x[:, :3], x[:, 3:].flip(0)]))).chunk(2)
+        return self.head(torch.cat([first, second.flip(0)], 1))
 
 
 def text_study(kind="bert", rows=6):

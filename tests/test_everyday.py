@@ -519,3 +519,126 @@ class Elsewhere(Net):
 def test_a_layer_whose_output_is_not_read_though_its_weight_is_is_refused(tmp_path):
     with pytest.raises(AblationError, match=r"at the output of 'block\.2', a Linear: .* in another way"):
         collect(study(Elsewhere().eval()), tmp_path)
+
+
+# Modules that do not hold examples along the first axis, side by side.
+
+WIDTH, HEADS = 8, 2
+
+
+class Encoder(nn.Module):
+    """torch's encoder, with positions or texts first."""
+
+    def __init__(self, texts_first):
+        super().__init__()
+        self.texts_first = texts_first
+        self.inp, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, CLASSES)
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 12, batch_first=texts_first)
+        self.enc = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x):
+        h = self.inp(x)
+        return self.head((self.enc(h) if self.texts_first else self.enc(h.transpose(0, 1)).transpose(0, 1)).mean(1))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer with positions or texts first, and a linear layer on its states."""
+
+    def __init__(self, texts_first):
+        super().__init__()
+        self.texts_first = texts_first
+        self.body = nn.GRU(3, WIDTH, batch_first=texts_first)
+        self.states, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        h = self.states(self.body(x if self.texts_first else x.transpose(0, 1))[0]).tanh()
+        return self.head((h if self.texts_first else h.transpose(0, 1)).mean(1))
+
+
+class Flattened(nn.Module):
+    """Layers on all positions of all texts in one axis, text by text or position by position."""
+
+    def __init__(self, texts_first):
+        super().__init__()
+        self.texts_first = texts_first
+        self.inp, self.mid, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        h = (x if self.texts_first else x.transpose(0, 1)).flatten(0, 1)
+        h = torch.tanh(self.mid(torch.tanh(self.inp(h)))).unflatten(
+            0, (len(x), -1) if self.texts_first else (-1, len(x))
+        )
+        return self.head((h if self.texts_first else h.transpose(0, 1)).mean(1))
+
+
+class Columns(nn.Module):
+    """A linear layer in the middle whose examples lie on the third of four axes."""
+
+    def __init__(self, texts_first):
+        super().__init__()
+        self.texts_first = texts_first
+        self.inp, self.mid, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        h = torch.tanh(self.inp(x)).unsqueeze(2)
+        h = torch.tanh(self.mid(h if self.texts_first else h.permute(1, 2, 0, 3)))
+        return self.head((h if self.texts_first else h.permute(2, 0, 1, 3)).mean((1, 2)))
+
+
+TWINS = {  # what has another layout, and the components there
+    "encoder": (
+        Encoder,
+        lambda model: coar.input_features(model, include="enc*") + coar.neurons(model, include="enc*linear1"),
+    ),
+    "heads of the encoder": (Encoder, coar.attention_heads),
+    "recurrent": (Recurrent, lambda model: coar.neurons(model, include="states") + coar.modules(model, ["body"])),
+    "flattened": (Flattened, lambda model: coar.neurons(model, include=["inp", "mid"])),
+    "third axis": (Columns, lambda model: coar.neurons(model, include="mid")),
+}
+
+
+def texts(positions, seed):
+    x = inputs(6, positions, 3, seed=seed)
+    return coar.Examples(inputs=x, targets=torch.arange(6) % CLASSES)
+
+
+def twins(kind):
+    """The same net twice: texts first, and the layout that is tested."""
+    torch.manual_seed(2)
+    first, other = (TWINS[kind][0](texts_first).eval() for texts_first in (True, False))
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.mul_(1.5)
+    other.load_state_dict(first.state_dict())
+    return first, other
+
+
+@pytest.mark.parametrize("positions", [5, 6], ids=["5 positions", "as many positions as texts"])
+@pytest.mark.parametrize("kind", TWINS)
+def test_examples_may_lie_along_any_axis(kind, positions, tmp_path):
+    """Mask gradients, gradients at the full model, constants and resampling are those of the net with texts first."""
+    ablations = [coar.ZeroActivation(), coar.Resample()]
+    if kind in ("encoder", "heads of the encoder"):
+        ablations.append(coar.PositionMean(calibration=texts(positions, 5)))
+    ablations.append(coar.Mean(calibration=texts(positions, 5)) if kind != "recurrent" else coar.ZeroActivation())
+    for number, ablation in enumerate(ablations):
+        found = []
+        for net in twins(kind):
+            what = coar.Study(
+                model=net,
+                examples=texts(positions, 3),
+                components=TWINS[kind][1](net),
+                ablation=ablation,
+                sampler=coar.BernoulliSampler(ablated_fraction=0.4),
+            )
+            folder = tmp_path / f"{number} {net.texts_first}"
+            gradients = 0 if isinstance(ablation, coar.PositionMean) else 8
+            run = collect(what, folder, masks=6, gradients=gradients)
+            parts = [run.array("outputs")[:], run.replacements]
+            if gradients:
+                parts += [run.array(name)[:] for name in ("gradient_kept", "gradient_ablated", "gradient_outputs")]
+            if not isinstance(ablation, coar.Resample) and gradients:
+                parts.append(coar.mask_gradient(what, run, device="cpu", progress=False).weights())
+            found.append(parts)
+        for one, other in zip(*found, strict=True):
+            assert np.allclose(one, other, atol=1e-5, equal_nan=True)

@@ -375,15 +375,15 @@ class Detached(Output):
         return result.detach()[:, 0]
 
 
-class Tiled(nn.Module):
-    """Lays two copies of the batch out one after the other, where those of an example belong side by side."""
+class Turned(nn.Module):
+    """Runs the batch in reverse order, so that examples meet each other's masks."""
 
     def __init__(self):
         super().__init__()
         self.inner = helpers.net()
 
     def forward(self, x):
-        return self.inner(x.repeat(2, 1)).unflatten(0, (2, -1)).mean(0)
+        return self.inner(x.flip(0)).flip(0)
 
 
 def sliced():
@@ -391,8 +391,8 @@ def sliced():
     return study(model=model, components=coar.parameter_slices(model, "hidden.weight"))
 
 
-def tiled():
-    model = Tiled()
+def turned():
+    model = Turned()
     return study(model=model, components=coar.neurons(model, include="*hidden"))
 
 
@@ -400,7 +400,7 @@ WITHOUT = {
     "parameter slices": (sliced, "parameter slice"),
     "argmax": (lambda: study(output=Prediction()), "no gradient by the gates: .* collect masks instead"),
     "detached": (lambda: study(output=Detached()), "no gradient by the gates"),
-    "rows apart": (tiled, "side by side; exclude it, or collect masks instead"),
+    "rows turned": (turned, "at the output of 'inner.hidden': .* exclude it, or collect masks instead"),
 }
 
 

@@ -14,7 +14,8 @@ from coar.components.table import Components, Side
 from coar.errors import AblationError
 from coar.examples import Examples, call_model
 from coar.gates.experts import Routing, check_weighted
-from coar.gates.hook import check_features, hook
+from coar.gates.hook import check_features, hook, layout_at
+from coar.gates.layouts import Layout
 from coar.gates.projections import called_projections
 
 log = logging.getLogger(__name__)
@@ -85,10 +86,13 @@ def walk(
             if side == "expert":
                 handle = module.register_forward_pre_hook(observer.routes(site, rows), with_kwargs=True)
             elif side != "parameter" and side != "edge":  # noqa: PLR1714 - so mypy narrows the type
-                handle = hook(module, side, observer.tensors((site, side, 0), axis, components[rows[0]].size))
+                layout = layout_at(model, site, side, axis)
+                show = observer.tensors((site, side, 0), axis, components[rows[0]].size, layout)
+                handle = hook(module, side, show)
             stack.callback(handle.remove)
         for start in range(0, len(examples), batch_size):
-            inputs = examples.block(start, start + batch_size)[0]
+            inputs, targets = examples.block(start, start + batch_size)
+            observer.rows = len(targets)
             observer.padding = Padding(model, inputs)
             if start == 0 and observer.padding.unread:
                 log.warning(
@@ -104,20 +108,23 @@ class _Observer:
 
     Attributes:
         padding: The padding of the current batch.
+        rows: Number of its examples.
     """
 
     def __init__(self, components: Components, visit: Visit, take: Take) -> None:
         self.padding: Padding
+        self.rows = 0
         self._components, self._visit, self._take = components, visit, take
         self._called: set[Place] = set()
 
-    def tensors(self, place: Place, axis: int, features: int) -> Callable[[Tensor], Tensor]:
-        """Return a hook that passes on a tensor, whose features lie along an axis, and leaves it unchanged."""
+    def tensors(self, place: Place, axis: int, features: int, layout: Layout) -> Callable[[Tensor], Tensor]:
+        """Return a hook that passes on a tensor, examples first and features last, and leaves it unchanged."""
 
         def show(y: Tensor) -> Tensor:
             if place[1] == "module":
                 check_features(y, place[0], axis, features)
-            values = y.detach().movedim(axis, -1)
+            arranged = layout.arranged(y.detach(), max(1, y.shape[layout.axis] // self.rows))
+            values = arranged.movedim(axis, -1)
             self._see(place, self._take(place, values, self.padding.at(place[0], values.shape[:-1])))
             return y
 

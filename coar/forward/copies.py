@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from coar.equivalence import Kind, compare, fall_back, rounding
 from coar.errors import CoarError, ExamplesError
-from coar.examples import Examples, call_model
+from coar.examples import Examples, call_model, rows_of
 from coar.forward.devices import full_float32
+from coar.gates.layouts import find_layouts
 from coar.inputs import Inputs, described
 from coar.model_copy import independent_copy
 
@@ -22,7 +23,7 @@ def device_copy(model: nn.Module, device: torch.device, examples: Examples | Non
 
     In the copy, one kernel of torch replaces activations that are written as several elementwise steps, and torch's
     encoder does not convert padded texts to nested tensors, which have no shape for gates. Convolutions are in
-    channels-last if the model then runs and returns the same.
+    channels-last if the model then runs and returns the same. Gates on the copy know where modules hold examples.
 
     Args:
         model: The model.
@@ -43,6 +44,7 @@ def device_copy(model: nn.Module, device: torch.device, examples: Examples | Non
     if examples is not None:
         inputs = examples.block(0, TRIED)[0]
         _use_channels_last(copy, inputs, _first_pass(copy, inputs))
+        _find_layouts(copy, inputs)
     return copy
 
 
@@ -137,6 +139,16 @@ def _use_channels_last(model: nn.Module, inputs: Inputs, expected: list[Tensor])
         fall_back("channels-last", reason)
         for module in convolutions:
             module.to(memory_format=torch.contiguous_format)
+
+
+def _find_layouts(model: nn.Module, inputs: Inputs) -> None:
+    """Find out where the model's modules hold the examples of a batch, if it runs on a batch of one."""
+    if len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs) < TRIED:
+        return
+    try:
+        find_layouts(model, lambda rows: _result(model, rows_of(inputs, slice(rows))))
+    except Exception as error:  # whatever a model may raise, such as a batch norm of one example
+        fall_back("examples on another axis than the first", f"the model fails on one example: {error}")
 
 
 def _differences(expected: list[Tensor], found: list[Tensor], precision: float) -> str:

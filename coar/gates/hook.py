@@ -4,7 +4,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from coar.gates.blending import blend
 from coar.gates.building import GatedSite, GateKind, GateRequest
 from coar.gates.channels import Channels, along
 from coar.gates.gate import Gate
+from coar.gates.layouts import USUAL, End, Layout, layouts_of
 from coar.gates.weight import FoldedNorm, reads_own_weight
 
 LIBRARIES = ("torch.", "transformers.")  # packages whose layers keep no reference to the tensor that they return
@@ -30,8 +31,9 @@ class HookPoint:
         module: The module to hook.
         site: Its path.
         side: The tensor: the module's `output` or `input` channel by channel, or all that the `module` returns.
-        axis: Axis of that tensor along which the channels lie; axis 0 is the batch.
+        axis: Axis of that tensor along which the channels lie.
         channels: The component of each channel; a whole module has one.
+        layout: Where the tensor holds the examples of a batch.
     """
 
     module: nn.Module
@@ -39,6 +41,7 @@ class HookPoint:
     side: ModuleSide
     axis: int
     channels: Channels
+    layout: Layout = USUAL
 
 
 def hook(module: nn.Module, side: ModuleSide, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
@@ -84,10 +87,13 @@ class Hooked(Gate):
 
     Attributes:
         point: Where the hook is.
+        always_arranged: Whether one mask for all examples needs the examples along the first axis too.
 
     Args:
         point: Where to hook.
     """
+
+    always_arranged: ClassVar[bool] = False
 
     def __init__(self, point: HookPoint) -> None:
         self.point = point
@@ -129,7 +135,13 @@ class Hooked(Gate):
                 f"the {point.side} of {point.site!r} has shape {tuple(y.shape)}; {channels} channels were expected on "
                 f"axis {point.axis}: give inputs with a batch axis"
             )
-        return self._change(y, self._keep if self._keep.ndim == 1 else self._per_entry(self._keep, y))
+        by_row = self._keep.ndim > 1
+        if point.layout == USUAL or not (by_row or (self.always_arranged and not point.layout.interleaved)):
+            return self._change(y, self._per_entry(self._keep, y) if by_row else self._keep)
+        entries = y.shape[point.layout.axis] // len(self._keep) if by_row else 1
+        arranged = point.layout.arranged(y, max(entries, 1))
+        changed = self._change(arranged, self._per_entry(self._keep, arranged) if by_row else self._keep)
+        return point.layout.restored(changed, max(entries, 1))
 
     @abstractmethod
     def _change(self, y: Tensor, keep: Tensor) -> Tensor:
@@ -226,12 +238,20 @@ def check_features(y: Tensor, site: str, axis: int, features: int) -> None:
 
 def hook_points(request: GateRequest, gated: GatedSite) -> list[HookPoint]:
     """Return where to hook a module, one point for each of the site's sides."""
-    module = request.model.get_submodule(gated.site)
-    return [
-        HookPoint(module, gated.site, side, request.components[rows[0]].axis, request.channels(gated, side))
-        for side, rows in gated.sides.items()
-        if side in ("output", "input", "module")
-    ]
+    module, points = request.model.get_submodule(gated.site), []
+    for side, rows in gated.sides.items():
+        if side in ("output", "input", "module"):
+            axis = request.components[rows[0]].axis
+            layout = layout_at(request.model, gated.site, side, axis)
+            points.append(HookPoint(module, gated.site, side, axis, request.channels(gated, side), layout))
+    return points
+
+
+def layout_at(model: nn.Module, site: str, side: ModuleSide, axis: int) -> Layout:
+    """Return the layout of a tensor of a module; the usual one where its channels lie before its examples."""
+    end: End = "input" if side == "input" else "output"
+    layout = layouts_of(model).get((site, end), USUAL)
+    return USUAL if side != "module" and 0 <= axis <= layout.axis else layout
 
 
 def _build(request: GateRequest, sites: Sequence[GatedSite]) -> list[Gate]:

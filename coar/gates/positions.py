@@ -17,6 +17,8 @@ class PositionGate(Hooked):
         point: Where to hook, with (positions, channels) constants.
     """
 
+    always_arranged = True  # the second axis then holds the positions
+
     def __init__(self, point: HookPoint) -> None:
         super().__init__(point)
         self._constants = point.channels.replacement  # (positions, channels)

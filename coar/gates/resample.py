@@ -9,6 +9,7 @@ from coar.errors import AblationError
 from coar.gates.building import GatedSite, GateKind, GateRequest
 from coar.gates.gate import Gate
 from coar.gates.hook import Hooked, HookPoint, hook_points
+from coar.gates.layouts import USUAL
 from coar.gates.weight import LayerGate
 
 
@@ -60,6 +61,9 @@ class ResampleGate(Hooked):
             )
         source = self._sources[self._calls % len(self._sources)]
         self._calls += 1
+        layout = self.point.layout
+        if layout != USUAL and self._keep is not None and keep.ndim > 1:  # y is arranged then
+            source = layout.arranged(source, max(1, len(y) // len(self._keep)))
         if len(source) and len(y) != len(source) and len(y) % len(source) == 0:  # several masks share a forward
             source = source.repeat(len(y) // len(source), *[1] * (y.ndim - 1))
         if source.shape != y.shape:

@@ -63,7 +63,7 @@ def compare_with_reference(
     base = reference.outputs(plain, np.ones((1, len(rows)), dtype=bool))
     expected, found = outputs(np.concatenate([masks[:, rows], _one_of_each(chosen)[None]]))
     compared = compare(expected, found, Difference.REFORMULATED, precision=rounding(model))
-    if _agree(base, expected, found, rounding(model)):  # what is not finite in both ways is an error of the first unit
+    if agree(base, expected, found, rounding(model)):  # what is not finite in both ways is an error of the first unit
         return compared.error, ""
     return compared.error, _disagreement(model, chosen, base, outputs, f"{compared}")
 
@@ -75,7 +75,7 @@ def _one_of_each(components: Components) -> np.ndarray:
     return keep
 
 
-def _agree(base: np.ndarray, expected: np.ndarray, found: np.ndarray, precision: float) -> bool:
+def agree(base: np.ndarray, expected: np.ndarray, found: np.ndarray, precision: float) -> bool:
     """Return whether two ways agree under every mask, relative to what the mask changes of the base outputs."""
     finite = np.isfinite(expected)
     if not np.array_equal(finite, np.isfinite(found)):
@@ -100,7 +100,7 @@ def _disagreement(
     for (site, side, _), rows in components.sites().items():
         keep = everything.copy()
         keep[rows] = False
-        if not _agree(base, *outputs(keep[None]), rounding(model)):
+        if not agree(base, *outputs(keep[None]), rounding(model)):
             guilty = f" at the {side} of {site!r}, a {type(model.get_submodule(site)).__name__}"
             break
     return (

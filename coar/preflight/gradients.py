@@ -11,6 +11,7 @@ from coar.forward.model_runner import GatedRunner
 from coar.forward.runner import ReferenceRunner
 from coar.outputs.base import RelativeOutput
 from coar.preflight.findings import Findings
+from coar.preflight.gates import agree
 from coar.study import Study
 
 ROWS = 8  # examples on which a mask per example is compared with one mask for all
@@ -55,14 +56,28 @@ def mixed_rows(runner: GatedRunner, block: ExampleBlock, masks: np.ndarray) -> s
     Raises:
         AblationError: When the output has no gradient by the gates.
     """
-    found = runner.mask_gradients(block, masks[None], np.arange(block.size))[2][0]
-    expected = runner.outputs(block, masks).diagonal()
-    compared = compare(expected, found, Kind.REFORMULATED, precision=rounding(runner.model))
-    if compared.agrees:
+    base = runner.outputs(block, np.ones((1, masks.shape[1]), dtype=bool))
+    precision = rounding(runner.model)
+
+    def both(rows_masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = runner.mask_gradients(block, rows_masks[None], np.arange(block.size))[2]
+        return runner.outputs(block, rows_masks).diagonal()[None], found
+
+    expected, found = both(masks)
+    if agree(base, expected, found, precision):
         return ""
+    place = ""
+    for (site, side, _), rows in runner.components.sites().items():
+        alone = np.ones_like(masks)
+        alone[:, rows] = masks[:, rows]
+        if not agree(base, *both(alone), precision):
+            place = f" at the {side} of {site!r}"
+            break
+    compared = compare(expected, found, Kind.REFORMULATED, precision=precision)
     return (
-        f"a mask for every example and one mask for all give outputs that {compared}: some layer does not put the "
-        f"entries of an example side by side; exclude it, or collect masks instead of mask gradients"
+        f"a mask for every example and one mask for all give outputs that {compared}{place}: some layer does not put "
+        f"the entries of an example side by side, or holds examples along no one axis, so mask gradients would mix "
+        f"examples; exclude it, or collect masks instead of mask gradients"
     )
 
 

@@ -74,7 +74,8 @@ class _Absolute(Output):
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) sums with alternating weights, without infinite numbers."""
-        kept = self.relative.reference(result, targets).flatten(1).float()
+        kept = self.relative.reference(result, targets).float()
+        kept = kept.reshape(len(kept), -1)
         weights = torch.arange(kept.shape[1], device=kept.device).cos()
         return torch.where(kept.isfinite(), kept, 0) @ weights
 
