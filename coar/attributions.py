@@ -75,12 +75,14 @@ class Origin:
         batch_norms: By site, the path of the batch norm that takes the site's constants.
         fingerprint: The fingerprint of the study.
         accepted_code: Hashes of other code that the run accepted as equivalent, see `Run.accept_code`.
+        accepted_checks: Names of checks before the run that failed and were accepted.
     """
 
     constants: np.ndarray
     batch_norms: dict[str, str]
     fingerprint: dict[str, Any]
     accepted_code: tuple[dict[str, Any], ...] = ()
+    accepted_checks: tuple[str, ...] = ()
 
     @property
     def ablation(self) -> str:
@@ -130,7 +132,10 @@ class Attributions:
         constants = run.replacements
         if constants.ndim == 2:  # constants by position: no single constant, as under resampling
             constants = np.full(run.components.width, np.nan)
-        origin = Origin(constants.astype(np.float32), run.facts.batch_norms, run.fingerprint, tuple(run.accepted_code))
+        checks = tuple(run.facts.preflight.accepted) if run.facts.preflight else ()
+        origin = Origin(
+            constants.astype(np.float32), run.facts.batch_norms, run.fingerprint, tuple(run.accepted_code), checks
+        )
         return cls(run.components, run.metadata, finished_fit(run, name), origin, _RunSource(run, name))
 
     @classmethod
@@ -162,6 +167,7 @@ class Attributions:
             "fit": self.fit.stored(),
             "fingerprint": self.origin.fingerprint,
             "accepted_code": self.origin.accepted_code,
+            "accepted_checks": self.origin.accepted_checks,
             "batch_norms": self.origin.batch_norms,
             "replacements": self.origin.constants.tolist(),
         }
@@ -416,7 +422,8 @@ def _read_facts(facts: dict[str, Any], components: Components) -> tuple[FitRecor
     if not all(isinstance(name, str) for name in facts["batch_norms"].values()):
         raise TypeError("names of batch norms are not strings")
     accepted = tuple(dict(one) for one in facts.get("accepted_code", []))
-    origin = Origin(constants.astype(np.float32), facts["batch_norms"], facts["fingerprint"], accepted)
+    checks = tuple(str(name) for name in facts.get("accepted_checks", []))
+    origin = Origin(constants.astype(np.float32), facts["batch_norms"], facts["fingerprint"], accepted, checks)
     return FitRecord.read(facts["fit"]), origin
 
 

@@ -23,7 +23,7 @@ from coar.store.integrity import verify
 from tests.faults import helpers
 from tests.faults.helpers import study
 from tests.test_cli import TINY
-from tests.test_mask_gradients import Detached, Prediction, sliced, tiled
+from tests.test_mask_gradients import Detached, Prediction, sliced, turned
 
 QUIET = {"device": "cpu", "progress": False}
 
@@ -117,7 +117,7 @@ MASKS_ONLY = {
     "parameter slices": sliced,
     "argmax": lambda: study(output=Prediction()),
     "detached": lambda: study(output=Detached()),
-    "rows apart": tiled,
+    "rows turned": turned,
 }
 
 

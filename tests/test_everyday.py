@@ -460,6 +460,14 @@ def test_gates_without_their_gradient_are_refused_wherever_gradients_are_used(ki
     assert np.allclose(run.array("outputs")[:], wanted, atol=1e-4)
     with pytest.raises(AblationError, match=message):
         coar.mask_gradient(what, run, device="cpu", progress=False)
+    attributions = coar.fit(run, method="ridge", progress=False)
+    with torch.no_grad():
+        wrong = (model(what.examples.inputs).argmax(1) != TARGETS).tolist()
+    others = [row for row in range(EXAMPLES) if row != wrong.index(True)]
+    raised = coar.EditGoal(targets=[wrong.index(True)], references=others, direction="increase")
+    options = {"device": "cpu", "progress": False, "strength": "per_component"}
+    with pytest.raises(AblationError, match=f"{message}.*'welch'" if kind != "under no_grad" else message):
+        coar.select(attributions, model, what.examples, raised, **options)
     accepting = replace(what, accept=("gradients",))
     collect(accepting, tmp_path, masks=6, gradients=8)
     assert "accepted: gradients" in describe(coar.Run.open(run.path))
@@ -617,10 +625,12 @@ def twins(kind):
 @pytest.mark.parametrize("kind", TWINS)
 def test_examples_may_lie_along_any_axis(kind, positions, tmp_path):
     """Mask gradients, gradients at the full model, constants and resampling are those of the net with texts first."""
-    ablations = [coar.ZeroActivation(), coar.Resample()]
+    calibration = texts(positions, 5)
+    ablations = [coar.Resample() if positions == len(calibration) else coar.ZeroActivation()]
     if kind in ("encoder", "heads of the encoder"):
-        ablations.append(coar.PositionMean(calibration=texts(positions, 5)))
-    ablations.append(coar.Mean(calibration=texts(positions, 5)) if kind != "recurrent" else coar.ZeroActivation())
+        ablations.append(coar.PositionMean(calibration=calibration))
+    elif kind != "recurrent":
+        ablations.append(coar.Mean(calibration=calibration))
     for number, ablation in enumerate(ablations):
         found = []
         for net in twins(kind):

@@ -14,16 +14,17 @@ from coar.attributions import Attributions
 from coar.components.layers import unwrapped
 from coar.editing.edit import check_model
 from coar.editing.goal import EditGoal
-from coar.errors import GoalError
+from coar.errors import AblationError, GoalError
 from coar.examples import Examples
 from coar.forward.batches import ExampleBlock
 from coar.forward.copies import device_copy
 from coar.forward.devices import choose_device
 from coar.forward.execution_plan import ExecutionPlan, Precision
-from coar.forward.runner import FastRunner
+from coar.forward.runner import FastRunner, ReferenceRunner
 from coar.inputs import Inputs
 from coar.outputs.base import Output
 from coar.outputs.classification import CorrectClassMargin, margin_pair
+from coar.preflight.gradients import FEW, wrong_gradients
 
 GRADIENT_COST = 3  # a mask gradient's forward and backward pass, in forward passes
 SPREAD_EXAMPLES = 500  # from which standard deviations of channels are computed
@@ -59,6 +60,8 @@ class GatedEvaluator:
     ) -> None:
         self.table, self.constants = attributions.components, attributions.origin.constants
         self._batch_norms = attributions.origin.batch_norms
+        self._accepted = attributions.origin.accepted_checks
+        self._gradients_checked = False
         self._model = device_copy(model, choose_device(device), examples)
         self._plan = ExecutionPlan(precision=precision, batch_size=batch_size)
         self._largest, self._smooth = margin_pair(output or CorrectClassMargin())
@@ -131,9 +134,24 @@ class GatedEvaluator:
 
     def _gradient_setup(self, rows: np.ndarray, constants: np.ndarray | None) -> tuple[FastRunner, ExampleBlock]:
         """Return a runner for smooth margins and these examples on the device, and count the passes of a gradient."""
+        self._check_gradients()
         runner, part = self._runner(self._smooth, constants), self._examples.subset(rows)
         self.passes += GRADIENT_COST * len(part)
         return runner, runner.load(part, 0, len(part))
+
+    def _check_gradients(self) -> None:
+        """Raise `AblationError`, once, if gradients by gates are not the margins', unless the run accepted that."""
+        if self._gradients_checked or "gradients" in self._accepted:
+            return
+        self._gradients_checked = True
+        zeros = torch.zeros(self.table.width)
+        reference = ReferenceRunner(self._model, self.table, zeros, self._smooth, batch_size=self._plan.batch_size)
+        problem = wrong_gradients(reference, reference.load(self._examples, 0, FEW))
+        if problem:
+            raise AblationError(
+                f"{problem}; choose components by the rule 'welch' or 'predicted', which need no gradients, or collect "
+                f"with coar.Study(..., accept=('gradients',))"
+            )
 
     def _runner(self, output: Output, constants: np.ndarray | None) -> FastRunner:
         """Return the runner that reads an output; of those with other constants than the run's, the last is kept."""
