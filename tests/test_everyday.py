@@ -621,6 +621,15 @@ def twins(kind):
     return first, other
 
 
+def test_means_of_a_model_of_ones_own_follow_its_layout():
+    """Constants are computed on the model itself here, and not on a copy made for a run."""
+    one, other = twins("encoder")
+    ablation, components = coar.PositionMean(calibration=texts(5, 4)), coar.input_features(one, include="*.linear2")
+    means = [ablation.replacements(net, components, batch_size=4) for net in (one, other)]
+    assert means[0].shape == (5, components.width)
+    assert torch.allclose(*means, atol=1e-6)
+
+
 @pytest.mark.parametrize("positions", [5, 6], ids=["5 positions", "as many positions as texts"])
 @pytest.mark.parametrize("kind", TWINS)
 def test_examples_may_lie_along_any_axis(kind, positions, tmp_path):

@@ -15,7 +15,7 @@ from coar.errors import AblationError
 from coar.examples import Examples, call_model
 from coar.gates.experts import Routing, check_weighted
 from coar.gates.hook import check_features, hook, layout_at
-from coar.gates.layouts import Layout
+from coar.gates.layouts import Layout, know_layouts
 from coar.gates.projections import called_projections
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ def walk(
         AblationError: When a component has no activations, its module is never called, or padding is unknown.
     """
     _check_featured(components)
+    know_layouts(model, examples)
     observer, sites = _Observer(components, visit, take), components.sites()
     with ExitStack() as stack, torch.inference_mode():
         stack.enter_context(called_projections(model, [site for site, _, _ in sites]))

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from coar.equivalence import Kind, compare, fall_back, rounding
 from coar.errors import CoarError, ExamplesError
-from coar.examples import Examples, call_model, rows_of
+from coar.examples import Examples, call_model
 from coar.forward.devices import full_float32
-from coar.gates.layouts import find_layouts
+from coar.gates.layouts import know_layouts
 from coar.inputs import Inputs, described
 from coar.model_copy import independent_copy
 
@@ -44,7 +44,7 @@ def device_copy(model: nn.Module, device: torch.device, examples: Examples | Non
     if examples is not None:
         inputs = examples.block(0, TRIED)[0]
         _use_channels_last(copy, inputs, _first_pass(copy, inputs))
-        _find_layouts(copy, inputs)
+        know_layouts(copy, examples)
     return copy
 
 
@@ -139,16 +139,6 @@ def _use_channels_last(model: nn.Module, inputs: Inputs, expected: list[Tensor])
         fall_back("channels-last", reason)
         for module in convolutions:
             module.to(memory_format=torch.contiguous_format)
-
-
-def _find_layouts(model: nn.Module, inputs: Inputs) -> None:
-    """Find out where the model's modules hold the examples of a batch, if it runs on a batch of one."""
-    if len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs) < TRIED:
-        return
-    try:
-        find_layouts(model, lambda rows: _result(model, rows_of(inputs, slice(rows))))
-    except Exception as error:  # whatever a model may raise, such as a batch norm of one example
-        fall_back("examples on another axis than the first", f"the model fails on one example: {error}")
 
 
 def _differences(expected: list[Tensor], found: list[Tensor], precision: float) -> str:

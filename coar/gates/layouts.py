@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from coar.equivalence import fall_back
+from coar.examples import Examples, call_model, rows_of
 from coar.gates.projections import PROJECTIONS
 
 End = Literal["input", "output"]
@@ -66,6 +68,18 @@ _known: WeakKeyDictionary[nn.Module, Layouts] = WeakKeyDictionary()
 def layouts_of(model: nn.Module) -> Layouts:
     """Return the unusual layouts of a model that `find_layouts` has seen; empty for others."""
     return _known.get(model, {})
+
+
+def know_layouts(model: nn.Module, examples: Examples) -> None:
+    """Find the layouts of a model from its first two examples, unless they are known or it does not run on one."""
+    if model in _known or len(examples) < 2:
+        return
+    inputs = examples.block(0, 2)[0]
+    with torch.inference_mode():
+        try:
+            find_layouts(model, lambda rows: call_model(model, rows_of(inputs, slice(rows))))
+        except Exception as error:  # whatever a model may raise, such as a batch norm of one example
+            fall_back("a layout with examples on another axis than the first", f"the model fails on one: {error}")
 
 
 def find_layouts(model: nn.Module, run: Callable[[int], object]) -> None:
