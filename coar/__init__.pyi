@@ -3,6 +3,7 @@
 from . import errors as errors
 from ._version import __version__ as __version__
 from .ablation.base import Ablation as Ablation
+from .ablation.by_kind import ByKind as ByKind
 from .ablation.means import Mean as Mean
 from .ablation.means import Peak as Peak
 from .ablation.means import PositionMean as PositionMean

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import coar
 from coar.errors import OutputError
+from coar.forward.runner import FastRunner, ReferenceRunner
 from tests import oracles
 from tests.faults.helpers import grouped
 from tests.tiny import lively
@@ -86,6 +87,27 @@ def test_outputs_of_a_run_are_those_of_single_texts(gpt2, side, reduction, tmp_p
         expected = of_texts(gpt2, oracles.features_zeroed(gpt2, gone), reduction)
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
     assert stored.min() > 1e-3
+
+
+def test_short_texts_lose_their_padding():
+    """Batches by length, with the outputs of plain passes; a cut is confirmed by logits, since all outputs are 0."""
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([3, 40] * 20)
+    mask = (torch.arange(40) < lengths[:, None]).long()
+    ids = torch.randint(1, WORDS, mask.shape, generator=draw) * mask
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "attn_implementation": "eager", "use_cache": False}
+    net = lively(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=WORDS, n_positions=40, **ends)))
+    examples = coar.token_examples({"input_ids": ids, "attention_mask": mask})
+    parts = net, coar.input_features(net, exclude="lm_head"), torch.zeros(112), coar.KLDivergence()
+    fast, plain = FastRunner(*parts), ReferenceRunner(*parts)
+    masks = coar.BernoulliSampler(ablated_fraction=0.2).masks("train", range(2), len(parts[1]))
+    block = fast.load(examples, 0, 40)
+    assert [inputs["input_ids"].shape[1] for inputs, _ in block.batches] == [3, 40]
+    assert not fast.fallbacks
+    expected = plain.outputs(plain.load(examples, 0, 40), masks)
+    np.testing.assert_allclose(fast.outputs(block, masks), expected, rtol=1e-3, atol=1e-5)
+    assert expected.min() > 1e-4
 
 
 def test_two_workers_store_what_one_does(gpt2, tmp_path):

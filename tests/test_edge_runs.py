@@ -1,5 +1,7 @@
 """Runs over edges: outputs are the oracle's, and they are stored, resumed and fitted as any other run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -80,6 +82,10 @@ def expected(study: coar.Study, mask: np.ndarray, n: int) -> float:
     ids, start = text(n)
     logits = edge_oracle.logits(FAMILY, study.model, ids, lambda w, r: kept[f"{w} -> {r}"], replacement, start=start)
     read = int((targets[n] != -100).nonzero().max())
+    if isinstance(study.output, coar.KLDivergence):
+        plain = edge_oracle.logits(FAMILY, study.model, ids, lambda *_: 1.0, replacement, start=start)
+        p, q = (values[read - start].double().softmax(-1) for values in (logits, plain))
+        return float((q * (q / p).log()).sum())
     return float(logits[read - start].log_softmax(-1)[targets[n, read]])
 
 
@@ -104,6 +110,16 @@ def test_outputs_of_a_run_are_those_of_the_oracle(label: str, tmp_path) -> None:
                 assert abs(outputs[m, n] - expected(study, masks[m], n)) < 1e-4
     assert np.abs(outputs - run.array("base_output")[:]).mean() > 0.05
     assert run.components == study.components
+
+
+def test_the_divergence_from_the_unablated_model_is_the_oracles(tmp_path) -> None:
+    study = replace(study_of(coar.ZeroActivation(), ragged=True), output=coar.KLDivergence(reduction="last"))
+    run = collected(study, tmp_path / "run.zarr", gradients=2)
+    masks, outputs = run.plan.masks(run.sampler, run.n_components, 0, 6), run.array("outputs")[:]
+    with torch.no_grad():
+        for n in range(0, EXAMPLES, 3):
+            assert abs(outputs[5, n] - expected(study, masks[5], n)) < 1e-4
+    assert outputs.mean() > 0.01
 
 
 def test_a_stopped_run_goes_on_and_is_fitted(tmp_path) -> None:

@@ -20,11 +20,9 @@ class Ablation(Settings):
 
     Attributes:
         label: The name of this ablation in commands and file names.
-        needs_gradients: Whether the constants are trained by gradients.
     """
 
     label: ClassVar[str]
-    needs_gradients: ClassVar[bool] = False
 
     @abstractmethod
     def replacements(self, model: nn.Module, components: Components, *, batch_size: int) -> Tensor:
@@ -46,6 +44,15 @@ class Ablation(Settings):
         """Return the (examples,) position of each example's resample source; None for ablations by constants."""
         return None
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the constants are trained by gradients."""
+        return False
+
+    def calibrations(self) -> list[Examples]:
+        """Return the examples that constants are computed from, if any."""
+        return []
+
     def settings(self) -> dict[str, Any]:
         """Return the name and settings that identify this ablation in a run's fingerprint."""
         return {"name": type(self).__name__, **self.model_dump(mode="json")}
@@ -59,6 +66,10 @@ class Calibrated(Ablation):
     """
 
     calibration: Examples
+
+    def calibrations(self) -> list[Examples]:
+        """Return the calibration examples."""
+        return [self.calibration]
 
     def settings(self) -> dict[str, Any]:
         """Return the name, the calibration examples' fingerprint and the other settings."""

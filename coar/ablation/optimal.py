@@ -48,7 +48,6 @@ class Optimal(Calibrated):
     """
 
     label: ClassVar[str] = "optimal"
-    needs_gradients: ClassVar[bool] = True
 
     loss: Output = CrossEntropy()
     ablated_fraction: float = Field(default=0.10, gt=0, lt=1)
@@ -91,6 +90,11 @@ class Optimal(Calibrated):
                     break
         log.info("held-out loss %.4g after %d steps; with means, zeros and biases %s", smallest, step, losses)
         return constants
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the constants are trained by gradients: they are."""
+        return True
 
     def settings(self) -> dict[str, Any]:
         """Return the name, the calibration examples' fingerprint and the other settings."""

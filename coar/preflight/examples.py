@@ -4,7 +4,6 @@ import logging
 
 import torch
 
-from coar.ablation.base import Calibrated
 from coar.examples import Examples
 from coar.study import Study
 
@@ -30,10 +29,8 @@ def changed_examples(examples: Examples) -> str:
 
 def warn_of_overlap(study: Study) -> None:
     """Warn when examples of the study are calibration examples of its ablation too."""
-    if not isinstance(study.ablation, Calibrated):
-        return
-    seen = set(study.ablation.calibration.input_hashes())
-    count = sum(digest in seen for digest in study.examples.input_hashes())
+    seen = {digest for examples in study.ablation.calibrations() for digest in examples.input_hashes()}
+    count = sum(digest in seen for digest in study.examples.input_hashes()) if seen else 0
     if count:
         log.warning(
             "%d of %d examples of the study are calibration examples too, so the replacements of ablated components "
