@@ -10,6 +10,7 @@ from coar.forward.batches import ExampleBlock
 from coar.forward.model_runner import GatedRunner
 from coar.forward.runner import ReferenceRunner
 from coar.outputs.base import RelativeOutput
+from coar.preflight.absolute import absolute
 from coar.preflight.findings import Findings
 from coar.preflight.gates import agree
 from coar.study import Study
@@ -17,7 +18,6 @@ from coar.study import Study
 ROWS = 8  # examples on which a mask per example is compared with one mask for all
 FEW = 2  # examples on which gradients are compared with changes of gates
 ZEROS, OTHERS = 8, 3  # sites compared, of those without any gradient and of the others
-AWAY = 0.7  # gates for outputs that have no gradient by the gates of the unablated model
 STEPS = (1e-2, 1e-3)  # changes of gates
 ALLOWED = 0.2  # difference of a gradient from the effect of such a change, relative to the effect
 FINEST = 1e-6  # rounding above which small changes of gates say nothing
@@ -40,9 +40,10 @@ def check_gradients(findings: Findings, study: Study, model: nn.Module, *, batch
     block = reference.load(study.examples, 0, ROWS)
     masks = study.sampler.masks("gradient", range(block.size), len(study.components))
     findings.conclude("rows", mixed_rows(reference, block, masks))
+    if isinstance(study.output, RelativeOutput):  # whose gradient at the unablated model may be 0
+        reference = ReferenceRunner(model, study.components, zeros, absolute(study.output), batch_size=batch_size)
     few = reference.load(study.examples, 0, FEW)
-    at = AWAY if isinstance(study.output, RelativeOutput) else 1.0
-    findings.conclude("gradients", wrong_gradients(reference, few, at))
+    findings.conclude("gradients", wrong_gradients(reference, few))
 
 
 def mixed_rows(runner: GatedRunner, block: ExampleBlock, masks: np.ndarray) -> str:
@@ -81,30 +82,24 @@ def mixed_rows(runner: GatedRunner, block: ExampleBlock, masks: np.ndarray) -> s
     )
 
 
-def wrong_gradients(runner: GatedRunner, block: ExampleBlock, at: float = 1.0) -> str:
+def wrong_gradients(runner: GatedRunner, block: ExampleBlock) -> str:
     """Return in words at which site the gradients by gates differ from the effect of small changes of them, or "".
 
     Sites without any gradient come first: there, autograd may not reach the gates, though ablation does.
-
-    Args:
-        runner: The runner.
-        block: A few examples.
-        at: The gates at which gradients are compared.
     """
-    gates = np.full((1, 1, len(runner.components)), at, dtype=np.float32)
-    gradients = runner.mask_gradients(block, gates, np.zeros(block.size, dtype=np.int64))[0]  # (examples, components)
+    gradients = runner.full_model_gradients(block)  # (examples, components)
     sites = list(runner.components.sites().items())
     silent = [one for one in sites if not gradients[:, one[1]].any()]
     others = [one for one in sites if gradients[:, one[1]].any()]
     spread = np.unique(np.linspace(0, len(others) - 1, min(OTHERS, len(others))).round().astype(int))
     for place, rows in [*silent[:ZEROS], *(others[i] for i in spread)]:
-        seen = _compared(runner, block, rows, gradients, at)
+        seen = _compared(runner, block, rows, gradients)
         if seen:
             return _in_words(runner.model, place, seen, silent=not gradients[:, rows].any())
     return ""
 
 
-def _compared(runner: GatedRunner, block: ExampleBlock, rows: list[int], gradients: np.ndarray, at: float) -> str:
+def _compared(runner: GatedRunner, block: ExampleBlock, rows: list[int], gradients: np.ndarray) -> str:
     """Return in words how gradients differ from the effects of steps in a direction of a site's gates, or ""."""
     precision = max(rounding(runner.model), float(np.finfo(np.float32).eps))
     direction = np.zeros(len(runner.components), dtype=np.float32)
@@ -112,7 +107,7 @@ def _compared(runner: GatedRunner, block: ExampleBlock, rows: list[int], gradien
     by_gradient = gradients @ direction
     seen = ""
     for step in STEPS if precision < FINEST else (1.0,):
-        masks = np.stack([at + step * direction, at - step * direction]) if step < 1 else _removed(direction)
+        masks = np.stack([1 + step * direction, 1 - step * direction]) if step < 1 else _removed(direction)
         up, down = runner.outputs(block, masks.astype(np.float32)).astype(np.float64)
         effect = (up - down) / (2 * step)
         noise = 4 * ROUNDINGS * precision * np.abs(up).max() / (2 * step)

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coar.equivalence import ROUNDINGS, SMALLEST, rounding
 from coar.examples import Examples
 from coar.forward.model_runner import ModelRunner
-from coar.outputs.base import Output, RelativeOutput
+from coar.outputs.base import Output
+from coar.preflight.absolute import absolute
 from coar.preflight.findings import Findings
 from coar.preflight.tracing import calls_in, in_words, where_they_part
 
@@ -49,8 +50,7 @@ def check_passes(
     Raises:
         AblationError: When a check fails that the study does not accept.
     """
-    if isinstance(output, RelativeOutput):  # which is the same for every unablated model
-        output = _Absolute(relative=output)
+    output = absolute(output)
     size = min(len(examples), batch_size or len(examples))
     few = examples.subset(range(min(TRACED, size)))
     findings.conclude("original", _reads_of_original(model, original, output, few))
@@ -61,23 +61,6 @@ def check_passes(
     findings.conclude("random", _randomness(model, output, few, again) if again else "")
     if size > 1 and not again:
         findings.conclude("batch", _batch_effect(model, output, few, agree) if agree else "")
-
-
-class _Absolute(Output):
-    """A fixed combination of what an output that compares with the unablated model keeps of its result.
-
-    Attributes:
-        relative: The output.
-    """
-
-    relative: RelativeOutput
-
-    def __call__(self, result: Any, targets: Tensor) -> Tensor:
-        """Return (examples,) sums with alternating weights, without infinite numbers."""
-        kept = self.relative.reference(result, targets).float()
-        kept = kept.reshape(len(kept), -1)
-        weights = torch.arange(kept.shape[1], device=kept.device).cos()
-        return torch.where(kept.isfinite(), kept, 0) @ weights
 
 
 def _output(model: nn.Module, output: Output, examples: Examples, batch_size: int) -> np.ndarray:
