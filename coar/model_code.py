@@ -6,7 +6,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
@@ -101,10 +101,15 @@ def _helpers(code: CodeType, scope: Mapping[str, Any], module: str) -> dict[str,
 
 def _source(function: FunctionType) -> str:
     """Return a function's source without docstrings, comments and layout; its bytecode if there is no source."""
+    return _source_of(inspect.unwrap(function).__code__)
+
+
+@cache
+def _source_of(code: CodeType) -> str:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):  # entered at a prompt, generated, or a lambda inside other code
-        return _bytecode(function.__code__)
+        return _bytecode(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
             node.body[0] = ast.Pass()
