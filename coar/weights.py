@@ -28,7 +28,9 @@ def load_weights(model: nn.Module, path: str | Path, *, prefix: str = "") -> nn.
     """
     state = {name.removeprefix(prefix): value for name, value in read_state(path).items()}
     _check_fit(model, state, Path(path))
-    model.load_state_dict(state)
+    whole = model.state_dict()  # with the versions of modules, which files of tensors do not have
+    whole.update(state)
+    model.load_state_dict(whole)
     return model
 
 

@@ -272,6 +272,17 @@ def test_a_strict_load_takes_the_state_dict_after_the_code_that_is_given(name, w
         close(run(executed(saved, model=PICTURES[name][0]())), expected, model)
 
 
+def test_a_model_whose_modules_have_versions_is_loaded_too(tmp_path):
+    torch.manual_seed(0)
+    model = torchvision.models.mnasnet0_5(num_classes=3).eval()  # its own loading refuses weights without a version
+    examples = coar.Examples(inputs=torch.randn(2, 3, 32, 32), targets=torch.zeros(2, dtype=torch.long))
+    edit = edit_of(model, [coar.neurons(model)[0]], (3.0,), {})
+    saved = edit.save_state_dict(model, tmp_path / "edited.safetensors", examples)
+    fresh = executed(saved, model=torchvision.models.mnasnet0_5(num_classes=3))
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(examples.inputs), edit.apply(model)(examples.inputs))
+
+
 class Halved(nn.Linear):
     """A layer that writes half of its weight, so that a state dict does not restore it."""
 

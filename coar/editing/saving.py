@@ -118,6 +118,8 @@ def save_state_dict(original: nn.Module, edited: nn.Module, path: Path, examples
             f"for site in {sites}:  # layers that had no bias before the edit",
             '    model.get_submodule(site).bias = torch.nn.Parameter(state[f"{site}.bias"])',
         ]
+    if any("_version" in vars(type(module)) for module in edited.modules() if not _of_torch(module)):
+        lines += ["whole = model.state_dict()  # with the versions of modules", "whole.update(state)", "state = whole"]
     return SavedModel(path, added, "\n".join([*lines, "model.load_state_dict(state)"]))
 
 
@@ -296,6 +298,10 @@ def _auto_classes(model: Any) -> list[str]:
         if type(model) in (kinds if isinstance(kinds, tuple) else (kinds,)):
             found.append(name)
     return found
+
+
+def _of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
 
 
 def _site(parameter: str) -> str:
