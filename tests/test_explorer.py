@@ -307,6 +307,20 @@ def test_edits_of_positions_show_their_own_targets(place, study, digits, tmp_pat
     assert shown["edits"]["judge"] is None
 
 
+def test_an_edit_of_another_model_is_shown_with_the_reason(place, study, digits, tmp_path):
+    goal = coar.EditGoal(targets="label == 3", references="label != 3", direction="decrease")
+    edit = coar.edit(coar.load(place / "tiny.zarr"), goal, budget=2)
+    edit.save(tmp_path / "mine/edit.json")
+    dataclasses.replace(edit, weights="0" * 64).save(tmp_path / "old/edit.json")
+    source = Source(study, digits.judge)
+    shown = content(written(coar.Run.open(place / "tiny.zarr"), tmp_path, source=source))
+    mine, old = (task["edits"][0] for task in shown["edits"]["tasks"])
+    assert "after" in mine
+    assert "after" not in old
+    assert "this edit was made for weights 000000000000" in old["refused"]
+    assert len(old["names"]) == 2
+
+
 def examples(inputs, n=3):
     return coar.Examples(inputs=inputs, targets=torch.zeros(n, dtype=torch.long))
 

@@ -1,5 +1,6 @@
 """The page in Chromium: every view and control, values equal to the run's, no network, and no barrier found by axe."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -525,6 +526,16 @@ def test_without_a_pipeline_examples_are_rows_of_a_table(visit, hostile):
     assert len(page.rows("Examples")) == 20
     page.open("about")
     assert "was made without the pipeline" in page.text()
+
+
+def test_an_edit_of_another_model_shows_the_reason(browser, place, tmp_path):
+    made = coar.Edit.load(place / "out/forget-3/edit.json")
+    dataclasses.replace(made, weights="0" * 64, originals=None).save(tmp_path / "old/edit.json")
+    run = coar.Run.open(place / "tiny.zarr")
+    written(run, tmp_path, source=load_pipeline(place / "tiny.py").source(run))
+    page = Visit(browser, tmp_path / "index.html", view="edits")
+    assert "There are no margins of single examples: this edit was made for weights 000000000000" in page.text()
+    page.close()
 
 
 def test_a_model_of_very_many_layers_has_no_sums_over_them(browser, tmp_path):

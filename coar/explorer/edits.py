@@ -11,6 +11,7 @@ from coar.attributions import Attributions
 from coar.editing.edit import Edit
 from coar.editing.evaluate import columns
 from coar.editing.judge import margins
+from coar.errors import EditError
 from coar.examples import Examples
 from coar.explorer.looks import looks_of
 from coar.explorer.packing import floats, plain, table
@@ -37,7 +38,7 @@ def edits_of(
         source: The pipeline; None without one.
 
     Raises:
-        EditError: When a file is not an edit, or is one for other weights than the pipeline's.
+        EditError: When a file is not an edit.
     """
     tasks = []
     for place in sorted({file.parent for name in ("edit*.json", "table.csv") for file in folder.glob(f"*/{name}")}):
@@ -90,7 +91,11 @@ def _judged(
     metadata = columns(judge)
     pictured: dict[int, None] = {}
     for edit, made in zip(edits, described, strict=True):
-        edited = edit.apply(study.model)
+        try:
+            edited = edit.apply(study.model)
+        except EditError as error:  # of an earlier model, say; the page shows the reason in place of margins
+            made["refused"] = str(error)
+            continue
         after = margins(edited, judge, output=margin)
         general = edit.goal is not None and edit.goal.general
         targets = edit.goal.resolve(metadata)[0] if edit.goal is not None and general else np.zeros(0, dtype=np.int64)

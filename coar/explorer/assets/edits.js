@@ -22,6 +22,7 @@ function editsView(panel, argument) {
   panel.append(make("div", { class: "pair" }, ...(task.curve ? [curvePart(task)] : []), ...(edit?.after ? [effectOfEdit(edit)] : [])));
   if (!edit) return;
   if (edit.after) panel.append(harmedPart(edit));
+  else if (edit.refused) panel.append(missing(`There are no margins of single examples: ${edit.refused}.`));
   else panel.append(missing("Margins of single examples need the model: make the page with --pipeline, of a pipeline with judging examples."));
   panel.append(contentsPart(edit), commandsPart(edit));
 }
