@@ -20,7 +20,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SIZES := $(if $(MASKS),--masks $(MASKS)) $(if $(GRADIENTS),--gradients $(GRADIENTS))
 TASKS := $(foreach task,$(TASK),--task $(task)) $(if $(filter forget,$(TASK)),--label $(LABEL))
-FAST := "not slow and not gpu and not network and not ffcv and not browser"
+QUANTISED := .venv-quantised
+FAST := "not slow and not gpu and not network and not ffcv and not browser and not quantised"
 FFCV_COMPILES := pkg-config --exists opencv4 libturbojpeg && command -v c++ > /dev/null
 FFCV_PACKAGES := g++ pkg-config libopencv-dev libturbojpeg0-dev
 BROWSER := command -v chromium chromium-browser google-chrome > /dev/null
@@ -28,7 +29,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-ffcv ffcv-packages browser-packages lint type test test-ffcv test-browser coverage bench new
-.PHONY: collect fit evaluate edit edits circuit trace lens report clean
+.PHONY: test-quantised collect fit evaluate edit edits circuit trace lens report clean
 unexport PYTHONDONTWRITEBYTECODE  # bytecode halves the time of every import
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -80,6 +81,10 @@ test-ffcv: setup-ffcv ## Run the tests of .beton files
 test-browser: $(READY) ## Run the tests of the page in Chromium
 	@$(BROWSER) || { echo "these tests need Chromium; on Debian: make browser-packages" >&2; exit 1; }
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser
+
+test-quantised: $(READY) ## Run the tests of quantised models, in an environment of their own
+	UV_PROJECT_ENVIRONMENT=$(QUANTISED) $(UV) sync --locked --inexact --quiet --group quantised
+	OMP_NUM_THREADS=1 $(QUANTISED)/bin/pytest -m quantised
 
 coverage: $(READY) ## Run the fast tests, then show the lines and branches of coar/ that they ran
 	rm -f .coverage .coverage.*

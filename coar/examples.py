@@ -181,9 +181,14 @@ def update_digest(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter or buffer; the CPU where it has neither, as quantised ones may."""
+    return next((held.device for held in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
 def call_model(model: nn.Module, inputs: Inputs) -> Any:
     """Run the model on inputs moved to its device: a tensor as the first argument, a dict by name."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     if isinstance(inputs, dict):
         return model(**{name: value.to(device) for name, value in inputs.items()})
     return model(inputs.to(device))

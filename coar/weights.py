@@ -2,10 +2,13 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -13,6 +16,11 @@ from torch import Tensor, nn
 
 from coar.errors import StorageError, WeightsError
 from coar.examples import update_digest
+
+PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
+ADDRESS = re.compile(" at 0x[0-9a-f]+")  # in what objects print; it differs from process to process
+COMPRESSED = ("crow_indices", "col_indices", "values")
+COMPRESSED_COLUMNS = ("ccol_indices", "row_indices", "values")
 
 
 def load_weights(model: nn.Module, path: str | Path, *, prefix: str = "") -> nn.Module:
@@ -98,16 +106,74 @@ def save_state(state: Mapping[str, Tensor], path: str | Path) -> None:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of all parameters and buffers, by name, type, shape and bytes."""
+    """Return the SHA-256 of a model's state dict, see `state_fingerprint`."""
     return state_fingerprint(model.state_dict())
 
 
-def state_fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of a state dict, by name, type, shape and bytes."""
+def state_fingerprint(state: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a state dict, by name, type, shape and bytes.
+
+    Quantised and sparse tensors, and those of other libraries' classes, count by the tensors that they consist of; so
+    do packed weights and the extra state of modules.
+
+    Raises:
+        WeightsError: When a part of the state is of a kind that has no known content.
+    """
     digest = hashlib.sha256()
     for name in sorted(state):
-        update_digest(digest, name, state[name])
+        _update(digest, name, state[name])
     return digest.hexdigest()
+
+
+def _update(digest: "hashlib._Hash", name: str, value: Any) -> None:
+    """Add one part of a state to a running hash."""
+    parts = _parts_of_tensor(value) if isinstance(value, Tensor) else _parts_of_object(value)
+    if parts is not None:
+        digest.update(f"{name}:{type(value).__name__}:{len(parts)}:".encode())
+        for part, content in parts.items():
+            _update(digest, f"{name}/{part}", content)
+    elif isinstance(value, Tensor):
+        update_digest(digest, name, value)
+    elif isinstance(value, PLAIN):
+        digest.update(f"{name}:{value!r}:".encode())
+    else:
+        raise WeightsError(
+            f"the model's state has {name!r}, a {type(value).__name__} whose content cannot be hashed, so another "
+            f"model could pass for this one; let get_extra_state return tensors, numbers, texts, and lists or dicts of "
+            f"these"
+        )
+
+
+def _parts_of_tensor(tensor: Tensor) -> dict[str, Any] | None:
+    """Return the tensors and settings that a tensor consists of; None if it holds its numbers itself."""
+    kind: dict[str, Any] = {"type": str(tensor.dtype), "shape": tuple(tensor.shape)}
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, settings = tensor.__tensor_flatten__()
+        return kind | {name: getattr(tensor, name) for name in names} | {"settings": ADDRESS.sub("", repr(settings))}
+    if tensor.is_quantized:
+        by_channel = tensor.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+        scale = (tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()) if by_channel else ()
+        return kind | {"integers": tensor.int_repr(), "scale": scale or (tensor.q_scale(), tensor.q_zero_point())}
+    if tensor.layout is torch.sparse_coo:
+        whole = tensor.coalesce()
+        return kind | {"indices": whole.indices(), "values": whole.values()}
+    if tensor.layout is not torch.strided:
+        rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+        return kind | {name: getattr(tensor, name)() for name in (COMPRESSED if rows else COMPRESSED_COLUMNS)}
+    return None
+
+
+def _parts_of_object(value: Any) -> dict[str, Any] | None:
+    """Return the parts of a container or of a packed weight; None for anything else."""
+    if isinstance(value, Mapping):
+        return {repr(key): value[key] for key in sorted(value, key=repr)}
+    if isinstance(value, list | tuple):
+        return {str(i): part for i, part in enumerate(value)}
+    if isinstance(value, np.ndarray):
+        return {"numbers": value.tolist()}
+    if isinstance(value, torch.ScriptObject):
+        return {"state": value.__getstate__()}
+    return None
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

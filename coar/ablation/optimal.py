@@ -14,7 +14,7 @@ from coar.ablation.calibration import activation_moments
 from coar.ablation.zero import ZeroWeight
 from coar.components.table import Components
 from coar.errors import AblationError, ExamplesError
-from coar.examples import call_model
+from coar.examples import call_model, device_of
 from coar.gates.gates import Gates
 from coar.outputs.base import Output, RelativeOutput
 from coar.outputs.classification import CrossEntropy
@@ -110,7 +110,7 @@ class _Training:
 
     def __init__(self, ablation: Optimal, model: nn.Module, components: Components) -> None:
         self._ablation, self._model, self._count = ablation, model, len(components)
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         self._sampler = BernoulliSampler(ablated_fraction=ablation.ablated_fraction, seed=ablation.seed)
         n = len(ablation.calibration)
         held = round(n * ablation.held_out)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from coar.ablation.padding import Padding
 from coar.components.table import Components
 from coar.errors import AblationError
-from coar.examples import Examples, call_model
+from coar.examples import Examples, call_model, device_of
 from coar.gates.edges import edge_gate
 
 
@@ -26,7 +26,7 @@ def writer_moments(
     Raises:
         AblationError: When there is no second position, or an output of a writer is not finite.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     gate = edge_gate(model, components, torch.zeros(components.width, device=device))
     count, sums = 0, torch.zeros(0)
     gate.install()

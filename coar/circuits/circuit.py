@@ -18,6 +18,7 @@ from coar.components.edges import ARROW, edges, nodes
 from coar.components.layers import unwrapped
 from coar.components.table import Components
 from coar.errors import CircuitError, ComponentError, StorageError
+from coar.examples import device_of
 from coar.gates.gates import Gates
 from coar.weights import weights_fingerprint
 
@@ -125,7 +126,7 @@ class Circuit:
             CircuitError: When the circuit was made for other weights.
         """
         table = self.components(model)
-        device = next(model.parameters()).device
+        device = device_of(model)
         constants = torch.zeros(table.width) if self.constants is None else torch.from_numpy(self.constants)
         with Gates(unwrapped(model), table, constants, use_hooks=True, resample=self.constants is None) as gates:
             gates.set(torch.from_numpy(self.mask(table)).to(device))

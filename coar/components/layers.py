@@ -4,6 +4,7 @@ import inspect
 import sys
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,9 +31,37 @@ def is_conv1d(module: nn.Module) -> bool:
     return named and isinstance(weight, Tensor) and tuple(weight.shape[1:]) == (getattr(module, "nf", None),)
 
 
+def is_dense(weight: object) -> bool:
+    """Return whether a weight is an ordinary tensor of numbers, which can be read and changed.
+
+    Weights that quantisation packs into bytes, into floats of 8 bits or into a tensor class of its own are not.
+    """
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and isinstance(weight, Tensor)
+        and weight.layout is torch.strided
+        and not weight.is_quantized
+        and (weight.is_complex() or (weight.is_floating_point() and torch.finfo(weight.dtype).bits >= 16))
+    )
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Return whether a module is a matrix over the last axis of its input: an `nn.Linear` or transformers' `Conv1D`."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    """Return whether a module is a matrix over the last axis of its input.
+
+    That is an `nn.Linear`, transformers' `Conv1D`, or a quantised layer with the attributes of an `nn.Linear`.
+    """
+    return isinstance(module, nn.Linear) or is_conv1d(module) or _is_packed_linear(module)
+
+
+def _is_packed_linear(module: nn.Module) -> bool:
+    """Return whether a module has a linear layer's name and sizes, and a weight that is no ordinary tensor."""
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (
+        "linear" in type(module).__name__.lower()
+        and all(type(size) is int for size in sizes)
+        and not is_dense(module._parameters.get("weight"))
+        and not any(hasattr(child, "out_features") for child in module.children())  # else a wrapper of a layer
+    )
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -53,10 +82,10 @@ def output_axis(layer: nn.Module) -> int:
 
 
 def input_channels(module: nn.Module) -> int:
-    """Return the number of input features of an `nn.Linear` or `Conv1D`, 0 for any other module."""
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    return module.weight.shape[0] if is_conv1d(module) else 0  # type: ignore[return-value, index]
+    """Return the number of input features of a linear layer, 0 for any other module."""
+    if is_conv1d(module):
+        return int(module.weight.shape[0])  # type: ignore[index]
+    return int(module.in_features) if is_linear(module) else 0  # type: ignore[arg-type]
 
 
 def input_axis(layer: nn.Module) -> int:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as trees
 
 from coar.equivalence import Kind, compare, fall_back, rounding
 from coar.errors import EditError, StorageError
-from coar.examples import Examples, call_model
+from coar.examples import Examples, call_model, device_of
 from coar.gates.folding import added_parameters
 from coar.model_copy import independent_copy
 from coar.weights import load_weights, save_weights, state_fingerprint
@@ -320,7 +320,7 @@ def _other_weights(written: nn.Module, loaded: nn.Module) -> str:
 def _other_outputs(edited: nn.Module, loaded: nn.Module, examples: Examples) -> str:
     """Return in words how the outputs of a loaded model differ from the edited model's; "" if they do not."""
     inputs = examples.block(0, min(CHECKED, len(examples)))[0]
-    loaded = loaded.to(next(edited.parameters()).device)
+    loaded = loaded.to(device_of(edited))
     results = []
     for model in (edited, loaded):
         training = model.training

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coar.components.layers import is_dense
 from coar.equivalence import Kind, compare, fall_back, rounding
 from coar.errors import CoarError, ExamplesError
 from coar.examples import Examples, call_model
@@ -35,8 +36,10 @@ def device_copy(model: nn.Module, device: torch.device, examples: Examples | Non
         ExamplesError: When the model fails on the examples.
     """
     copy = independent_copy(model)
-    # the class's own `to`: one that was set on the instance, as accelerate does, is bound to the user's model
-    copy = type(copy).to(copy, device).eval().requires_grad_(False)
+    if any(held.device != device for held in (*copy.parameters(), *copy.buffers())):  # quantised models refuse `to`
+        # the class's own `to`: one that was set on the instance, as accelerate does, is bound to the user's model
+        copy = type(copy).to(copy, device)
+    copy.eval().requires_grad_(False)
     if rounding(copy) <= torch.finfo(torch.float32).eps:  # models of lower precision round between the steps
         _fuse_activations(copy)
     for encoder in [module for module in copy.modules() if isinstance(module, nn.TransformerEncoder)]:
@@ -50,9 +53,9 @@ def device_copy(model: nn.Module, device: torch.device, examples: Examples | Non
 
 def has_channels_last(model: nn.Module) -> bool:
     """Return whether a model's convolutions are in channels-last, in which its inputs should then be too."""
-    weights = [module._parameters.get("weight") for module in model.modules() if isinstance(module, CONVOLUTIONS)]
+    weights = [module.weight for module in model.modules() if isinstance(module, CONVOLUTIONS)]
     return any(
-        weight is not None and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        is_dense(weight) and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         for weight in weights
     )
 
@@ -121,7 +124,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 def _use_channels_last(model: nn.Module, inputs: Inputs, expected: list[Tensor]) -> None:
     """Convert convolutions to channels-last if the model's result stays the same, and else to contiguous weights."""
-    convolutions = [module for module in model.modules() if isinstance(module, CONVOLUTIONS)]
+    convolutions = [one for one in model.modules() if isinstance(one, CONVOLUTIONS) and is_dense(one.weight)]
     if not convolutions:
         return
     if convolutions[0].weight.device.type == "cpu" and any(isinstance(one, nn.GroupNorm) for one in model.modules()):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from coar.components.decoder import find_decoder
 from coar.components.layers import unwrapped
 from coar.errors import ComponentError
-from coar.examples import call_model
+from coar.examples import call_model, device_of
 from coar.inputs import Inputs
 from coar.model_copy import independent_copy
 from coar.outputs.base import find_logits
@@ -37,7 +37,7 @@ class CutDecoder:
         decoder = find_decoder(model)
         self.layers, self.width = decoder.layers, decoder.width
         copy = independent_copy(unwrapped(model))
-        self.device = device or next(copy.parameters()).device
+        self.device = device or device_of(copy)
         self.model = type(copy).to(copy, self.device).eval().requires_grad_(False)
         for module in self.model.modules():
             with suppress(AttributeError):

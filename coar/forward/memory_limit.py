@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from coar.equivalence import fall_back
 from coar.errors import SettingsError
+from coar.examples import device_of
 from coar.forward.devices import BATCH_SIZE
 from coar.forward.model_runner import ModelRunner
 from coar.forward.runner import FastRunner, ReferenceRunner
@@ -55,7 +56,7 @@ def batch_sizes(study: Study, model: nn.Module, *, memory_limit: int | str | Non
     Raises:
         SettingsError: When the limit is not a size, or one example does not fit.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     most = BATCH_SIZE[device.type]
     if memory_limit is not None:
         limit = bytes_of(memory_limit)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from coar.components.table import Components
 from coar.errors import AblationError
-from coar.examples import Examples, rows_of
+from coar.examples import Examples, device_of, rows_of
 from coar.forward.batches import ExampleBlock
 from coar.forward.copies import has_channels_last, in_channels_last
 from coar.forward.devices import BATCH_SIZE, full_float32
@@ -45,7 +45,7 @@ class ModelRunner:
 
     def __init__(self, model: nn.Module, output: Output, *, batch_size: int | None = None) -> None:
         self.model = model
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self.batch_size = batch_size or BATCH_SIZE[self.device.type]
         self._output = output
         self._channels_last = has_channels_last(model)
@@ -147,6 +147,7 @@ class GatedRunner(ModelRunner, ABC):
         self._sources = sources
         self._replacements = replacements
         self._gates: dict[GateKind, Gates] = {}
+        self._differentiable = False  # whether a check found a gradient for every operation
 
     @abstractmethod
     def outputs(self, block: ExampleBlock, masks: np.ndarray) -> np.ndarray:
@@ -198,7 +199,8 @@ class GatedRunner(ModelRunner, ABC):
                         gates.set(keep)
                         values = self._output.read(self._run(inputs), targets)
                         gates.confirm()
-                        gradient = _gradient(values, keep)
+                        self._check_differentiable(values)
+                        gradient = torch.autograd.grad(values.sum(), keep)[0].float()
                         sums[0, part] += gradient
                         sums[1, part] += gradient * keep.detach()
                         out[number, part] = values.detach()
@@ -207,6 +209,22 @@ class GatedRunner(ModelRunner, ABC):
         means = torch.stack([sums[1] / kept, (sums[0] - sums[1]) / (mask_gradients - kept)])
         means = block.in_order(means, axis=1)
         return means[0].cpu().numpy(), means[1].cpu().numpy(), block.in_order(out).cpu().numpy()
+
+    def _check_differentiable(self, outputs: Tensor) -> None:
+        """Raise `AblationError` unless outputs have a gradient, and all operations that it passes have one."""
+        if not outputs.requires_grad:
+            raise AblationError(
+                "the output has no gradient by the gates: something between them detaches it, such as no_grad, argmax "
+                "or a conversion to numpy; use an output that can be differentiated, or collect masks instead of mask "
+                "gradients"
+            )
+        if not self._differentiable and _without_derivative(outputs):
+            raise AblationError(
+                "an operation between gates and output has no derivative in torch, such as a layer of "
+                "quantize_dynamic; gradients before it would be zero: collect masks instead of mask gradients, or "
+                "choose components behind it"
+            )
+        self._differentiable = True
 
     def weighted_gradients(
         self, block: ExampleBlock, mask: np.ndarray, constants: np.ndarray, slopes: Callable[[np.ndarray], np.ndarray]
@@ -231,6 +249,7 @@ class GatedRunner(ModelRunner, ABC):
             parts = [self._output.read(self._run(inputs), targets) for inputs, targets in block.batches]
             outputs = block.in_order(torch.cat(parts))
             gates.confirm()
+            self._check_differentiable(outputs)
             found = outputs.detach().float().cpu().numpy()
             weights = torch.from_numpy(slopes(found)).to(outputs)
             by_constants, by_gates = torch.autograd.grad(outputs, [values, keep], weights)
@@ -264,11 +283,14 @@ class GatedRunner(ModelRunner, ABC):
                 gates.confirm()
 
 
-def _gradient(values: Tensor, keep: Tensor) -> Tensor:
-    """Return the (examples, components) gradient of each example's output by its own gates."""
-    if not values.requires_grad:
-        raise AblationError(
-            "the output has no gradient by the gates: something between them detaches it, such as no_grad, argmax or a "
-            "conversion to numpy; use an output that can be differentiated, or collect masks instead of mask gradients"
-        )
-    return torch.autograd.grad(values.sum(), keep)[0].float()
+def _without_derivative(outputs: Tensor) -> bool:
+    """Return whether an operation in the graph of outputs is one of those whose gradients torch sets to zero."""
+    waiting, seen = [outputs.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            if "NotImplemented" in node.name():
+                return True
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return False

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coar.components.table import Components
 from coar.equivalence import Fallback, fall_back
 from coar.errors import AblationError, SettingsError
-from coar.examples import rows_of
+from coar.examples import device_of, rows_of
 from coar.forward.batches import ExampleBlock
 from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.length_bucketing import LengthBucketing
@@ -85,7 +85,7 @@ class FastRunner(GatedRunner):
         batch_norms: Mapping[str, str] | None = None,
         sources: Sources | None = None,
     ) -> None:
-        self.plan = plan = (plan or ExecutionPlan()).on(next(model.parameters()).device)
+        self.plan = plan = (plan or ExecutionPlan()).on(device_of(model))
         super().__init__(model, components, replacements, output, sources=sources, batch_size=plan.batch_size)
         self.precision = plan.precision
         self._batch_norms = batch_norms or {}

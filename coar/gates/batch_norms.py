@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from coar.components.layers import output_channels
 from coar.components.table import Components
 from coar.equivalence import Kind, compare, fall_back
+from coar.examples import device_of
 from coar.gates.folding import fold
 from coar.gates.gates import Gates
 from coar.gates.weight import reads_own_weight
@@ -42,7 +43,7 @@ def following_batch_norms(
     def differs(pairs: dict[str, str], values: Tensor) -> str:
         sites = {(site, "output") for site in pairs}
         rows = [i for i, row in enumerate(components) if (row.site, row.side) in sites and row.position % 2 == 0]
-        keep = torch.ones(len(components), dtype=torch.bool, device=next(model.parameters()).device)
+        keep = torch.ones(len(components), dtype=torch.bool, device=device_of(model))
         keep[rows] = False
         results = []
         for norms in ({}, pairs):

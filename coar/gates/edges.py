@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from coar.components.decoder import Decoder, Reading, Writer, find_decoder
 from coar.components.edges import component_of_pairs
-from coar.components.layers import output_axis
+from coar.components.layers import is_dense, output_axis
 from coar.components.table import Components
 from coar.errors import AblationError
 from coar.gates.building import GatedSite, GateKind, GateRequest
@@ -242,6 +242,11 @@ def _order(rows: Sequence[int]) -> Tensor | None:
 def _weight(projection: nn.Module) -> Tensor:
     """Return the (outputs, inputs) weight of a linear layer."""
     weight: Tensor = projection.weight  # type: ignore[assignment]
+    if not is_dense(weight):
+        raise AblationError(
+            f"a {type(projection).__name__} has a weight of {type(weight).__name__}, and gates on edges read the "
+            f"projections' weights; load the model without quantisation, or choose attention_heads and input_features"
+        )
     return weight.T if output_axis(projection) == 1 else weight
 
 

@@ -11,6 +11,7 @@ from coar.components.layers import (
     TRANSPOSED_CONVOLUTIONS,
     expert_stack_of,
     input_axis,
+    is_dense,
     is_layer,
     output_axis,
     output_channels,
@@ -66,6 +67,8 @@ def fold(
         for (component, value), strength in chosen:
             if component.side == "parameter":
                 parameter = model.get_parameter(component.site)
+                if not is_dense(parameter):
+                    raise _quantised("parameter", component.site, parameter)
                 _shrink(parameter.narrow(component.axis, component.position, component.size), strength)
             elif component.side == "input":
                 _fold_input(owners, component, value, strength)
@@ -108,18 +111,29 @@ class _Owners:
             EditError: When it is not a parameter of the layer alone.
         """
         layer = self.model.get_submodule(site)
+        if name not in layer._parameters and not isinstance(getattr(layer, name, None), Tensor):
+            raise _quantised(name, site, layer)
         if name not in layer._parameters:
             raise EditError(
                 f"the {name} of {site!r} is computed from other parameters; make it a parameter first, with "
                 f"torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
             )
         parameter = layer._parameters[name]
+        if parameter is not None and not is_dense(parameter):
+            raise _quantised(name, site, parameter)
         owners = self._paths.get(id(parameter), [])
         if len(owners) > 1:
             raise EditError(
                 f"the {name} of {site!r} is shared by {', '.join(owners)}; changing it changes them all: untie it first"
             )
         return parameter
+
+
+def _quantised(name: str, site: str, holder: object) -> EditError:
+    return EditError(
+        f"the {name} of {site!r} is held by a {type(holder).__name__}, quantised, and edits change weights of ordinary "
+        f"numbers; edit the model before it is quantised, and quantise the edited one"
+    )
 
 
 def check_permanent(component: Component, value: Constant) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from coar.components.membership import check_components
 from coar.components.table import Components, Side
 from coar.errors import AblationError
+from coar.examples import device_of
 from coar.gates.building import GateRequest
 from coar.gates.casting import cast_weights
 from coar.gates.gate import Gate
@@ -69,7 +70,7 @@ class Gates:
         request = GateRequest(
             model=model,
             components=components,
-            replacements=replacements.to(next(model.parameters()).device),
+            replacements=replacements.to(device_of(model)),
             batch_norms=batch_norms or {},
             use_hooks=use_hooks,
             resample=resample,

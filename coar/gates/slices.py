@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from coar.components.layers import is_dense
 from coar.errors import AblationError
 from coar.gates.building import GatedSite, GateKind, GateRequest
 from coar.gates.channels import Channels, along
@@ -61,6 +62,11 @@ def _build(request: GateRequest, sites: Sequence[GatedSite]) -> list[SliceGate]:
                 f"gradients through; use conv_filters, neurons, input_features or attention_heads"
             )
         parameter = request.model.get_parameter(gated.site)
+        if not is_dense(parameter):
+            raise AblationError(
+                f"the parameter {gated.site!r} is a {type(parameter).__name__} of {parameter.dtype}, and slices of a "
+                f"quantised weight cannot be zeroed; use neurons or input_features"
+            )
         length = parameter.shape[first.axis]
         channels = Channels.of(length, request.components, rows, request.replacements)
         gates.append(SliceGate(parameter, first.axis, channels))

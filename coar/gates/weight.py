@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coar.components.layers import TRANSPOSED_CONVOLUTIONS, input_axis, is_conv1d, is_layer, output_axis
+from coar.components.layers import TRANSPOSED_CONVOLUTIONS, input_axis, is_conv1d, is_dense, is_layer, output_axis
 from coar.errors import AblationError
 from coar.gates.building import GatedSite, GateKind, GateRequest
 from coar.gates.channels import Channels, along
@@ -17,13 +17,14 @@ from coar.gates.response import is_proportional
 def reads_own_weight(layer: nn.Module) -> bool:
     """Return whether replacing the layer's weight and bias gates it: convolutions and linear layers that follow them.
 
-    It does not where accelerate offloads the weight, which is then on the meta device except while its layer runs.
+    It does not where the weight is quantised, and where accelerate offloads it, so that it is on the meta device except
+    while its layer runs.
     """
     if not is_layer(layer) or "bias" not in layer._parameters:
         return False
     weight = layer._parameters.get("weight")
     grouped = isinstance(layer, TRANSPOSED_CONVOLUTIONS) and layer.groups > 1
-    return weight is not None and not weight.is_meta and not grouped and is_proportional(layer)
+    return is_dense(weight) and not weight.is_meta and not grouped and is_proportional(layer)  # type: ignore[union-attr]
 
 
 class LayerGate(Gate):
