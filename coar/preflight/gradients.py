@@ -18,8 +18,9 @@ from coar.study import Study
 ROWS = 8  # examples on which a mask per example is compared with one mask for all
 FEW = 2  # examples on which gradients are compared with changes of gates
 ZEROS, OTHERS = 8, 3  # sites compared, of those without any gradient and of the others
-STEPS = (1e-2, 1e-3)  # changes of gates
+STEPS = (1e-2, 3e-3, 1e-3, 3e-4)  # changes of gates
 ALLOWED = 0.2  # difference of a gradient from the effect of such a change, relative to the effect
+SETTLED = 0.1  # difference of the effects of two steps up to which both measure the slope
 FINEST = 1e-6  # rounding above which small changes of gates say nothing
 
 
@@ -100,24 +101,36 @@ def wrong_gradients(runner: GatedRunner, block: ExampleBlock) -> str:
 
 
 def _compared(runner: GatedRunner, block: ExampleBlock, rows: list[int], gradients: np.ndarray) -> str:
-    """Return in words how gradients differ from the effects of steps in a direction of a site's gates, or ""."""
+    """Return in words how gradients differ from the effects of steps in a direction of a site's gates, or "".
+
+    Effects of steps count only where two steps give the same effect per length: where the output is curved, or
+    roundings are large, no step measures the slope.
+    """
     precision = max(rounding(runner.model), float(np.finfo(np.float32).eps))
     direction = np.zeros(len(runner.components), dtype=np.float32)
     direction[rows] = np.resize([1.0, -1.0, 1.0], len(rows))
     by_gradient = gradients @ direction
-    seen = ""
-    for step in STEPS if precision < FINEST else (1.0,):
-        masks = np.stack([1 + step * direction, 1 - step * direction]) if step < 1 else _removed(direction)
-        up, down = runner.outputs(block, masks.astype(np.float32)).astype(np.float64)
+    if precision >= FINEST:  # only whether there is a gradient at all can be judged
+        kept, removed = runner.outputs(block, _removed(direction)).astype(np.float64)
+        effect, noise = kept - removed, 4 * ROUNDINGS * precision * np.abs(kept).max()
+        return "" if by_gradient.any() or not _norm(effect) > noise else _seen(effect, by_gradient)
+    earlier: np.ndarray | None = None
+    for step in STEPS:
+        masks = np.stack([1 + step * direction, 1 - step * direction]).astype(np.float32)
+        up, down = runner.outputs(block, masks).astype(np.float64)
         effect = (up - down) / (2 * step)
         noise = 4 * ROUNDINGS * precision * np.abs(up).max() / (2 * step)
         difference = effect - by_gradient
-        if step == 1:  # in low precision, only whether there is a gradient at all can be judged
-            difference = effect if not by_gradient.any() else np.zeros(1)
         if not np.isfinite(difference).all() or _norm(difference) <= ALLOWED * _norm(effect) + noise:
             return ""
-        seen = f"{_norm(effect):.2g} by a change of the gates and {_norm(by_gradient):.2g} by the gradient"
-    return seen
+        if earlier is not None and _norm(effect - earlier) <= SETTLED * _norm(effect):
+            return _seen(effect, by_gradient)
+        earlier = effect
+    return "" if by_gradient.any() else _seen(effect, by_gradient)
+
+
+def _seen(effect: np.ndarray, by_gradient: np.ndarray) -> str:
+    return f"{_norm(effect):.2g} by a change of the gates and {_norm(by_gradient):.2g} by the gradient"
 
 
 def _removed(direction: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ TRACED = 4  # examples of the passes that find a module
 PAIRS = 10  # of passes, until two of them differ
 ALLOWED = 1e-3  # difference of two passes, relative to the spread over examples
 NOISE = 2e-5  # the same, relative to the largest output
+COARSE = 1e-2  # from which on roundings explain no difference
 
 
 def check_passes(
@@ -57,6 +58,8 @@ def check_passes(
     passed = _output(model, output, examples, size)
     backwards = _output(model, output, examples.subset(np.arange(len(examples))[::-1].copy()), -(-size // 2))[::-1]
     agree = _difference(model, passed, backwards)
+    if 0 < agree < COARSE and agree <= ROUNDINGS * _amplified(model, output, examples, size, passed):
+        agree = 0.0
     again = _difference(model, passed, _output(model, output, examples, size)) if agree or size == 1 else 0.0
     findings.conclude("random", _randomness(model, output, few, again) if again else "")
     if size > 1 and not again:
@@ -78,6 +81,27 @@ def _difference(model: nn.Module, one: np.ndarray, other: np.ndarray) -> float:
     error, largest = float(np.abs(one - other)[finite].max()), float(np.abs(one[finite]).max())
     allowed = max(NOISE, ROUNDINGS * rounding(model)) * largest + ALLOWED * float(one[finite].std())
     return error / max(largest, SMALLEST) if error > max(allowed, SMALLEST) else 0.0
+
+
+def _amplified(model: nn.Module, output: Output, examples: Examples, batch_size: int, passed: np.ndarray) -> float:
+    """Return what one rounding of the inputs changes, relative to the largest output; 0 if no input is a fraction.
+
+    Deep networks may amplify roundings, and different batches round differently.
+    """
+    inputs, targets = examples.block(0, len(examples))
+    draw = torch.Generator().manual_seed(0)
+
+    def rounded(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        signs = torch.randint(2, tensor.shape, generator=draw).to(tensor) * 2 - 1
+        return tensor * (1 + signs * torch.finfo(tensor.dtype).eps)
+
+    moved = {k: rounded(v) for k, v in inputs.items()} if isinstance(inputs, dict) else rounded(inputs)
+    near = Examples(inputs=moved, targets=targets, positions=examples.positions)
+    change = np.abs(_output(model, output, near, batch_size) - passed)[np.isfinite(passed)]
+    largest = float(np.abs(passed[np.isfinite(passed)]).max())
+    return float(np.nan_to_num(change).max()) / max(largest, SMALLEST)
 
 
 def _randomness(model: nn.Module, output: Output, few: Examples, error: float) -> str:
