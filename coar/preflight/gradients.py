@@ -103,8 +103,9 @@ def wrong_gradients(runner: GatedRunner, block: ExampleBlock) -> str:
 def _compared(runner: GatedRunner, block: ExampleBlock, rows: list[int], gradients: np.ndarray) -> str:
     """Return in words how gradients differ from the effects of steps in a direction of a site's gates, or "".
 
-    Effects of steps count only where two steps give the same effect per length: where the output is curved, or
-    roundings are large, no step measures the slope.
+    A gradient between the slopes on either side is right, such as one at a kink. Effects of steps count only where two
+    steps give the same effect per length: where the output is curved, or roundings are large, no step measures the
+    slope.
     """
     precision = max(rounding(runner.model), float(np.finfo(np.float32).eps))
     direction = np.zeros(len(runner.components), dtype=np.float32)
@@ -114,13 +115,14 @@ def _compared(runner: GatedRunner, block: ExampleBlock, rows: list[int], gradien
         kept, removed = runner.outputs(block, _removed(direction)).astype(np.float64)
         effect, noise = kept - removed, 4 * ROUNDINGS * precision * np.abs(kept).max()
         return "" if by_gradient.any() or not _norm(effect) > noise else _seen(effect, by_gradient)
+    base = runner.outputs(block, np.ones((1, len(direction)), dtype=np.float32))[0].astype(np.float64)
     earlier: np.ndarray | None = None
     for step in STEPS:
         masks = np.stack([1 + step * direction, 1 - step * direction]).astype(np.float32)
         up, down = runner.outputs(block, masks).astype(np.float64)
-        effect = (up - down) / (2 * step)
-        noise = 4 * ROUNDINGS * precision * np.abs(up).max() / (2 * step)
-        difference = effect - by_gradient
+        slopes = np.stack([up - base, base - down]) / step  # on either side; they differ where the output has a kink
+        effect, noise = slopes.mean(0), 8 * ROUNDINGS * precision * np.abs(base).max() / step
+        difference = by_gradient - by_gradient.clip(slopes.min(0), slopes.max(0))
         if not np.isfinite(difference).all() or _norm(difference) <= ALLOWED * _norm(effect) + noise:
             return ""
         if earlier is not None and _norm(effect - earlier) <= SETTLED * _norm(effect):
