@@ -192,6 +192,23 @@ def test_nothing_is_written_where_a_loaded_model_would_differ(tmp_path):
     torch.testing.assert_close(loaded(examples.inputs), expected)
 
 
+class Fixed(Own):
+    """A model of which from_pretrained refuses what save_pretrained wrote."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **options):
+        raise RuntimeError("sizes do not match\nsee the report above")
+
+
+def test_a_folder_that_the_library_does_not_load_is_refused_in_words(tmp_path):
+    model = Fixed(Config()).eval()
+    examples = coar.Examples(inputs=torch.randn(5, 4), targets=torch.zeros(5, dtype=torch.long))
+    zero = edit_of(model, [coar.input_features(model, include="second")[1]], [0.0])
+    with pytest.raises(EditError, match=r"from_pretrained fails \(RuntimeError: sizes do not match\)"):
+        zero.save_pretrained(model, tmp_path / "model", examples)
+    assert list(tmp_path.iterdir()) == []
+
+
 class Wrapped(nn.Module):
     """A linear layer on the mean logits of a language model."""
 

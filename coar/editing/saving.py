@@ -205,7 +205,10 @@ def _checked(
         loader = way(model, added, partial)
     except _UnsuitableError as unsuitable:
         return str(unsuitable)
-    loaded = loader.load(partial)
+    try:
+        loaded = loader.load(partial)
+    except Exception as error:  # whatever a library may raise
+        return f"from_pretrained fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     whole = loaded
     if path:
         whole = independent_copy(edited)
