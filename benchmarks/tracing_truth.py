@@ -1,0 +1,132 @@
+"""Whether causal tracing finds the layer that holds a fact: facts are taught to the MLP of one layer of a small GPT-2.
+
+    python -m benchmarks.tracing_truth
+
+A GPT-2 of six layers learns where four hundred people live and what they do. Then a copy learns the same of new people,
+by training the MLP of layer k alone, for several k. A trace of the new facts is right if it ranks the MLP of layer k
+first among the MLPs, by its largest effect at any position. Effects are of facts that no constant was trained on.
+"""
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import coar
+
+LAYERS, WIDTH, HEADS = 6, 96, 4
+FIRST_NAMES = LAST_NAMES = 40
+CITIES, JOBS = 20, 20
+START, LIVES, IN, WORKS, AS = range(5)
+NAMES = 5
+PLACES = NAMES + FIRST_NAMES + LAST_NAMES
+TASKS = PLACES + CITIES
+WORDS = TASKS + JOBS
+TAUGHT = (1, 2, 3, 4)
+CORRUPTIONS = ("optimal", "optimal, one per cell", "noise", "mean", "resample")
+POSITIONS = ("subject_first", "subject_last", "last")
+
+
+def people(count: int, seed: int, but: set[tuple[int, int]] | None = None) -> list[tuple[int, int]]:
+    """Return people with names of two tokens, each different from the others and from those in `but`."""
+    pairs = [(a, b) for a in range(FIRST_NAMES) for b in range(LAST_NAMES) if (a, b) not in (but or set())]
+    order = np.random.default_rng(seed).permutation(len(pairs))[:count]
+    return [(NAMES + pairs[i][0], NAMES + FIRST_NAMES + pairs[i][1]) for i in order]
+
+
+def sentences(who: list[tuple[int, int]], seed: int) -> Tensor:
+    """Return (2 * people, 6) tokens: where each lives, and what each works as."""
+    generator, rows = np.random.default_rng(seed), []
+    for first, last in who:
+        rows.append([START, first, last, LIVES, IN, PLACES + int(generator.integers(CITIES))])
+        rows.append([START, first, last, WORKS, AS, TASKS + int(generator.integers(JOBS))])
+    return torch.tensor(rows)
+
+
+def train(
+    model: nn.Module, data: Tensor, parameters: list[nn.Parameter], *, steps: int, rate: float, enough: float
+) -> float:
+    """Train some parameters until the answers' loss is small; return the share of correct answers."""
+    adam, generator = torch.optim.Adam(parameters, lr=rate), torch.Generator().manual_seed(0)
+    model.train()
+    for step in range(steps):
+        rows = data[torch.randint(len(data), (256,), generator=generator)]
+        logits = model(rows).logits
+        loss = nn.functional.cross_entropy(logits[:, -2], rows[:, -1])
+        adam.zero_grad()
+        loss.backward()
+        adam.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 50)
+        adam.step()
+        if loss < enough:
+            break
+    model.eval()
+    with torch.no_grad():
+        return float((model(data).logits[:, -2].argmax(1) == data[:, -1]).float().mean())
+
+
+def facts_of(data: Tensor) -> coar.Examples:
+    """Return sentences without their last word, which is the answer."""
+    ids, n = data[:, :-1], len(data)
+    tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return coar.token_examples(
+        tokens, answers=data[:, -1], positions={"subject_first": [1] * n, "subject_last": [2] * n}
+    )
+
+
+def main() -> None:
+    """Train, teach, trace, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--people", type=int, default=400)
+    parser.add_argument("--taught", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("reports/tracing_truth.csv"))
+    args = parser.parse_args()
+    rows = []
+    for seed in range(args.seeds):
+        torch.manual_seed(seed)
+        sizes = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS, "vocab_size": WORDS, "n_positions": 8}
+        nothing = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        base = GPT2LMHeadModel(GPT2Config(**sizes, **nothing, bos_token_id=START, eos_token_id=START, use_cache=False))
+        known = people(args.people, seed)
+        old = sentences(known, seed)
+        start = time.perf_counter()
+        found = train(base, old, list(base.parameters()), steps=3000, rate=1e-3, enough=0.01)
+        print(
+            f"seed {seed}: base recalls {found:.3f} of {len(old)} facts, {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
+        new = sentences(
+            people(args.taught, seed + 100, {(a - NAMES, b - NAMES - FIRST_NAMES) for a, b in known}), seed + 1
+        )
+        for taught in TAUGHT:
+            model = copy.deepcopy(base)
+            mlp = model.transformer.h[taught].mlp
+            recalled = train(model, new, list(mlp.parameters()), steps=2000, rate=1e-3, enough=0.02)
+            for corruption in CORRUPTIONS:
+                start = time.perf_counter()
+                kind, _, per_cell = corruption.partition(", ")
+                places = {"kinds": ("mlp",), "places": POSITIONS, "per_cell": bool(per_cell), "progress": False}
+                trace = coar.trace(model, facts_of(new), corruption=kind, **places)
+                best = trace.table.groupby("layer")["aie"].max().sort_values(ascending=False)
+                row = {"seed": seed, "taught": taught, "recalled": recalled, "corruption": corruption}
+                row |= {"first": best.index[0], "rank": list(best.index).index(taught) + 1}
+                row |= {"aie": best[taught], "next": best.drop(taught).max(), "seconds": time.perf_counter() - start}
+                rows.append(row)
+                print(
+                    {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()},
+                    flush=True,
+                )
+    table = pd.DataFrame(rows)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(args.out, index=False)
+    print(table.pivot_table(index="corruption", columns="taught", values="rank", sort=False).to_string())
+
+
+if __name__ == "__main__":
+    main()
