@@ -56,10 +56,10 @@ def test_passes_use_the_memory_that_earlier_ones_freed():
     found = measured()
     if found["plain"] < 10_000:
         pytest.skip("this system's malloc keeps large blocks by itself")
-    assert found["kept"] < found["plain"] / 50
+    assert found["kept"] < found["plain"] / 5  # none on a quiet machine; some where the system reclaims pages
     assert found["inside"] > found["before"] + 50  # MiB: two activations
     assert found["after"] < found["before"] + 20
-    assert found["again"] > found["plain"] / 10  # malloc may still reuse a block between two passes
+    assert found["again"] > found["plain"] / 5  # malloc may still reuse a block between two passes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="faults are read as Linux counts them")
