@@ -84,7 +84,7 @@ test-browser: $(READY) ## Run the tests of the page in Chromium
 
 test-quantised: $(READY) ## Run the tests of quantised models, in an environment of their own
 	UV_PROJECT_ENVIRONMENT=$(QUANTISED) $(UV) sync --locked --inexact --quiet --group quantised
-	OMP_NUM_THREADS=1 $(QUANTISED)/bin/pytest -m quantised
+	OMP_NUM_THREADS=1 $(QUANTISED)/bin/pytest -m quantised tests/test_quantised.py
 
 coverage: $(READY) ## Run the fast tests, then show the lines and branches of coar/ that they ran
 	rm -f .coverage .coverage.*
