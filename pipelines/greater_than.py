@@ -101,14 +101,8 @@ def examples(part: Part, net: nn.Module) -> coar.Examples:
 def study(*, ablation: str = "counterfactual", ablated_fraction: float = 0.02, seed: int = 0) -> coar.Study:
     """Define the study of 64 prompts; constants are computed on 64 other prompts with the same nouns."""
     net = language_models.model()
-    return coar.Study(
-        model=net,
-        examples=examples("studied", net),
-        components=prompts.components(net),
-        output=coar.LogitDifference(),
-        ablation=prompts.ablation_of(ablation, examples("calibration", net)),
-        sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
-    )
+    sampler = coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed)
+    return prompts.study_of(net, examples("studied", net), examples("calibration", net), ablation, sampler)
 
 
 def judge() -> coar.Examples:

@@ -150,14 +150,8 @@ def study(
 ) -> coar.Study:
     """Define the study of 128 prompts; constants are computed on 128 other prompts."""
     net = model(training_seed)
-    return coar.Study(
-        model=net,
-        examples=examples("studied", net),
-        components=prompts.components(net),
-        output=coar.LogitDifference(),
-        ablation=prompts.ablation_of(ablation, examples("calibration", net)),
-        sampler=coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed),
-    )
+    sampler = coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed)
+    return prompts.study_of(net, examples("studied", net), examples("calibration", net), ablation, sampler)
 
 
 def judge() -> coar.Examples:

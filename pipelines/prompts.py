@@ -125,6 +125,20 @@ def ablation_of(label: str, calibration: coar.Examples) -> coar.Ablation:
     return coar.choose_ablation(label, calibration=calibration)
 
 
+def study_of(
+    model: nn.Module, studied: coar.Examples, calibration: coar.Examples, ablation: str, sampler: coar.BernoulliSampler
+) -> coar.Study:
+    """Return the study of the logit differences of prompts, by the label of an ablation."""
+    return coar.Study(
+        model=model,
+        examples=studied,
+        components=components(model),
+        output=coar.LogitDifference(),
+        ablation=ablation_of(ablation, calibration),
+        sampler=sampler,
+    )
+
+
 def _tokens(words: Sequence[str], tokenizer: Any) -> list[int]:
     found = [tokenizer.encode(word, add_special_tokens=False) for word in words]
     for word, tokens in zip(words, found, strict=True):
