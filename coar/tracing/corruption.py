@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coar.ablation.resample import Counterfactual
 from coar.errors import ExamplesError, SettingsError
 from coar.examples import Examples
 from coar.progress import progress_bar
@@ -93,8 +94,6 @@ def _resampled(restoring: Restoring, generator: np.random.Generator) -> Tensor:
 
 def _of_partners(restoring: Restoring, examples: Examples, pairs: str) -> Tensor:
     """Return each fact's partner's embeddings, at the same positions."""
-    from coar.ablation.resample import Counterfactual
-
     partners = torch.from_numpy(Counterfactual(pairs=pairs).sources(examples)).to(restoring.embeddings.device)
     other = (restoring.facts.subject != restoring.facts.subject[partners]).any(1).nonzero()
     if len(other):

@@ -12,7 +12,6 @@ from coar.examples import UNREAD, Examples
 from coar.inputs import Inputs
 
 FIRST, LAST = "subject_first", "subject_last"  # positions of examples that a trace needs
-PLACES = (FIRST, "subject_middle", LAST, "last")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +42,10 @@ class Facts:
         missing = [name for name in (FIRST, LAST) if name not in examples.positions]
         inputs: Inputs = examples.block(0, len(examples))[0]
         if missing or not isinstance(inputs, dict):
+            lacking = f"no positions {' and '.join(missing)}" if missing else "inputs without names"
             raise ExamplesError(
-                f"the facts have no positions {' and '.join(missing)}; make them with coar.token_examples(tokens, "
-                f"answers=..., positions={{'{FIRST}': ..., '{LAST}': ...}})"
+                f"the facts have {lacking}; make them with coar.token_examples(tokens, answers=..., "
+                f"positions={{'{FIRST}': ..., '{LAST}': ...}})"
             )
         first, last = (torch.as_tensor(examples.positions[name]).to(device) for name in (FIRST, LAST))
         wrong = (last < first).nonzero()
