@@ -24,7 +24,6 @@ from .circuits.comparing import compare_methods as compare_methods
 from .circuits.evaluator import CircuitEvaluator as CircuitEvaluator
 from .circuits.faithfulness import faithfulness as faithfulness
 from .circuits.faithfulness import faithfulness_curve as faithfulness_curve
-from .circuits.figures import circuit_figure as circuit_figure
 from .circuits.scores import CircuitScores as CircuitScores
 from .circuits.scores import circuit_scores as circuit_scores
 from .cluster import RayCluster as RayCluster

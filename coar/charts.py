@@ -1,5 +1,6 @@
 """Charts on matplotlib axes and tables in HTML, for notebooks, from plain numbers."""
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,27 @@ def signed_grid(ax: "Axes | None", names: Sequence[str], cells: np.ndarray, *, x
     return axes
 
 
+def share_grid(
+    ax: "Axes | None",
+    names: Sequence[str],
+    columns: Sequence[str],
+    cells: np.ndarray,
+    *,
+    most: float,
+    xlabel: str,
+    label: str,
+) -> "Axes":
+    """Draw (names, columns) numbers from 0 to `most` as coloured cells with a colour bar; NaN cells are empty."""
+    axes = axes_or_new(ax, width=max(6.0, 0.3 * len(columns) + 3), height=max(2.0, 1.2 + 0.28 * len(names)))
+    drawn = axes.imshow(cells, cmap="cividis", vmin=0, vmax=most, aspect="auto", interpolation="nearest")
+    axes.set_yticks(np.arange(len(names)), [plain_text(name) for name in names])
+    step = max(1, len(columns) // 15)
+    axes.set_xticks(np.arange(0, len(columns), step), [plain_text(name) for name in columns[::step]])
+    axes.set(xlabel=xlabel)
+    axes.figure.colorbar(drawn, ax=axes, label=label)
+    return axes
+
+
 def distributions(ax: "Axes | None", values: Mapping[str, np.ndarray], *, xlabel: str) -> "Axes":
     """Draw the share of numbers up to each number, a line per name."""
     axes = axes_or_new(ax)
@@ -120,3 +142,11 @@ def tidy(axes: "Axes") -> "Axes":
 def html_table(table: "pd.DataFrame") -> str:
     """Return a table as HTML, with three decimals, and with its words escaped."""
     return str(table.to_html(index=False, escape=True, float_format=lambda value: f"{value:.3f}", border=0))
+
+
+def html_facts(title: str, facts: Mapping[str, object]) -> str:
+    """Return a title and named facts as HTML, with all words escaped."""
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in facts.items()
+    )
+    return f"<p>{html.escape(title)}</p><table>{rows}</table>"

@@ -18,6 +18,7 @@ NAMES = {  # of `coar`, and of its former modules
     "agreement": "coar.equivalence",
     "batches": "coar.forward.batches",
     "checks": "coar.preflight",
+    "circuit_figure": "coar.Circuit.plot",
     "devices": "coar.forward.devices",
     "engines": "coar.collection",
     "expressions": "coar.editing.goal",

@@ -20,6 +20,7 @@ from coar.tracing.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -74,7 +75,7 @@ def write_trace(trace: Trace, folder: Path) -> list[Path]:
     with _writing(folder):
         trace.table.to_csv(files[0], index=False)
         trace.per_fact.to_csv(files[1], index=False)
-        trace.plot().savefig(files[2], dpi=130)
+        save_figure(trace.plot(), files[2])
     return files
 
 
@@ -87,7 +88,7 @@ def write_lenses(table: "pd.DataFrame", readings: Mapping[str, LensReading], fol
         for kind, reading in readings.items():
             files += [folder / f"lens-{kind}.csv", folder / f"lens-{kind}.png"]
             reading.table.to_csv(files[-2], index=False)
-            reading.plot().figure.savefig(files[-1], dpi=130)  # type: ignore[union-attr]
+            save_figure(reading.plot(), files[-1])
     return files
 
 
@@ -105,6 +106,16 @@ def lens_figure(table: "pd.DataFrame") -> Figure:
     axes.legend(frameon=False)
     tidy(axes)
     return figure
+
+
+def save_figure(axes: "Axes", file: Path) -> None:
+    """Write the figure of some axes that pyplot made, and close it."""
+    import matplotlib.pyplot as plt
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None  # noqa: S101
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
 
 
 @contextmanager

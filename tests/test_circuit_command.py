@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 import coar
 from coar.circuits.evaluator import CircuitEvaluator
-from coar.circuits.figures import sizes_figure
+from coar.circuits.figures import draw_sizes
 from coar.cli.common import app
 from coar.errors import CircuitError, OutputError, SettingsError
 from tests.edge_oracle import build
@@ -66,7 +67,8 @@ def test_a_drawing_has_all_nodes_and_edges() -> None:
     model = build("llama")
     edges = ("embed -> L0.G0.v", "embed -> L0.H1.q", "L0.H1 -> L1.mlp", "L1.mlp -> out")
     facts = {"table": "edges", "size": 99, "weights": "w", "ablation": "Mean", "method": "eap", "constants": None}
-    (axes,) = coar.circuit_figure(coar.Circuit(edges=edges, **facts), model).axes
+    made = coar.Circuit(edges=edges, **facts)
+    axes = made.plot(model, plt.figure().subplots())
     places = {text.get_text(): text.get_position() for text in axes.texts if text.get_text()}
     assert sorted(places, key=lambda label: places[label][1]) == ["embed", "L0.H1", "L1.mlp", "out"]
     ends = [(text.xyann, text.xy) for text in axes.texts if not text.get_text()]
@@ -80,15 +82,22 @@ def test_a_drawing_has_all_nodes_and_edges() -> None:
     )
     many = coar.Circuit(edges=tuple(f"{i} -> out" for i in range(200)), **facts | {"size": 200})
     with pytest.raises(CircuitError, match="a drawing shows at most 150 edges, and this circuit has 200 edges"):
-        coar.circuit_figure(many, model)
+        many.plot(model)
+    axes = made.plot()  # without the model the group is a node of its own
+    assert {"embed", "L0.G0", "L0.H1", "L1.mlp", "out"} == {text.get_text() for text in axes.texts} - {""}
+    assert "Circuit of 4 of 99 edges, by eap" in made._repr_html_()
+    assert "embed -&gt; L0.G0.v" in made._repr_html_()
+    assert ", and 188 more" in many._repr_html_()
+    plt.close("all")
 
 
 def test_a_figure_has_a_line_for_each_method() -> None:
     """With the divergence of each size, smallest circuit first."""
     table = pd.DataFrame({"method": ["eap", "eap", "ugs"], "edges": [50, 10, 10], "kl": [0.1, 0.5, 0.2]})
-    (axes,) = sizes_figure(table).axes
+    axes = draw_sizes(plt.figure().subplots(), table)
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
     assert lines == {"eap": ([10, 50], [0.5, 0.1]), "ugs": ([10], [0.2])}
+    plt.close("all")
 
 
 def test_the_command_writes_what_python_finds(file, tmp_path) -> None:

@@ -125,7 +125,7 @@ class Visit:
         self.drawn()
         return self.page.locator(f"[data-chart='{label}'] .chart").evaluate(
             "place => place.data.map(one => ({x: [...(one.x ?? [])], y: [...(one.y ?? [])], z: one.z, name: one.name,"
-            " error: [...((one.error_x ?? one.error_y)?.array ?? [])]}))"
+            " text: one.text, error: [...((one.error_x ?? one.error_y)?.array ?? [])]}))"
         )
 
     def close(self):

@@ -1,5 +1,6 @@
 """Lenses against loops over the modules of each family, an independent optimiser, and interrupted training."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import scipy.optimize
@@ -246,9 +247,14 @@ def test_a_text_is_read_as_tables_and_a_heat_map(model, learning):
             assert rows["prediction"].tolist() == [chr(ord("a") + int(token)) for token in best.indices]
             assert rows["token"].tolist() == ["badge"[t]] * 3
     assert reading.grid().shape == (3, 4)
-    axes = reading.plot()
+    axes = plt.figure().subplots()
+    assert reading.plot(axes) is axes
     shown = [text.get_text() for text in axes.texts]
     assert shown == [word for row in reading.grid().to_numpy() for word in row]
+    plt.close("all")
+    assert all(f"<td>{word}</td>" in reading._repr_html_() for word in shown)
+    assert "Lens of kind" in made._repr_html_()
+    assert f"<td>{made.facts['weights']}</td>" in made._repr_html_()
     numbers = made.read(ids[0], top=1)
     assert set(numbers.table["token"]) == {"0", "3", "6", "4"}
 

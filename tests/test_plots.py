@@ -1,5 +1,7 @@
 """Figures and tables for notebooks show the numbers they are made from."""
 
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -125,6 +127,21 @@ def test_a_new_figure_is_made_without_axes(run):
     axes = coar.load(run.path, "ridge").plot_layers()
     assert plt.get_fignums() == [*before, axes.figure.number]
     plt.close(axes.figure)
+
+
+def test_notebooks_show_a_run(tmp_path):
+    made = make(tmp_path / "<b>.zarr", linear(weights()), masks=60, test_masks=30)
+    assert repr(made).endswith("<b>.zarr': 12 components, 20 examples)")
+    shown = made._repr_html_()
+    assert "&lt;b&gt;.zarr" in shown
+    assert "<b>" not in shown
+    for name, value in (
+        ("components", "12 "),
+        ("examples", "20<"),
+        ("test masks at", "30<"),
+        ("train masks at", "60<"),
+    ):
+        assert re.search(f"<th>{name}.*?</th><td>{value}", shown)
 
 
 def test_notebooks_show_tables(run):

@@ -1,5 +1,6 @@
 """Causal tracing against hooks on one fact and one cell at a time, and on a model whose facts sit in a known layer."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -234,10 +235,18 @@ def test_partners_are_exchanged_position_by_position(model):
 
 def test_the_grid_is_drawn_and_its_concentration_counted(model):
     found = coar.trace(model, prompts(model), corruption="mean", windows=(1, 3), progress=False)
-    figure = found.plot()
-    drawn = [ax.images[0].get_array() for ax in figure.axes if ax.images]
-    assert [grid.shape for grid in drawn] == [(2, edge_oracle.LAYERS)] * 6
-    np.testing.assert_allclose(np.concatenate([grid.ravel() for grid in drawn]), found.table["aie"])
+    axes = plt.figure().subplots()
+    assert found.plot(axes) is axes
+    (drawn,) = axes.images
+    assert drawn.get_array().shape == (3 * 2 * 2, edge_oracle.LAYERS)
+    np.testing.assert_allclose(drawn.get_array().ravel(), found.table["aie"])
+    assert [label.get_text() for label in axes.get_yticklabels()][:3] == [
+        "attention, subject last",
+        "attention, last",
+        "attention x 3, subject last",
+    ]
+    plt.close("all")
+    assert f"<td>{found.table['aie'][: edge_oracle.LAYERS].max():.3f}</td>" in found._repr_html_()
     one = found.concentration(1)
     assert len(one) == 3 * 2 * 2
     for row in one.itertuples():

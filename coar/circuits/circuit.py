@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import nn
 
+from coar.charts import html_facts
+from coar.circuits.figures import DRAWN, draw_circuit
 from coar.components.edges import ARROW, edges, nodes
 from coar.components.layers import unwrapped
 from coar.components.table import Components
@@ -22,7 +24,11 @@ from coar.examples import device_of
 from coar.gates.gates import Gates
 from coar.weights import weights_fingerprint
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 FORMAT = 1
+HTML_ROWS = 12  # edges that a notebook shows
 TABLES: dict[str, Callable[[nn.Module], Components]] = {  # by name: the finder of a model's whole table
     "edges": lambda model: edges(model, causal=False),  # of a causal model, the same as with causal=True
     "edges without ports": lambda model: edges(model, ports=False, causal=False),
@@ -114,6 +120,37 @@ class Circuit:
         found = np.zeros(self.size, dtype=bool)
         found[rows] = True
         return found
+
+    def plot(self, model: nn.Module | None = None, ax: "Axes | None" = None) -> "Axes":
+        """Draw the circuit from the embedding below to the output above; return the axes.
+
+        Edges into queries, keys and values have different colours.
+
+        Args:
+            model: Its model, to draw keys and values that several heads share into these heads. Without it, groups of
+                heads that share them are nodes of their own, such as `L0.G0`.
+            ax: Matplotlib axes; by default those of a new figure.
+
+        Raises:
+            CircuitError: When the circuit has too many edges to be seen, or consists of nodes.
+        """
+        if not self.is_drawable:
+            raise CircuitError(
+                f"a drawing shows at most {DRAWN} edges, and this circuit has {len(self)} {self.table}; draw a "
+                f"smaller circuit of edges"
+            )
+        return draw_circuit(ax, self.edges, model)
+
+    @property
+    def is_drawable(self) -> bool:
+        """Whether `plot` can draw the circuit."""
+        return len(self) <= DRAWN and self.table != "nodes"
+
+    def _repr_html_(self) -> str:
+        more = f", and {len(self) - HTML_ROWS} more" if len(self) > HTML_ROWS else ""
+        names = ", ".join(self.edges[:HTML_ROWS])
+        facts = {"nodes": len(self.nodes()), "ablation": self.ablation, "edges": names + more}
+        return html_facts(f"Circuit of {len(self)} of {self.size} {self.table}, by {self.method}", facts)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[Gates]:

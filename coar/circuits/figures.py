@@ -1,69 +1,58 @@
 """Figures of circuits: divergence by the number of edges, and a drawing of a small circuit, layer by layer."""
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
 from torch import nn
 
-from coar.circuits.circuit import Circuit
+from coar.charts import axes_or_new, colours, tidy
 from coar.components.decoder import find_decoder
 from coar.components.edges import ARROW
-from coar.errors import CircuitError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")  # Paul Tol's bright scheme
 PORTS = {"q": "#4477aa", "k": "#ee6677", "v": "#228833"}  # colours of edges into queries, keys and values
 OTHER = "#777777"
 DRAWN = 150  # most edges of a drawing
 
 
-def sizes_figure(table: "pd.DataFrame") -> Figure:
+def draw_sizes(ax: "Axes | None", table: "pd.DataFrame") -> "Axes":
     """Draw the KL divergence on held-out examples against the number of edges, one line per method.
 
     Args:
+        ax: Where to draw; None for a new figure.
         table: Columns `method`, `edges` and `kl`.
     """
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for number, (method, rows) in enumerate(table.groupby("method", sort=False)):
-        ordered = rows.sort_values("edges")
-        colour = COLOURS[number % len(COLOURS)]
+    axes = axes_or_new(ax, width=6.5, height=4.5)
+    methods = list(dict.fromkeys(table["method"]))
+    for colour, method in zip(colours(len(methods)), methods, strict=True):
+        ordered = table[table["method"] == method].sort_values("edges")
         axes.plot(ordered["edges"], ordered["kl"], marker="o", color=colour, label=str(method))
     axes.set(xlabel="edges of the circuit", ylabel="held-out KL divergence (nats)", xscale="log", yscale="log")
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure
+    return tidy(axes)
 
 
-def circuit_figure(circuit: Circuit, model: nn.Module) -> Figure:
-    """Draw a circuit from the embedding below to the output above, one row for heads and one for the MLP of a layer.
+def draw_circuit(ax: "Axes | None", edges: Sequence[str], model: nn.Module | None) -> "Axes":
+    """Draw edges from the embedding below to the output above, one row for heads and one for the MLP of a layer.
 
-    Edges into queries, keys and values have different colours. Keys and values of a group are drawn into all of its
-    heads that the circuit has.
+    Edges into queries, keys and values have different colours.
 
     Args:
-        circuit: The circuit.
-        model: Its model, which says which heads a reader belongs to.
-
-    Raises:
-        CircuitError: When the circuit has too many edges to be seen, or consists of nodes.
+        ax: Where to draw; None for a new figure.
+        edges: Labels of edges, such as `L0.H1 -> L1.mlp`.
+        model: The model of the edges: keys and values that several heads share are drawn into all of these heads that
+            write along an edge. Without it they are nodes of their own, such as `L0.G0`.
     """
-    if len(circuit) > DRAWN or circuit.table == "nodes":
-        raise CircuitError(
-            f"a drawing shows at most {DRAWN} edges, and this circuit has {len(circuit)} {circuit.table}; draw a "
-            f"smaller circuit of edges"
-        )
-    pairs = [tuple(name.split(ARROW)) for name in circuit.edges]
-    ends = _ends(circuit, model)
+    pairs = [(name.partition(ARROW)[0], name.partition(ARROW)[2]) for name in edges]
+    ends = _own_ends(pairs) if model is None else _ends({writer for writer, _ in pairs}, model)
     labels = dict.fromkeys([writer for writer, _ in pairs] + [end for _, reader in pairs for end in ends[reader]])
     places = _places(list(labels))
     rows = len({y for _, y in places.values()})
-    figure = Figure(figsize=(9, max(3.0, 0.55 * rows)), layout="constrained")
-    axes = figure.subplots()
+    axes = axes_or_new(ax, width=9, height=max(3.0, 0.55 * rows))
     for writer, reader in pairs:
         colour = PORTS.get(reader.rpartition(".")[2], OTHER)
         for end in ends[reader]:
@@ -78,12 +67,17 @@ def circuit_figure(circuit: Circuit, model: nn.Module) -> Figure:
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.set(xlim=(-0.6, 0.6), ylim=(-0.6, rows - 0.4))
     axes.set_axis_off()
-    return figure
+    return axes
 
 
-def _ends(circuit: Circuit, model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return, for each reader, the writers of the circuit that compute from it; the last reader stands for itself."""
-    own, found = set(circuit.nodes()), {}
+def _own_ends(pairs: Sequence[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+    """Return, for each reader, the node that it is a port of: `L1.H0` for `L1.H0.q`."""
+    return {reader: (re.sub(r"\.[qkv]$", "", reader),) for _, reader in pairs}
+
+
+def _ends(own: set[str], model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return, for each reader, those of some writers that compute from it; the last reader stands for itself."""
+    found: dict[str, tuple[str, ...]] = {}
     for reading in find_decoder(model, causal=False).readings:
         for label, feeds in zip(reading.labels, reading.feeds, strict=True):
             there = tuple(writer for writer in feeds if writer in own) or (feeds or (label,))

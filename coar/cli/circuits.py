@@ -28,9 +28,10 @@ def circuit(
     """Find circuits of several sizes by several methods, and judge them on held-out prompts."""
     from coar.circuits.comparing import compare_methods
     from coar.circuits.evaluator import CircuitEvaluator
-    from coar.circuits.figures import DRAWN, circuit_figure, sizes_figure
+    from coar.circuits.figures import draw_sizes
     from coar.forward.execution_plan import Precision
     from coar.pipeline import load_pipeline
+    from coar.report import save_figure
     from coar.store.run import Run
 
     sizes = _numbers(edges)
@@ -58,14 +59,14 @@ def circuit(
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         found.table.to_csv(files[0], index=False)
-        sizes_figure(found.table).savefig(files[1], dpi=130)
+        save_figure(draw_sizes(None, found.table), files[1])
         for (method, size), made in found.circuits.items():
             files.append(folder / f"{method}-{size}.json")
             made.save(files[-1])
         smallest = found.circuits[names[0], min(sizes)]
-        if len(smallest) <= DRAWN and smallest.table != "nodes":
+        if smallest.is_drawable:
             files.append(folder / f"{names[0]}-{min(sizes)}.png")
-            circuit_figure(smallest, study.model).savefig(files[-1], dpi=130)
+            save_figure(smallest.plot(study.model), files[-1])
     written(files)
 
 

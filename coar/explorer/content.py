@@ -13,6 +13,7 @@ from coar.errors import IncompleteRunError, RunError
 from coar.evaluation import Evaluation, evaluate
 from coar.explorer.activations import Computed, compute, first_kernels
 from coar.explorer.edits import edits_of
+from coar.explorer.language import language_of
 from coar.explorer.looks import looks_of, sheet
 from coar.explorer.packing import floats, plain, steps, table
 from coar.explorer.part import Part, part_of, whole_part
@@ -44,7 +45,7 @@ def gather(
 
     Args:
         run: The run.
-        folder: Its reports folder, where edits are.
+        folder: Its reports folder, where edits are, and circuits, traces and lenses may be.
         fit: Name of the fit; by default the best one.
         source: The pipeline; None without one.
         evaluation: The evaluation of the run; by default it is computed.
@@ -76,12 +77,21 @@ def gather(
         "run": str(run.path),
         "notes": notes,
     }
+    made |= language_of(_folders(folder, source), run, notes)
     made["edits"] = edits_of(folder, made["components"]["names"], attributions, source)
     if attributions is not None and name is not None:
         made["fit"] = _fit(attributions, name, part, run)
     if evaluation is not None:
         made["evaluation"] = _scores(evaluation, part)
     return made
+
+
+def _folders(folder: Path, source: Source | None) -> list[Path]:
+    """Return the reports folder, and those into which the commands of language models write by default."""
+    if source is None or source.file is None:
+        return [folder]
+    name = source.file.stem
+    return [folder, *(folder.parent / one for one in (name, f"{name}-circuit") if folder.parent / one != folder)]
 
 
 def default_fit(run: Run) -> str | None:

@@ -15,7 +15,7 @@ from coar.explorer.source import Source
 from coar.store.run import Run
 
 BASE = ("data", "page", "charts", "live")
-VIEWS = ("examples", "example", "component", "whatif", "edits", "evaluation")
+VIEWS = ("examples", "example", "component", "whatif", "edits", "evaluation", "language")
 
 
 def write_page(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coar.charts import html_facts
 from coar.errors import SettingsError, StorageError, WeightsError
 from coar.examples import Examples
 from coar.forward.devices import choose_device
@@ -157,6 +158,9 @@ class Lens:
         """
         self._own(layer)
         return steering(self._stack, lambda x: self.logits(x, layer), texts, layer, directions, count, kl, seed)
+
+    def _repr_html_(self) -> str:
+        return html_facts(f"Lens of kind {self.kind}, of layers {self.layers[0]} to {self.layers[-1]}", self.facts)
 
     def save(self, folder: str | Path) -> None:
         """Write the lens into a folder, as `lens.safetensors` and `lens.json`.

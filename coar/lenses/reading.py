@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from matplotlib.figure import Figure
 from torch import Tensor
+
+from coar.charts import axes_or_new, html_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,20 +73,23 @@ class LensReading:
         wide = first.pivot_table(index="layer", columns="position", values="prediction", aggfunc="first", sort=False)
         return wide.reindex(list(dict.fromkeys(self.table["layer"])))
 
+    def _repr_html_(self) -> str:
+        words = dict(zip(self.table["position"], self.table["token"], strict=True))
+        return html_table(self.grid().rename(columns=words).reset_index())
+
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw a heat map of the largest probability, with the most probable next token in each cell.
 
         Args:
-            ax: Where to draw; by default, a new figure that fits the text.
+            ax: Matplotlib axes; by default those of a new figure that fits the text.
         """
         first = self.table[self.table["rank"] == 1]
         layers = list(dict.fromkeys(self.table["layer"]))
         wide = first.pivot_table(index="layer", columns="position", values="probability", sort=False).reindex(layers)
         shares, words = wide.to_numpy(), self.grid().to_numpy()
         given = dict(zip(first["position"], first["token"], strict=True))
-        if ax is None:
-            size = (max(5.0, 0.75 * shares.shape[1] + 1.5), max(3.0, 0.28 * shares.shape[0] + 1.2))
-            ax = Figure(figsize=size, layout="constrained").subplots()
+        width, height = max(5.0, 0.75 * shares.shape[1] + 1.5), max(3.0, 0.28 * shares.shape[0] + 1.2)
+        ax = axes_or_new(ax, width=width, height=height)
         image = ax.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower")
         for row in range(shares.shape[0]):
             for column in range(shares.shape[1]):

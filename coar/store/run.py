@@ -12,6 +12,7 @@ import zarr
 from zarr.core.group import AsyncGroup, GroupMetadata
 from zarr.storage import StorePath
 
+from coar.charts import html_facts
 from coar.components.table import Component, Components, read_component
 from coar.errors import CorruptRunError, IncompleteRunError, MismatchError, RunError
 from coar.sampling import Sampler, sampler_from_settings
@@ -146,6 +147,23 @@ class Run:
             raise CorruptRunError(
                 f"the attributes of the run at {place} are damaged ({error!r}); restore its zarr.json from a copy"
             ) from error
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}: {self.n_components} components, {self.n_examples} examples)"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            f"{part.split} masks at {part.ablated_fraction:g}": self.plan.count(part.split, part.ablated_fraction)
+            for part in self.plan.segments
+        }
+        kinds = dict.fromkeys(component.kind for component in self.components)
+        facts = {
+            "components": f"{self.n_components:,} ({', '.join(kinds)})",
+            "examples": f"{self.n_examples:,}",
+            "output": self.fingerprint["output"]["name"],
+            "ablation": self.fingerprint["ablation"]["name"],
+        }
+        return html_facts(str(self.path), {**facts, **rows})
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from coar.charts import html_table, share_grid
 from coar.errors import ExamplesError, SettingsError
 from coar.examples import Examples
 from coar.forward.devices import choose_device
@@ -20,6 +20,7 @@ from coar.tracing.restoring import KINDS, Cell, Restoring
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)
@@ -67,25 +68,29 @@ class Trace:
             rows.append({"kind": kind, "window": window, "place": place, "share": share, "best": best})
         return pd.DataFrame(rows)
 
-    def plot(self) -> "Figure":
-        """Draw a heat map of the effect over layers and places for each kind and window."""
-        pairs = list(dict.fromkeys(zip(self.table["kind"], self.table["window"], strict=True)))
-        layers = self.table["layer"].nunique()
-        size = (max(6.0, 0.3 * layers + 2), 1.9 * len(pairs) + 0.6)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(len(pairs), 1, squeeze=False, sharex=True)
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw a heat map of the effect: a row per kind, window and place, a column per layer; return the axes.
+
+        Args:
+            ax: Matplotlib axes; by default those of a new figure.
+        """
+        rows = ["kind", "window", "place"]
+        wide = self.table.pivot_table(index=rows, columns="layer", values="aie", sort=False)
+        names = [
+            f"{kind}{f' x {window}' if window > 1 else ''}, {str(place).replace('_', ' ')}"
+            for kind, window, place in wide.index
+        ]
+        layers = [str(layer) for layer in wide.columns]
         most = max(0.05, float(self.table["aie"].max()))
-        for ax, (kind, window) in zip(axes[:, 0], pairs, strict=True):
-            own = self.table[(self.table["kind"] == kind) & (self.table["window"] == window)]
-            wide = own.pivot_table(index="place", columns="layer", values="aie", sort=False)
-            image = ax.imshow(wide.to_numpy(), cmap="cividis", vmin=0, vmax=most, aspect="auto")
-            ax.set_yticks(range(len(wide.index)), [str(place).replace("_", " ") for place in wide.index])
-            ax.set_title(f"{kind}, windows of {window}" if window > 1 else str(kind), loc="left", fontsize=10)
-        step = max(1, layers // 15)
-        axes[-1, 0].set_xticks(range(0, layers, step), [str(layer) for layer in wide.columns[::step]])
-        axes[-1, 0].set_xlabel("layer")
-        figure.colorbar(image, ax=list(axes[:, 0]), label="average indirect effect")
-        return figure
+        label = "average indirect effect"
+        return share_grid(ax, names, layers, wide.to_numpy(), most=most, xlabel="layer", label=label)
+
+    def _repr_html_(self) -> str:
+        best = self.table.loc[self.table.groupby(["kind", "window", "place"], sort=False)["aie"].idxmax()]
+        scored = self.per_fact["fact"].nunique()
+        return (
+            f"<p>Causal trace, {scored} facts scored, corruption {self.corruption}; best layers:</p>{html_table(best)}"
+        )
 
 
 def trace(

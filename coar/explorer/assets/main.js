@@ -2,7 +2,11 @@
 
 const views = {
   examples: ["Examples", examplesView], example: ["One example", exampleView], component: ["One component", componentView],
-  whatif: ["What if", whatifView], edits: ["Edits", editsView], evaluation: ["Evaluation", evaluationView], about: ["About", aboutView],
+  whatif: ["What if", whatifView], edits: ["Edits", editsView],
+  ...(content.circuits ? { circuits: ["Circuits", circuitsView] } : {}),
+  ...(content.traces ? { traces: ["Traces", tracesView] } : {}),
+  ...(content.lenses ? { lenses: ["Lenses", lensesView] } : {}),
+  evaluation: ["Evaluation", evaluationView], about: ["About", aboutView],
 };
 const last = { name: "examples", argument: undefined };
 const addresses = new Map(Object.keys(views).map((name) => [name, name]));
