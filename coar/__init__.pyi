@@ -82,6 +82,9 @@ from .outputs.tokens import ChoiceMargin as ChoiceMargin
 from .outputs.tokens import LogitDifference as LogitDifference
 from .outputs.tokens import TokenLogProbability as TokenLogProbability
 from .outputs.tokens import TokenMargin as TokenMargin
+from .published import PublishedSetup as PublishedSetup
+from .published import export_published as export_published
+from .published import import_published as import_published
 from .regression.fitting import fit as fit
 from .regression.fitting import fit_share as fit_share
 from .sampling import BernoulliSampler as BernoulliSampler

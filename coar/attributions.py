@@ -225,6 +225,11 @@ class Attributions:
         return self._read("intercept", slice(None))
 
     @property
+    def has_penalty(self) -> bool:
+        """Whether the fit has penalties."""
+        return "penalty" in self._source.fields()
+
+    @property
     def penalty(self) -> np.ndarray:
         """(examples,) float32 ridge penalties."""
         return self._read("penalty", slice(None))
@@ -441,11 +446,15 @@ def load(path: str | Path, fit: str | None = None) -> Attributions:
     if os.path.isfile(os.path.expanduser(path)):
         return Attributions.from_safetensors(path)
     run = Run.open(path)
-    found = finished_fits(run)
-    fitted = {name: record for name, record in found.items() if record.masks or record.gradients}  # not baselines
+    return Attributions.open(run, fit or best_fit(run))
+
+
+def best_fit(run: Run) -> str:
+    """Return the name of the fit that `load` chooses from a run; `ridge` when the run has none."""
+    fitted = {name: record for name, record in finished_fits(run).items() if not record.of_baseline}
     scores = {name: -1.0 if record.validation is None else record.validation for name, record in fitted.items()}
     usual = sorted((name for name in PREFERRED if name in fitted), key=lambda name: -scores[name])
-    return Attributions.open(run, fit or next(iter([*usual, *fitted]), "ridge"))
+    return next(iter([*usual, *fitted]), "ridge")
 
 
 def mean_standard_errors(attributions: Attributions, rows: np.ndarray) -> np.ndarray:

@@ -20,8 +20,14 @@ def describe(run: Run) -> dict[str, str]:
     units = len(run.units()) + len(mask_gradients.units())
     preflight = run.facts.preflight
     accepted = {f"accepted: {check}": seen for check, seen in preflight.accepted.items()} if preflight else {}
+    imported = run.published
+    source = {} if imported is None else {"published": f"{imported.setup}, {imported.dtype}, from {imported.file}"}
+    if imported is not None and imported.not_finite:
+        zero = f"weights of {len(imported.zeroed)} components 0" if imported.zeroed else ""
+        source["not finite"] = f"{imported.not_finite} numbers; {zero or f'{len(imported.left_out)} examples left out'}"
     return {
         "run": str(run.path),
+        **source,
         "components": repr(run.components).removeprefix("Components(").removesuffix(")"),
         "examples": str(run.n_examples),
         "masks": ", ".join(dict.fromkeys(counts)) or "none",

@@ -5,7 +5,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,13 +68,38 @@ class Pipeline:
             raise PipelineError(
                 f"study() in {self.path} takes no {min(unknown)!r}; leave that option out, or add it to the function"
             )
-        made = define(**given)
+        return self._made("study", **given)
+
+    def _made(self, name: str, **options: Any) -> Study:
+        made = _function(self.path, self.module, name)(**options)
         if not isinstance(made, Study):
-            raise PipelineError(f"study() in {self.path} returned a {type(made).__name__}; it must return a coar.Study")
+            raise PipelineError(
+                f"{name}() in {self.path} returned a {type(made).__name__}; it must return a coar.Study"
+            )
         return made
 
+    def published(self) -> Study:
+        """Return the file's study of published attributions.
+
+        Raises:
+            PipelineError: When the file defines no `published`, or it returns something other than a study.
+        """
+        return self._made("published")
+
     def study_of(self, run: Run) -> Study:
-        """Define the study of a run again, with those of the run's settings that the file's `study` takes."""
+        """Define the study of a run again, with those of the run's settings that the file's `study` takes.
+
+        For a run that was imported with this file, it is the study of published attributions on the run's examples.
+        """
+        imported = run.published
+        if imported is not None:
+            study = self.published()
+            left = set(imported.left_out)
+            if left:
+                kept = [i for i in range(len(study.examples)) if i not in left]
+                study = replace(study, examples=study.examples.subset(kept))
+            run.check(study.fingerprint())
+            return study
         sampler, ablation = run.fingerprint["sampler"], run.fingerprint["ablation"]["name"]
         options = {
             "ablation": LABELS.get(ablation),
@@ -158,11 +183,12 @@ def load_pipeline(path: str | Path) -> Pipeline:
     A pipeline file is the user's own trusted code. It defines `study(*, ablation, ablated_fraction, seed)`, with
     any of these options, which returns a `coar.Study`. For edits it defines `judge()`, which returns `coar.Examples`
     that no choice has seen, and optionally `choosing()`, which returns further examples to choose on, and `GOAL`, a
-    `coar.EditGoal`. For traces it defines `facts()`, which returns `coar.Examples` with answers and the positions of
-    subjects. For lenses it defines `texts()`, which returns texts to train on and held-out ones, and `tokenizer()`. For
-    pages it may define `show(example)`, which returns the look of one example from its inputs. `MASKS`, `GRADIENTS`,
-    `TEST_MASKS` and `TEST_FRACTIONS` set what is collected by default. `COMPARISON` names a JSON file with the measured
-    costs of two fits.
+    `coar.EditGoal`. For imports it defines `published()`, which returns the study of published attributions. For traces
+    it defines `facts()`, which returns `coar.Examples` with answers and the positions of subjects. For lenses it
+    defines `texts()`, which returns texts to train on and held-out ones, and `tokenizer()`. For pages it may define
+    `show(example)`, which returns the look of one example from its inputs. `MASKS`, `GRADIENTS`, `TEST_MASKS` and
+    `TEST_FRACTIONS` set what is collected by default. `COMPARISON` names a JSON file with the measured costs of two
+    fits.
 
     Raises:
         PipelineError: When the file is missing, fails to import, or defines no `study`.

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -59,22 +60,36 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             return load_file(file)
         except SafetensorError as error:
             raise WeightsError(f"{file} is not a complete safetensors file ({error}); get it again") from None
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # damaged files raise many types of errors
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(
-            f"{file} is damaged or holds more than tensors, such as a whole pickled model ({first}); it is not read, "
-            f"because unpickling can run code: save model.state_dict() as safetensors instead"
-        ) from None
+    state = read_pickle(file, remedy="save model.state_dict() as safetensors instead")
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise WeightsError(f"{file} holds no state dict of tensors; save model.state_dict() as safetensors instead")
     return state
+
+
+def read_pickle(file: Path, *, remedy: str, mapped: bool = False) -> Any:
+    """Read a file that `torch.save` has written, if it holds only tensors, numbers, texts, lists and dicts.
+
+    Args:
+        file: The file.
+        remedy: What to do about a file that is refused, in words.
+        mapped: Map the file into memory instead of reading all of it; files of torch before 1.6 are read.
+
+    Raises:
+        WeightsError: When the file is damaged or holds other objects.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(file))
+    except OSError:
+        raise
+    except Exception as error:  # damaged files raise many types of errors
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(
+            f"{file} is damaged or holds more than tensors, such as a whole pickled model ({first}); it is not read, "
+            f"because unpickling can run code: {remedy}"
+        ) from None
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:

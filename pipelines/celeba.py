@@ -88,6 +88,11 @@ def study(
     return photographs.study(model(training_seed), collection(), **options)
 
 
+def published() -> coar.Study:
+    """Define the study of the published attributions, of the split that COAR_CELEBA_PUBLISHED names."""
+    return photographs.published("celeba", model(), collection())
+
+
 def choosing() -> coar.Examples:
     """Return up to 100 further validation pictures of each group, to choose edits on."""
     return collection().examples("validation", of_each=photographs.CHOOSING)

@@ -43,7 +43,10 @@ class Validation:
     def examples(self, part: Part) -> coar.Examples:
         """Return a part of the pictures, in a fixed order that mixes the classes."""
         order = np.random.default_rng(0).permutation(len(self.labels))
-        rows = np.sort(order[np.isin(np.arange(len(order)) % 8, EIGHTHS[part])][: MOST[part]])
+        return self.at(np.sort(order[np.isin(np.arange(len(order)) % 8, EIGHTHS[part])][: MOST[part]]))
+
+    def at(self, rows: np.ndarray) -> coar.Examples:
+        """Return the pictures at given rows."""
         return coar.Examples(
             inputs=self.inputs(rows),
             targets=torch.from_numpy(self.labels[rows]),
@@ -70,6 +73,19 @@ class Normalised(Dataset[Tensor]):
             normalize(picture / 255, self.preset.mean, self.preset.std)
             for picture in self.pictures.__getitems__(indices)
         ]
+
+
+def published(net: nn.Module, kind: str, components: coar.Components, *, step: int) -> coar.Study:
+    """Return the study of the attributions that Shah et al. (2024) publish, of every picture or of one in `step`."""
+    found = validation(preset(kind))
+    return coar.Study(
+        model=net,
+        examples=found.at(np.arange(0, len(found.labels), step)),
+        components=components,
+        output=coar.CorrectClassMargin(against="largest"),
+        ablation=coar.ZeroWeight(),
+        sampler=coar.BernoulliSampler(ablated_fraction=0.05),
+    )
 
 
 def classes() -> int:

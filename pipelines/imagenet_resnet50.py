@@ -46,6 +46,12 @@ def study(*, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int =
     )
 
 
+def published() -> coar.Study:
+    """Define the study of the published attributions, of all pictures in the order of their files."""
+    net = imagenet.model(NAME, kind())
+    return imagenet.published(net, kind(), coar.conv_filters(net, exclude="*.downsample.*"), step=1)
+
+
 def choosing() -> coar.Examples:
     """Return further pictures to choose edits on."""
     return examples("choosing")

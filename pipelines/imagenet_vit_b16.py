@@ -65,6 +65,12 @@ def study(*, ablation: str = "zero", ablated_fraction: float = 0.10, seed: int =
     )
 
 
+def published() -> coar.Study:
+    """Define the study of the published attributions, of every tenth picture in the order of their files."""
+    net = imagenet.model(NAME, kind())
+    return imagenet.published(net, kind(), components(net), step=10)
+
+
 def choosing() -> coar.Examples:
     """Return further pictures to choose edits on."""
     return examples("choosing")

@@ -196,3 +196,22 @@ def study(model: nn.Module, collection: Collection, *, ablation: str, ablated_fr
         ablated_fraction=ablated_fraction,
         seed=seed,
     )
+
+
+def published(name: str, model: nn.Module, collection: Collection) -> coar.Study:
+    """Return the study of the attributions that Shah et al. (2024) publish for a data set.
+
+    Raises:
+        SettingsError: When COAR_<NAME>_PUBLISHED names no split of the published files; without it, it is `test`.
+    """
+    split = os.environ.get(f"COAR_{name.upper()}_PUBLISHED", "test")
+    if split not in ("train", "test"):
+        raise coar.errors.SettingsError(f"COAR_{name.upper()}_PUBLISHED is {split!r}; choose train or test")
+    return coar.Study(
+        model=model,
+        examples=collection.examples(split),
+        components=coar.conv_filters(model, exclude="*.downsample.*"),
+        output=coar.CorrectClassMargin(against="largest"),
+        ablation=coar.ZeroWeight(),
+        sampler=coar.BernoulliSampler(ablated_fraction=0.05),
+    )

@@ -112,3 +112,15 @@ WIRINGS = {  # with the batch norm that alone reads a convolution's output, for 
     "changed in place": (lambda net, x: net.norm(torch.relu_(net.one(x))) + net.other(net.two(x)), {"two": "other"}),
     "shifted in place": (lambda net, x: net.norm(net.one(x).add_(0.5)) + net.other(net.two(x)), {"two": "other"}),
 }
+
+
+class OneStage(nn.Module):
+    """The net on CIFAR-10 of the paper's authors: nine convolutions of 256 filters (their mini_resnet.py)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.linear = nn.Conv2d(3, 256, 3), nn.Linear(4096, 10)
+        convolutions = lambda: {"conv1": nn.Conv2d(256, 256, 3), "conv2": nn.Conv2d(256, 256, 3)}  # noqa: E731
+        self.layer = nn.Sequential(*[nn.ModuleDict(convolutions()) for _ in range(4)])
+        for i, block in enumerate(self.layer):
+            setattr(self, f"block{i}", block)  # a second name, under which nothing may be found again

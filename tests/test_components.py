@@ -45,18 +45,6 @@ def test_counts_are_those_of_the_architecture(make, count):
     assert by_hand == count
 
 
-class OneStage(nn.Module):
-    """The net on CIFAR-10 of the paper's authors: nine convolutions of 256 filters (their mini_resnet.py)."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.linear = nn.Conv2d(3, 256, 3), nn.Linear(4096, 10)
-        convolutions = lambda: {"conv1": nn.Conv2d(256, 256, 3), "conv2": nn.Conv2d(256, 256, 3)}  # noqa: E731
-        self.layer = nn.Sequential(*[nn.ModuleDict(convolutions()) for _ in range(4)])
-        for i, block in enumerate(self.layer):
-            setattr(self, f"block{i}", block)  # a second name, under which nothing may be found again
-
-
 def gpt2_small():
     return transformers.GPT2Model(transformers.GPT2Config())
 
@@ -67,7 +55,7 @@ def vit_components(model):
 
 
 PUBLISHED = {  # the counts of Shah et al. 2024, and the call that gives each
-    "CIFAR-10": (OneStage, lambda model: coar.conv_filters(model, include="*conv*"), 2_304),
+    "CIFAR-10": (nets.OneStage, lambda model: coar.conv_filters(model, include="*conv*"), 2_304),
     "ResNet-50": (resnet50, lambda model: coar.conv_filters(model, exclude="*.downsample.*"), 22_720),
     "ResNet-50 by name": (resnet50, lambda model: coar.conv_filters(model, include="*conv*"), 22_720),
     "ResNet-50 with shortcuts": (resnet50, coar.conv_filters, 22_720 + 256 + 512 + 1024 + 2048),

@@ -1,6 +1,6 @@
 """The command line: every command is one call of the package."""
 
-from coar.cli import all_steps, circuits, collecting, editing, fitting, inspecting, language, starting
+from coar.cli import all_steps, circuits, collecting, editing, fitting, inspecting, language, sharing, starting
 from coar.cli.common import app
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "inspecting",
     "language",
     "main",
+    "sharing",
     "starting",
 ]
 

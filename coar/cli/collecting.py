@@ -111,12 +111,20 @@ def collect(
     from coar.collection.collect import collect as collect_run
     from coar.collection.execution import Execution
     from coar.pipeline import load_pipeline
+    from coar.published import is_imported
+    from coar.store.run import Run
 
     if log_file is not None:
         log_into(log_file)
     loaded = load_pipeline(pipeline)
     chosen = {"ablation": ablation, "ablated_fraction": ablated_fraction, "seed": seed}
-    study, build = loaded.study(**chosen), partial(_study, pipeline.absolute(), chosen)
+    imported = run is not None and is_imported(run)
+    if run is not None and imported:
+        if any(value is not None for value in chosen.values()):
+            raise SettingsError(f"{run} was imported, which sets ablation, fraction and seed; leave those options out")
+        study, build = loaded.study_of(Run.open(run)), partial(_study_of, pipeline.absolute(), run)
+    else:
+        study, build = loaded.study(**chosen), partial(_study, pipeline.absolute(), chosen)
     path = run or Path("runs") / f"{loaded.name}-{study.ablation.label}.zarr"
     options: dict[str, Any] = {
         "worker": share(worker) or (1, 1),
@@ -141,7 +149,8 @@ def collect(
             )
         _print_run(_until(study, path, until, {"validation_masks": validation_masks, **options}))
         return
-    options |= {**loaded.sizes(masks, gradients), "validation_masks": validation_masks}
+    sizes = {"masks": masks or 0, "gradients": gradients or 0} if imported else loaded.sizes(masks, gradients)
+    options |= {**sizes, "validation_masks": validation_masks}
     _print_run(collect_run(study, path, **options))
 
 
@@ -210,6 +219,14 @@ def _study(pipeline: Path, options: dict[str, Any]) -> "Study":
     from coar.pipeline import load_pipeline
 
     return load_pipeline(pipeline).study(**options)
+
+
+def _study_of(pipeline: Path, run: Path) -> "Study":
+    """Build the study of an imported run; on a cluster each worker calls this."""
+    from coar.pipeline import load_pipeline
+    from coar.store.run import Run
+
+    return load_pipeline(pipeline).study_of(Run.open(run))
 
 
 def _numbers(text: str) -> list[float]:

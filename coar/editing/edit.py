@@ -23,6 +23,7 @@ from coar.examples import Examples
 from coar.gates.folding import Constant, added_parameters, check_permanent, fold
 from coar.model_code import differences, model_code
 from coar.model_copy import independent_copy
+from coar.store.run import UNKNOWN
 from coar.weights import read_state, save_state, state_fingerprint, weights_fingerprint
 
 if TYPE_CHECKING:
@@ -438,6 +439,11 @@ def edit_of(
     components = tuple(table[int(i)] for i in indices)
     values = tuple(_constant([flat[n] for n in table.channels_of([int(i)])]) for i in indices)
     for component, value in zip(components, values, strict=True):
+        if origin.weights == UNKNOWN and not np.isfinite(value).all():
+            raise EditError(
+                f"the bias of {component.name!r}, which stays when its weights are zeroed, is unknown, since the "
+                f"attributions were imported without a model; import the file again with --pipeline, or study="
+            )
         check_permanent(component, value)
     sites = {component.site for component in components}
     return Edit(

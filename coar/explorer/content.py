@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coar._version import __version__
-from coar.attributions import Attributions, load
+from coar.attributions import Attributions, best_fit
 from coar.components.table import Components
 from coar.description import describe
 from coar.errors import IncompleteRunError, RunError
@@ -97,10 +97,9 @@ def _folders(folder: Path, source: Source | None) -> list[Path]:
 def default_fit(run: Run) -> str | None:
     """Return the name of the fit that `load` chooses; of a run with baselines only, the first; None without any."""
     found = finished_fits(run)
-    if not any(record.masks or record.gradients for record in found.values()):
+    if all(record.of_baseline for record in found.values()):
         return next(iter(found), None)
-    chosen = load(str(run.path)).fit
-    return next(name for name, record in found.items() if record == chosen)
+    return best_fit(run)
 
 
 def _evaluation(run: Run, notes: list[str]) -> Evaluation | None:
@@ -118,7 +117,9 @@ def _examples(run: Run, part: Part, source: Source | None, computed: Computed | 
         "rows": part.examples.tolist(),
         "of": part.n_examples,
         "metadata": metadata,
-        "output": floats(run.column("base_output")[part.examples]),
+        "output": floats(
+            run.column("base_output")[part.examples] if len(run.plan) else np.full(len(metadata["id"]), np.nan)
+        ),
     }
     if source is not None:
         made |= looks_of(source.study.examples, part.examples, source.show).packed()

@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, StrictFloat, StrictInt, StrictStr, V
 
 from coar.errors import RunError
 
+PUBLISHED = "published"  # the method of a fit from an imported file, and the manifest's entry about the file
+
 
 class Record(BaseModel):
     """Base of stored records: frozen, with strict types; keys that other versions have stored are kept."""
@@ -83,6 +85,28 @@ class RunRecord(Record):
     preflight: PreflightRecord | None = None
 
 
+class PublishedRecord(Record):
+    """What an imported file says about its attributions.
+
+    Attributes:
+        setup: Name of the published setup.
+        file: Name of the file.
+        fit: Name of the fit that has the file's numbers.
+        dtype: Type of the file's weights, such as `float16`.
+        not_finite: Number of the file's numbers that are NaN or infinite.
+        left_out: Examples with such numbers that the run does not have, by their number in the file.
+        zeroed: Names of components with such weights, which are 0 in the run.
+    """
+
+    setup: StrictStr
+    file: StrictStr
+    fit: StrictStr
+    dtype: StrictStr
+    not_finite: StrictInt = 0
+    left_out: tuple[StrictInt, ...] = ()
+    zeroed: tuple[StrictStr, ...] = ()
+
+
 class PriorQualityRecord(Record):
     """The quality of an informed fit's weights before the correction by masks.
 
@@ -146,6 +170,11 @@ class FitRecord(FitLearned, FitRequest):  # the first base's fields come last, i
     def of(cls, request: FitRequest, learned: FitLearned | None = None) -> Self:
         """Return the record of a fit that is not validated yet."""
         return cls.read(request.stored() | (learned.stored() if learned else {}))
+
+    @property
+    def of_baseline(self) -> bool:
+        """Whether the fit is a baseline, which no training masks, mask gradients or published file have made."""
+        return not (self.masks or self.gradients or self.method == PUBLISHED)
 
     def answers(self, request: FitRequest) -> bool:
         """Return whether the fit was made by the same method from the same data."""

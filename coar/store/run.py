@@ -21,7 +21,7 @@ from coar.store.layout import Sizes
 from coar.store.lock import Lock, write_lock
 from coar.store.places import Address, locate, open_store
 from coar.store.plan import Plan, Unit
-from coar.store.records import PreflightRecord, RunRecord
+from coar.store.records import PUBLISHED, PreflightRecord, PublishedRecord, RunRecord
 from coar.store.sealed import RunStore
 from coar.store.state import ATTRIBUTE, begin, describe, end, read_manifest, state_of
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 2
+UNKNOWN = "unknown"  # what the fingerprint has for weights and examples that an imported file does not contain
 ACCEPTED = "accepted_code"  # the manifest's entry for other code that the user declared equivalent
 LISTED = 6  # changes of code in a message
 COMPONENT_FIELDS = Component._fields
@@ -270,6 +271,8 @@ class Run:
             lines += [f"  {one}" for one in changed[:LISTED]]
             lines += [f"  and {len(changed) - LISTED} more of the model's code"] if len(changed) > LISTED else []
             advice += "; if the changed code computes the same, accept it with coar.Run.open(path).accept_code(model)"
+        if mine.get("weights") == UNKNOWN:
+            advice = "the run was imported without a model; import the file into a new path with --pipeline, or study="
         raise MismatchError(
             f"this study is not the one that {self.path} was made for; these differ:\n"
             + "\n".join(lines)
@@ -402,6 +405,12 @@ class Run:
         """Return an optional entry of the run's manifest; None when there is none."""
         return self._manifest.get(name)
 
+    @property
+    def published(self) -> PublishedRecord | None:
+        """What the file says from which the run was imported; None for any other run."""
+        stored = self.entry(PUBLISHED)
+        return None if stored is None else PublishedRecord.read(stored)
+
     def add_checks(self, record: PreflightRecord) -> None:
         """Add outcomes of checks to those that the run keeps."""
         before = self.facts.preflight or PreflightRecord()
@@ -418,7 +427,11 @@ class Run:
     def require_complete(self) -> None:
         """Raise `IncompleteRunError` unless every unit is stored."""
         missing = self.missing_units()
-        if missing or not len(self.plan):
+        if not len(self.plan):
+            raise IncompleteRunError(
+                f"{self.path} has no masks; run 'coar collect' on it, with --test-masks to evaluate fits"
+            )
+        if missing:
             raise IncompleteRunError(
                 f"{len(missing)} of {len(self.units())} units of {self.path} have not been collected; run 'coar "
                 f"collect' again to finish the run"
