@@ -122,6 +122,28 @@ def accuracy_curves(ax: "Axes | None", curve: "pd.DataFrame", *, title: str, cou
     return tidy(axes)
 
 
+def accuracy_changes(ax: "Axes | None", table: "pd.DataFrame") -> "Axes":
+    """Draw accuracies of every `group` before (open) and after (filled), the latter with their intervals.
+
+    Args:
+        ax: The axes; None for new ones.
+        table: Columns `group`, `accuracy_before`, `accuracy_after`, and `low` and `high`, the interval after.
+    """
+    axes = axes_or_new(ax, height=1.0 + ROW * len(table))
+    places = np.arange(len(table))
+    before, after, low, high = (
+        100 * table[name].to_numpy() for name in ("accuracy_before", "accuracy_after", "low", "high")
+    )
+    axes.hlines(places, before, after, color="#bbbbbb", linewidth=2, zorder=1)
+    axes.errorbar(after, places, xerr=[after - low, high - after], fmt="o", color=FOR, capsize=2, label="after")
+    axes.plot(before, places, "o", markerfacecolor="white", markeredgecolor=AGAINST, label="before")
+    axes.set_yticks(places, [plain_text(name) for name in table["group"]])
+    axes.set(xlabel="accuracy (%)", xlim=(-3, 103))
+    axes.invert_yaxis()
+    axes.legend(frameon=False)
+    return tidy(axes)
+
+
 def colours(count: int) -> list[str]:
     """Return colours that colour-blind people can distinguish, repeated after the seventh."""
     return [COLOURS[i % len(COLOURS)] for i in range(count)]

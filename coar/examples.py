@@ -1,9 +1,12 @@
 """The examples of a study: inputs, targets and metadata columns of equal length."""
 
 import hashlib
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from pathlib import Path
+from typing import Any, Self, overload
 
 import numpy as np
 import torch
@@ -11,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from coar.errors import ExamplesError
+from coar.images import ImageFiles, ImageFolder, Transform
 from coar.inputs import Inputs, as_inputs, as_targets, batch_of
 
+log = logging.getLogger(__name__)
 UNREAD = -100  # the target of a position whose logits are not read, as in torch's cross entropy
 HASH_BLOCK = 256  # examples hashed at a time, so that a data set on disk is never in memory as a whole
 
@@ -42,6 +47,46 @@ class Examples:
     targets: Tensor
     metadata: Mapping[str, Sequence[Any] | np.ndarray] = field(default_factory=dict)
     positions: Mapping[str, Sequence[int] | np.ndarray | Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        *,
+        group: str | None = None,
+        label: str | None = None,
+        classes: Sequence[str] | None = None,
+        transform: Transform | None = None,
+    ) -> Self:
+        """Return the pictures of a folder, read on access, with one subfolder for each class as in torchvision.
+
+        A file `metadata.csv` in the folder, with the path of each picture in its column `file_name`, adds its other
+        columns, as in the image folders of Hugging Face's datasets. Columns `file` and `class_name` are added too.
+
+        Args:
+            folder: The folder.
+            group: Metadata column of groups: of `metadata.csv`, or else the second level of subfolders, as in
+                `class/group/1.jpg`.
+            label: Column of `metadata.csv` with the classes, instead of subfolders.
+            classes: Names of the classes in the order of the model's logits. By default all subfolders in alphabetical
+                order, or all values of the column, so every folder then needs all of the classes.
+            transform: Makes the model's input from a PIL image in RGB: the model's own, such as `weights.transforms()`
+                of torchvision or `timm.data.create_transform(...)`. By default numbers from 0 to 1 at the picture's
+                size, with a warning, since most models were trained on normalised pictures of one size.
+
+        Raises:
+            ExamplesError: When there are no pictures, or one has no class, no group or no row in the table.
+        """
+        place = Path(os.path.expanduser(folder))
+        found = ImageFolder.read(place, group=group, label=label, classes=classes)
+        if transform is None:
+            log.warning(
+                "pictures of %s are read without a transform, as numbers from 0 to 1; give the one that the model was "
+                "trained with as transform=",
+                place,
+            )
+        inputs = ImageFiles(found.files, transform)
+        return cls(inputs=inputs, targets=torch.from_numpy(found.labels), metadata=found.columns)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", as_inputs(self.inputs))

@@ -11,7 +11,7 @@ from torch import nn
 
 from coar.charts import colours, tidy
 from coar.editing.edit import Edit
-from coar.editing.tasks import TaskResult
+from coar.editing.result import TaskResult
 from coar.errors import StorageError
 from coar.evaluation import Evaluation
 from coar.examples import Examples

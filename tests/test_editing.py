@@ -295,6 +295,11 @@ def test_judging_is_arithmetic_on_margins(case):
     worst = min(points, key=points.get)
     np.testing.assert_allclose(found["points"].iloc[3], points[worst], rtol=1e-6)
     assert found.index[3] == f"most harmed: {worst}"
+    assert {*found.index[4:]} == {f"references: {c}" for c in points if c != worst}
+    for c, expected in points.items():
+        row = found.loc[f"most harmed: {c}" if c == worst else f"references: {c}"]
+        assert row["examples"] == (labels == c).sum()
+        np.testing.assert_allclose(row["points"], expected, rtol=1e-6)
     alike = goal(targets=[0, 5], references=[1, 2, 3], groups="even")
     twos = replace(judge, metadata={**judge.metadata, "even": np.zeros(len(judge))})
     other = coar.judge_edit(edit, study.model, twos, goal=alike, device="cpu")

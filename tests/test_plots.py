@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import coar
-from coar.editing.tasks import TaskResult
+from coar.editing.result import TaskResult
 from coar.errors import SettingsError
 from tests import tiny
 from tests.synthetic import fit, linear, make, weights

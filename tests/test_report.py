@@ -13,7 +13,7 @@ from torch import nn
 import coar
 from coar.charts import accuracy_curves
 from coar.description import describe
-from coar.editing.tasks import TaskResult
+from coar.editing.result import TaskResult
 from coar.errors import StorageError
 from coar.report import evaluation_figure, write_edit, write_evaluation, write_task
 from coar.weights import weights_fingerprint

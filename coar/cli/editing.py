@@ -1,5 +1,6 @@
 """The commands edit and undo."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -10,13 +11,16 @@ from coar.cli.common import DeviceOption, OutOption, RunArgument, app, report_er
 from coar.errors import SettingsError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from coar.attributions import Attributions
     from coar.editing.goal import EditGoal
+    from coar.editing.result import TaskResult
     from coar.editing.select import RuleName
-    from coar.editing.tasks import TaskResult
     from coar.pipeline import Pipeline
     from coar.study import Study
 
+LISTED = 10  # groups in a message
 RULES = ("verified", "welch", "predicted")
 
 
@@ -36,6 +40,13 @@ def edit(
     budget: Annotated[int | None, typer.Option(help="Most components to ablate [default: the best trade-off]")] = None,
     task: Annotated[str | None, typer.Option(help="forget, fix, group, backdoor or typographic.")] = None,
     label: Annotated[int | None, typer.Option(help="The class to forget.")] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN[=VALUE]",
+            help="Column of the groups of --task group, and the group to strengthen [default: the worst].",
+        ),
+    ] = None,
     rule: Annotated[str | None, typer.Option(help="verified (default with --pipeline), welch or predicted.")] = None,
     constants: Annotated[
         str | None,
@@ -64,6 +75,8 @@ def edit(
     from coar.store.run import Run
 
     check_options(task, targets, references, name, label, rule)
+    if group is not None and task != "group":
+        raise SettingsError("--group names the column of --task group; add that task, or leave --group out")
     attributions = load(run, fit_name)
     folder = out or reports(run)
     goal = None
@@ -79,7 +92,7 @@ def edit(
         by = cast("RuleName", rule or "welch")
         _without_trying(attributions, goal, by, budget, None if dry_run else folder / name / "edit.json")
         return
-    asked = Asked(task, goal, name, label)
+    asked = Asked(task, goal, name, label, group)
     options = {"budget": budget, "rule": rule or "verified", "precision": precision, "device": device}
     how = {"constants": constants, "strength": strength}
     options |= {**_bound(harm, group_harm), **{key: value for key, value in how.items() if value is not None}}
@@ -109,12 +122,32 @@ def undo(
 
 @dataclass(frozen=True)
 class Asked:
-    """The purpose of an edit: a task by name, or a goal with a name of its own."""
+    """The purpose of an edit: a task by name, or a goal with a name of its own.
+
+    Attributes:
+        task: Name of a task.
+        goal: A goal, without a task.
+        name: Name of an edit by a goal.
+        label: The class to forget.
+        group: The column of groups, and after `=` the group to strengthen.
+    """
 
     task: str | None
     goal: "EditGoal | None"
     name: str
     label: int | None
+    group: str | None = None
+
+    def of_group(self, metadata: "Mapping[str, np.ndarray]") -> dict[str, Any]:
+        """Return the arguments of `strengthen_group` for the group that is asked for."""
+        column, named, value = str(self.group).partition("=")
+        if not named:
+            return {"column": column}
+        known = {str(one): one for one in sorted(set(metadata[column].tolist()))} if column in metadata else {}
+        if value not in known:
+            there = ", ".join([*known][:LISTED]) or f"there is no such column, only {', '.join(metadata)}"
+            raise SettingsError(f"--group {self.group} names no group; {column!r} has: {there}")
+        return {"column": column, "group": known[value]}
 
 
 def check_options(
@@ -174,6 +207,7 @@ def run_task(
     loaded: "Pipeline", study: "Study", attributions: "Attributions", asked: Asked, options: dict[str, Any]
 ) -> "TaskResult":
     """Do a task on the pipeline's examples and with its goal."""
+    from coar.editing.evaluate import columns
     from coar.editing.tasks import TASKS, reach_goal
 
     common = (attributions, study.model, study.examples, loaded.judge())
@@ -184,6 +218,8 @@ def run_task(
         return reach_goal(*common, goal=asked.goal, name=asked.name, **options)
     if asked.task == "forget":
         options["label"] = asked.label
+    elif asked.group is not None:
+        options |= asked.of_group(columns(study.examples))
     elif asked.task != "fix":
         options["goal"] = loaded.goal()
     return TASKS[str(asked.task)](*common, **options)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coar.ablation.base import Ablation
 from coar.attributions import Attributions
 from coar.charts import html_table, signed_bars
 from coar.components.layers import unwrapped
@@ -20,10 +21,15 @@ from coar.editing import saving
 from coar.editing.goal import EditGoal
 from coar.errors import EditError, SettingsError, StorageError, WeightsError
 from coar.examples import Examples
+from coar.forward.copies import device_copy
+from coar.forward.devices import choose_device
+from coar.forward.model_runner import ModelRunner
+from coar.gates.batch_norms import following_batch_norms
 from coar.gates.folding import Constant, added_parameters, check_permanent, fold
 from coar.model_code import differences, model_code
 from coar.model_copy import independent_copy
 from coar.store.run import UNKNOWN
+from coar.study import Study
 from coar.weights import read_state, save_state, state_fingerprint, weights_fingerprint
 
 if TYPE_CHECKING:
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = 3
+CHECKED = 32  # examples on which batch norms are found
 LISTED = 5  # differences of code in a message
 Code = dict[str, dict[str, str]]  # a result of `model_code`
 State = Mapping[str, Tensor]
@@ -149,6 +156,67 @@ class Edit:
                 f"an edit of {len(self.components)} components was given the strengths {list(self.strengths)}; give "
                 f"one for each, above 0 and at most 1"
             )
+
+    @classmethod
+    def of(
+        cls,
+        study: Study,
+        names: Sequence[str],
+        *,
+        ablation: Ablation | None = None,
+        strength: float = 1.0,
+        goal: EditGoal | None = None,
+        device: str = "auto",
+    ) -> Self:
+        """Return an edit chosen by hand: it ablates the named components of a study with its ablation's constants.
+
+        No run is needed. Constants and batch norms are those that a run of the study would have.
+
+        Args:
+            study: The study; its examples are used to find the batch norms that take constants.
+            names: Names of components, such as `layer1.0.conv1[17]`, most important first; `study.components.names` has
+                all of them.
+            ablation: An ablation to take constants from instead, for a study whose ablation has none, such as
+                `coar.Mean(calibration=...)` for one that resamples.
+            strength: How far each component goes towards its constants, above 0 and at most 1.
+            goal: What the edit is for; `coar.judge_edit` needs it, or a goal of its own.
+            device: Where to compute the constants.
+
+        Raises:
+            ComponentError: When the study has no component of that name.
+            EditError: When no component or the same one twice is named, or the ablation has no constants for one.
+        """
+        if isinstance(names, str) or not names or len(set(names)) != len(names):
+            raise EditError(f"{names!r} was given; name one or more different components in a list")
+        rows = [study.components.index(name) for name in names]
+        chosen = ablation or study.ablation
+        copy = device_copy(study.model, choose_device(device), study.examples)
+        runner = ModelRunner(copy, study.output)
+        constants = chosen.replacements(copy, study.components, batch_size=runner.batch_size)
+        few = runner.load(study.examples, 0, min(CHECKED, len(study.examples)))
+        norms = following_batch_norms(
+            copy,
+            study.components,
+            run=lambda net: torch.from_numpy(ModelRunner(net, study.output).base_output(few)),
+        )
+        one_each = constants.ndim == 1  # by position there is no single constant
+        flat = constants.tolist() if one_each else [torch.nan] * study.components.width
+        components = tuple(study.components[row] for row in rows)
+        values = tuple(_constant([flat[n] for n in study.components.channels_of([row])]) for row in rows)
+        for component, value in zip(components, values, strict=True):
+            check_permanent(component, value)
+        sites = {component.site for component in components}
+        return cls(
+            components,
+            values,
+            (0.0,) * len(components),
+            goal,
+            str(chosen.settings()["name"]),
+            {site: name for site, name in norms.items() if site in sites},
+            weights_fingerprint(study.model),
+            strengths=(strength,) * len(components),
+            codes=(model_code(study.model),),
+        )
 
     def __len__(self) -> int:
         return len(self.components)

@@ -10,7 +10,8 @@ from torch import nn
 from coar.attributions import Attributions
 from coar.editing.edit import Edit, applied
 from coar.editing.evaluate import columns
-from coar.editing.goal import EditGoal
+from coar.editing.goal import Columns, EditGoal
+from coar.editing.intervals import change_interval, mean_interval, share_interval
 from coar.errors import GoalError
 from coar.examples import Examples
 from coar.forward.copies import device_copy
@@ -22,6 +23,11 @@ from coar.outputs.classification import CorrectClassMargin, margin_pair
 
 if TYPE_CHECKING:
     import pandas as pd
+
+COLUMNS = (  # columns of a judgement
+    *("group", "examples", "components", "accuracy_before", "accuracy_after", "points"),
+    *("margin_before", "margin_after", "low", "high", "points_low", "points_high"),
+)
 
 
 def effect_curve(
@@ -89,12 +95,8 @@ def judge_edit(
         GoalError: When the edit's goal names examples by position, or it has none, and no other is given.
 
     Returns:
-        A row for targets and one for references: number of examples and of components, accuracy and mean margin
-        (against the runner-up logit) before and after, and the change of accuracy in points. Where references have
-        several groups, a row for the average over these, and one for the group whose accuracy fell most.
+        See `judgement`.
     """
-    import pandas as pd
-
     if goal is None:
         goal = edit.goal
         if goal is None or not goal.general:
@@ -102,32 +104,67 @@ def judge_edit(
                 "the edit has no goal, or its goal names examples by position, which may be others here; give goal= "
                 "with conditions, or with positions of these examples"
             )
-    targets, references = goal.resolve(columns(examples))
     before, after = (margins(net, examples, device=device, output=output) for net in (model, applied(edit, model)))
+    return judgement(goal, columns(examples), before, after).assign(components=len(edit))[list(COLUMNS)]
+
+
+def judgement(goal: EditGoal, metadata: Columns, before: np.ndarray, after: np.ndarray) -> "pd.DataFrame":
+    """Compare margins of the same examples before and after, on targets, references, and groups of both.
+
+    Args:
+        goal: Which of the examples are targets and references, and their groups and clusters.
+        metadata: (examples,) columns.
+        before: (examples,) margins of the model.
+        after: (examples,) margins of the changed model.
+
+    Returns:
+        A row for targets and one for references: number of examples, accuracy and mean margin (against the runner-up
+        logit) before and after, and the change of accuracy in points. `low` and `high` are Wilson's 95 % interval of
+        the accuracy after, `points_low` and `points_high` Newcombe's of the change, see `coar.editing.intervals`. Where
+        references have several groups, a row for the average over these, and one for each group, the one whose accuracy
+        fell most first; where targets have several, one for each of them.
+    """
+    import pandas as pd
+
+    targets, references = goal.resolve(metadata)
+    clusters = goal.clusters_of(metadata)
 
     def row(name: str, chosen: np.ndarray) -> dict[str, object]:
-        old, new = before[chosen], after[chosen]
+        old, new, cluster = before[chosen] > 0, after[chosen] > 0, clusters[chosen]
+        low, high = share_interval(new, cluster)
+        least, most = change_interval(old, new, cluster)
         return {
             "group": name,
             "examples": len(chosen),
-            "components": len(edit),
-            "accuracy_before": float((old > 0).mean()),
-            "accuracy_after": float((new > 0).mean()),
-            "points": 100 * float((new > 0).mean() - (old > 0).mean()),
-            "margin_before": float(old.mean()),
-            "margin_after": float(new.mean()),
+            "accuracy_before": float(old.mean()),
+            "accuracy_after": float(new.mean()),
+            "points": 100 * float(new.mean() - old.mean()),
+            "margin_before": float(before[chosen].mean()),
+            "margin_after": float(after[chosen].mean()),
+            "low": low,
+            "high": high,
+            "points_low": 100 * least,
+            "points_high": 100 * most,
         }
 
+    def by_group(role: str, chosen: np.ndarray) -> "pd.DataFrame":
+        own = goal.groups_of(metadata, chosen)
+        names = np.unique(own)
+        found = pd.DataFrame([row(f"{role}: {name}", chosen[own == name]) for name in names])
+        return found.sort_values("points", kind="stable") if len(names) > 1 else found[:0]
+
     table = pd.DataFrame([row("targets", targets), row("references", references)])
-    of_reference = goal.groups_of(columns(examples), references)
-    names = np.unique(of_reference)
-    if len(names) == 1:
-        return table
-    groups = pd.DataFrame([row(f"most harmed: {name}", references[of_reference == name]) for name in names])
-    average = (
-        groups.drop(columns="group").mean().to_frame().T.assign(group="average of groups", examples=len(references))
-    )
-    return pd.concat([table, average, groups.nsmallest(1, "points")], ignore_index=True).astype(dict(table.dtypes))
+    groups = by_group("references", references)
+    parts = [table]
+    if len(groups):
+        average = groups.drop(columns="group").mean()
+        for mean, ends in (("accuracy_after", ["low", "high"]), ("points", ["points_low", "points_high"])):
+            average[ends] = mean_interval(groups[mean].to_numpy(), groups[ends].to_numpy())
+        first = groups.index[0]
+        groups.loc[first, "group"] = groups.loc[first, "group"].replace("references", "most harmed", 1)
+        parts += [average.to_frame().T.assign(group="average of groups", examples=len(references)), groups]
+    parts += [more for more in [by_group("targets", targets)] if len(more)]
+    return pd.concat(parts, ignore_index=True).astype(dict(table.dtypes))
 
 
 def margins(model: nn.Module, examples: Examples, *, device: str = "auto", output: Output | None = None) -> np.ndarray:

@@ -8,11 +8,12 @@ import numpy as np
 from torch import nn
 
 from coar.attributions import Attributions
-from coar.charts import accuracy_curves, html_table
 from coar.editing.edit import Edit
 from coar.editing.evaluate import SelectionContext, columns
-from coar.editing.goal import Bound, EditGoal, TradeOff
+from coar.editing.goal import Bound, Columns, EditGoal, TradeOff
+from coar.editing.intervals import change_interval
 from coar.editing.judge import effect_curve, judge_edit, margins
+from coar.editing.result import Judging, TaskResult
 from coar.editing.select import Selection, SelectionOptions, select_by, select_in
 from coar.errors import BoundError, GoalError
 from coar.examples import Examples
@@ -22,7 +23,6 @@ from coar.progress import progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
 
 PRESETS = {
     # half of the mean for the standard error, as with some 3,000 references; trained constants harm no less here
@@ -51,36 +51,6 @@ PRESETS = {
         tradeoff=TradeOff(harm_weight=16.0, reference_scale=4.0),
     ),
 }
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """What a task did.
-
-    Attributes:
-        name: Name of the task, such as `forget-3`.
-        edits: The edits it chose; one per corrected example for `fix`.
-        table: Before and after, on examples that no choice has seen.
-        curve: Accuracy of each group (`group`, `accuracy`) against the number of ablated components (`components`).
-        selections: How the edits were chosen, one each.
-    """
-
-    name: str
-    edits: tuple[Edit, ...]
-    table: "pd.DataFrame"
-    curve: "pd.DataFrame"
-    selections: tuple[Selection, ...] = ()
-
-    def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw accuracy per group against the number of ablated components, the edits' numbers marked; return the axes.
-
-        Args:
-            ax: Matplotlib axes; by default those of a new figure.
-        """
-        return accuracy_curves(ax, self.curve, title=self.name, counts=[len(edit) for edit in self.edits])
-
-    def _repr_html_(self) -> str:
-        return html_table(self.table)
 
 
 @dataclass(frozen=True)
@@ -121,6 +91,10 @@ class _Setup:
             precision=self.precision,
             output=self.output,
         )
+
+    def judging(self, attributions: Attributions, model: nn.Module, studied: Examples, judge: Examples) -> Judging:
+        """Return what a result is judged on."""
+        return Judging(attributions, model, studied, self.choosing, judge, self.output, self.device)
 
     def margins(self, model: nn.Module, examples: Examples) -> np.ndarray:
         """Return (examples,) margins."""
@@ -221,33 +195,41 @@ def strengthen_group(
     judge: Examples,
     *,
     group: str | int | None = None,
+    column: str | None = None,
     goal: EditGoal | None = None,
     **options: Any,
 ) -> TaskResult:
-    """Raise a subpopulation's accuracy: the values of the metadata column `group`, by default the worst of them.
+    """Raise the accuracy of a subpopulation: of one value of a metadata column, by default the worst of them.
 
     Args:
         attributions: Attributions of the studied examples.
         model: The model they were collected from.
         studied: The study's examples, used to choose.
         judge: Other examples, used to judge.
-        group: The group to strengthen; by default the one with the lowest accuracy among the studied examples.
+        group: The value to strengthen; by default the one with the lowest accuracy among the studied examples.
+        column: The metadata column of the groups. By default `group`; without such a column, the only column, except
+            for `id`, with the value `group`.
         goal: A goal to use instead.
         options: Options of `select`.
 
     Raises:
-        GoalError: When there is no column `group` or no such group in it, or see `select`.
+        GoalError: When there is no such column or no such value in it, when several columns have the value, or see
+            `select`.
     """
     setup = _Setup.of("group", options)
     if goal is None:
-        if "group" not in studied.metadata:
-            raise GoalError("the examples have no metadata column 'group'; add one, or give a goal")
-        groups = np.asarray(studied.metadata["group"])
+        name = column or _column_with(group, columns(studied))
+        if name not in studied.metadata:
+            raise GoalError(
+                f"the examples have no metadata column {name!r}; there are {', '.join(sorted(studied.metadata))}: name "
+                f"one by column=, or give a goal"
+            )
+        groups = np.asarray(studied.metadata[name])
         if group is None:
             right = setup.margins(model, studied) > 0
             group = min(np.unique(groups), key=lambda one: right[groups == one].mean()).item()
-        conditions = {"targets": f"group == {group!r}", "references": f"group != {group!r}"}
-        goal = EditGoal(**conditions, direction="increase", groups="group")
+        conditions = {"targets": f"{name} == {group!r}", "references": f"{name} != {group!r}"}
+        goal = EditGoal(**conditions, direction="increase", groups=name)
     return _reach(setup, attributions, model, studied, judge, goal=goal, name="group")
 
 
@@ -359,7 +341,9 @@ def fix_errors(
         strength = found.edit.strengths[0] if found else 0.0
         rows.append({**identity, **_before_and_after(error[:, 0], others, strength)})
         curves.append((error, others))
-    return TaskResult("fix", tuple(one.edit for one in chosen), pd.DataFrame(rows), _overview(curves), tuple(chosen))
+    judging = setup.judging(attributions, model, studied, judge)
+    edits = tuple(one.edit for one in chosen)
+    return TaskResult("fix", edits, pd.DataFrame(rows), _overview(curves), tuple(chosen), judging)
 
 
 TASKS: dict[str, Callable[..., TaskResult]] = {
@@ -387,7 +371,8 @@ def _reach(
     table = judge_edit(chosen.edit, model, judge, device=setup.device, output=setup.output)
     seen = setup.margins_along(chosen.edit, attributions, model, judge)
     curve = _curve(seen, {"targets": targets, "references": references})
-    return TaskResult(name, (chosen.edit,), table, curve, (chosen,))
+    judging = setup.judging(attributions, model, studied, judge)
+    return TaskResult(name, (chosen.edit,), table, curve, (chosen,), judging)
 
 
 def _correction(context: SelectionContext, goal: EditGoal, options: SelectionOptions) -> Selection | None:
@@ -399,6 +384,22 @@ def _correction(context: SelectionContext, goal: EditGoal, options: SelectionOpt
     return found if found.after.targets == 1 else None
 
 
+def _column_with(group: str | int | None, metadata: Columns) -> str:
+    """Return the column of groups: `group`, or the only one with a value; raise `GoalError` when there are several."""
+    if "group" in metadata or group is None:
+        return "group"
+    kinds = "U" if isinstance(group, str) else "biu"
+    found = [
+        name for name, values in metadata.items() if name != "id" and values.dtype.kind in kinds and group in values
+    ]
+    if len(found) != 1:
+        raise GoalError(
+            f"{len(found)} metadata columns have the value {group!r}{': ' if found else ''}{', '.join(found)}, of "
+            f"{', '.join(sorted(metadata))}; name one by column="
+        )
+    return found[0]
+
+
 def _pairs(column: str, studied: Examples) -> EditGoal:
     missing = [name for name in (column, "pair") if name not in studied.metadata]
     if missing:
@@ -408,7 +409,8 @@ def _pairs(column: str, studied: Examples) -> EditGoal:
 
 def _before_and_after(error: np.ndarray, others: np.ndarray, strength: float) -> dict[str, Any]:
     """Return what an edit does, from (components + 1,) margins of the error and (components + 1, n) of others."""
-    accuracy = (others > 0).mean(1)
+    accuracy, right = (others > 0).mean(1), others[[0, -1]] > 0
+    low, high = change_interval(right[0], right[1], np.arange(right.shape[1]))
     return {
         "components": len(error) - 1,
         "strength": strength,
@@ -418,6 +420,8 @@ def _before_and_after(error: np.ndarray, others: np.ndarray, strength: float) ->
         "judge_before": float(accuracy[0]),
         "judge_after": float(accuracy[-1]),
         "points": 100 * float(accuracy[-1] - accuracy[0]),
+        "points_low": 100 * low,
+        "points_high": 100 * high,
     }
 
 
