@@ -83,7 +83,12 @@ def _sources(kind: type) -> Iterator[str]:
 def _functions(member: Any) -> list[FunctionType]:
     """Return the functions in a member of a class: a method, a class or static method, or a property."""
     inner = [member.fget, member.fset] if isinstance(member, property) else [getattr(member, "__func__", member)]
-    return [inspect.unwrap(one) for one in inner if isinstance(one, FunctionType)]
+    return [_unwrapped(one) for one in inner if isinstance(one, FunctionType)]
+
+
+def _unwrapped(function: FunctionType) -> FunctionType:
+    """Return the function that decorators wrap; of a compiled module's forward pass, which wraps a module, its own."""
+    return inspect.unwrap(function, stop=lambda one: not isinstance(one.__wrapped__, FunctionType))  # type: ignore[no-any-return,attr-defined]
 
 
 def _helpers(code: CodeType, scope: Mapping[str, Any], module: str) -> dict[str, FunctionType]:
@@ -101,7 +106,7 @@ def _helpers(code: CodeType, scope: Mapping[str, Any], module: str) -> dict[str,
 
 def _source(function: FunctionType) -> str:
     """Return a function's source without docstrings, comments and layout; its bytecode if there is no source."""
-    return _source_of(inspect.unwrap(function).__code__)
+    return _source_of(_unwrapped(function).__code__)
 
 
 @cache

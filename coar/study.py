@@ -21,7 +21,7 @@ from coar.outputs.classification import CorrectClassMargin
 from coar.sampling import BernoulliSampler, Sampler
 from coar.weights import weights_fingerprint
 
-CHECKS = ("examples", "original", "random", "batch", "gates", "rows", "gradients")  # before a run, see docs/checks.md
+CHECKS = ("examples", "original", "random", "batch", "gates", "calls", "rows", "gradients")  # see docs/checks.md
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Study:
         ablation: The replacement of an ablated component.
         sampler: The distribution of the masks.
         accept: Names of the checks before a run that may fail: some of `examples`, `original`, `random`, `batch`,
-            `gates`, `rows` and `gradients`. The run keeps what was accepted. No part of the fingerprint.
+            `gates`, `calls`, `rows` and `gradients`. The run keeps what was accepted. No part of the fingerprint.
 
     Raises:
         SettingsError: When one of these has another type, or there is no check of that name.

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.models import resnet18
+from torchvision.ops import FrozenBatchNorm2d
+from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
 import coar
 from coar.components.table import Component
@@ -336,3 +338,25 @@ def test_an_edited_transformer_needs_only_its_own_library(tmp_path):
     construction = f"Pooled(GPT2Model(GPT2Config(**{tiny.GPT2!r})))"
     found = outputs_without_the_package({"edited": edited}, x, architecture, construction, tmp_path)["edited"]
     torch.testing.assert_close(found, gated(model, x, components, rows, values), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [FrozenBatchNorm2d, DetrFrozenBatchNorm2d])
+def test_frozen_batch_norms_take_constants(kind):
+    """The norms of detection models are no `BatchNorm2d`, and hold their scales as buffers."""
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 6, 3, bias=False), kind(6)
+    model = nn.Sequential(conv, norm, nn.ReLU(), nn.Conv2d(6, 4, 3)).eval().requires_grad_(False)
+    for name, low, high in (("running_mean", -1, 1), ("running_var", 0.5, 2), ("weight", 0.5, 2), ("bias", -1, 1)):
+        getattr(norm, name).uniform_(low, high)
+    x, components = torch.randn(5, 3, 8, 8), coar.conv_filters(model, include="0")
+    norms = following_batch_norms(model, components, run=lambda variant: variant(x))
+    assert norms == {"0": "1"}
+    edited = deepcopy(model)
+    fold(edited, [components[2]], [1.5], batch_norms=norms)
+    assert edited.state_dict().keys() == model.state_dict().keys()
+    y = conv(x)
+    y[:, 2] = 1.5
+    assert torch.allclose(edited(x), model[1:](y), atol=1e-5)
+    with Gates(model, components, torch.full((6,), 1.5), batch_norms=norms) as gates:
+        gates.set(torch.arange(6) != 2)
+        assert torch.allclose(model(x), edited(x), atol=1e-5)

@@ -337,7 +337,7 @@ def gradients_of(truth: Oracle, inputs: Any, masks: Tensor) -> Tensor:
     for i, of_examples in enumerate(masks):
         for n, mask in enumerate(of_examples):
             keep = mask.clone().requires_grad_()
-            (found[i, n],) = torch.autograd.grad(truth.outputs(oracle.one_of(inputs, n), keep).sum(), keep)
+            (found[i, n],) = torch.autograd.grad(truth.outputs(oracle.twice(inputs, n), keep).mean(), keep)
     return found
 
 

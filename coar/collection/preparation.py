@@ -23,6 +23,7 @@ from coar.forward.precision import choose_precision, compare_precisions
 from coar.forward.runner import FastRunner
 from coar.gates.batch_norms import following_batch_norms
 from coar.gates.gates import called_sites
+from coar.preflight.calls import uncalled_modules
 from coar.preflight.examples import changed_examples, warn_of_overlap
 from coar.preflight.findings import Findings
 from coar.preflight.gates import compare_with_reference, unread_outputs
@@ -191,8 +192,8 @@ def tuned(study: Study, run: Run, runner: FastRunner, missing: Sequence[Unit], b
             sources=study.ablation.sources,
         )
         sites = {row.site for row in run.components}
-        problem = compare_with_reference(exact, parts, examples, masks[:together], sites)[1]
-        Findings(study.accept).conclude("gates", problem)
+        problems = compare_with_reference(exact, parts, examples, masks[:together], sites)[1]
+        Findings(study.accept).conclude("gates", problems["gates"])
     return found
 
 
@@ -226,9 +227,12 @@ def _create(
     if not len(masks):  # the request has mask gradients only
         masks = study.sampler.masks("gradient", range(CHECK_MASKS), len(study.components))
     called = called_sites(model, study.components, run=outputs)
-    gate_error, disagreement = compare_with_reference(fast, parts, first, masks[:1], called)
+    alone = not {"random", "batch"} & set(study.accept)
+    gate_error, problems = compare_with_reference(fast, parts, first, masks[:2], called, split=alone)
     unread = unread_outputs(model, study.components, lambda variant: outputs(variant).numpy())
-    findings.conclude("gates", disagreement or unread)
+    findings.conclude("batch", problems.get("batch", ""))
+    findings.conclude("gates", problems["gates"] or unread)
+    findings.conclude("calls", uncalled_modules(fast, study.examples, first, called))
     precision = PrecisionRecord(name="float32")
     if order.precision != "float32":
         block = fast.load(study.examples, 0, min(blocks[1], len(study.examples)))

@@ -31,6 +31,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return named and isinstance(weight, Tensor) and tuple(weight.shape[1:]) == (getattr(module, "nf", None),)
 
 
+def in_vmap(value: Tensor) -> bool:
+    """Return whether a tensor is one of torch.func, inside of vmap, which nothing outside may keep."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
+
+
 def is_dense(weight: object) -> bool:
     """Return whether a weight is an ordinary tensor of numbers, which can be read and changed.
 

@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as trees
 
 from coar.components.layers import is_dense
-from coar.equivalence import Kind, compare, fall_back, rounding
-from coar.errors import CoarError, ExamplesError
-from coar.examples import Examples, call_model
+from coar.equivalence import Kind, compare, difference, fall_back, rounding
+from coar.errors import CoarError, ExamplesError, WeightsError
+from coar.examples import Examples, call_model, device_of
 from coar.forward.devices import full_float32
 from coar.gates.layouts import know_layouts
 from coar.inputs import Inputs, described
@@ -32,9 +33,10 @@ def device_copy(model: nn.Module, device: torch.device, examples: Examples | Non
         examples: Examples, of which the first few pass through the copy; without them the memory format is not changed.
 
     Raises:
-        WeightsError: When a part of the model cannot be copied.
+        WeightsError: When a part of the model cannot be copied, or is no Python module.
         ExamplesError: When the model fails on the examples.
     """
+    _check_python(model)
     copy = independent_copy(model)
     if any(held.device != device for held in (*copy.parameters(), *copy.buffers())):  # quantised models refuse `to`
         # the class's own `to`: one that was set on the instance, as accelerate does, is bound to the user's model
@@ -49,6 +51,17 @@ def device_copy(model: nn.Module, device: torch.device, examples: Examples | Non
         _use_channels_last(copy, inputs, _first_pass(copy, inputs))
         know_layouts(copy, examples)
     return copy
+
+
+def _check_python(model: nn.Module) -> None:
+    """Raise `WeightsError` when a part of a model is TorchScript, which takes neither hooks nor other weights."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            name = f"the module {path!r}" if path else "the model"
+            raise WeightsError(
+                f"{name} is a {type(module).__name__} of TorchScript, and gates need Python modules; give the module "
+                f"that it was scripted or traced from, with the same weights"
+            )
 
 
 def has_channels_last(model: nn.Module) -> bool:
@@ -66,9 +79,13 @@ def in_channels_last(inputs: Tensor) -> Tensor:
 
 
 def _first_pass(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Return the tensors in a model's result on its first examples, or raise `ExamplesError` when it fails."""
+    """Return the tensors in a model's result on its first examples, or raise `ExamplesError` when it fails.
+
+    A model that writes into its inputs gets a copy of them from then on.
+    """
+    given = trees.tree_map(lambda tensor: tensor.to(device_of(model), copy=True), inputs)
     try:
-        return _result(model, inputs)
+        result = _result(model, given)
     except CoarError:
         raise
     except Exception as error:  # whatever a model may raise
@@ -77,6 +94,15 @@ def _first_pass(model: nn.Module, inputs: Inputs) -> list[Tensor]:
             f"{type(model).__name__} fails on the first examples, {described(inputs)}: {type(error).__name__}: "
             f"{first[0] if first else 'no message'}; {_remedy(model, inputs, error)}"
         ) from error
+    pairs = zip(trees.tree_leaves(given), trees.tree_leaves(inputs), strict=True)
+    if any(difference(own.cpu(), now.cpu()) for now, own in pairs):
+        fall_back("a pass on the inputs themselves", "the model writes into them")
+        model.register_forward_pre_hook(_copied_inputs, with_kwargs=True, prepend=True)
+    return result
+
+
+def _copied_inputs(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return trees.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
 
 
 def _remedy(model: nn.Module, inputs: Inputs, error: Exception) -> str:

@@ -18,6 +18,14 @@ from coar.gates.weight import reads_own_weight
 from coar.model_copy import independent_copy
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+FROZEN = "FrozenBatchNorm2d"  # how names end of classes of torchvision and transformers, whose scales are buffers too
+STATISTICS = ("running_mean", "running_var", "weight", "bias")
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Return whether a module is a batch norm with fixed statistics: torch's, or a frozen one of another library."""
+    frozen = type(module).__name__.endswith(FROZEN) and all(name in module._buffers for name in STATISTICS)
+    return frozen or (isinstance(module, BATCH_NORMS) and module.running_mean is not None)
 
 
 def following_batch_norms(
@@ -110,7 +118,7 @@ def _candidates(model: nn.Module, components: Components, run: Callable[[nn.Modu
 
     def fits(site: str, name: str) -> bool:
         layer, norm = model.get_submodule(site), model.get_submodule(name)
-        return output_channels(layer) == norm.num_features
+        return output_channels(layer) == len(norm.running_mean)  # type: ignore[arg-type]
 
     def match(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def compare(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -122,7 +130,7 @@ def _candidates(model: nn.Module, components: Components, run: Callable[[nn.Modu
         for name, module in model.named_modules():
             if name in sites:
                 stack.callback(module.register_forward_hook(record(name)).remove)
-            if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
+            if is_batch_norm(module):
                 stack.callback(module.register_forward_pre_hook(match(name)).remove)
         run(model)
     once = {site for _, site in returned if sum(other == site for _, other in returned) == 1}

@@ -49,7 +49,7 @@ class _Blend(torch.autograd.Function):
         (slope,) = gradients
         y, mask = ctx.saved_tensors
         others = [i for i in range(1, y.ndim) if i != ctx.axis]
-        by_keep = _sum(slope * y, others)
+        by_keep = _sum(slope * y.conj(), others)
         by_ablated = by_offset = None
         if ctx.offset is not None:
             by_constant = _sum(slope, others)  # (batch, channels)
@@ -87,4 +87,5 @@ def _multiply_add(y: Tensor, mask: Tensor, constant: Tensor | None, out: Tensor 
 
 def _sum(values: Tensor, axes: list[int]) -> Tensor:
     """Sum over all axes except batch and channels."""
-    return values.sum(axes).float() if axes else values.float()
+    real = values.real if values.is_complex() else values  # masks and constants are
+    return real.sum(axes).float() if axes else real.float()

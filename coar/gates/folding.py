@@ -116,7 +116,8 @@ class _Owners:
         if name not in layer._parameters:
             raise EditError(
                 f"the {name} of {site!r} is computed from other parameters; make it a parameter first, with "
-                f"torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
+                f"torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove, remove_weight_norm "
+                f"or remove_spectral_norm"
             )
         parameter = layer._parameters[name]
         if parameter is not None and not is_dense(parameter):

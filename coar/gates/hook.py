@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from coar.components.layers import is_layer
+from coar.components.layers import in_vmap, is_layer
 from coar.errors import AblationError
 from coar.gates.blending import blend
 from coar.gates.building import GatedSite, GateKind, GateRequest
@@ -154,7 +154,8 @@ class Hooked(Gate):
         or transformers at this point, unless a hook of the model's owner has kept it.
         """
         module, side = self.point.module, self.point.side
-        if torch.is_grad_enabled() or len(module._forward_hooks) + len(module._forward_pre_hooks) > 1:
+        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+        if torch.is_grad_enabled() or hooks > 1 or in_vmap(y):
             return None
         if side == "output" and is_layer(module) and type(module).__module__.startswith(LIBRARIES):
             return y

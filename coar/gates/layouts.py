@@ -3,6 +3,7 @@
 In most models they lie along the first axis, the entries of an example side by side. torch's encoders and recurrent
 layers put positions first by default, and a batch that is flattened after its positions holds the first position of all
 examples, then the second. Two passes show this: the part of the first example in a batch of two is what it is alone.
+Some models fail on one example, such as those that squeeze their result; batches of four and of two show it there.
 """
 
 from collections.abc import Callable
@@ -15,11 +16,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from coar.equivalence import fall_back
+from coar.components.layers import in_vmap
+from coar.errors import ExamplesError
 from coar.examples import Examples, call_model, rows_of
 from coar.gates.projections import PROJECTIONS
 
 End = Literal["input", "output"]
+SIZES = ((2, 1), (4, 2))  # examples in the two passes; the second pair where the model fails in the first
 ALLOWED = 1e-3  # difference of an example's activations in two batches, relative to the largest
 
 
@@ -71,41 +74,57 @@ def layouts_of(model: nn.Module) -> Layouts:
 
 
 def know_layouts(model: nn.Module, examples: Examples) -> None:
-    """Find the layouts of a model from its first two examples, unless they are known or it does not run on one."""
-    if model in _known or len(examples) < 2:
+    """Find the layouts of a model from its first examples, unless they are known.
+
+    Raises:
+        ExamplesError: When the model fails on every number of examples that is tried.
+    """
+    if model in _known:
         return
-    inputs = examples.block(0, 2)[0]
-    with torch.inference_mode():
+    inputs, few = examples.block(0, max(map(max, SIZES)))[0], min(len(examples), max(map(max, SIZES)))
+    failures: list[Exception] = []
+    for sizes in SIZES:
         try:
-            find_layouts(model, lambda rows: call_model(model, rows_of(inputs, slice(rows))))
+            with torch.inference_mode():
+                find_layouts(model, lambda rows: call_model(model, rows_of(inputs, torch.arange(rows) % few)), sizes)
         except Exception as error:  # whatever a model may raise, such as a batch norm of one example
-            fall_back("a layout with examples on another axis than the first", f"the model fails on one: {error}")
+            failures.append(error)
+        else:
+            return
+    raise ExamplesError(
+        f"{type(model).__name__} fails on {' and on '.join(str(min(sizes)) for sizes in SIZES)} examples, or on twice "
+        f"as many ({failures[-1]}), so it is not known along which axis its modules hold examples; let it take any "
+        f"number of examples, and keep no state of earlier passes"
+    ) from failures[-1]
 
 
-def find_layouts(model: nn.Module, run: Callable[[int], object]) -> None:
+def find_layouts(model: nn.Module, run: Callable[[int], object], sizes: tuple[int, int] = SIZES[0]) -> None:
     """Find the layouts of all modules of a model, for `layouts_of`.
 
     Args:
         model: The model.
-        run: Runs the model on the first one or two examples.
+        run: Runs the model on the first examples, as many as it is given.
+        sizes: Numbers of examples in two passes, the larger one first.
     """
-    shapes = [_seen(model, partial(run, rows), lambda y: y.shape) for rows in (2, 1)]
-    unclear = {key for key, two in shapes[0].items() if not _is_usual(two, shapes[1].get(key))}
-    _known[model] = found = {}
-    if not unclear:
-        return
-    both = [_seen(model, partial(run, rows), lambda y: y.detach().clone(), unclear) for rows in (2, 1)]
-    for key, two in both[0].items():
-        one = both[1].get(key, [])
-        kinds = {_layout(*pair) for pair in zip(two, one, strict=True)} if len(two) == len(one) else set()
-        if len(kinds) == 1 and (layout := kinds.pop()) not in (None, USUAL):
-            found[key] = layout
+    shapes = [_seen(model, partial(run, rows), lambda y: y.shape) for rows in sizes]
+    unclear = {key for key, more in shapes[0].items() if not _is_usual(more, shapes[1].get(key), sizes)}
+    found: Layouts = {}
+    if unclear:
+        both = [_seen(model, partial(run, rows), lambda y: y.detach().clone(), unclear) for rows in sizes]
+        for key, more in both[0].items():
+            less = both[1].get(key, [])
+            kinds = (
+                {_layout(*pair, sizes) for pair in zip(more, less, strict=True)} if len(more) == len(less) else set()
+            )
+            if len(kinds) == 1 and (layout := kinds.pop()) not in (None, USUAL):
+                found[key] = layout
     for path, module in model.named_modules():
         for kind in type(module).__mro__:
             if (name := PROJECTIONS.get(kind.__name__)) and (path, "output") in found:
                 ends: tuple[End, End] = ("input", "output")
                 for end in ends:  # it is not called, and gets what the block returns
                     found.setdefault((f"{path}.{name}", end), found[path, "output"])
+    _known[model] = found
 
 
 def _seen(
@@ -116,7 +135,7 @@ def _seen(
 
     def note(path: str, end: End, value: Any) -> None:
         first = value[0] if isinstance(value, tuple) and value else value
-        if isinstance(first, Tensor) and (chosen is None or (path, end) in chosen):
+        if isinstance(first, Tensor) and not in_vmap(first) and (chosen is None or (path, end) in chosen):
             seen.setdefault((path, end), []).append(keep(first))
 
     def before(path: str, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -133,27 +152,32 @@ def _seen(
     return seen
 
 
-def _is_usual(two: list[torch.Size], one: list[torch.Size] | None) -> bool:
-    """Return whether shapes for two examples and one show that each example has one entry on the first axis."""
+def _is_usual(more: list[torch.Size], less: list[torch.Size] | None, sizes: tuple[int, int]) -> bool:
+    """Return whether shapes in two passes show that each example has one entry on the first axis."""
     return (
-        one is not None
-        and len(one) == len(two)
+        less is not None
+        and len(less) == len(more)
         and all(
-            len(a) > 0 and len(a) == len(b) and a[0] == 2 and b[0] == 1 and a[1:] == b[1:]
-            for a, b in zip(two, one, strict=True)
+            len(a) > 0 and len(a) == len(b) and (a[0], b[0]) == sizes and a[1:] == b[1:]
+            for a, b in zip(more, less, strict=True)
         )
     )
 
 
-def _layout(two: Tensor, one: Tensor) -> Layout | None:
-    """Return the first layout in which a tensor of two examples begins with that of the first, or None."""
-    allowed = ALLOWED * float(two.abs().max()) if two.numel() and two.is_floating_point() else 0.0
-    for axis in range(two.ndim if two.ndim == one.ndim else 0):
-        entries = one.shape[axis]
-        if two.shape[axis] != 2 * entries or two.numel() != 2 * one.numel():
+def _layout(more: Tensor, less: Tensor, sizes: tuple[int, int]) -> Layout | None:
+    """Return the first layout in which a tensor begins with that of fewer examples, or None."""
+    many, few = sizes
+    rounded = more.is_floating_point() or more.is_complex()
+    magnitudes = more.abs().nan_to_num(posinf=0.0) if rounded and more.numel() else torch.zeros(1)
+    allowed = ALLOWED * float(magnitudes.max())
+    for axis in range(more.ndim if more.ndim == less.ndim else 0):
+        entries = less.shape[axis] // few
+        if (more.shape[axis], less.shape[axis]) != (many * entries, few * entries):
+            continue
+        if more.numel() * few != less.numel() * many:
             continue
         for layout in (Layout(axis), Layout(axis, interleaved=True)):
-            first = layout.arranged(two, entries)[:entries]
-            if bool(((first - layout.arranged(one, entries)).abs() <= allowed).all()):
+            first = layout.arranged(more, entries)[: few * entries]
+            if torch.allclose(first, layout.arranged(less, entries), rtol=0.0, atol=allowed, equal_nan=rounded):
                 return layout
     return None

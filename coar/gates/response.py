@@ -2,12 +2,12 @@
 
 Some layers compute their weight anew in every forward pass, such as the weight-standardised convolutions of BiT and
 NFNet: half a row of the parameter is then not half the output, so neither gates nor edits in part can use it. Others do
-not read the parameter that a gate replaces.
+not read the parameter that a gate replaces, or have a hook of their owner that changes what they return.
 """
 
 import math
 from copy import deepcopy
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,13 +27,17 @@ _measured: WeakKeyDictionary[nn.Module, tuple[object, bool]] = WeakKeyDictionary
 def is_proportional(layer: nn.Module) -> bool:
     """Return whether a factor on rows of the weight is a factor on the output, less the bias; the same for columns.
 
-    Layers with a forward pass of torch or transformers are; of others it is measured once, on random numbers.
+    Layers with a forward pass of torch or transformers are; of others it is measured once, on random numbers. Layers
+    with a hook of the model's owner, which may change what they return, count as if they were not.
 
     Args:
         layer: A convolution or linear layer with a weight and a bias or None among its parameters.
     """
     kind, own = type(layer), vars(layer).get("forward")
     usual = kind.forward in PLAIN or kind.__module__ == "transformers.pytorch_utils"
+    hooks = [hook for table in _hooks(layer) for hook in table.values() if not _is_own(hook)]
+    if hooks:
+        return False
     if own is None and usual and getattr(kind, "_conv_forward", None) in PLAIN_STEPS | {None}:
         return True
     if layer not in _measured or _measured[layer][0] is not own:
@@ -53,9 +57,26 @@ def responds(layer: nn.Module, side: Side, factors: tuple[float, ...]) -> bool:
         factors: The factors.
     """
     try:
-        return _follows(deepcopy(layer), side, factors)
+        return _follows(_without_own_hooks(deepcopy(layer)), side, factors)
     except Exception:  # whatever a layer may raise: it cannot be shown to follow
         return False
+
+
+def _hooks(layer: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    return layer._forward_pre_hooks, layer._forward_hooks
+
+
+def _is_own(hook: Any) -> bool:
+    """Return whether a hook is one of this package, which change nothing or are gates."""
+    function = getattr(hook, "func", hook)  # of a partial
+    return str(getattr(function, "__module__", "")).startswith("coar.")
+
+
+def _without_own_hooks(layer: nn.Module) -> nn.Module:
+    for table in _hooks(layer):
+        for key in [key for key, hook in table.items() if _is_own(hook)]:
+            del table[key]
+    return layer
 
 
 def _follows(layer: nn.Module, side: Side, factors: tuple[float, ...]) -> bool:
@@ -66,7 +87,7 @@ def _follows(layer: nn.Module, side: Side, factors: tuple[float, ...]) -> bool:
     def run(of_weight: Tensor, of_bias: Tensor | None, given: Tensor = x) -> Tensor:
         layer._parameters.update({"weight": of_weight, "bias": of_bias})  # type: ignore[dict-item]
         with torch.inference_mode():
-            y: Tensor = layer.forward(given)
+            y: Tensor = layer(given)
             return y.double().movedim(channels, -1)
 
     y = run(weight, bias if bias is None else plain)

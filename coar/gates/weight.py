@@ -179,7 +179,7 @@ class SkippedNorm:
         self._forward = {name: value for name, value in vars(norm).items() if name == "forward"}
         mean: Tensor = norm.running_mean  # type: ignore[assignment]
         zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
-        variance = ones - norm.eps  # type: ignore[operator]
+        variance = ones - _epsilon(norm)
         self._neutral = {"running_mean": zeros, "running_var": variance, "weight": ones, "bias": zeros}
         tables: tuple[dict[str, Any], ...] = (norm._buffers, norm._parameters)
         self._own = [(table, dict(table)) for table in tables]
@@ -200,11 +200,16 @@ class SkippedNorm:
         vars(self._norm).update(self._forward)  # some libraries keep a wrapper there
 
 
+def _epsilon(norm: nn.Module) -> float:
+    """Return what a batch norm adds to its variances; frozen ones of transformers do not keep it."""
+    return float(getattr(norm, "eps", 1e-5))
+
+
 def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return (channels,) scale and shift of a batch norm in evaluation mode."""
     mean: Tensor = norm.running_mean  # type: ignore[assignment]
     variance: Tensor = norm.running_var  # type: ignore[assignment]
-    scale = (variance + norm.eps).rsqrt()  # type: ignore[operator]
+    scale = (variance + _epsilon(norm)).rsqrt()
     scale = scale if norm.weight is None else scale * norm.weight.detach()  # type: ignore[operator]
     shift = -mean * scale
     return scale, shift if norm.bias is None else shift + norm.bias.detach()  # type: ignore[operator]

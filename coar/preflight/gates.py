@@ -24,8 +24,8 @@ SITES = 8  # sites with several returned tensors that are tried
 
 
 def compare_with_reference(
-    fast: FastRunner, parts: Parts, examples: Examples, masks: np.ndarray, called: set[str]
-) -> tuple[float | None, str]:
+    fast: FastRunner, parts: Parts, examples: Examples, masks: np.ndarray, called: set[str], *, split: bool = False
+) -> tuple[float | None, dict[str, str]]:
     """Compare a fast runner with a reference runner.
 
     They are compared under the first and the last mask, and under one that ablates one component of every site.
@@ -37,35 +37,50 @@ def compare_with_reference(
         examples: The examples.
         masks: (masks, components) boolean masks, all of which the fast runner runs.
         called: Sites whose module is called, see `called_sites`.
+        split: Whether the reference runner gets the examples in two batches.
 
     Returns:
         The largest difference of their outputs, relative to the largest output, which is None when no component has an
-        output, or both runners resample in hooks; and in words how they disagree, or "".
+        output, or both runners resample in hooks; and by name of a check, in words how they disagree, or "".
     """
     model, components, constants, output = parts
     rows = [i for i, row in enumerate(components) if row.side != "parameter" and row.site in called]
     block = fast.load(examples, 0, len(examples))
     if not rows or block.sources:
-        return None, ""
+        return None, {"gates": ""}
     chosen, own = components, constants
     if len(rows) < len(components):
         chosen = Components(components[i] for i in rows)
         own = constants[..., torch.from_numpy(components.channels_of(rows))]
-    reference = ReferenceRunner(model, chosen, own, output, batch_size=fast.batch_size)
-    plain = reference.load(examples, 0, len(examples))
+    size, precision = min(fast.batch_size, len(examples)), rounding(model)
 
-    def outputs(keeps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def of_reference(keeps: np.ndarray, batch_size: int) -> np.ndarray:
+        reference = ReferenceRunner(model, chosen, own, output, batch_size=batch_size)
+        return reference.outputs(reference.load(examples, 0, len(examples)), keeps)
+
+    def outputs(keeps: np.ndarray, batch_size: int = size) -> tuple[np.ndarray, np.ndarray]:
         whole = np.ones((len(keeps), len(components)), dtype=bool)
         whole[:, rows] = keeps
         ends = sorted({0, max(len(keeps) - 2, 0), len(keeps) - 1})
-        return reference.outputs(plain, keeps[ends]), fast.outputs(block, whole)[ends]
+        return of_reference(keeps[ends], batch_size), fast.outputs(block, whole)[ends]
 
-    base = reference.outputs(plain, np.ones((1, len(rows)), dtype=bool))
-    expected, found = outputs(np.concatenate([masks[:, rows], _one_of_each(chosen)[None]]))
-    compared = compare(expected, found, Difference.REFORMULATED, precision=rounding(model))
-    if agree(base, expected, found, rounding(model)):  # what is not finite in both ways is an error of the first unit
-        return compared.error, ""
-    return compared.error, _disagreement(model, chosen, base, outputs, f"{compared}")
+    base = of_reference(np.ones((1, len(rows)), dtype=bool), size)
+    tried = np.concatenate([masks[:, rows], _one_of_each(chosen)[None]])
+    expected, found = outputs(tried, -(-size // 2) if split else size)
+    compared = compare(expected, found, Difference.REFORMULATED, precision=precision)
+    if agree(base, expected, found, precision):  # what is not finite in both ways is an error of the first unit
+        return compared.error, {"gates": ""}
+    if split and agree(base, *outputs(tried), precision):
+        return compared.error, {"gates": "", "batch": _by_batch(model, f"{compared}")}
+    return compared.error, {"gates": _disagreement(model, chosen, base, outputs, f"{compared}")}
+
+
+def _by_batch(model: nn.Module, seen: str) -> str:
+    return (
+        f"under masks {type(model).__name__} gives outputs that {seen} in batches of another size, though without "
+        f"masks it does not, as where a condition depends on the whole batch, so all numbers would depend on the batch "
+        f"size: let the model compute each example alone"
+    )
 
 
 def _one_of_each(components: Components) -> np.ndarray:

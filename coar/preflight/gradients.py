@@ -20,6 +20,7 @@ FEW = 2  # examples on which gradients are compared with changes of gates
 ZEROS, OTHERS = 8, 3  # sites compared, of those without any gradient and of the others
 STEPS = (1e-2, 3e-3, 1e-3, 3e-4)  # changes of gates
 ALLOWED = 0.2  # difference of a gradient from the effect of such a change, relative to the effect
+APART = 0.01  # difference of an example's gradients alone and in a batch, relative to their size
 SETTLED = 0.1  # difference of the effects of two steps up to which both measure the slope
 FINEST = 1e-6  # rounding above which small changes of gates say nothing
 
@@ -44,6 +45,8 @@ def check_gradients(findings: Findings, study: Study, model: nn.Module, *, batch
     if isinstance(study.output, RelativeOutput):  # whose gradient at the unablated model may be 0
         reference = ReferenceRunner(model, study.components, zeros, absolute(study.output), batch_size=batch_size)
     few = reference.load(study.examples, 0, FEW)
+    alone = reference.load(study.examples, 0, 1)
+    findings.conclude("rows", gradients_alone(reference, few, alone))
     findings.conclude("gradients", wrong_gradients(reference, few))
 
 
@@ -80,6 +83,33 @@ def mixed_rows(runner: GatedRunner, block: ExampleBlock, masks: np.ndarray) -> s
         f"a mask for every example and one mask for all give outputs that {compared}{place}: some layer does not put "
         f"the entries of an example side by side, or holds examples along no one axis, so mask gradients would mix "
         f"examples; exclude it, or collect masks instead of mask gradients"
+    )
+
+
+def gradients_alone(runner: GatedRunner, few: ExampleBlock, alone: ExampleBlock) -> str:
+    """Return in words how the gradients of one example alone differ from those that it has in a batch, or "".
+
+    Args:
+        runner: The runner.
+        few: Examples in one batch.
+        alone: The first of them; where the model does not run on it, nothing can be compared.
+    """
+    if few.size == alone.size:
+        return ""
+    in_batch = runner.full_model_gradients(few)[0]
+    try:
+        by_itself = runner.full_model_gradients(alone)[0]
+    except Exception:  # whatever a model may raise: a batch of one then fails in a run too
+        return ""
+    precision = max(rounding(runner.model), float(np.finfo(np.float32).eps))
+    error, size = _norm(by_itself - in_batch), _norm(in_batch)
+    if not error > max(APART, 8 * ROUNDINGS * precision) * size:
+        return ""
+    return (
+        f"gradients of one example alone differ by {error / size:.1e} from those that it has in a batch of {few.size}, "
+        f"though outputs do not: an operation has wrong derivatives for some sizes of a batch, as torch's fused "
+        f"attention on a CPU may for a batch of one, so mask gradients would depend on the batch size; turn fused "
+        f"attention off, or collect masks instead of mask gradients"
     )
 
 

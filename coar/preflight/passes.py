@@ -1,5 +1,7 @@
 """Checks of plain passes: they repeat, an example's output is its own, and the copy runs its own weights."""
 
+import logging
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as trees
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coar.equivalence import ROUNDINGS, SMALLEST, rounding
+from coar.components.layers import is_dense
+from coar.equivalence import ROUNDINGS, SMALLEST, difference, rounding
+from coar.errors import CoarError
 from coar.examples import Examples
 from coar.forward.model_runner import ModelRunner
 from coar.outputs.base import Output
@@ -19,6 +23,7 @@ from coar.preflight.absolute import absolute
 from coar.preflight.findings import Findings
 from coar.preflight.tracing import calls_in, in_words, where_they_part
 
+log = logging.getLogger(__name__)
 TRACED = 4  # examples of the passes that find a module
 PAIRS = 10  # of passes, until two of them differ
 ALLOWED = 1e-3  # difference of two passes, relative to the spread over examples
@@ -53,17 +58,62 @@ def check_passes(
     """
     output = absolute(output)
     size = min(len(examples), batch_size or len(examples))
+    try:
+        _compare(findings, model, original, output, examples, size)
+    except CoarError:
+        raise
+    except Exception as error:  # whatever a model may raise
+        findings.conclude("batch", _failure(model, error))
+
+
+def _compare(
+    findings: Findings, model: nn.Module, original: nn.Module, output: Output, examples: Examples, size: int
+) -> None:
     few = examples.subset(range(min(TRACED, size)))
     findings.conclude("original", _reads_of_original(model, original, output, few))
+    before, buffers = _generators(), {name: one.clone() for name, one in model.named_buffers() if is_dense(one)}
     passed = _output(model, output, examples, size)
+    draws = _generators() != before
+    _warn_of_changes(model, buffers)
     backwards = _output(model, output, examples.subset(np.arange(len(examples))[::-1].copy()), -(-size // 2))[::-1]
     agree = _difference(model, passed, backwards)
     if 0 < agree < COARSE and agree <= ROUNDINGS * _amplified(model, output, examples, size, passed):
         agree = 0.0
-    again = _difference(model, passed, _output(model, output, examples, size)) if agree or size == 1 else 0.0
+    again, tries = 0.0, PAIRS if draws else int(bool(agree) or size == 1)
+    while tries and not again:  # a model may draw numbers and use them rarely, or not at all
+        again, tries = _difference(model, passed, _output(model, output, examples, size)), tries - 1
     findings.conclude("random", _randomness(model, output, few, again) if again else "")
     if size > 1 and not again:
         findings.conclude("batch", _batch_effect(model, output, few, agree) if agree else "")
+
+
+def _failure(model: nn.Module, error: Exception) -> str:
+    seen = f"{type(error).__name__}: {error}"
+    return (
+        f"{type(model).__name__} runs on the first examples, and fails after that in a batch of another size ({seen}), "
+        f"as where it keeps the state of an earlier pass, so its outputs would depend on the passes before: let it "
+        f"take any number of examples, and keep nothing"
+    )
+
+
+def _warn_of_changes(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Warn when a pass has changed a buffer of the model."""
+    changed = [name for name, buffer in model.named_buffers() if name in before and difference(before[name], buffer)]
+    if changed:
+        log.warning(
+            "a pass changes the buffer %r of the model, so the model counts as another one once it has run: load it "
+            "again, or restore the buffer, before you continue a run or apply an edit",
+            changed[0],
+        )
+
+
+def _generators() -> list[bytes]:
+    """Return the states of the generators of random numbers that a model may draw from."""
+    numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - what a model may draw from
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    tensors = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if used else [])]
+    states = [random.getstate(), numpy["state"]["key"].tolist(), numpy["state"]["pos"]]
+    return [repr(states).encode(), *(state.numpy().tobytes() for state in tensors)]
 
 
 def _output(model: nn.Module, output: Output, examples: Examples, batch_size: int) -> np.ndarray:

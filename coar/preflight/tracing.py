@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as trees
 
+from coar.components.layers import in_vmap
+
 Same = Callable[[Tensor, Tensor], bool]
 
 
@@ -75,4 +77,5 @@ def _tensors(value: Any) -> list[Tensor]:
     if hasattr(value, "__dict__") and not isinstance(value, Tensor | dict | tuple | list):
         value = vars(value)
     with torch.no_grad():
-        return [leaf.detach().clone() for leaf in trees.tree_leaves(value) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in trees.tree_leaves(value) if isinstance(leaf, Tensor) and not in_vmap(leaf)]
+        return [leaf.detach().clone() for leaf in leaves]
