@@ -158,7 +158,7 @@ class Pipeline:
         return None if file is None else Comparison.read(Path(file))
 
     def source(self, run: Run, study: Study | None = None) -> Source:
-        """Return what a page of a run needs from the file; its `show` and `judge` are optional.
+        """Return what a page of a run needs from the file; its `show`, `judge` and `tokenizer` are optional.
 
         Args:
             run: The run.
@@ -166,7 +166,8 @@ class Pipeline:
         """
         show = _function(self.path, self.module, "show") if hasattr(self.module, "show") else None
         judge = self.judge if hasattr(self.module, "judge") else None
-        return Source(study or self.study_of(run), judge, show, self.path)
+        tokenizer = self.tokenizer() if hasattr(self.module, "tokenizer") else None
+        return Source(study or self.study_of(run), judge, show, tokenizer, self.path)
 
     def _examples(self, name: str) -> Examples:
         examples = _function(self.path, self.module, name)()
@@ -186,9 +187,9 @@ def load_pipeline(path: str | Path) -> Pipeline:
     `coar.EditGoal`. For imports it defines `published()`, which returns the study of published attributions. For traces
     it defines `facts()`, which returns `coar.Examples` with answers and the positions of subjects. For lenses it
     defines `texts()`, which returns texts to train on and held-out ones, and `tokenizer()`. For pages it may define
-    `show(example)`, which returns the look of one example from its inputs. `MASKS`, `GRADIENTS`, `TEST_MASKS` and
-    `TEST_FRACTIONS` set what is collected by default. `COMPARISON` names a JSON file with the measured costs of two
-    fits.
+    `show(example)`, which returns the look of one example from its inputs; without it, texts are shown in the tokens of
+    `tokenizer()`. `MASKS`, `GRADIENTS`, `TEST_MASKS` and `TEST_FRACTIONS` set what is collected by default.
+    `COMPARISON` names a JSON file with the measured costs of two fits.
 
     Raises:
         PipelineError: When the file is missing, fails to import, or defines no `study`.

@@ -140,3 +140,8 @@ def judge() -> coar.Examples:
 def facts() -> coar.Examples:
     """Return all facts that the model recalls, for tracing."""
     return everything()[1]
+
+
+def tokenizer() -> Any:
+    """Return the model's tokenizer, which shows texts in words on a page."""
+    return language_models.tokenizer()

@@ -97,3 +97,8 @@ def study(*, ablation: str = "counterfactual", ablated_fraction: float = 0.02, s
 def judge() -> coar.Examples:
     """Return prompts with other names, which no attribution has seen."""
     return examples("judge", language_models.model())
+
+
+def tokenizer() -> Any:
+    """Return the model's tokenizer, which shows texts in words on a page."""
+    return language_models.tokenizer()

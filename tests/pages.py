@@ -48,3 +48,8 @@ def numbers(packed):
     kind = "f32" if "f32" in packed else "i16"
     values = np.frombuffer(base64.b64decode(packed[kind]), {"f32": "<f4", "i16": "<i2"}[kind]).reshape(packed["shape"])
     return values if kind == "f32" else values * numbers(packed["scale"])[:, None]
+
+
+def shares(packed):
+    """An array of shares from 0 to 1, in steps of 1 / 255."""
+    return np.frombuffer(base64.b64decode(packed["u8"]), np.uint8).reshape(packed["shape"]) / 255

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,13 +16,14 @@ from PIL import Image
 import coar
 from coar.errors import PipelineError, StorageError
 from coar.explorer.activations import compute, first_kernels
+from coar.explorer.attention import attention_patterns
 from coar.explorer.looks import looks_of
 from coar.explorer.page import write_page
 from coar.explorer.part import part_of
 from coar.explorer.source import Source
 from coar.pipeline import load_pipeline
-from tests import tiny
-from tests.pages import Reader, content, numbers, scripts
+from tests import edge_oracle, tiny
+from tests.pages import Reader, content, numbers, scripts, shares
 from tests.synthetic import fit, linear, make, weights
 from tests.test_cli import TINY, coar_command, works
 
@@ -241,6 +243,22 @@ def test_exciting_examples_are_those_of_plain_hooks(shown, study):
         assert float(at) == pytest.approx(float(maps[first].max()), abs=1e-4)
 
 
+def test_maps_are_the_activations_of_plain_hooks(shown, study):
+    """Each of 8 x 8 parts has its largest activation, as a share of the component's largest."""
+    recorded = {}
+    study.model.layer2.bn1.register_forward_hook(lambda _, __, out: recorded.update(out=out))
+    with torch.no_grad():
+        study.model(study.examples.inputs)
+    exciting = shown["components"]["exciting"]
+    maps = shares(exciting["maps"]).reshape(-1, 8, 4, 2, 4, 2)  # a cell of the 4 x 4 feature map is 2 x 2 parts
+    for j, component in enumerate(study.components):
+        if component.site == "layer2.conv1":
+            rows = exciting["rows"][j]
+            own = recorded["out"][rows, component.position].clamp(min=0)
+            expected = np.kron((own / own.max()).numpy(), np.ones((1, 2, 2)))
+            np.testing.assert_allclose(maps[j].reshape(8, 8, 8), expected, atol=0.0021)
+
+
 def test_heads_excite_by_their_norm_and_padding_does_not_count():
     net, lengths = tiny.classifier(), [9, 2, 3, 2, 3, 4, 2, 3]
     examples = tiny.sentences(lengths)
@@ -257,6 +275,27 @@ def test_heads_excite_by_their_norm_and_padding_does_not_count():
         np.testing.assert_allclose(found.values[j], there.sort(descending=True)[0], rtol=1e-4)
         row = int(found.rows[j][0])
         assert found.places[j][0].tolist() == [int(norms[row, : lengths[row]].argmax()), -1, -1, -1]
+        expected = norms[row, : lengths[row]] / there.max()
+        np.testing.assert_allclose(found.maps[j, 0, : lengths[row]], expected, rtol=1e-4)
+        assert not found.maps[j, 0, lengths[row] :].any()
+
+
+def test_places_in_texts_do_not_count_padding_on_the_left():
+    net = edge_oracle.build("llama")
+    tokens = {"input_ids": torch.tensor([[0, 0, 5, 6, 7]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    padded, plain = (
+        coar.token_examples({name: value[:, start:] for name, value in tokens.items()}, answers=torch.tensor([1]))
+        for start in (0, 2)
+    )
+    parts = coar.mlp_neurons(net)
+    left, alone = (
+        compute(coar.Study(model=net, examples=one, components=parts, output=coar.TokenMargin()), np.arange(1), {},
+                device="cpu").exciting
+        for one in (padded, plain)
+    )  # fmt: skip
+    np.testing.assert_allclose(left.values[:, 0], alone.values[:, 0], rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(left.places[:, 0], alone.places[:, 0])
+    np.testing.assert_allclose(left.maps[:, 0], alone.maps[:, 0], rtol=1e-3, atol=1e-5)
 
 
 def test_kernels_are_the_weights_of_filters_on_the_picture(study, digits):
@@ -321,6 +360,38 @@ def test_an_edit_of_another_model_is_shown_with_the_reason(place, study, digits,
     assert len(old["names"]) == 2
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_attention_patterns_are_those_that_the_model_returns(family):
+    """For each head of the table, over the tokens that are no padding; an encoder's attention module is elsewhere."""
+    lengths = [6, 3, 5]
+    if family == "bert":
+        net, examples, output = tiny.classifier(), tiny.sentences(lengths), None
+    else:
+        net, output = edge_oracle.build(family), coar.TokenMargin()
+        examples = coar.token_examples(tiny.sentences(lengths).inputs, answers=torch.tensor([1, 2, 3]))
+    parts = coar.attention_heads(net)
+    some = coar.Components([part for i, part in enumerate(parts) if i != 1])
+    options = {} if output is None else {"output": output}
+    study = coar.Study(model=net, examples=examples, components=some, **options)
+    found = attention_patterns(study, np.array([0, 1, 2]), device="cpu")
+    net.set_attn_implementation("eager")
+    for text, row in enumerate(found.examples):
+        inputs = {name: value[row : row + 1, : lengths[row]] for name, value in examples.inputs.items()}
+        expected = torch.cat(net(**inputs, output_attentions=True).attentions, 1)[0]
+        kept = [i for i in range(len(parts)) if i != 1]
+        size = lengths[row]
+        np.testing.assert_allclose(found.values[text][:, :size, :size], expected[kept], atol=1e-5)
+        assert found.lengths[text] == size
+        assert not found.values[text][:, size:].any()
+    packed = found.packed(np.array([0, 2]))
+    assert packed["heads"] == [0, 1]
+    np.testing.assert_allclose(shares(packed["values"]), found.values[:, [0, 2]], atol=0.0021)
+
+
+def test_models_without_patterns_or_texts_have_none(study):
+    assert attention_patterns(study, np.arange(3), device="cpu") is None
+
+
 def examples(inputs, n=3):
     return coar.Examples(inputs=inputs, targets=torch.zeros(n, dtype=torch.long))
 
@@ -330,6 +401,8 @@ def test_default_looks():
     assert looks_of(examples(torch.arange(12).reshape(3, 4)), rows).words == [["8", "9", "10", "11"], list("0123")]
     tokens = {"input_ids": torch.arange(6).reshape(3, 2), "attention_mask": torch.tensor([[1, 1], [1, 1], [0, 1]])}
     assert looks_of(examples(tokens), rows).words == [["5"], ["0", "1"]]
+    words = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
+    assert looks_of(examples(tokens), rows, tokenizer=words).words == [["<5>"], ["<0>", "<1>"]]
     assert looks_of(examples(torch.full((3, 2), 0.25)), rows).words == [["0.25", "0.25"]] * 2
     assert looks_of(examples(torch.zeros(3, 5, 7)), rows).packed() == {}
     assert looks_of(examples({"x": torch.zeros(3, 3, 8, 8)}), rows).packed() == {}

@@ -314,6 +314,37 @@ def test_one_example_shows_its_attribution(visit, attributions, frame):
     assert page.shown("Nearest examples") == np.argsort(-(unit @ unit[at]), kind="stable")[1:13].tolist()
 
 
+def test_single_components_are_compared_by_what_else_they_break(visit, attributions, frame):
+    at = int(frame["output"].argmin())
+    page = visit(f"example/{at}")
+    weight, before = attributions.weights(), frame["output"].to_numpy()
+    others = np.arange(len(frame)) != at
+    for side, sign in (("against this output", 1), ("for this output", -1)):
+        page.page.get_by_label("components that are").select_option(side)
+        chosen = np.argsort(sign * weight[at], kind="stable")[:10]
+        rows = page.rows("Predictions without one component")
+        assert [row[0] for row in rows] == [attributions.components[j].name for j in chosen]
+        for j, row in zip(chosen, rows, strict=True):
+            after = before - weight[:, j]
+            falls = ((before > 0) & (after <= 0) & others).sum()
+            rises = ((before <= 0) & (after > 0) & others).sum()
+            assert float(row[1]) == pytest.approx(after[at], abs=6e-3)
+            assert row[2:4] == [str(falls), str(rises)]
+            means = -pd.Series(weight[:, j]).groupby(frame["label"]).mean()
+            assert float(row[4]) == pytest.approx(-weight[:, j].mean(), abs=6e-3)
+            assert row[5] == (f"{means.idxmin()} ({means.min():+.2f})" if means.min() < 0 else "none")
+    page.page.get_by_role("button", name="What if").first.click()
+    page.page.wait_for_selector("main[data-view=whatif]")
+    check_prediction(page, attributions, frame, [chosen[0]])
+
+
+def test_the_first_view_leads_to_the_errors(visit, frame):
+    page = visit()
+    wrong = np.flatnonzero(frame["label"] != frame["predicted"])
+    page.page.get_by_role("button", name=f"Show the {len(wrong)} that the model gets wrong").click()
+    assert page.shown() == wrong.tolist()
+
+
 def test_steps_between_examples_and_to_components(visit, attributions):
     page = visit("example/0")
     assert page.page.get_by_role("button", name="Previous").is_disabled()
@@ -322,7 +353,7 @@ def test_steps_between_examples_and_to_components(visit, attributions):
     page.drawn()
     page.page.locator("summary").click()
     first = attributions[1].top(1).index[0]
-    page.page.get_by_role("link", name=attributions.components[first].name, exact=True).click()
+    page.page.get_by_role("link", name=attributions.components[first].name, exact=True).first.click()
     page.page.wait_for_selector("main[data-view=component]")
     page.drawn()
     page.page.get_by_label("Component", exact=True).fill("layer2.conv1[7]")
@@ -357,7 +388,7 @@ def test_one_component_shows_its_effects(visit, attributions, frame):
         attributions.components[k].name for k in similar
     ]
     assert len(page.shown("Most exciting examples")) == 8
-    assert page.page.locator(".box").count() == 8
+    assert page.page.locator(".box").count() == page.page.locator("canvas.overlay").count() == 8
     page.open("component/0")
     assert page.page.get_by_role("img", name="Kernel of conv1[0]").is_visible()
 

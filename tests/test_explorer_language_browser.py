@@ -3,7 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+import coar
 from tests import test_explorer_browser, test_explorer_language
 from tests.test_explorer_browser import PHONE, Visit, axe, sync_api
 from tests.test_explorer_language import HOSTILE
@@ -83,11 +85,30 @@ def test_a_lens_shows_what_each_layer_predicts(visit, place):
     np.testing.assert_allclose(line["y"], pd.read_csv(place / "out/lens.csv")["kl"], rtol=1e-6)
 
 
+def test_a_head_shows_its_attention_on_a_chosen_text(visit, study):
+    page = visit("component/5")
+    page.page.get_by_label("Text", exact=True).select_option("id 3")
+    (heat,) = page.traces(f"Attention of {study.components[5].name}")
+    model, length = study.model, int(study.examples.inputs["attention_mask"][3].sum())
+    model.set_attn_implementation("eager")
+    inputs = {"input_ids": study.examples.inputs["input_ids"][3:4, :length]}
+    expected = torch.cat(model(**inputs, output_attentions=True).attentions, 1)[0, 5]
+    np.testing.assert_allclose(np.array(heat["z"]), expected, atol=0.0021)
+
+
+def test_heads_are_a_grid_of_layers_and_heads(visit, place):
+    page = visit("example/2")
+    (heat,) = page.traces("Weights of all components on id 2")
+    assert heat["y"] == ["layer 0", "layer 1"]
+    weight = coar.load(place / "heads.zarr").weights()[2]
+    np.testing.assert_allclose(np.ravel(heat["z"]), weight, atol=1e-3)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_barrier(visit, scheme):
     page = visit("circuits", scheme=scheme)
     small = visit("circuits", scheme=scheme, size=PHONE)
-    for view in ("circuits", "circuits/1", "traces", "lenses"):
+    for view in ("circuits", "circuits/1", "traces", "lenses", "component/5", "example/2"):
         page.open(view)
         found = axe.Axe().run(page.page).response["violations"]
         serious = [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in ("serious", "critical")]

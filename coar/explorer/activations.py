@@ -4,14 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from coar.components.table import Components
+from coar.components.table import Component, Components
 from coar.examples import call_model
 from coar.forward.copies import device_copy
 from coar.forward.devices import choose_device
@@ -22,6 +23,8 @@ from coar.study import Study
 BATCH = 64  # examples per forward pass
 TOP = 8  # examples that are kept per component
 CLASSIFIERS = (CorrectClassMargin, ClassLogit, CrossEntropy)  # outputs of (examples, classes) logits
+SIDE = 8  # parts of a picture along each side, in which an activation is shown
+CELLS = SIDE**2  # of a map; tokens of a text that it covers
 KERNEL = 31  # pixels of a kernel's side, at most
 
 
@@ -36,11 +39,43 @@ class Exciting:
         values: (components, top) activations.
         places: (components, top, 4) left, top, width and height of the feature map's cell with that activation, as
             shares of the picture; or the position in the text, -1, -1, -1; NaN where there is no place.
+        maps: (components, top, `CELLS`) activations as shares of the component's largest, 0 for those below 0: over a
+            picture's `SIDE` x `SIDE` parts, row by row, in each the largest; or over the first tokens of a text.
     """
 
     rows: np.ndarray
     values: np.ndarray
     places: np.ndarray
+    maps: np.ndarray
+
+    @classmethod
+    def none(cls, components: int) -> Self:
+        """Return what is known before the first pass."""
+        shape = components, TOP
+        return cls(
+            np.full(shape, -1),
+            np.full(shape, -np.inf, dtype=np.float32),
+            np.full((*shape, 4), np.nan, dtype=np.float32),
+            np.zeros((*shape, CELLS), dtype=np.float32),
+        )
+
+    def enter(self, chosen: list[int], more: Self) -> None:
+        """Keep the largest activations of some components and of more examples, which come after those so far."""
+        own = (self.rows, self.values, self.places, self.maps)
+        both = [
+            np.concatenate([kept[chosen], new], axis=1)
+            for kept, new in zip(own, (more.rows, more.values, more.places, more.maps), strict=True)
+        ]
+        order = np.argsort(-both[1], axis=1, kind="stable")[:, :TOP]
+        for kept, joined in zip(own, both, strict=True):
+            kept[chosen] = joined[np.arange(len(chosen))[:, None], order]
+
+    def scaled(self) -> Self:
+        """Return the same with maps as shares of each component's largest activation, and NaN where there is none."""
+        known = np.isfinite(self.values)
+        largest = np.where(known[:, :1], self.values[:, :1], 0).clip(min=1e-12)[:, :, None]
+        maps = (self.maps / largest).clip(0, 1)
+        return type(self)(np.where(known, self.rows, -1), np.where(known, self.values, np.nan), self.places, maps)
 
 
 @dataclass(frozen=True)
@@ -77,8 +112,7 @@ def compute(study: Study, rows: np.ndarray, batch_norms: dict[str, str], *, devi
     place = choose_device(device)
     net = device_copy(study.model, place)
     examples, components = study.examples.subset(rows), study.components
-    shape = len(components), len(examples)
-    found = np.full(shape, -np.inf, dtype=np.float32), np.full((*shape, 4), np.nan, dtype=np.float32)
+    found = Exciting.none(len(components))
     margin, logits, margins = study.output.hard_and_smooth(), [], []
     with torch.no_grad(), _recorded(net, components, batch_norms) as recorded:
         for start in range(0, len(examples), BATCH):
@@ -91,14 +125,15 @@ def compute(study: Study, rows: np.ndarray, batch_norms: dict[str, str], *, devi
                 margins.append(margin[0].read(result, targets.to(place)).cpu())
             there = inputs.get("attention_mask") if isinstance(inputs, dict) else None
             for chosen, activations in recorded.items():
-                _enter(found, chosen, components, activations.float(), there, start)
+                block = _of_block([components[row] for row in chosen], activations.float(), there, start)
+                found.enter(list(chosen), block)
     predicted = probability = correct = None
     if margins:
         correct = (torch.cat(margins) > 0).numpy()
     if logits:
         shares, classes = torch.cat(logits).softmax(1).max(1)
         predicted, probability = classes.numpy(), shares.numpy()
-    return Computed(predicted, probability, correct, _strongest(*found))
+    return Computed(predicted, probability, correct, found.scaled())
 
 
 def first_kernels(model: nn.Module, components: Components) -> dict[int, np.ndarray]:
@@ -149,27 +184,40 @@ def _keep(recorded: dict[tuple[int, ...], Tensor], rows: tuple[int, ...], axis: 
         recorded[rows] = value.movedim(axis, -1)
 
 
-def _enter(
-    found: tuple[np.ndarray, np.ndarray],
-    rows: tuple[int, ...],
-    components: Components,
-    activations: Tensor,
-    there: Tensor | None,
-    start: int,
-) -> None:
-    """Enter, for a site's components and a block of examples, the largest activation over places, and its place."""
+def _of_block(chosen: list[Component], activations: Tensor, there: Tensor | None, start: int) -> Exciting:
+    """Return a site's components' largest activations within a block of examples, which begins at `start`.
+
+    Args:
+        chosen: The components.
+        activations: (examples, ..., channels) activations of the site.
+        there: (examples, tokens) mask of the tokens that are no padding; None without one.
+        start: Number of the first example.
+    """
     n, places = len(activations), tuple(activations.shape[1:-1])
     flat = activations.reshape(n, -1, activations.shape[-1])
-    chosen = [components[row] for row in rows]
     if all(one.size == 1 for one in chosen):
         sizes = flat[:, :, [one.position for one in chosen]]
     else:
         sizes = torch.stack([flat[:, :, one.position : one.position + one.size].norm(dim=-1) for one in chosen], -1)
     if there is not None and there.shape == sizes.shape[:2]:
-        sizes = sizes.masked_fill(~there.bool().to(sizes.device)[:, :, None], -torch.inf)
-    values, where = sizes.max(dim=1)
-    found[0][list(rows), start : start + n] = values.T.cpu().numpy()
-    found[1][list(rows), start : start + n] = _boxes(where.T.cpu().numpy(), places)
+        present = there.bool().to(sizes.device)
+        order = (~present).long().argsort(dim=1, stable=True)  # the text first, then its padding
+        sizes = sizes.masked_fill(~present[:, :, None], -torch.inf).take_along_dim(order[:, :, None], dim=1)
+    largest, where = (value.T for value in sizes.max(dim=1))
+    top, rows = largest.sort(dim=1, descending=True, stable=True)
+    top, rows = top[:, :TOP], rows[:, :TOP]
+    own = sizes.permute(2, 0, 1)[torch.arange(len(chosen), device=rows.device)[:, None], rows]
+    boxes = _boxes(where.take_along_dim(rows, dim=1).cpu().numpy(), places)
+    return Exciting(start + rows.cpu().numpy(), top.cpu().numpy(), boxes, _map(own, places).cpu().numpy())
+
+
+def _map(activations: Tensor, places: tuple[int, ...]) -> Tensor:
+    """Return (components, examples, `CELLS`) maps of (components, examples, places) activations."""
+    positive = activations.clamp(min=0)
+    if len(places) == 2:
+        pictures = positive.reshape(*positive.shape[:2], *places)
+        return functional.adaptive_max_pool2d(pictures, (SIDE, SIDE)).flatten(2)
+    return functional.pad(positive[:, :, :CELLS], (0, max(0, CELLS - positive.shape[2])))
 
 
 def _boxes(where: np.ndarray, places: tuple[int, ...]) -> np.ndarray:
@@ -183,12 +231,3 @@ def _boxes(where: np.ndarray, places: tuple[int, ...]) -> np.ndarray:
     elif len(places) == 1:
         boxes[..., 0], boxes[..., 1:] = where, -1
     return boxes
-
-
-def _strongest(values: np.ndarray, places: np.ndarray) -> Exciting:
-    """Return the examples with the largest activations."""
-    order = np.argsort(-values, axis=1, kind="stable")[:, :TOP]
-    top = np.take_along_axis(values, order, axis=1)
-    boxes = np.take_along_axis(places, order[:, :, None], axis=1)
-    known = np.isfinite(top)
-    return Exciting(np.where(known, order, -1), np.where(known, top, np.nan), boxes)

@@ -12,10 +12,11 @@ from coar.description import describe
 from coar.errors import IncompleteRunError, RunError
 from coar.evaluation import Evaluation, evaluate
 from coar.explorer.activations import Computed, compute, first_kernels
+from coar.explorer.attention import attention_patterns
 from coar.explorer.edits import edits_of
 from coar.explorer.language import language_of
 from coar.explorer.looks import looks_of, sheet
-from coar.explorer.packing import floats, plain, steps, table
+from coar.explorer.packing import floats, plain, shares, steps, table
 from coar.explorer.part import Part, part_of, whole_part
 from coar.explorer.source import Source
 from coar.store.fits import finished_fits
@@ -66,6 +67,7 @@ def gather(
     if evaluation is None:
         evaluation = _evaluation(run, notes)
     computed = compute(source.study, part.examples, run.facts.batch_norms) if source is not None else None
+    patterns = attention_patterns(source.study, part.examples) if source is not None else None
     made: dict[str, Any] = {
         "title": Path(str(run.path)).name,
         "version": __version__,
@@ -77,6 +79,8 @@ def gather(
         "run": str(run.path),
         "notes": notes,
     }
+    if patterns is not None:
+        made["attention"] = patterns.packed(part.components)
     made |= language_of(_folders(folder, source), run, notes)
     made["edits"] = edits_of(folder, made["components"]["names"], attributions, source)
     if attributions is not None and name is not None:
@@ -122,7 +126,7 @@ def _examples(run: Run, part: Part, source: Source | None, computed: Computed | 
         ),
     }
     if source is not None:
-        made |= looks_of(source.study.examples, part.examples, source.show).packed()
+        made |= looks_of(source.study.examples, part.examples, source.show, source.tokenizer).packed()
     if computed is not None and computed.correct is not None:
         made["correct"] = computed.correct.tolist()
     if computed is not None and computed.predicted is not None and computed.probability is not None:
@@ -155,6 +159,7 @@ def _components(components: Components, part: Part, source: Source | None, compu
             "rows": found.rows[part.components].tolist(),
             "values": floats(found.values[part.components]),
             "places": floats(found.places[part.components]),
+            "maps": shares(found.maps[part.components]),
         }
     return made
 

@@ -118,4 +118,4 @@ def _judged(
 
 
 def _looks(judge: Examples, shown: list[int], source: Source) -> dict[str, Any]:
-    return looks_of(judge, np.array(shown), source.show).packed() if shown else {}
+    return looks_of(judge, np.array(shown), source.show, source.tokenizer).packed() if shown else {}

@@ -40,7 +40,7 @@ class Looks:
         return {"words": self.words} if self.words is not None else {}
 
 
-def looks_of(examples: Examples, rows: np.ndarray, show: Show | None = None) -> Looks:
+def looks_of(examples: Examples, rows: np.ndarray, show: Show | None = None, tokenizer: Any = None) -> Looks:
     """Return the looks of the examples at some positions.
 
     Args:
@@ -50,13 +50,14 @@ def looks_of(examples: Examples, rows: np.ndarray, show: Show | None = None) -> 
             examples: (height, width) or (height, width, 3) numbers, uint8 or from 0 to 1, or a PIL image. Or returns a
             list of words, or a text. By default a tensor of one or three channels is a picture, scaled to the range of
             all pictures; a vector of whole numbers is a list of tokens; and a short vector is a list of numbers.
+        tokenizer: The tokenizer of transformers that decodes tokens; None for their numbers.
 
     Raises:
         PipelineError: When `show` returns something else, or pictures for some examples and words for others.
     """
     inputs = [_row(examples.block(int(row), int(row) + 1)[0]) for row in rows]
     if show is None:
-        return _default(inputs)
+        return _default(inputs, tokenizer)
     shown = [_shown(show(one)) for one in inputs]
     if all(isinstance(one, list) for one in shown):
         return Looks(words=shown)  # type: ignore[arg-type]
@@ -84,7 +85,7 @@ def _row(inputs: Any) -> Any:
     return {name: value[0] for name, value in inputs.items()} if isinstance(inputs, dict) else inputs[0]
 
 
-def _default(inputs: list[Any]) -> Looks:
+def _default(inputs: list[Any], tokenizer: Any) -> Looks:
     """Return pictures, tokens or numbers, whichever the inputs are; nothing for any others."""
     first = inputs[0]
     if isinstance(first, dict):
@@ -92,7 +93,7 @@ def _default(inputs: list[Any]) -> Looks:
         if name is None:
             return Looks()
         if name == "input_ids":
-            return Looks(words=[_tokens(one) for one in inputs])
+            return Looks(words=[_tokens(one, tokenizer) for one in inputs])
         inputs = [one[name] for one in inputs]
     first = inputs[0]
     whole = not (first.is_floating_point() or first.is_complex())
@@ -103,9 +104,10 @@ def _default(inputs: list[Any]) -> Looks:
     return Looks()
 
 
-def _tokens(one: dict[str, Tensor]) -> list[str]:
+def _tokens(one: dict[str, Tensor], tokenizer: Any) -> list[str]:
     there = one.get("attention_mask", torch.ones_like(one["input_ids"])).bool()
-    return [str(token) for token in one["input_ids"][there].tolist()]
+    ids = one["input_ids"][there].tolist()
+    return [str(token) if tokenizer is None else str(tokenizer.decode([token])) for token in ids]
 
 
 def _scaled(pictures: Tensor) -> list[np.ndarray]:

@@ -28,6 +28,11 @@ def steps(values: np.ndarray) -> dict[str, Any]:
     return {"shape": list(values.shape), "i16": _base64(whole.astype("<i2")), "scale": floats(scale)}
 
 
+def shares(values: np.ndarray) -> dict[str, Any]:
+    """Return an array of numbers from 0 to 1 as steps of 1 / 255, in base64; the error of a value is at most 0.002."""
+    return {"shape": list(values.shape), "u8": _base64(np.rint(255 * values.clip(0, 1)).astype(np.uint8))}
+
+
 def table(frame: "pd.DataFrame") -> dict[str, Any]:
     """Return a table as names of columns, and rows of numbers, words, booleans, and None for NaN."""
     rows = [[plain(value) for value in row] for row in frame.itertuples(index=False)]

@@ -19,10 +19,12 @@ class Source:
         study: The study of the run.
         judge: Returns the judging examples of edits; None when there are none.
         show: Returns the look of one example from its inputs (see `looks.looks_of`); None for the default.
+        tokenizer: The tokenizer of the texts, for tokens in words; None for their numbers.
         file: The pipeline file, for commands on the page.
     """
 
     study: Study
     judge: Callable[[], Examples] | None = None
     show: Show | None = None
+    tokenizer: Any = None
     file: Path | None = None

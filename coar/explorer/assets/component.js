@@ -5,7 +5,7 @@ function componentView(panel, argument) {
   panel.append(componentTools(j), componentHead(j));
   if (fit) panel.append(make("div", { class: "pair" }, effectPart(j), ...(groupColumns.length ? [groupsPart(j)] : [])), leaningPart(j));
   else panel.append(missing("This run has no fit, so there are no attributions to show; make one with coar fit."));
-  panel.append(...[excitingPart(j)].filter(Boolean));
+  panel.append(...[attentionPart(j), excitingPart(j)].filter(Boolean));
   if (fit) panel.append(similarPart(j), ...[placePart(j)].filter(Boolean));
 }
 
@@ -95,8 +95,10 @@ function leaningPart(j) {
     card("Examples that it opposes most", gallery(cards(worst), "Examples that it opposes most")));
 }
 
+const CELLS = 64; // of a map of activations
 let excitingPlaces = null;
 let excitingValues = null;
+let excitingMaps = null;
 
 /** The examples with the largest activations of the component, and where in them. */
 function excitingPart(j) {
@@ -104,6 +106,7 @@ function excitingPart(j) {
   if (!exciting) return null;
   excitingPlaces ??= numbers(exciting.places);
   excitingValues ??= numbers(exciting.values);
+  excitingMaps ??= numbers(exciting.maps);
   const top = exciting.values.shape[1];
   const cards = exciting.rows[j]
     .map((row, k) => {
@@ -111,13 +114,46 @@ function excitingPart(j) {
       const place = Array.from(excitingPlaces.subarray(4 * at, 4 * at + 4));
       const inPicture = content.examples.sheet && place.every((share) => share >= 0);
       return row < 0 ? null : exampleCard(row, `activation ${shown(excitingValues[at], 2)}`,
-        { box: inPicture ? place : null, marked: place[1] === -1 ? place[0] : -1 });
+        { box: inPicture ? place : null, marked: place[1] === -1 ? place[0] : -1, map: inPicture || place[1] === -1 ? excitingMaps.subarray(CELLS * at, CELLS * (at + 1)) : null });
     })
     .filter(Boolean);
   if (!cards.length) return null;
-  const where = content.examples.sheet ? " The frame is the cell of the feature map; the component sees more around it." : "";
+  const where = content.examples.sheet
+    ? " Amber shows where it is active, and the frame is the cell of the feature map with the largest activation; the component sees more around it."
+    : content.examples.words ? " The marked token has the largest activation; amber lines show the others." : "";
   return card("What excites it most", make("p", { class: "caption" }, `The examples with its largest activations in the unablated model.${where}`),
     gallery(cards, "Most exciting examples"));
+}
+
+const reader = { text: 0 };
+let patterns = null;
+
+/** The attention pattern of a head on a chosen text. */
+function attentionPart(j) {
+  const { attention } = content;
+  const h = attention ? attention.heads.indexOf(j) : -1;
+  if (h < 0) return null;
+  patterns ??= numbers(attention.values);
+  const [, heads, side] = attention.values.shape;
+  const place = make("div", {});
+  const draw = () => {
+    const t = reader.text;
+    const [length, example] = [attention.lengths[t], attention.examples[t]];
+    const words = (content.examples.words?.[example] ?? []).slice(0, length);
+    const names = Array.from({ length }, (_, i) => inert((words[i] ?? `token ${i + 1}`).trim().slice(0, 14) || "␣"));
+    const rows = names.map((_, q) => Array.from(patterns.subarray(((t * heads + h) * side + q) * side, ((t * heads + h) * side + q) * side + length)));
+    const ticks = { tickvals: names.map((_, i) => i), ticktext: names, showgrid: false, zeroline: false };
+    const heat = {
+      type: "heatmap", z: rows, zmin: 0, zmax: 1, colorscale: rising(), colorbar: { thickness: 10, outlinewidth: 0 },
+      text: rows.map((_, q) => names.map((name) => `${names[q]} to ${name}`)), hovertemplate: "%{text}: %{z:.2f}<extra></extra>",
+    };
+    const drawn = chart(`Attention of ${content.components.names[j]}`, [heat], { xaxis: axis("attended token", { ...ticks, tickangle: -45 }), yaxis: axis("token that attends", { ...ticks, autorange: "reversed" }) },
+      { height: Math.max(300, 17 * length + 130), caption: "Each row shows where one token looks; a row adds up to 1 over the whole text." });
+    place.replaceChildren(make("p", {}, make("a", { href: `#example/${example}` }, nameOf(example)), ": ", words.length ? tokens(words) : `${length} tokens`), drawn);
+  };
+  draw();
+  const texts = attention.examples.map((example, t) => [t, nameOf(example)]);
+  return card("Attention pattern", make("div", { class: "tools" }, choice("Text", texts, reader.text, (value) => { reader.text = Number(value); draw(); })), place);
 }
 
 function similarPart(j) {
@@ -134,7 +170,7 @@ function similarPart(j) {
 }
 
 function placePart(j) {
-  const map = grid("Mean weight of every component", (k) => meanOf(weightsOn(k)).mean,
+  const maps = grids("Mean weight of every component", (k) => meanOf(weightsOn(k)).mean,
     "Mean weights over examples: blue raises outputs, orange lowers them. The frame marks this component.", j);
-  return map ? card("Where it is in the model", map) : null;
+  return maps.length ? card("Where it is in the model", maps) : null;
 }

@@ -12,9 +12,10 @@ function decoded(text) {
   return bytes.buffer;
 }
 
-/** Return the numbers of a packed array, row after row; rows of int16 are multiplied by their scale. */
+/** Return the numbers of a packed array, row after row; rows of int16 are multiplied by their scale, bytes are shares. */
 function numbers(packed) {
   if (packed.f32 !== undefined) return new Float32Array(decoded(packed.f32));
+  if (packed.u8 !== undefined) return Float32Array.from(new Uint8Array(decoded(packed.u8)), (value) => value / 255);
   const whole = new Int16Array(decoded(packed.i16));
   const scale = numbers(packed.scale);
   const columns = packed.shape[1];

@@ -78,7 +78,7 @@ function harmedPart(edit) {
   const face = (i) => {
     const at = kept.indexOf(i);
     if (at < 0) return null;
-    return sheet ? picture(sheet, at, 80) : words ? tokens(words[at], -1, 30) : null;
+    return sheet ? picture(sheet, at, 80) : words ? tokens(words[at], { limit: 30 }) : null;
   };
   const one = (i) => make("li", {}, make("div", { class: "like" }, face(i), judgeName(i), make("br"), make("span", { class: "muted" }, `${shown(before[i], 2)} to ${shown(after[i], 2)}`)));
   const list = (title, found) => [make("h3", {}, `${title}: ${found.length}`),

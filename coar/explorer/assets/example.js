@@ -10,10 +10,10 @@ function exampleView(panel, argument) {
     panel.append(missing("This run has no fit, so there are no attributions to show; make one with coar fit."));
     return;
   }
-  panel.append(strongestPart(i), make("div", { class: "pair" }, removalPart(i), above ? layersPart(i) : null));
-  const map = grid(`Weights of all components on ${nameOf(i)}`, (j) => weightsOf(i)[j],
+  panel.append(strongestPart(i), choicesPart(i), make("div", { class: "pair" }, removalPart(i), above ? layersPart(i) : null));
+  const maps = grids(`Weights of all components on ${nameOf(i)}`, (j) => weightsOf(i)[j],
     "Each cell is a component: blue raises the output of this example, orange lowers it. Click one to open it.");
-  if (map) panel.append(card("Where in the model", map));
+  if (maps.length) panel.append(card("Where in the model", maps));
   panel.append(neighboursPart(i));
 }
 
@@ -116,6 +116,47 @@ function layersPart(i) {
   const layout = { barmode: "relative", xaxis: axis("sum of weights"), yaxis: axis("", { autorange: "reversed", type: "category" }), showlegend: true };
   return card("Layer by layer", chart(`Sums of weights by layer on ${nameOf(i)}`, [bar(above, "for", "for"), bar(below, "against", "against")], layout,
     { height: Math.max(230, 20 * sites.length + 90), caption: "Sums over all components of a layer, in the order of the model." }));
+}
+
+const RIVALS = 10; // single components whose ablation is predicted
+
+/** Each of the strongest components alone: what its ablation is predicted to do here, and to all other examples. */
+function choicesPart(i) {
+  const place = make("div", {});
+  const draw = (side) => {
+    const own = weightsOf(i);
+    const sign = side === "against" ? -1 : 1;
+    const chosen = ranked(count.components, (j) => sign * own[j]).slice(0, RIVALS).filter((j) => sign * own[j] > 0);
+    const others = content.examples.rows.map((_, k) => k).filter((k) => k !== i);
+    const rows = chosen.map((j) => {
+      const change = weightsOn(j).map((weight) => -weight);
+      const falls = others.filter((k) => output[k] > 0 && output[k] + change[k] <= 0).length;
+      const rises = others.filter((k) => output[k] <= 0 && output[k] + change[k] > 0).length;
+      return { j, here: output[i] + change[i], falls, rises, mean: meanOf(change).mean, worst: groupColumns.length ? mostHarmed(change) : null };
+    });
+    const add = (j) => make("button", { type: "button", "aria-label": `What if ${content.components.names[j]} were ablated?`, on: { click: () => { trial.chosen = new Set([j]); trial.warning = ""; go("whatif"); } } }, "What if?");
+    const columns = [
+      { title: "without", text: true, value: (row) => componentLink(row.j) },
+      { title: "output here", value: (row) => shown(row.here, 2, { sign: true }) },
+      { title: "others falling below 0", value: (row) => String(row.falls) },
+      { title: "others rising above 0", value: (row) => String(row.rises) },
+      { title: "mean change of all", value: (row) => shown(row.mean, 2, { sign: true }) },
+      ...(groupColumns.length ? [{ title: `most harmed ${groupColumns[0]}`, text: true, value: (row) => row.worst }] : []),
+      { title: "", text: true, value: (row) => add(row.j) },
+    ];
+    place.replaceChildren(tableOf(columns, rows, "Predictions without one component"));
+  };
+  const side = output[i] > 0 ? "for" : "against";
+  draw(side);
+  return card("Which one would you remove?", make("p", { class: "caption" }, `The predicted output of this example, ${shown(output[i], 2)} now, without one component, and what its ablation would do to all others.`),
+    make("div", { class: "tools" }, choice("components that are", [["against", "against this output"], ["for", "for this output"]], side, draw)), place);
+}
+
+/** The group whose mean output falls most, with that change. */
+function mostHarmed(change) {
+  const means = [...groupsBy(groupColumns[0])].map(([value, rows]) => [value, meanOf(rows.map((k) => change[k])).mean]);
+  const [value, mean] = means.reduce((a, b) => (b[1] < a[1] ? b : a));
+  return mean < 0 ? `${value} (${shown(mean, 2, { sign: true })})` : "none";
 }
 
 function neighboursPart(i) {

@@ -33,14 +33,25 @@ function examplesView(panel) {
     const rows = browsed();
     const part = rows.slice(0, browsing.limit);
     total.textContent = `${rows.length.toLocaleString("en")} of ${plural(count.examples, "example")}`;
-    const note = (i) => [`output ${shown(output[i], 2)}`, ...(heldOut ? [`held-out r ${shown(heldOut.pearson[i], 2)}`] : [])];
+    const note = (i) => [`output ${shown(output[i], 2)}`, ...(heldOut ? [`fit r ${shown(heldOut.pearson[i], 2)}`] : [])];
     const { sheet, words } = content.examples;
     const list = sheet || words ? gallery(part.map((i) => exampleCard(i, note(i))), "Examples") : examplesTable(part);
     const more = make("button", { type: "button", on: { click: () => { browsing.limit += 240; draw(); } } }, `Show more of ${rows.length}`);
     found.replaceChildren(list, ...(rows.length > part.length ? [more] : []));
   };
-  panel.append(examplesTools(draw), total, found);
+  panel.append(welcome(), examplesTools(draw), total, found);
   draw();
+}
+
+/** What the page answers, and where to begin. */
+function welcome() {
+  const wrong = content.examples.rows.filter((_, i) => isRight(i) === false).length;
+  const begin = wrong && browsing.verdict !== "wrong"
+    ? make("button", { type: "button", class: "strong", on: { click: () => { browsing.verdict = "wrong"; draw(); } } }, `Show the ${wrong} that the model gets wrong`)
+    : null;
+  const what = `Which of the model's ${count.components.toLocaleString("en")} components made each prediction, and what would happen without them? Choose an example to see.`;
+  const read = `Each card has the model's output${heldOut ? " and fit r, the correlation of predicted and measured outputs of this example under held-out masks" : ""}.`;
+  return make("div", { class: "welcome" }, make("div", {}, make("p", { class: "lead" }, what), make("p", { class: "muted" }, read)), begin);
 }
 
 function examplesTools(draw) {

@@ -111,11 +111,6 @@ function sizesPart(judged) {
     plainTable(judged, "Judged circuits"));
 }
 
-/** From the ground to blue, for numbers from 0 upwards. */
-function rising() {
-  return [[0, colour("middle")], [1, colour("for")]];
-}
-
 function tracesView(panel, argument) {
   const all = content.traces;
   const t = Math.min(Number.parseInt(argument, 10) || 0, all.length - 1);

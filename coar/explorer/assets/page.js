@@ -42,8 +42,8 @@ function sheetClass(sheet) {
   return sheets.get(sheet);
 }
 
-/** One picture of a sheet, `side` pixels on its longer side, with boxes given as shares of the picture. */
-function picture(sheet, at, side, label = "", box = null) {
+/** One picture of a sheet, `side` pixels on its longer side, with a box given as shares of it, and a map over it. */
+function picture(sheet, at, side, label = "", { box = null, map = null } = {}) {
   const scale = side / Math.max(sheet.width, sheet.height);
   const [width, height] = [sheet.width * scale, sheet.height * scale];
   const [column, row] = [at % sheet.columns, Math.floor(at / sheet.columns)];
@@ -56,6 +56,7 @@ function picture(sheet, at, side, label = "", box = null) {
   const crisp = sheet.pixelated ? " crisp" : "";
   const name = label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" };
   const element = make("span", { class: `picture ${sheetClass(sheet)}${crisp}`, style, ...name });
+  if (map) element.append(overlay(map));
   if (box) {
     const [left, top, wide, high] = box.map((share) => `${100 * share}%`);
     element.append(make("span", { class: "box", style: { left, top, width: wide, height: high } }));
@@ -63,18 +64,33 @@ function picture(sheet, at, side, label = "", box = null) {
   return element;
 }
 
-/** The words of an example, one of them marked. */
-function tokens(words, marked = -1, limit = 60) {
-  const spans = words.slice(0, limit).map((word, i) => make("span", i === marked ? { class: "marked" } : {}, word));
-  const more = words.length > limit ? [` and ${words.length - limit} more`] : [];
-  return make("span", { class: "tokens" }, spans, more);
+const AMBER = [255, 176, 0];
+
+/** A square map of shares from 0 to 1, drawn as amber over a picture. */
+function overlay(map) {
+  const side = Math.round(Math.sqrt(map.length));
+  const canvas = make("canvas", { class: "overlay", width: side, height: side, "aria-hidden": "true" });
+  const pixels = new ImageData(side, side);
+  map.forEach((share, i) => pixels.data.set([...AMBER, Math.round(150 * share)], 4 * i));
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+  return canvas;
+}
+
+/** The words of an example, one of them marked, and each underlined as much as its share of a map. */
+function tokens(words, { marked = -1, map = null, limit = 60 } = {}) {
+  const first = Math.max(0, Math.min(marked - Math.floor(limit / 2), words.length - limit));
+  const line = (i) => (map?.[i] ? { boxShadow: `inset 0 -3px 0 rgba(${AMBER}, ${map[i].toFixed(2)})` } : {});
+  const spans = words.slice(first, first + limit).map((word, k) => make("span", { class: first + k === marked ? "marked" : null, style: line(first + k) }, word));
+  const before = first > 0 ? [`${first} more, `] : [];
+  const after = words.length > first + limit ? [` and ${words.length - first - limit} more`] : [];
+  return make("span", { class: "tokens" }, before, spans, after);
 }
 
 /** How an example looks: a picture, words, or nothing. */
-function look(example, side, box = null, marked = -1) {
+function look(example, side, { box = null, marked = -1, map = null } = {}) {
   const { sheet, words } = content.examples;
-  if (sheet) return picture(sheet, example, side, "", box);
-  return words ? tokens(words[example], marked, side > 100 ? 400 : 30) : null;
+  if (sheet) return picture(sheet, example, side, "", { box, map });
+  return words ? tokens(words[example], { marked, map, limit: side > 100 ? 400 : 30 }) : null;
 }
 
 /** What an example is called: its id, or its position. */
@@ -95,10 +111,10 @@ function verdict(example) {
 }
 
 /** A card that leads to an example; the note has one or several lines. */
-function exampleCard(example, note, { box = null, marked = -1 } = {}) {
+function exampleCard(example, note, looks = {}) {
   const lines = [note].flat().map((line) => make("span", { class: "line muted" }, line));
   const link = make("a", { class: "like", href: `#example/${example}`, "data-example": example },
-    look(example, 80, box, marked), make("span", { class: "line" }, nameOf(example), " · ", verdict(example)), lines);
+    look(example, 80, looks), make("span", { class: "line" }, nameOf(example), " · ", verdict(example)), lines);
   return make("li", {}, link);
 }
 
