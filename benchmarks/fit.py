@@ -46,9 +46,13 @@ from coar.store.run import pack
 FEW = 20  # examples for timing scikit-learn's lasso and comparing with it
 
 
-def generate(path: Path, masks: int, components: int, examples: int) -> coar.Run:
-    """Write a run whose outputs are linear in the masks plus noise of the same spread."""
-    table = Components(Component(f"layer[{i}]", "neuron", "layer", "output", -1, i, 1) for i in range(components))
+def generate(path: Path, masks: int, components: int, examples: int, *, sites: int = 1) -> coar.Run:
+    """Write a run whose outputs are linear in the masks plus noise of the same spread; its sites are of equal size."""
+    size = -(-components // sites)
+    table = Components(
+        Component(f"layer{i // size}[{i % size}]", "neuron", f"layer{i // size}", "output", -1, i % size, 1)
+        for i in range(components)
+    )
     sampler = coar.BernoulliSampler(ablated_fraction=0.10, seed=0)
     run = coar.Run.create(
         path,

@@ -8,6 +8,7 @@ import pytest
 
 import coar
 from coar.errors import RegressionError, SettingsError
+from coar.regression import memory
 from coar.regression.informed import learning
 from coar.regression.informed import prior as priors
 from coar.store import fits
@@ -273,8 +274,8 @@ def test_learning_from_some_of_the_examples_is_nearly_as_good(tmp_path, monkeypa
     truth = pairwise(600, 16)
     run = run_of(tmp_path / "r.zarr", truth, mask_groups=64, blocks=(16, 600))
     whole = off(fit(run, method="informed", name="whole"), truth)
-    monkeypatch.setattr(priors, "LEARNING_NUMBERS", 16 * 160)  # every fourth example would meet 16 mask groups
-    chosen = np.arange(600)[priors.learning_examples(run)]
+    monkeypatch.setattr(memory, "MOST_LEARNING", 16 * 160)  # every fourth example would meet 16 mask groups
+    chosen = np.arange(600)[priors.learning_examples(run, 160)]
     assert len(chosen) == 120
     assert set(MaskGradients(run).group_of(slice(None))[chosen]) == set(range(64))
     assert off(fit(run, method="informed", name="part"), truth) < 1.6 * whole

@@ -226,15 +226,6 @@ def test_masks_that_are_all_alike_are_refused(tmp_path):
         fitted(run)
 
 
-def test_gram_matrix_that_memory_cannot_hold_is_refused(run, monkeypatch):
-    monkeypatch.setattr(lasso, "physical_memory", lambda: 20 * D**2 - 1)
-    with pytest.raises(RegressionError, match=r"12 components .* use ridge"):
-        fitted(run, name="refused")
-    assert "refused" not in fits.fit_names(run)
-    monkeypatch.setattr(lasso, "physical_memory", lambda: 20 * D**2)
-    fitted(run, name="refused")
-
-
 def test_example_that_does_not_converge_is_named(tmp_path, monkeypatch):
     def outputs(keep):
         y = linear(weights(), 0.7, 1.0)(keep)

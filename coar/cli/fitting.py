@@ -37,6 +37,10 @@ def fit(
     engine: EngineOption = "local",
     address: AddressOption = None,
     workers: WorkersOption = 2,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="Most memory, as in 4GiB [default: half of the free memory].")
+    ] = None,
+    device: DeviceOption = "auto",
 ) -> None:
     """Fit attributions to a collected run and write them into the run."""
     from coar.regression.fitting import fit as fit_run
@@ -53,6 +57,7 @@ def fit(
         typer.echo(f"{run}: sums of worker {worker} made; once all are, run the same with --merge")
         return
     options: dict[str, Any] = {"method": method, "masks": masks, "gradients": gradients, "name": name, "refit": refit}
+    options |= {"memory_limit": memory_limit, "device": device}
     attributions = fit_run(Run.open(run), **options, merge=merge, cluster=crew)
     record = attributions.fit
     with_gradients = f" and {record.gradients} mask gradients" if record.gradients else ""

@@ -89,7 +89,7 @@ def examples_per_block(study: Study, model: nn.Module, most: int, memory_limit: 
     fit = max(limit // kept.nbytes, 1)
     if fit < most:
         log.info(
-            "blocks have %d examples, since the unablated model's results take %s each", fit, _readable(kept.nbytes)
+            "blocks have %d examples, since the unablated model's results take %s each", fit, readable(kept.nbytes)
         )
     return min(fit, most)
 
@@ -133,7 +133,7 @@ def _rows_within(limit: int, needed: float, noun: str) -> int:
     rows = int(limit / max(needed, 1.0))
     if rows < 1:
         raise SettingsError(
-            f"a {noun} of one example takes {_readable(needed)}, and the memory limit is {_readable(limit)}; raise the "
+            f"a {noun} of one example takes {readable(needed)}, and the memory limit is {readable(limit)}; raise the "
             f"limit, or give smaller inputs"
         )
     return rows
@@ -247,7 +247,8 @@ def _bytes_in(value: Any) -> int:
     return sum(_bytes_in(part) for part in value) if isinstance(value, tuple | list) else 0
 
 
-def _readable(size: float) -> str:
+def readable(size: float) -> str:
+    """Return a number of bytes as text, such as `1.5 GiB`."""
     for letter in ("G", "M", "K"):
         unit = UNITS[f"{letter}IB"]
         if size >= unit:

@@ -1,30 +1,37 @@
 """The fit of a run: reads it once, solves for every example, and writes the attributions into it."""
 
+import logging
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
+import torch
 
 from coar.attributions import Attributions
 from coar.cluster import RayCluster, connected
 from coar.errors import IncompleteRunError, RegressionError, SettingsError
 from coar.evaluation import score
+from coar.forward.devices import choose_device
+from coar.forward.memory_limit import readable
 from coar.progress import progress_bar
 from coar.regression.distributed.cluster import ClusterFit
 from coar.regression.distributed.partial_sums import PartialSums
 from coar.regression.informed.fit import Informed
-from coar.regression.lasso import Design, Sparse, check_memory
+from coar.regression.iterative.solver import Iterative, IterativeSparse
+from coar.regression.lasso import Design, Sparse
+from coar.regression.memory import FitPlan, plan_of
 from coar.regression.ridge import FromMoments, FromOutputs
 from coar.regression.sums import FitBlock, Gram, Solution, Solver, Streamed, Sums, takes_moments
 from coar.renamed import new_arguments_only
-from coar.store.fits import FitWriter, add_validation, blocks_of, check_name, chunk_rows, finished_fit, fit_record
+from coar.store.fits import BegunFit, add_validation, check_name, chunk_rows, finished_fit, fit_record
 from coar.store.gradients import MaskGradients
 from coar.store.lock import worker_lock
 from coar.store.plan import check_worker
 from coar.store.records import FitLearned, FitRecord, FitRequest
 from coar.store.run import Run
 
+log = logging.getLogger(__name__)
 METHODS = {  # the arrays of a fit by its method
     "ridge": ("weight", "intercept", "standard_error", "penalty"),
     "ols": ("weight", "intercept", "standard_error", "penalty"),
@@ -44,6 +51,8 @@ def fit(
     refit: bool = False,
     merge: bool = False,
     cluster: RayCluster | None = None,
+    memory_limit: int | str | None = None,
+    device: str = "auto",
     progress: bool = True,
 ) -> Attributions:
     """Fit one linear model per example from masks to outputs and write it into the run.
@@ -61,6 +70,11 @@ def fit(
         refit: Fit again even if the run already has this fit.
         merge: Solve from the sums that the workers of a job array made by `fit_share`.
         cluster: Make sums and solve on a Ray cluster.
+        memory_limit: Most memory that the fit may take, in bytes or as text such as `4GiB`; by default half of what is
+            free. The plan that keeps it is logged. A fit that one decomposition of the masks would take beyond the
+            limit is iterative. On a cluster it is the limit of each worker.
+        device: Where an iterative fit computes: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. On a CUDA device fits of
+            masks are always iterative.
         progress: Show a progress bar.
 
     Returns:
@@ -70,7 +84,7 @@ def fit(
         IncompleteRunError: When units are missing, or the sums of a worker.
         EngineError: When the cluster cannot be reached, or its workers fail.
         RegressionError: When there are fewer than two masks, too few for least squares, or too few mask gradients; when
-            lasso does not converge, or its Gram matrix does not fit into memory.
+            an example does not converge; or when the memory limit is too small for one block of examples.
     """
     if method not in (*METHODS, "auto"):
         raise SettingsError(f"unknown method {method!r}; choose auto or one of {', '.join(METHODS)}")
@@ -79,6 +93,7 @@ def fit(
     rounds = _rounds(run, gradients, method)
     rows = _rows(run, masks, none_will_do=rounds > 0)
     common: dict[str, Any] = {"refit": refit, "progress": progress, "merge": merge, "cluster": cluster}
+    common |= {"memory_limit": memory_limit, "device": fit_device(device)}
     if merge:
         method = _summed_method(method, rounds, rows, run)
     if method != "auto":
@@ -109,7 +124,8 @@ def fit_share(
     Raises:
         IncompleteRunError: When units are missing.
         MismatchError: When the sums were begun with another number of workers.
-        RegressionError: When there are no more masks than components, so that the fit does not use sums.
+        RegressionError: When there are no more masks than components, so that the fit does not use sums, or when the
+            sums do not fit into half of the free memory.
     """
     among = check_worker(worker)
     run.require_complete()
@@ -117,6 +133,7 @@ def fit_share(
         raise SettingsError(f"unknown method {method!r}; choose auto or one of {', '.join(METHODS)}")
     rows = _rows(run, masks, none_will_do=False)
     method = _summed_method(method, _rounds(run, None, method), rows, run)
+    _require_sums(plan_of(run, method, len(rows), memory_limit=None, device=torch.device("cpu")), run.n_components)
     shares = PartialSums(run, check_name(name or method), rows, chunk_rows(run))
     with worker_lock(run.path, prepared=shares.prepared) as lock:
         if lock.alone:
@@ -169,8 +186,10 @@ def _fit(
     *,
     refit: bool,
     progress: bool,
-    merge: bool = False,
-    cluster: RayCluster | None = None,
+    merge: bool,
+    cluster: RayCluster | None,
+    memory_limit: int | str | None,
+    device: torch.device,
 ) -> Attributions:
     if method != "informed" and len(rows) < 2:
         raise RegressionError(
@@ -181,46 +200,83 @@ def _fit(
     request = FitRequest(method=method, masks=len(rows), ablated_fraction=run.sampler.ablated_fraction, **gradients)
     known = fit_record(run, label)
     if refit or known is None or not known.answers(request):
+        plan = plan_of(run, method, len(rows), memory_limit=memory_limit, device=device)
+        log.info("%s", plan.words(len(rows), run.n_components, run.n_examples))
         with run.lock():
             if cluster is not None:
-                _fit_on_cluster(cluster, run, rows, rounds, label, request, progress=progress)
+                _fit_on_cluster(cluster, run, rows, rounds, label, request, plan, progress=progress)
             else:
-                _fit_here(run, rows, rounds, label, request, merge=merge, progress=progress)
+                _fit_here(run, rows, rounds, label, request, plan, merge=merge, progress=progress)
     _validate(run, label)
     return Attributions.open(run, label)
 
 
 def _fit_here(
-    run: Run, rows: np.ndarray, rounds: int, label: str, request: FitRequest, *, merge: bool, progress: bool
+    run: Run,
+    rows: np.ndarray,
+    rounds: int,
+    label: str,
+    request: FitRequest,
+    plan: FitPlan,
+    *,
+    merge: bool,
+    progress: bool,
 ) -> None:
-    """Solve in this process, block by block, and write the fit."""
+    """Solve in this process, block by block, and write the fit; go on with one that was interrupted."""
     method, step = request.method, chunk_rows(run)
     shares = PartialSums(run, label, rows, step) if merge else None
     if shares is not None:
+        _require_sums(plan, run.n_components)
         shares.require()
-    learned, solutions = _solutions(run, rows, rounds, method, sums=shares or Streamed(run, rows, step))
-    first = next(solutions)  # an error is raised here, before the stored fit is replaced
     fields = METHODS[method]
-    writer = FitWriter(run, label, fields, FitRecord.of(request, learned))
-    for examples, result in progress_bar(chain([first], solutions), desc=f"fit {label}", unit="block", shown=progress):
-        writer.write(examples, **{field: getattr(result, field).numpy() for field in fields})
+    begun = BegunFit.of(run, label, fields, request, plan.key)
+    todo = begun.missing(plan.blocks(run))
+    learned, solutions = _solutions(run, rows, rounds, method, plan, todo, sums=shares or Streamed(run, rows, step))
+    first = list(islice(solutions, 1))  # an error is raised here, before the stored fit is replaced
+    writer = begun.writer(FitRecord.of(request, learned))
+    done = len(plan.blocks(run)) - len(todo)
+    with progress_bar(total=done + len(todo), initial=done, desc=f"fit {label}", unit="block", shown=progress) as bar:
+        for examples, result in chain(first, solutions):
+            writer.write(examples, **{field: getattr(result, field).numpy() for field in fields})
+            bar.update()
     writer.finish()
     if shares is not None:
         shares.remove()
 
 
-def _fit_on_cluster(
-    cluster: RayCluster, run: Run, rows: np.ndarray, rounds: int, label: str, request: FitRequest, *, progress: bool
-) -> None:
-    """Solve blocks of examples on the cluster, which writes them."""
-    with connected(cluster) as ray:
-        work = ClusterFit(
-            ray, cluster, run, rows, rounds, request.method, fields=METHODS[request.method], solver_of=solver_of
+def _require_sums(plan: FitPlan, components: int) -> None:
+    """Raise `RegressionError` unless the sums over masks, a matrix of components, fit the plan's memory."""
+    if plan.way != "decomposed":
+        raise RegressionError(
+            f"a fit in shares adds up matrices of {components:,} x {components:,} numbers, which do not fit into "
+            f"{readable(plan.limit)}; fit in one process, on a Ray cluster, or with a larger memory limit"
         )
+
+
+def _fit_on_cluster(
+    cluster: RayCluster,
+    run: Run,
+    rows: np.ndarray,
+    rounds: int,
+    label: str,
+    request: FitRequest,
+    plan: FitPlan,
+    *,
+    progress: bool,
+) -> None:
+    """Solve blocks of examples on the cluster, which writes them; go on with a fit that was interrupted."""
+    fields = METHODS[request.method]
+    begun = BegunFit.of(run, label, fields, request, plan.key)
+    blocks = begun.missing(plan.blocks(run))
+    with connected(cluster) as ray:
+        work = ClusterFit(ray, cluster, run, rows, rounds, plan, fields=fields, solver_of=solver_of)
         learned = work.prepare()  # an error is raised here, before the stored fit is replaced
-        writer = FitWriter(run, label, METHODS[request.method], FitRecord.of(request, learned))
-        with progress_bar(total=run.n_examples, desc=f"fit {label}", unit="example", shown=progress) as bar:
-            for examples in work.solve(label, blocks_of(run)):
+        writer = begun.writer(FitRecord.of(request, learned))
+        done = run.n_examples - sum(block.stop - block.start for block in blocks)
+        with progress_bar(
+            total=run.n_examples, initial=done, desc=f"fit {label}", unit="example", shown=progress
+        ) as bar:
+            for examples in work.solve(label, blocks):
                 bar.update(examples.stop - examples.start)
         writer.finish()
 
@@ -236,35 +292,45 @@ def _validate(run: Run, label: str) -> None:
 
 
 def _solutions(
-    run: Run, rows: np.ndarray, rounds: int, method: str, *, sums: Sums
+    run: Run, rows: np.ndarray, rounds: int, method: str, plan: FitPlan, blocks: list[slice], *, sums: Sums
 ) -> tuple[FitLearned, Iterator[tuple[slice, Solution]]]:
     """Return what was learned for all examples, and the solved blocks of examples."""
-    summed = takes_moments(method, len(rows), run.n_components)
-    solver = solver_of(run, rows, rounds, method=method, gram=sums.gram() if summed else None)
+    summed = plan.way == "decomposed" and takes_moments(method, len(rows), run.n_components)
+    solver = solver_of(run, rows, rounds, plan=plan, gram=sums.gram() if summed else None)
     return solver.learned(), (
         (examples, solver.solve(FitBlock(run, rows, examples, sums.moments(examples) if summed else None)))
-        for examples in blocks_of(run)
+        for examples in blocks
     )
 
 
-def solver_of(run: Run, rows: np.ndarray, rounds: int, *, method: str, gram: Gram | None = None) -> Solver:
+def solver_of(run: Run, rows: np.ndarray, rounds: int, *, plan: FitPlan, gram: Gram | None = None) -> Solver:
     """Prepare what all examples of a fit share.
 
     Args:
         run: A complete run.
         rows: Row numbers of the training masks to use; may be empty for `informed`.
         rounds: How many rounds of mask gradients to use.
-        method: One of `METHODS`.
+        plan: The method, and how to compute.
         gram: The sums over these masks; by default they are made here if the method uses them.
 
     Raises:
-        RegressionError: When the masks or the mask gradients do not support the fit, or it does not fit into memory.
+        RegressionError: When the masks or the mask gradients do not support the fit.
     """
-    if method == "informed":
-        return Informed.of(run, rows, rounds, gram=gram)
-    if method == "lasso":
-        check_memory(run.n_components)
+    if plan.method == "informed":
+        return Informed.of(run, rows, rounds, learning=plan.learning, gram=gram)
+    if plan.way != "decomposed":
+        if plan.method == "lasso":
+            return IterativeSparse.of(run, rows, plan)
+        return Iterative.of(run, rows, plan.method, plan)
+    if plan.method == "lasso":
         return Sparse(Design.of(gram or Gram.of(run, rows)))
-    if takes_moments(method, len(rows), run.n_components):
-        return FromMoments.of(gram or Gram.of(run, rows), method)
-    return FromOutputs.of(run, rows, method)
+    if takes_moments(plan.method, len(rows), run.n_components):
+        return FromMoments.of(gram or Gram.of(run, rows), plan.method)
+    return FromOutputs.of(run, rows, plan.method)
+
+
+def fit_device(name: str) -> torch.device:
+    """Return the device of a fit; `auto` is CUDA where there is one, else the CPU."""
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    return choose_device(name)

@@ -10,8 +10,8 @@ minimises generalised cross-validation with the number of nonzero weights as deg
 Tibshirani 2007).
 """
 
-import os
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ STEPS = 20_000
 REFINEMENTS, REFINED = 100, 1e-12  # steps of conjugate gradients, and the share of the squared error that ends them
 CHECK = 5  # steps between computations of the duality gap
 POWER_STEPS, MARGIN = 100, 1.02  # this many steps give the eigenvalues of masks to 1 %
-ENTRY_BYTES = 20  # per entry of the Gram matrix: the sums, and their centred form in two types
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,11 @@ class Design:
     total: Tensor
     count: int
 
+    def image(self, values: Tensor) -> Tensor:
+        """Return the covariance matrix times (components, columns) values, in their type."""
+        matrix = self.single if values.dtype == torch.float32 else self.covariance
+        return matrix @ values
+
     @classmethod
     def of(cls, gram: Gram) -> "Design":
         """Centre the Gram matrix and find its largest eigenvalue.
@@ -65,6 +69,29 @@ class Design:
             )
         single = covariance.float()
         return cls(covariance, single, largest_eigenvalue(single), gram.total, gram.count)
+
+
+class Covariance(Protocol):
+    """The covariance matrix of the masks, as a matrix or as an operator."""
+
+    @property
+    def largest(self) -> float:
+        """Its largest eigenvalue, or up to 2 % more."""
+        ...
+
+    @property
+    def total(self) -> Tensor:
+        """(components,) numbers of masks that keep each component."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Number of masks."""
+        ...
+
+    def image(self, values: Tensor) -> Tensor:
+        """Return the matrix times (components, columns) values, in their type."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -105,17 +132,6 @@ class Sparse:
         return solve_sparse(self.design, block.moments(), first=block.examples.start)
 
 
-def check_memory(components: int) -> None:
-    """Raise `RegressionError` when this machine cannot hold the Gram matrix of this number of components."""
-    needed = ENTRY_BYTES * components**2
-    memory = physical_memory()
-    if needed > memory:
-        raise RegressionError(
-            f"lasso on {components} components needs {needed / 2**30:,.0f} GiB for their Gram matrix, and this machine "
-            f"has {memory / 2**30:,.0f}; use ridge on fewer masks than components, or components of a larger size"
-        )
-
-
 def largest_eigenvalue(matrix: Tensor) -> float:
     """Return the largest eigenvalue of a positive semidefinite matrix by the power method, times a margin.
 
@@ -128,18 +144,13 @@ def largest_eigenvalue(matrix: Tensor) -> float:
     return float(vector.norm()) * MARGIN
 
 
-def physical_memory() -> int:
-    """Return this machine's memory in bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def solve_sparse(design: Design, moments: Moments, *, first: int) -> SparseFit:
+def solve_sparse(design: Covariance, moments: Moments, *, first: int) -> SparseFit:
     """Solve for the examples of some moments, of which the first has this number; raises as `solve` does."""
     product = moments.centred(design.total)
     return solve(design, product, mean=moments.mean(), variation=moments.variation(), first=first)
 
 
-def solve(design: Design, product: Tensor, *, mean: Tensor, variation: Tensor, first: int = 0) -> SparseFit:
+def solve(design: Covariance, product: Tensor, *, mean: Tensor, variation: Tensor, first: int = 0) -> SparseFit:
     """Solve for a block of examples, each with the penalty of the lowest generalised cross-validation score.
 
     The path of penalties is followed in float32 to `PATH_TOLERANCE`. At the chosen penalty the weights are taken to
@@ -165,7 +176,7 @@ def solve(design: Design, product: Tensor, *, mean: Tensor, variation: Tensor, f
     return SparseFit(weight, mean - weight @ (design.total / design.count), penalty * spread)
 
 
-def follow(design: Design, target: Tensor, *, labels: Tensor) -> tuple[Tensor, Tensor]:
+def follow(design: Covariance, target: Tensor, *, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Follow every example's path from the least penalty that leaves no weight down, each solved from the one before.
 
     An example's path ends when its score has not improved for `PATIENCE` penalties. At smaller penalties the number of
@@ -239,7 +250,7 @@ def duality_gap(target: Tensor, weight: Tensor, product: Tensor, penalty: Tensor
 
 
 def minimise(
-    design: Design, target: Tensor, *, penalty: Tensor, start: Tensor, tolerance: float, labels: Tensor
+    design: Covariance, target: Tensor, *, penalty: Tensor, start: Tensor, tolerance: float, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Minimise w'Gw / 2 - w'c + penalty |w| for every example by FISTA (Beck and Teboulle 2009).
 
@@ -248,7 +259,7 @@ def minimise(
     within the tolerance.
 
     Args:
-        design: Sums over the masks; G is its covariance in the type of `target`.
+        design: Sums over the masks; G is the covariance matrix.
         target: c, (components, examples) covariances of masks and outputs of mean square 1.
         penalty: (examples,) float64.
         start: (components, examples) weights to start from.
@@ -261,11 +272,10 @@ def minimise(
     Raises:
         RegressionError: When an example's gap is not within the tolerance after `STEPS` steps.
     """
-    gram = design.single if target.dtype == torch.float32 else design.covariance
     weight, product, step = torch.empty_like(start), torch.empty_like(start), 1 / design.largest
     going, threshold = torch.arange(len(labels)), penalty.to(target.dtype) * step
     now, ahead = start, start  # the weights, and the weights extrapolated by momentum
-    gram_now = gram_ahead = gram @ start
+    gram_now = gram_ahead = design.image(start)
     pace = torch.ones_like(threshold)
     for number in range(STEPS):
         if number % CHECK == 1:
@@ -281,7 +291,7 @@ def minimise(
                 )
         raw = ahead + step * (target - gram_ahead)
         new = raw - raw.clamp(-threshold, threshold)
-        gram_new, moved = gram @ new, new - now
+        gram_new, moved = design.image(new), new - now
         uphill = ((ahead - new) * moved).sum(0) > 0
         faster = torch.where(uphill, 1, (1 + (1 + 4 * pace**2).sqrt()) / 2)
         momentum = torch.where(uphill, 0, (pace - 1) / faster)
@@ -293,7 +303,7 @@ def minimise(
     )
 
 
-def refined(design: Design, target: Tensor, *, weight: Tensor, product: Tensor, penalty: Tensor) -> Tensor:
+def refined(design: Covariance, target: Tensor, *, weight: Tensor, product: Tensor, penalty: Tensor) -> Tensor:
     """Return the solution of every example for the weights that are not zero and their signs, by conjugate gradients.
 
     Conjugate gradients solve the linear systems of all examples at once, to rounding error in few steps. If a weight
@@ -314,11 +324,11 @@ def refined(design: Design, target: Tensor, *, weight: Tensor, product: Tensor, 
     for _ in range(REFINEMENTS):
         if (square <= enough).all():
             break
-        image = (design.covariance @ along).where(there, 0)
+        image = (design.image(along)).where(there, 0)
         pace = square / (along * image).sum(0).clamp_min(tiny)
         exact, left = exact + pace * along, left - pace * image
         now = (left**2).sum(0)
         along, square = left + now / square.clamp_min(tiny) * along, now
     before = duality_gap(target, weight, product, penalty)
-    after = duality_gap(target, exact, design.covariance @ exact, penalty)
+    after = duality_gap(target, exact, design.image(exact), penalty)
     return exact.where(after < before, weight)

@@ -1,16 +1,19 @@
 """Fitted attributions inside a run: one group each under `attributions/`, written in blocks of examples."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Self, cast
 
 import numpy as np
 import zarr
 
+from coar._version import __version__
 from coar.errors import CorruptRunError, IncompleteRunError, RunError, SettingsError
 from coar.renamed import refuse_value
 from coar.store import arrays
-from coar.store.records import FitRecord
+from coar.store.records import FitRecord, FitRequest
 from coar.store.run import Run
 
 GROUP = "attributions"
@@ -134,14 +137,28 @@ class FitWriter:
         name: Name of the fit.
         fields: Which of `weight`, `standard_error`, `intercept`, `penalty` it has.
         record: Method, number of masks, and other properties of the fit.
+        begun: What identifies the fit while it is written, so that an interrupted one can go on.
+        goes_on: Whether to keep what an interrupted fit has written.
     """
 
-    def __init__(self, run: Run, name: str, fields: tuple[str, ...], record: FitRecord) -> None:
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        fields: tuple[str, ...],
+        record: FitRecord,
+        *,
+        begun: str = "",
+        goes_on: bool = False,
+    ) -> None:
         self._run, self._name = run, name
         self._record = record
+        if goes_on:
+            self._group = cast(zarr.Group, run.group[f"{GROUP}/{name}"])
+            return
         n, d, rows = run.n_examples, run.n_components, chunk_rows(run)
         self._group = run.group.create_group(
-            f"{GROUP}/{name}", overwrite=True, attributes={ATTRIBUTE: {"state": "fitting"}}
+            f"{GROUP}/{name}", overwrite=True, attributes={ATTRIBUTE: {"state": "fitting", "begun": begun}}
         )
         for field in fields:
             wide = field in PER_COMPONENT
@@ -161,3 +178,46 @@ class FitWriter:
     def finish(self) -> None:
         """Mark the fit as finished."""
         self._group.attrs[ATTRIBUTE] = self._record.stored()
+
+
+@dataclass(frozen=True)
+class BegunFit:
+    """A fit that is about to be written, and what an interrupted attempt at it has written already.
+
+    Attributes:
+        run: The run.
+        name: Name of the fit.
+        fields: Names of its arrays.
+        key: What identifies the fit: method, data, and way of computing, in this version.
+        stored: The chunks of examples of which all arrays are stored; empty where no attempt at this fit was begun.
+        goes_on: Whether there was such an attempt.
+    """
+
+    run: Run
+    name: str
+    fields: tuple[str, ...]
+    key: str
+    stored: frozenset[int]
+    goes_on: bool
+
+    @classmethod
+    def of(cls, run: Run, name: str, fields: tuple[str, ...], request: FitRequest, plan: str) -> Self:
+        """Look for an interrupted attempt at a fit."""
+        about = {**request.stored(), "plan": plan, "version": __version__, "chunk": chunk_rows(run)}
+        key, place = json.dumps(about, sort_keys=True), f"{GROUP}/{name}"
+        with _readable(run, place):
+            there = arrays.there_is(run.group, place)
+            state = dict(cast(dict[str, Any], run.group[place].attrs.get(ATTRIBUTE, {}))) if there else {}
+        paths = [f"{place}/{field}" for field in fields]
+        goes_on = state == {"state": "fitting", "begun": key} and all(arrays.there_is(run.group, p) for p in paths)
+        stored = [{chunk[0] for chunk in arrays.stored_chunks(run.array(p))} for p in paths] if goes_on else [set()]
+        return cls(run, name, fields, key, frozenset(set.intersection(*stored)), goes_on)
+
+    def missing(self, blocks: Sequence[slice]) -> list[slice]:
+        """Return the blocks of examples of which a chunk is not stored."""
+        step = chunk_rows(self.run)
+        return [b for b in blocks if not self.stored.issuperset(range(b.start // step, -(-b.stop // step)))]
+
+    def writer(self, record: FitRecord) -> FitWriter:
+        """Return the writer of what is missing."""
+        return FitWriter(self.run, self.name, self.fields, record, begun=self.key, goes_on=self.goes_on)

@@ -349,6 +349,12 @@ class Run:
         parts = [self.masks(int(part[0]), int(part[-1]) + 1) for part in stretches(rows)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def packed_at(self, rows: np.ndarray) -> np.ndarray:
+        """Read the (rows, bytes) packed masks of ascending row numbers, as `pack` makes them, without a comparison."""
+        array = self.array("masks")
+        parts = [arrays.read(array, slice(int(part[0]), int(part[-1]) + 1), slice(None)) for part in stretches(rows)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
     def outputs_at(self, rows: np.ndarray, examples: slice) -> np.ndarray:
         """Return the (rows, examples) outputs of ascending row numbers, reading no others."""
         parts = [self.outputs(slice(int(part[0]), int(part[-1]) + 1), examples) for part in stretches(rows)]

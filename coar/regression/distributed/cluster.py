@@ -11,6 +11,7 @@ import torch
 
 from coar.cluster import TRIES, RayCluster, unwrap
 from coar.errors import EngineError
+from coar.regression.memory import FitPlan
 from coar.regression.sums import FitBlock, Gram, Moments, Solver, dealt_rows, moments_of, panels, takes_moments
 from coar.store.fits import write_block
 from coar.store.records import FitLearned
@@ -30,7 +31,7 @@ class ClusterFit:
         run: A complete run, at a path that all machines reach.
         rows: Row numbers of the training masks to use.
         rounds: How many rounds of mask gradients to use.
-        method: `ridge`, `ols`, `lasso` or `informed`.
+        plan: The method, and how every worker computes.
         fields: Names of the arrays that the method's solutions have.
         solver_of: Prepares what all examples share, see `coar.regression.fitting.solver_of`.
     """
@@ -42,16 +43,16 @@ class ClusterFit:
         run: Run,
         rows: np.ndarray,
         rounds: int,
-        method: str,
+        plan: FitPlan,
         *,
         fields: tuple[str, ...],
         solver_of: Callable[..., Solver],
     ) -> None:
         self._ray, self._workers, self._run = ray, cluster.workers, run
-        self._summed = takes_moments(method, len(rows), run.n_components)
+        self._summed = plan.way == "decomposed" and takes_moments(plan.method, len(rows), run.n_components)
         self._fit = Fit(
             str(run.path.resolve() if isinstance(run.path, Path) else run.path),
-            method,
+            plan,
             rounds,
             max(1, int(cluster.cpus_per_worker)),
             fields,
@@ -125,7 +126,7 @@ class Fit(NamedTuple):
 
     Attributes:
         place: The run.
-        method: `ridge`, `ols`, `lasso` or `informed`.
+        plan: The method, and how to compute.
         rounds: How many rounds of mask gradients to use.
         threads: How many threads a task has.
         fields: Names of the arrays that solutions have.
@@ -133,7 +134,7 @@ class Fit(NamedTuple):
     """
 
     place: str
-    method: str
+    plan: FitPlan
     rounds: int
     threads: int
     fields: tuple[str, ...]
@@ -161,7 +162,7 @@ def _moments(fit: Fit, rows: np.ndarray, panel: slice) -> Moments:
 def _prepare(fit: Fit, rows: np.ndarray, gram: Gram | None) -> tuple[FitLearned, Solver]:
     """Return what was learned, and the solver of blocks."""
     run = fit.open()
-    solver = fit.solver_of(run, rows, fit.rounds, method=fit.method, gram=gram)
+    solver = fit.solver_of(run, rows, fit.rounds, plan=fit.plan, gram=gram)
     return solver.learned(), solver
 
 

@@ -39,20 +39,21 @@ class Informed:
     known: PriorWeights | None
 
     @classmethod
-    def of(cls, run: Run, rows: np.ndarray, rounds: int, *, gram: Gram | None = None) -> Self:
+    def of(cls, run: Run, rows: np.ndarray, rounds: int, *, learning: int, gram: Gram | None = None) -> Self:
         """Learn from mask gradients and, where there are any, masks.
 
         Args:
             run: A complete run.
             rows: Row numbers of the training masks to use; may be empty.
             rounds: How many rounds of mask gradients to use.
+            learning: Examples to learn from, at most.
             gram: The sums over these masks; only where there are more of them than components.
 
         Raises:
             RegressionError: When there are too few mask gradients, or all are zero.
         """
-        prior, found = learn_prior(run, rounds)
-        examples = learning_examples(run)
+        examples = learning_examples(run, learning)
+        prior, found = learn_prior(run, rounds, examples)
         correction = Correction.of(FitBlock(run, rows, examples), prior, found, gram=gram) if len(rows) >= 2 else None
         return cls(prior, correction, found if examples.step == 1 else None)
 

@@ -17,7 +17,6 @@ from coar.store.run import Run
 
 MIN_GRADIENTS = 8
 FOLDS, HALVES = 4, 2  # that rounds of mask gradients are dealt into, to learn and to judge
-LEARNING_NUMBERS = 16 * 2**20  # examples x components that the shared model is learned from, at most
 COLUMN_FLOOR = 1e-2  # of the mean column: what a mask may correct where gradients saw nothing
 
 
@@ -93,9 +92,8 @@ class _Sample:
     counts: np.ndarray
 
     @classmethod
-    def read(cls, mask_gradients: MaskGradients, rounds: int) -> "_Sample":
+    def read(cls, mask_gradients: MaskGradients, rounds: int, examples: slice) -> "_Sample":
         run = mask_gradients.run
-        examples = learning_examples(run)
         groups = torch.from_numpy(mask_gradients.group_of(examples))
         order = group_order(groups)
         outputs = torch.from_numpy(mask_gradients.outputs(rounds, examples))[:, order]
@@ -125,15 +123,16 @@ class _Sample:
         return _means(self.sums.sum(0), self.counts.sum(0)[:, self.groups.numpy()]) / self.spread[:, None]
 
 
-def learn_prior(run: Run, rounds: int) -> tuple[Prior, PriorWeights]:
-    """Learn what examples share, from the examples that fit in memory, evenly spaced.
+def learn_prior(run: Run, rounds: int, examples: slice) -> tuple[Prior, PriorWeights]:
+    """Learn what examples share.
 
     Args:
         run: A run with mask gradients.
         rounds: How many of their rounds to use.
+        examples: The examples to learn from, see `learning_examples`.
 
     Returns:
-        The prior, and what it gives for the `learning_examples`.
+        The prior, and what it gives for these examples.
 
     Raises:
         RegressionError: When there are too few mask gradients, or all are zero.
@@ -146,7 +145,7 @@ def learn_prior(run: Run, rounds: int) -> tuple[Prior, PriorWeights]:
             f"an informed fit needs at least {least} mask gradients and would use {count} of the "
             f"{mask_gradients.count} in {run.path}; use more, or collect more with --gradients, 64 or so"
         )
-    sample = _Sample.read(mask_gradients, rounds)
+    sample = _Sample.read(mask_gradients, rounds, examples)
     whole = sample.whole()
     if not whole.any():
         raise RegressionError(
@@ -165,9 +164,8 @@ def learn_prior(run: Run, rounds: int) -> tuple[Prior, PriorWeights]:
     return Prior(shared, kept, column, judge(trials, halves)), found[torch.argsort(sample.order)]
 
 
-def learning_examples(run: Run) -> slice:
-    """Return evenly spaced examples to learn from; an odd step meets every mask group."""
-    most = max(LEARNING_NUMBERS // run.n_components, 64)
+def learning_examples(run: Run, most: int) -> slice:
+    """Return at most so many evenly spaced examples to learn from; an odd step meets every mask group."""
     step = math.ceil(run.n_examples / most)
     return slice(0, run.n_examples, step if step % 2 else step + 1)
 

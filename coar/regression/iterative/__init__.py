@@ -1,0 +1,1 @@
+"""Ridge, least squares and the lasso where no decomposition fits into memory."""

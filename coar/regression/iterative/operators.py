@@ -1,0 +1,216 @@
+"""The centred Gram matrix of the masks as an operator, from packed masks or as a matrix in float32.
+
+Products use the complement Z = 1 - X of the masks (masks, components), since nine entries in ten of X are ones: its
+centred Gram matrix is the same, Zc = -Xc, and less is lost where column means are subtracted.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coar.errors import RegressionError
+from coar.regression.memory import FitPlan
+from coar.regression.sums import Moments
+from coar.store.run import Run, pack
+
+READ_ROWS = 4096  # rows that are read together, at most
+
+
+class Masks:
+    """Packed masks of a fit, held in memory or read from the run for every product, in tiles of few rows.
+
+    Args:
+        run: A complete run.
+        rows: Row numbers of the training masks, ascending.
+        plan: Where to compute, how many rows to unpack together, and whether packed masks stay in memory.
+
+    Attributes:
+        total: (components,) float64 numbers of masks that ablate each component.
+    """
+
+    def __init__(self, run: Run, rows: np.ndarray, plan: FitPlan) -> None:
+        self._run, self._rows, self._plan = run, rows, plan
+        self._held: list[Tensor] = []
+        d = run.n_components
+        edge = run.blocks[0]
+        step = max(min(READ_ROWS, max(plan.tile, edge)) // edge, 1) * edge
+        starts = np.unique(rows // step)
+        self._parts = [rows[rows // step == start] for start in starts]
+        self._table = torch.from_numpy(
+            1 - np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+        )
+        self._space: dict[torch.dtype, Tensor] = {}
+        total = torch.zeros(d, dtype=torch.float64, device=plan.device)
+        for number in range(len(self._parts)):
+            packed = self._read(number, check=True)
+            if plan.held:
+                self._held.append(packed)
+            for _, tile in self._unpacked(packed, torch.float32):
+                total += tile.sum(0, dtype=torch.float64)
+        self.total = total
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield (rows, components) complements of the masks; a tile is valid until the next one is made."""
+        for number in range(len(self._parts)):
+            yield from (tile for _, tile in self._unpacked(self._packed(number), dtype))
+
+    def kernel_times(self, values: Tensor) -> Tensor:
+        """Return the centred kernel matrix Xc Xc' (masks, masks) times (masks, columns) values."""
+        mean = (self.total / len(self)).to(values.dtype)
+        image = values.new_zeros(len(mean), values.shape[1])
+        start = 0
+        for tile in self.tiles(values.dtype):
+            image.addmm_(tile.T, values[start : start + len(tile)])
+            start += len(tile)
+        image.addr_(mean, values.sum(0), alpha=-1)
+        out = torch.cat([tile @ image for tile in self.tiles(values.dtype)])
+        return out - out.mean(0)
+
+    def with_outputs(self, examples: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield tiles as `tiles` does, in float32, each with the (rows, examples) outputs."""
+        for number, rows in enumerate(self._parts):
+            outputs = torch.from_numpy(self._run.outputs_at(rows, examples)).to(self._plan.device)
+            for part, tile in self._unpacked(self._packed(number), torch.float32):
+                yield tile, outputs[part]
+
+    def _packed(self, number: int) -> Tensor:
+        return self._held[number] if self._held else self._read(number, check=False)
+
+    def _read(self, number: int, *, check: bool) -> Tensor:
+        """Read packed masks; with `check`, compare them with the masks that their seed gives."""
+        rows = self._parts[number]
+        packed = pack(self._run.masks_at(rows)) if check else self._run.packed_at(rows)
+        return torch.from_numpy(packed).to(self._plan.device)
+
+    def _unpacked(self, packed: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        d, device, step = self._run.n_components, self._plan.device, self._plan.tile
+        if dtype not in self._space:
+            self._space[dtype] = torch.empty(step, d, dtype=dtype, device=device)
+        for start in range(0, len(packed), step):
+            part = slice(start, min(start + step, len(packed)))
+            space = self._space[dtype][: part.stop - start]
+            if device.type == "cpu":
+                bits = np.unpackbits(~packed[part].numpy(), axis=1, count=d, bitorder="little")
+                space.copy_(torch.from_numpy(bits))
+            else:
+                table = self._table.to(device)
+                space.copy_(table[packed[part].int()].flatten(1)[:, :d])
+            yield part, space
+
+
+class GramOperator(Protocol):
+    """The centred masks of a fit: sums over them, and products with their Gram matrix.
+
+    Attributes:
+        total: (components,) float64 numbers of masks that keep each component.
+        count: Number of masks.
+        device: Where products are computed.
+        masks: The masks.
+    """
+
+    total: Tensor
+    count: int
+    device: torch.device
+    masks: Masks
+
+    def times(self, values: Tensor) -> Tensor:
+        """Return the centred Gram matrix times (components, columns) values."""
+        ...
+
+    def moments(self, examples: slice) -> Moments:
+        """Return the moments of a block of examples."""
+        ...
+
+
+class PackedGram:
+    """Products with the masks and their transpose, tile by tile.
+
+    Args:
+        masks: The masks.
+        device: Where they are.
+    """
+
+    def __init__(self, masks: Masks, device: torch.device) -> None:
+        self.masks, self.device, self.count = masks, device, len(masks)
+        self.total = self.count - masks.total
+        self._mean = masks.total / self.count
+
+    def times(self, values: Tensor) -> Tensor:
+        """Return the centred Gram matrix times (components, columns) values."""
+        mean = self._mean.to(values.dtype)
+        out, sums = torch.zeros_like(values), torch.zeros_like(values[0])
+        offset = mean @ values
+        for tile in self.masks.tiles(values.dtype):
+            image = tile @ values - offset  # (rows, columns)
+            out.addmm_(tile.T, image)
+            sums += image.sum(0)
+        return out.addr_(mean, sums, alpha=-1)
+
+    def moments(self, examples: slice) -> Moments:
+        """Return the moments of a block of examples."""
+        return _moments(self.masks, examples, self.total)
+
+
+class HeldGram:
+    """Products with the centred Gram matrix, held in float32.
+
+    Args:
+        masks: The masks, which are read once.
+        device: Where the matrix is.
+    """
+
+    def __init__(self, masks: Masks, device: torch.device) -> None:
+        self.masks, self.device, self.count = masks, device, len(masks)
+        self.total = self.count - masks.total
+        d = len(self.total)
+        gram = torch.zeros(d, d, device=device)
+        for tile in masks.tiles(torch.float32):
+            gram.addmm_(tile.T, tile)  # whole numbers below 2**24 are exact in float32
+        single = masks.total.float()
+        self._gram = gram.addr_(single, single / self.count, alpha=-1)
+
+    def times(self, values: Tensor) -> Tensor:
+        """Return the centred Gram matrix times (components, columns) values."""
+        if values.dtype == torch.float32:
+            return self._gram @ values
+        step = max(2**22 // len(self._gram), 1)
+        parts = [self._gram[start : start + step] for start in range(0, len(self._gram), step)]
+        return torch.cat([part.to(values.dtype) @ values for part in parts])
+
+    def moments(self, examples: slice) -> Moments:
+        """Return the moments of a block of examples."""
+        return _moments(self.masks, examples, self.total)
+
+
+def operator_of(run: Run, rows: np.ndarray, plan: FitPlan) -> PackedGram | HeldGram:
+    """Read the masks of a fit.
+
+    Raises:
+        RegressionError: When all masks are alike.
+    """
+    masks = Masks(run, rows, plan)
+    if not ((masks.total > 0) & (masks.total < len(rows))).any():
+        raise RegressionError(
+            f"the {len(rows)} masks are all alike, so no effect can be fitted; collect more, or ablate more"
+        )
+    return (HeldGram if plan.way == "gram" else PackedGram)(masks, plan.device)
+
+
+def _moments(masks: Masks, examples: slice, total: Tensor) -> Moments:
+    product = squares = sums = shift = torch.empty(0)
+    for tile, outputs in masks.with_outputs(examples):
+        if not len(shift):
+            shift = outputs.mean(0)
+            sums = torch.zeros_like(shift, dtype=torch.float64)
+            squares, product = sums.clone(), sums.new_zeros(len(total), len(shift))
+        y = outputs - shift
+        product += tile.T @ y
+        sums += y.sum(0, dtype=torch.float64)
+        squares += y.double().square().sum(0)
+    return Moments(sums - product, sums, squares, shift.double(), len(masks))  # X = 1 - Z

@@ -1,0 +1,218 @@
+"""The memory of a fit: its limit, and the way of computing that stays within it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from coar.errors import RegressionError
+from coar.forward.memory_limit import bytes_of, readable
+from coar.store.fits import chunk_rows
+from coar.store.run import Run
+
+Way = Literal["decomposed", "gram", "packed"]
+FREE_SHARE = 0.5  # of the free memory that a fit may take without a stated limit
+WORDS: dict[Way, str] = {
+    "decomposed": "from one decomposition of the masks",
+    "gram": "by conjugate gradients, from the masks' Gram matrix in float32",
+    "packed": "by conjugate gradients, from masks of one bit per component",
+}
+BASIS = 32  # vectors that the Lanczos process keeps per example, at most
+LEAST_BASIS = 8
+MOST_TOGETHER = 512  # examples that are solved together, at most; more do not make products faster
+TILE_BYTES = 32 * 2**20  # of unpacked masks
+LEAST_TILE, MOST_TILE = 16, 4096  # rows of unpacked masks
+HELD_SHARE = 0.25  # of the limit that packed masks may take; more are read from the run for every product
+VECTORS = 14  # float32 numbers per component and example, in addition to the basis
+SPARSE_VECTORS = 36  # the same of the lasso
+PASSES = {"ridge": 30, "ols": 30, "lasso": 600}  # products with the Gram matrix, roughly
+FIXED = 64 * 2**20  # bytes that every fit takes: reading, writing, and small tables
+LEARNING_BYTES = 260  # per component and example that an informed fit learns from
+LEAST_LEARNING, MOST_LEARNING = 16, 16 * 2**20  # examples to learn from, and examples times components
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """How a fit computes.
+
+    Attributes:
+        method: `ridge`, `ols`, `lasso` or `informed`.
+        way: `decomposed`: all examples share one decomposition, or one Gram matrix in float64; `gram` and `packed`:
+            examples are solved together by conjugate gradients, with the masks' Gram matrix in float32 or with packed
+            masks.
+        device: Where the products are computed.
+        limit: Most bytes that the fit may take.
+        needed: Bytes that it is expected to take at its peak, above those of the process before.
+        together: Examples that are solved together, a multiple of those in a chunk, or all.
+        tile: Rows of masks that are unpacked together; 0 where none are.
+        basis: Vectors that the Lanczos process keeps per example; 0 where there is none.
+        held: Whether packed masks stay in memory.
+        learning: Examples that an informed fit learns from, at most; 0 for other methods.
+    """
+
+    method: str
+    way: Way
+    device: torch.device
+    limit: int
+    needed: int
+    together: int
+    tile: int = 0
+    basis: int = 0
+    held: bool = False
+    learning: int = 0
+
+    @property
+    def key(self) -> str:
+        """What two plans have in common that give the same numbers, but for rounding."""
+        return f"{self.way}-{self.learning}"
+
+    def blocks(self, run: Run) -> list[slice]:
+        """Return the blocks of examples that are solved together; each fills whole chunks of a fit."""
+        n, step = run.n_examples, self.together
+        return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+    def words(self, masks: int, components: int, examples: int) -> str:
+        """Return the plan as a line of text."""
+        return (
+            f"{self.method} on {masks:,} masks, {components:,} components and {examples:,} examples: "
+            f"{WORDS[self.way]} on {self.device}, {self.together:,} examples at a time, about "
+            f"{readable(self.needed)} of at most {readable(self.limit)}"
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that are free on a device, or in this process's share of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo")}
+    free = found.get("MemAvailable", 4 * 2**30)
+    most, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if most and used and most[0].isdigit():
+        free = min(free, int(most[0]) - int(used[0]))
+    return free
+
+
+def limit_of(memory_limit: int | str | None, device: torch.device) -> int:
+    """Return the most bytes that a fit may take: those that are given, or half of the free ones.
+
+    Raises:
+        SettingsError: When the limit is not a size above 0.
+    """
+    return bytes_of(memory_limit) if memory_limit is not None else int(FREE_SHARE * free_bytes(device))
+
+
+def plan_fit(
+    method: str,
+    *,
+    masks: int,
+    components: int,
+    examples: int,
+    chunk: int,
+    limit: int,
+    device: torch.device,
+) -> FitPlan:
+    """Choose how to fit within a limit.
+
+    The decomposition is chosen where it fits, on a CPU. Otherwise it is the faster of the two iterative ways that fit.
+
+    Args:
+        method: `ridge`, `ols`, `lasso` or `informed`.
+        masks: Number of training masks.
+        components: Number of components.
+        examples: Number of examples.
+        chunk: Examples in a chunk of the fit.
+        limit: Most bytes.
+        device: Where to compute the products.
+
+    Raises:
+        RegressionError: When no way fits the limit.
+    """
+    if method == "informed":
+        learning, needed = _learning(masks, components, examples, limit)
+        return FitPlan(method, "decomposed", device, limit, needed, chunk, learning=learning)
+    needed = _decomposed_bytes(method, masks, components, chunk)
+    if needed <= limit and device.type == "cpu":
+        return FitPlan(method, "decomposed", device, limit, needed, chunk)
+    vectors, bases = (SPARSE_VECTORS, (0,)) if method == "lasso" else (VECTORS, (BASIS, BASIS // 2, LEAST_BASIS))
+    tile = min(max(TILE_BYTES // (4 * components), LEAST_TILE), MOST_TILE)
+    packed = masks * components // 8
+    held = packed <= HELD_SHARE * limit
+    common = FIXED + 8 * tile * components
+    for basis in bases:
+        each = 4 * components * (basis + vectors) + 4 * MOST_TILE
+        for way in _ways(method, masks, components, examples):
+            fixed = common + (4 * components**2 if way == "gram" else packed * held)
+            if fixed + chunk * each <= limit:
+                many = min((limit - fixed) // each, max(MOST_TOGETHER, chunk), -(-examples // chunk) * chunk)
+                together = many // chunk * chunk
+                needed = int(fixed + min(together, examples) * each)
+                own = held and way == "packed"
+                return FitPlan(method, way, device, limit, needed, together, tile=tile, basis=basis, held=own)
+    least = common + chunk * (4 * components * (bases[-1] + vectors) + 4 * MOST_TILE)
+    raise RegressionError(
+        f"{method} on {components:,} components takes at least {readable(least)} for one block of {chunk} examples, "
+        f"and the limit is {readable(limit)}; give memory_limit={_more(least)!r} or more"
+    )
+
+
+def plan_of(run: Run, method: str, masks: int, *, memory_limit: int | str | None, device: torch.device) -> FitPlan:
+    """Return the plan of a run's fit; raises as `limit_of` and `plan_fit` do."""
+    return plan_fit(
+        method,
+        masks=masks,
+        components=run.n_components,
+        examples=run.n_examples,
+        chunk=chunk_rows(run),
+        limit=limit_of(memory_limit, device),
+        device=device,
+    )
+
+
+def _ways(method: str, masks: int, components: int, examples: int) -> list[Way]:
+    """Return the iterative ways, the one with fewer operations first."""
+    if method == "ols":
+        return ["packed"]  # without a penalty, small eigenvalues magnify the rounding of the matrix
+    passes = PASSES[method]
+    gram = 2 * masks * components**2 + passes * 2 * components**2 * examples
+    return ["gram", "packed"] if gram < passes * 4 * masks * components * examples else ["packed", "gram"]
+
+
+def _decomposed_bytes(method: str, masks: int, components: int, chunk: int) -> int:
+    """Return the peak of memory of a fit from one decomposition."""
+    batch = 2 * 4 * min(masks, 4096) * (components + 1)
+    block = 4 * components * chunk * (SPARSE_VECTORS if method == "lasso" else 6) + 2**28
+    if method == "lasso":
+        return FIXED + 28 * components**2 + batch + block
+    if masks > components:
+        return FIXED + 48 * components**2 + batch + block
+    return FIXED + 48 * masks**2 + 28 * masks * components + block
+
+
+def _learning(masks: int, components: int, examples: int, limit: int) -> tuple[int, int]:
+    """Return how many examples an informed fit learns from, and its bytes at the peak."""
+    fixed = FIXED + 700 * components
+    if masks >= 2:
+        fixed += 48 * min(masks, components) ** 2 + (32 * masks * components if masks <= components else 0)
+    wanted = min(max(MOST_LEARNING // components, 64), examples)
+    many = min(wanted, int((limit - fixed) // (LEARNING_BYTES * components)))
+    if many < min(LEAST_LEARNING, examples):
+        least = fixed + min(LEAST_LEARNING, examples) * LEARNING_BYTES * components
+        raise RegressionError(
+            f"informed on {components:,} components and {masks:,} masks takes at least {readable(least)}, and the "
+            f"limit is {readable(limit)}; give memory_limit={_more(least)!r} or more"
+            + (", or fewer masks" if masks else "")
+        )
+    return many, int(fixed + many * LEARNING_BYTES * components)
+
+
+def _more(size: int) -> str:
+    """Return a size that is a little larger, as a memory limit may be given."""
+    return readable(1.1 * size).replace(" ", "")
+
+
+def _lines(file: str) -> list[str]:
+    try:
+        return Path(file).read_text().split("\n")[:-1]
+    except OSError:
+        return []

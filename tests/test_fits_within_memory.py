@@ -1,0 +1,169 @@
+"""Fits whose decomposition would exceed a memory limit: as near as rounding to those that one decomposition gives."""
+
+import logging
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import coar
+from coar.errors import RegressionError, SettingsError
+from coar.store.fits import BegunFit
+from coar.store.records import FitRequest
+from tests.synthetic import FRACTION, design, fit, linear, make, weights
+
+D, N = 300, 12
+SMALL = "100MB"  # less than a decomposition takes, and enough for conjugate gradients
+STEP = 10 ** (1 / 8)  # of the grid of penalties
+WIDE, MANY = 20_000, 420  # a fit of several chunks
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    truth = weights(N, D) / np.sqrt(D)
+    path = tmp_path_factory.mktemp("run") / "r.zarr"
+    return make(path, linear(truth, 0.7, np.linspace(0.1, 0.7, N)), components=D, masks=900, blocks=(64, N))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A run of few masks and many components, whose fit has five chunks of examples; each test uses its own name."""
+    path = tmp_path_factory.mktemp("wide") / "r.zarr"
+    rng = np.random.default_rng(0)
+    return make(
+        path, lambda x: x[:, :50] @ rng.standard_normal((50, MANY)), components=WIDE, masks=40, blocks=(40, MANY)
+    )
+
+
+def pair(run, method, masks):
+    usual = fit(run, method=method, masks=masks, name=f"{method}-{masks}")
+    return usual, fit(run, method=method, masks=masks, name=f"{method}-{masks}-small", memory_limit=SMALL)
+
+
+@pytest.mark.parametrize("masks", [80, 280, 310, 900])
+def test_ridge_is_that_of_the_decomposition(run, caplog, masks):
+    caplog.set_level(logging.INFO, logger="coar")
+    usual, iterative = pair(run, "ridge", masks)
+    assert "from one decomposition of the masks on cpu" in caplog.text
+    assert "by conjugate gradients" in caplog.text
+    ratio = iterative.penalty / usual.penalty
+    assert (np.abs(np.log(ratio)) < 1.01 * np.log(STEP)).all(), ratio
+    same = np.abs(ratio - 1) < 0.01
+    assert same.mean() > 0.7
+    largest = np.abs(usual.weights()).max(1, keepdims=True)
+    assert (np.abs(iterative.weights() - usual.weights()) / largest)[same].max() < 1e-3
+    np.testing.assert_allclose(iterative.intercept[same], usual.intercept[same], atol=1e-3)
+    errors = iterative.standard_errors()[same] / usual.standard_errors()[same]
+    assert 0.6 < errors.min() <= errors.max() < 1.6
+    assert 0.95 < np.median(errors) < 1.05
+
+
+@pytest.mark.parametrize(("method", "masks"), [("lasso", 80), ("lasso", 900), ("ols", 500), ("ols", 900)])
+def test_other_methods_are_those_of_the_gram_matrix(run, method, masks):
+    usual, iterative = pair(run, method, masks)
+    largest = np.abs(usual.weights()).max(1, keepdims=True)
+    assert (np.abs(iterative.weights() - usual.weights()) / largest.clip(1e-9)).max() < 1e-3
+    np.testing.assert_allclose(iterative.intercept, usual.intercept, atol=2e-3)
+    np.testing.assert_allclose(iterative.penalty, usual.penalty, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("masks", [250, 900])
+def test_weights_solve_the_ridge_equations(run, masks):
+    found = fit(run, method="ridge", masks=masks, name=f"equations-{masks}", memory_limit=SMALL)
+    x, y = (part[:masks] for part in design(run))
+    x, y = x - x.mean(0), y - y.mean(0)
+    for i in range(N):
+        exact = np.linalg.solve(x.T @ x + found.penalty[i] * np.eye(D), x.T @ y[:, i])
+        np.testing.assert_allclose(found.weights()[i], exact, atol=5e-4 * np.abs(exact).max())
+
+
+def test_a_component_that_no_mask_ablates_has_no_weight(run, tmp_path):
+    rare = make(tmp_path / "r.zarr", linear(weights(N, D), noise=5.0), components=D, masks=300, ablated_fraction=0.01)
+    never = design(rare)[0].all(0)
+    assert 0 < never.sum() < D
+    for method in ("ridge", "lasso"):
+        found = fit(rare, method=method, memory_limit=SMALL)
+        assert np.abs(found.weights()[:, never]).max() < 1e-6
+    assert not fit(rare, method="ridge").standard_errors()[:, never].any()
+    with pytest.raises(RegressionError, match=r"masks that vary \d+ components"):
+        fit(rare, method="ols", memory_limit=SMALL)
+
+
+def test_least_squares_on_hardly_more_masks_than_components_is_refused(run):
+    with pytest.raises(RegressionError, match=r"303 masks are so few .* collect 450 or more, or use ridge"):
+        fit(run, method="ols", masks=303, memory_limit=SMALL)
+
+
+def test_masks_that_are_all_alike_are_refused(tmp_path):
+    alike = make(tmp_path / "r.zarr", linear(weights(N, D)), components=D, masks=30, ablated_fraction=1e-9)
+    for method in ("ridge", "lasso"):
+        with pytest.raises(RegressionError, match="30 masks are all alike"):
+            fit(alike, method=method, memory_limit=SMALL)
+
+
+@pytest.mark.parametrize("method", ["ridge", "lasso"])
+def test_a_limit_too_small_for_one_block_names_one_that_is_large_enough(run, method):
+    name = f"limits-{method}"
+    before = fit(run, method=method, masks=200, name=name).weights()
+    with pytest.raises(
+        RegressionError, match=r"takes at least .* for one block .* limit is 1e\+03 KiB|977 KiB"
+    ) as caught:
+        fit(run, method=method, name=name, memory_limit="1MB")
+    np.testing.assert_array_equal(coar.load(run.path, name).weights(), before)
+    enough = str(caught.value).split("memory_limit='")[1].split("'")[0]
+    assert fit(run, method=method, name=name, memory_limit=enough).fit.masks == 900
+    with pytest.raises(SettingsError, match="is not a size"):
+        fit(run, method=method, name="wrong", memory_limit="much")
+
+
+def interrupted(run, name, *, missing):
+    """Turn a finished fit into one that was cut after some chunks; return the times of its files."""
+    request = FitRequest(method="ridge", masks=40, ablated_fraction=FRACTION)
+    begun = BegunFit.of(run, name, ("weight", "intercept", "standard_error", "penalty"), request, "decomposed-0")
+    run.group[f"attributions/{name}"].attrs["coar"] = {"state": "fitting", "begun": begun.key}
+    folder = run.path / "attributions" / name
+    for part in missing:
+        (folder / part).unlink()
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("c/*") if file.is_file()}
+
+
+def test_an_interrupted_fit_goes_on(wide):
+    whole = fit(wide, method="ridge", name="cut")
+    values, errors = whole.weights(), whole.standard_errors()
+    times = interrupted(wide, "cut", missing=["weight/c/1/0", "penalty/c/3"])
+    assert "cut" not in coar.Run.open(wide.path).group["attributions"].attrs
+    again = fit(wide, method="ridge", name="cut")
+    np.testing.assert_array_equal(again.weights(), values)
+    np.testing.assert_array_equal(again.standard_errors(), errors)
+    made = {str(f.relative_to(wide.path / "attributions" / "cut")) for f in times if f.stat().st_mtime_ns != times[f]}
+    blocks = {name.split("/")[2] for name in made}
+    assert blocks == {"1", "3"}
+
+
+def test_an_interrupted_fit_of_other_data_starts_again(wide):
+    fit(wide, method="ridge", name="other")
+    times = interrupted(wide, "other", missing=["weight/c/1/0"])
+    fit(wide, method="ridge", masks=30, name="other")
+    assert all(file.stat().st_mtime_ns != time for file, time in times.items())
+
+
+KILLED = "import sys, coar; coar.fit(coar.Run.open(sys.argv[1]), method='ridge', name='killed', progress=False)"
+
+
+@pytest.mark.slow
+def test_a_fit_that_is_killed_goes_on(wide):
+    whole = fit(wide, method="ridge", name="whole").weights()
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(wide.path)])
+    folder = wide.path / "attributions" / "killed"
+    while child.poll() is None and not (folder / "weight/c/1/0").exists():
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    kept = {file: file.stat().st_mtime_ns for file in folder.glob("weight/c/0/0")}
+    assert len(kept) == 1
+    assert "killed" not in coar.Run.open(wide.path).group["attributions"].attrs
+    np.testing.assert_array_equal(fit(wide, method="ridge", name="killed").weights(), whole)
+    assert all(file.stat().st_mtime_ns == stamp for file, stamp in kept.items())
