@@ -93,11 +93,11 @@ function meanOf(values) {
   return { n, mean, half: 1.96 * Math.sqrt(spread / n) };
 }
 
-/** Metadata columns that sort examples into 2 to 60 groups, `label` first. */
+/** Metadata columns that sort examples into 2 to 60 groups, of three or more on average; `label` first. */
 const groupColumns = Object.keys(metadata)
   .filter((name) => {
     const values = new Set(metadata[name]).size;
-    return values > 1 && values <= 60 && values < count.examples;
+    return values > 1 && values <= 60 && 3 * values <= count.examples;
   })
   .sort((a, b) => (b === "label") - (a === "label"));
 

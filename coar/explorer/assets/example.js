@@ -108,7 +108,7 @@ function removalPart(i) {
 /** Sums of weights above and below 0 in each layer. */
 function layersPart(i) {
   const { sites } = content.components;
-  const names = sites.map(inert);
+  const names = layerNames(sites).map(inert);
   const bar = (values, side, title) => ({
     type: "bar", orientation: "h", y: names, x: sites.map((_, s) => values[i * sites.length + s]), name: title, marker: { color: colour(side) },
     hovertemplate: `%{y}: %{x:.3f}<extra>${title}</extra>`,
@@ -138,9 +138,9 @@ function choicesPart(i) {
     const columns = [
       { title: "without", text: true, value: (row) => componentLink(row.j) },
       { title: "output here", value: (row) => shown(row.here, 2, { sign: true }) },
-      { title: "others falling below 0", value: (row) => String(row.falls) },
-      { title: "others rising above 0", value: (row) => String(row.rises) },
-      { title: "mean change of all", value: (row) => shown(row.mean, 2, { sign: true }) },
+      { title: "fall below 0", value: (row) => String(row.falls) },
+      { title: "rise above 0", value: (row) => String(row.rises) },
+      { title: "mean change", value: (row) => shown(row.mean, 2, { sign: true }) },
       ...(groupColumns.length ? [{ title: `most harmed ${groupColumns[0]}`, text: true, value: (row) => row.worst }] : []),
       { title: "", text: true, value: (row) => add(row.j) },
     ];
@@ -148,7 +148,7 @@ function choicesPart(i) {
   };
   const side = output[i] > 0 ? "for" : "against";
   draw(side);
-  return card("Which one would you remove?", make("p", { class: "caption" }, `The predicted output of this example, ${shown(output[i], 2)} now, without one component, and what its ablation would do to all others.`),
+  return card("Which one would you remove?", make("p", { class: "caption" }, `The predicted output of this example, ${shown(output[i], 2)} now, without one component, and what its ablation would do to the others: how many fall below 0 or rise above it.`),
     make("div", { class: "tools" }, choice("components that are", [["against", "against this output"], ["for", "for this output"]], side, draw)), place);
 }
 
