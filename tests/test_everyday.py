@@ -493,6 +493,17 @@ def test_a_layer_that_is_off_has_no_gradient_and_is_not_refused(tmp_path):
     assert {"rows", "gradients", "gates"} <= set(run.facts.preflight.passed)
 
 
+def jagged(h):
+    """Add a wave of many kinks, whose slope is 2 or -2, so that only the smallest steps measure a slope."""
+    period = 3e-3
+    return h + 2 * (torch.remainder(h, period) - period / 2).abs()
+
+
+def test_an_output_with_many_kinks_has_the_gradient_that_it_has(tmp_path):
+    run = collect(study(Noisy(Step(jagged)).eval()), tmp_path, masks=4, gradients=8)
+    assert "gradients" in run.facts.preflight.passed
+
+
 class LastState(nn.Module):
     """Reads the last state of a recurrent layer, the second of what it returns."""
 

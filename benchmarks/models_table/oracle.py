@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+ROUNDINGS = 8  # of inputs that are moved, see `rounded`
 UNCALLED = {"MultiheadAttention": "out_proj", "ShiftedWindowAttention": "proj"}  # projections that are only read
 STACKED = ("down_proj", "w2", "wo", "fc2", "output_linear", "c_proj")
 
@@ -72,6 +73,19 @@ def double(inputs: Any) -> Any:
     if isinstance(inputs, dict):
         return {name: double(value) for name, value in inputs.items()}
     return inputs.double() if inputs.is_floating_point() else inputs
+
+
+def rounded(inputs: Any, seed: int) -> Any:
+    """Return inputs with every real number moved by a few roundings of float32, up or down.
+
+    An activation this close to the kink of a ReLU has one gradient or the other, by the order of sums in a kernel.
+    """
+    if isinstance(inputs, dict):
+        return {name: rounded(value, seed) for name, value in inputs.items()}
+    if not inputs.is_floating_point():
+        return inputs
+    signs = torch.randint(2, inputs.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return inputs * (1 + signs.to(inputs) * ROUNDINGS * torch.finfo(torch.float32).eps)
 
 
 class Oracle:

@@ -133,9 +133,9 @@ def wrong_gradients(runner: GatedRunner, block: ExampleBlock) -> str:
 def _compared(runner: GatedRunner, block: ExampleBlock, rows: list[int], gradients: np.ndarray) -> str:
     """Return in words how gradients differ from the effects of steps in a direction of a site's gates, or "".
 
-    A gradient between the slopes on either side is right, such as one at a kink. Effects of steps count only where two
-    steps give the same effect per length: where the output is curved, or roundings are large, no step measures the
-    slope.
+    A gradient between the slopes on either side is right, such as one at a kink. It is wrong only if two steps give the
+    same effect per length and no step agrees with it: where the output is curved or has many kinks, longer steps do not
+    measure the slope, and where roundings are large, shorter ones do not.
     """
     precision = max(rounding(runner.model), float(np.finfo(np.float32).eps))
     direction = np.zeros(len(runner.components), dtype=np.float32)
@@ -147,18 +147,21 @@ def _compared(runner: GatedRunner, block: ExampleBlock, rows: list[int], gradien
         return "" if by_gradient.any() or not _norm(effect) > noise else _seen(effect, by_gradient)
     base = runner.outputs(block, np.ones((1, len(direction)), dtype=np.float32))[0].astype(np.float64)
     earlier: np.ndarray | None = None
+    verdict = ""
     for step in STEPS:
         masks = np.stack([1 + step * direction, 1 - step * direction]).astype(np.float32)
         up, down = runner.outputs(block, masks).astype(np.float64)
         slopes = np.stack([up - base, base - down]) / step  # on either side; they differ where the output has a kink
         effect, noise = slopes.mean(0), 8 * ROUNDINGS * precision * np.abs(base).max() / step
+        if verdict and noise > ALLOWED * _norm(effect):
+            break
         difference = by_gradient - by_gradient.clip(slopes.min(0), slopes.max(0))
         if not np.isfinite(difference).all() or _norm(difference) <= ALLOWED * _norm(effect) + noise:
             return ""
         if earlier is not None and _norm(effect - earlier) <= SETTLED * _norm(effect):
-            return _seen(effect, by_gradient)
+            verdict = _seen(effect, by_gradient)
         earlier = effect
-    return "" if by_gradient.any() else _seen(effect, by_gradient)
+    return verdict if by_gradient.any() else _seen(effect, by_gradient)
 
 
 def _seen(effect: np.ndarray, by_gradient: np.ndarray) -> str:
