@@ -4,11 +4,14 @@ import ast
 import hashlib
 import inspect
 import json
+import sys
+import sysconfig
 import textwrap
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from importlib import metadata
-from types import CellType, CodeType, FunctionType, MethodType
+from pathlib import Path
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -29,7 +32,9 @@ def model_code(model: nn.Module) -> dict[str, dict[str, str]]:
 
     Returns:
         `classes`: by qualified name, a hash of the source of each class of a module, and of the functions of its own
-            file that its methods call, without comments and docstrings; of the bytecode if there is no source.
+            file that its methods call, without comments and docstrings; of the bytecode if there is no source. Where
+            no installed package has the class, functions, classes and plain values of all such files that the methods
+            use count.
         `modules`: by path, a hash of each module's class, plain attributes, configuration and replaced methods.
         `libraries`: versions of the packages that the classes come from.
     """
@@ -66,18 +71,18 @@ def _own_classes(kind: type) -> Iterator[type]:
 
 
 def _sources(kind: type) -> Iterator[str]:
-    """Yield a class's own methods, the functions of its file that they call, and its plain attributes, as text."""
+    """Yield a class's own methods, what they use by global names, and its plain attributes, as text."""
     if kind.__module__.partition(".")[0] == "torch":  # its version is in the fingerprint
         return
-    helpers: dict[str, FunctionType] = {}
+    used: dict[str, str] = {}
     for name, member in vars(kind).items():
         for function in _functions(member):
-            helpers |= _helpers(function.__code__, function.__globals__, kind.__module__)
+            _add_used(used, function.__code__, function.__globals__, kind.__module__)
             yield f"{name}: {_source(function)}"
         if not name.startswith("__") and not isinstance(member, FunctionType):
             yield f"{name}: {_plain(member)}"
-    for name in sorted(helpers):
-        yield _source(helpers[name])
+    for name in sorted(used):
+        yield used[name]
 
 
 def _functions(member: Any) -> list[FunctionType]:
@@ -91,17 +96,47 @@ def _unwrapped(function: FunctionType) -> FunctionType:
     return inspect.unwrap(function, stop=lambda one: not isinstance(one.__wrapped__, FunctionType))  # type: ignore[no-any-return,attr-defined]
 
 
-def _helpers(code: CodeType, scope: Mapping[str, Any], module: str) -> dict[str, FunctionType]:
-    """Return the functions of one file that this code names, directly or through others."""
-    found: dict[str, FunctionType] = {}
-    pending = [code]
-    while pending:
-        for name in pending.pop().co_names:
-            function = scope.get(name)
-            if isinstance(function, FunctionType) and function.__module__ == module and name not in found:
-                found[name] = function
-                pending.append(function.__code__)
-    return found
+def _add_used(used: dict[str, str], code: CodeType, scope: Mapping[str, Any], module: str) -> None:
+    """Add what code uses by global names, directly or through others, as text by name.
+
+    Functions of the same file count. Of files that belong to no installed package, whose version would be in the
+    fingerprint, functions and classes of other such files and plain values count too.
+    """
+    own = _is_own(module)
+    for name in code.co_names:
+        value = scope.get(name)
+        if own and isinstance(value, ModuleType) and _is_own(value.__name__):
+            _add_used(used, code, vars(value), value.__name__)
+        elif isinstance(value, FunctionType | type):
+            key = f"{value.__module__}.{value.__qualname__}"
+            if key in used or not (value.__module__ == module or (own and _is_own(value.__module__))):
+                continue
+            used[key] = ""
+            for function in _methods(value) if own else _functions(value):
+                used[key] += _source(function)
+                _add_used(used, function.__code__, function.__globals__, value.__module__)
+        elif own and (text := _plain(value)) is not None and name in scope:
+            used[f"{module}.{name}"] = f"{name} = {text}"
+
+
+def _methods(value: Any) -> list[FunctionType]:
+    """Return a function, or the methods of a class that is no module, whose own code counts by its instances."""
+    if not isinstance(value, type):
+        return _functions(value)
+    return (
+        [] if issubclass(value, nn.Module) else [one for member in vars(value).values() for one in _functions(member)]
+    )
+
+
+@cache
+def _is_own(module: str) -> bool:
+    """Return whether a Python module is one of the user: no part of Python, of this package or of an installed one."""
+    package = module.partition(".")[0]
+    if package == "coar" or package in sys.stdlib_module_names - {"__main__"}:
+        return False
+    file = getattr(sys.modules.get(package), "__file__", None)
+    installed = (sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    return file is None or not any(Path(file).is_relative_to(folder) for folder in installed)
 
 
 def _source(function: FunctionType) -> str:

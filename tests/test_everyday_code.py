@@ -237,12 +237,12 @@ def test_a_layer_whose_weight_is_read_is_ablated_in_its_weight(tmp_path):
 
 
 def rarely_noisy(h):
-    return h * 2 if torch.rand(()) < 0.2 else h
+    return h * 2 if torch.rand(()) < 0.05 else h
 
 
 def test_noise_that_is_rarely_used_is_found(tmp_path):
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
+        torch.manual_seed(5)  # of which a few passes agree
         with pytest.raises(AblationError, match=r"module 'step', a Step, .* second pass"):
             collect(study(Noisy(Step(rarely_noisy)).eval()), tmp_path)
 

@@ -102,6 +102,57 @@ def test_the_source_of_classes_bases_and_the_functions_they_call_counts(tmp_path
     assert all("model_file" in one for one in found), found
 
 
+USING = """
+import torch
+from torch import nn
+import {helpers}
+from {helpers} import SHIFT
+FACTOR = {factor}
+class Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x * {inside}
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+    def forward(self, x):
+        return {helpers}.helper(Halved.apply(self.layer(x)) * FACTOR + SHIFT)
+"""
+
+
+def using(tmp_path, monkeypatch, name, *, factor=2, inside=3, shift=4, added=5):
+    """Return the net of a file that uses another file, a class that is no module, and plain values."""
+    helpers = f"helpers_{name}"
+    (tmp_path / f"{helpers}.py").write_text(f"SHIFT = {shift}\ndef helper(x):\n    return x + {added}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / f"{name}.py"
+    file.write_text(USING.format(helpers=helpers, factor=factor, inside=inside))
+    spec = importlib.util.spec_from_file_location("model_file", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("change", [{"factor": 7}, {"inside": 7}, {"shift": 7}, {"added": 7}])
+def test_values_classes_and_files_of_ones_own_that_a_class_uses_count(tmp_path, monkeypatch, change):
+    name = next(iter(change))
+    first = using(tmp_path, monkeypatch, f"first_{name}")
+    before = model_code(first.Net())
+    assert model_code(first.Net()) == before
+    helpers = vars(first)[f"helpers_first_{name}"]
+    after = using(tmp_path, monkeypatch, f"other_{name}", **change)
+    if name == "factor":
+        first.FACTOR = 7
+    elif name == "shift":
+        first.SHIFT = 7
+    elif name == "inside":
+        first.Halved = after.Halved
+    else:
+        helpers.helper = vars(after)[f"helpers_other_{name}"].helper
+    assert differences(before, model_code(first.Net())) == ["the code of model_file.Net"]
+
+
 def test_a_function_that_nothing_calls_does_not_count(tmp_path):
     assert model_code(made(tmp_path, "a")) == model_code(made(tmp_path, "b", unused=9))
 

@@ -83,8 +83,8 @@ def _first_pass(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
     A model that writes into its inputs gets a copy of them from then on.
     """
-    given = trees.tree_map(lambda tensor: tensor.to(device_of(model), copy=True), inputs)
     try:
+        given = trees.tree_map(lambda tensor: tensor.to(device_of(model), copy=True), inputs)
         result = _result(model, given)
     except CoarError:
         raise
