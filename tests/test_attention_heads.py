@@ -322,3 +322,37 @@ def test_a_model_may_mix_torchs_own_attention_with_another():
     heads = coar.attention_heads(model)
     assert len(heads) == 2 * tiny.HEADS
     assert {row.site.rpartition(".")[2] for row in heads} == {"out_proj"}
+
+
+class Unnamed(nn.Module):
+    """A block with queries and a projection whose number of heads is known to its forward pass alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(12, 36), nn.Linear(12, 12)
+
+
+def test_a_block_whose_number_of_heads_is_not_known_is_not_passed_over_in_silence(caplog):
+    with pytest.raises(ComponentError, match=r"no attention block; 'mixer', a .*Unnamed, has queries"):
+        coar.attention_heads(nn.ModuleDict({"mixer": Unnamed()}))
+    model = nn.ModuleDict({"mixer": Unnamed(), "other": OwnAttention({"num_heads": 4}, o_proj=12)})
+    assert len(coar.attention_heads(model)) == 4
+    assert "'mixer', a tests.test_attention_heads.Unnamed, has queries" in caplog.text
+
+
+class Clipped(nn.Module):
+    """A linear layer between two clips, as in Gemma 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(12, 12, bias=False)
+        self.register_buffer("largest", torch.tensor(6.0))
+
+    def forward(self, x):
+        return self.linear(x.clamp(max=self.largest)).clamp(max=self.largest)
+
+
+def test_a_projection_may_be_the_only_layer_of_a_module():
+    block = OwnAttention({"num_heads": 4}, o_proj=12)
+    block.o_proj = Clipped()
+    assert [(row.site, row.size) for row in coar.attention_heads(block)] == [("o_proj.linear", 3)] * 4

@@ -504,6 +504,23 @@ def test_an_output_with_many_kinks_has_the_gradient_that_it_has(tmp_path):
     assert "gradients" in run.facts.preflight.passed
 
 
+class Rolled(Net):
+    """A net that computes each example in the place of another one."""
+
+    def forward(self, x):
+        return self.last(self.block(x.roll(1, 0)).roll(-1, 0))
+
+
+def test_a_mask_per_example_that_would_reach_another_example_is_refused(tmp_path):
+    model = Rolled().eval()
+    what = study(model)
+    with pytest.raises(AblationError, match=r"would mix examples; .*'rows'"):
+        collect(what, tmp_path, masks=6, gradients=8)
+    run = collect(what, tmp_path)
+    wanted = expected(lambda keep: formula(model)(what.examples.inputs, keep), run.masks(0, 6), what.examples.targets)
+    assert np.allclose(run.array("outputs")[:], wanted, atol=1e-4)
+
+
 class LastState(nn.Module):
     """Reads the last state of a recurrent layer, the second of what it returns."""
 

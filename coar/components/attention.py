@@ -1,5 +1,6 @@
 """The finder of attention heads, one component per head."""
 
+import logging
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -9,6 +10,7 @@ from coar.components.layers import input_channels, is_linear, unwrapped
 from coar.components.table import Component, Components
 from coar.errors import ComponentError
 
+log = logging.getLogger(__name__)
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")  # attributes with the number of heads
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head")  # attributes with the width of a head
 PROJECTIONS = (
@@ -40,9 +42,10 @@ def attention_heads(model: nn.Module, *, include: Patterns = None, exclude: Patt
     Blocks are found by type and role. A block has `attention` or `attn` in the name of its type, or a number of heads,
     a layer of queries and an output projection; it has parameters, and no smaller block inside. Its output projection
     is a linear layer with one of the usual names (`o_proj`, `out_proj`, `c_proj`, ...), the first layer of a sequence
-    of that name or, as in BERT, `output.dense` next to the block. An attribute of the block such as `num_heads` or
-    `head_dim`, or `num_attention_heads` of its configuration, gives the heads, which must fill the projection's input
-    exactly.
+    of that name, the only layer of a module of that name or, as in BERT, `output.dense` next to the block. An attribute
+    of the block such as `num_heads` or `head_dim`, or `num_attention_heads` of its configuration, gives the heads,
+    which must fill the projection's input exactly. A warning names blocks with queries and a projection that are left
+    out, since nothing gives their heads.
 
     Args:
         model: The model to look through.
@@ -54,10 +57,20 @@ def attention_heads(model: nn.Module, *, include: Patterns = None, exclude: Patt
             of a block cannot be determined.
     """
     model = unwrapped(model)
-    blocks = attention_blocks(model)
+    blocks, others = attention_blocks(model), _without_heads(model)
+    left = f"{others[0]!r}, a {_kind(model.get_submodule(others[0]))}," if others else ""
     if not blocks:
+        also = f"; {left} has queries and an output projection, and no number of heads among its attributes"
         raise ComponentError(
-            f"{type(model).__name__} has no attention block; choose a finder for another kind of component"
+            f"{type(model).__name__} has no attention block{also if others else ''}; choose a finder for another kind "
+            f"of component, such as input_features of the projection"
+        )
+    if others:
+        log.warning(
+            "%s has queries and an output projection, and no number of heads among its attributes, so no head of it is "
+            "found (%d such blocks); find its inputs by input_features of the projection",
+            left,
+            len(others),
         )
     names = matching(blocks, include, exclude, "attention block")
     return Components(head for name in names for head in _heads(model, name))
@@ -79,10 +92,23 @@ def _is_named_attention(module: nn.Module) -> bool:
 
 def _acts_as_attention(module: nn.Module) -> bool:
     """Return whether a module has a number of heads, a layer of queries and a linear output projection."""
+    return bool(_number(module, HEAD_COUNTS)) and _has_queries(module)
+
+
+def _without_heads(model: nn.Module) -> list[str]:
+    """Return the paths of blocks with queries and a projection, and without a number of heads or a telling name."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if not _is_named_attention(module) and not _number(module, HEAD_COUNTS) and _has_queries(module)
+    ]
+
+
+def _has_queries(module: nn.Module) -> bool:
+    """Return whether a module has a layer of queries and a linear output projection."""
     children = dict(module.named_children())
     return bool(
-        _number(module, HEAD_COUNTS)
-        and any(is_linear(children[name]) for name in QUERIES if name in children)
+        any(is_linear(children[name]) for name in QUERIES if name in children)
         and any(_first_linear(name, children[name]) for name in PROJECTIONS if name in children)
     )
 
@@ -113,9 +139,12 @@ def _projections(model: nn.Module, name: str) -> list[str]:
 
 
 def _first_linear(path: str, module: nn.Module) -> str:
-    """Return the path of a linear layer, or of the one that begins a sequence; "" where there is none."""
+    """Return the path of a linear layer, of the one that begins a sequence, or of the only one inside; "" for none."""
     if is_linear(module):
         return path
+    inner = [name for name, part in module.named_children() if next(part.parameters(), None) is not None]
+    if len(inner) == 1 and not module._parameters and is_linear(module.get_submodule(inner[0])):
+        return inside(path, inner[0])
     parts = module.named_children() if isinstance(module, nn.Sequential | nn.ModuleList) else []
     reading = [(name, part) for name, part in parts if not isinstance(part, nn.Dropout | nn.Identity)]
     return inside(path, reading[0][0]) if reading and is_linear(reading[0][1]) else ""
