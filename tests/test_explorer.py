@@ -17,6 +17,7 @@ import coar
 from coar.errors import PipelineError, StorageError
 from coar.explorer.activations import compute, first_kernels
 from coar.explorer.attention import attention_patterns
+from coar.explorer.inputs import input_maps
 from coar.explorer.looks import looks_of
 from coar.explorer.page import write_page
 from coar.explorer.part import part_of
@@ -166,7 +167,22 @@ def test_a_pipeline_that_does_not_match_is_refused(place, synthetic, tmp_path):
     result = coar_command("report", synthetic.path, "--pipeline", place / "tiny.py", "--out", tmp_path)
     assert result.exit_code == 1
     assert "this study is not the one" in result.stderr
+    assert "without --pipeline writes a page of what the run itself holds" in " ".join(result.stderr.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_examples_are_not_at_hand_has_a_page_without_them(place, tmp_path):
+    (tmp_path / "far.py").write_text(
+        "import coar\n\ndef study():\n    raise coar.errors.PipelineError('there is no data at /nowhere')\n"
+    )
+    result = coar_command("report", place / "tiny.zarr", "--pipeline", tmp_path / "far.py", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "there is no data at /nowhere" in result.stderr
+    assert "without --pipeline writes a page" in " ".join(result.stderr.split())
+    works("report", place / "tiny.zarr", "--out", tmp_path / "out")
+    shown = content((tmp_path / "out/index.html").read_text(encoding="utf-8"))
+    assert len(shown["examples"]["rows"]) == len(coar.load(place / "tiny.zarr"))
+    assert any("no pictures or texts" in note for note in shown["notes"])
 
 
 @pytest.mark.parametrize("examples", [20, 3000])
@@ -390,6 +406,59 @@ def test_attention_patterns_are_those_that_the_model_returns(family):
 
 def test_models_without_patterns_or_texts_have_none(study):
     assert attention_patterns(study, np.arange(3), device="cpu") is None
+
+
+def test_input_maps_of_pictures_are_gradient_times_input():
+    """Of a linear model: weight times input, in a picture of 16 x 16 pixels averaged over parts of 2 x 2."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 16), torch.nn.Flatten())
+    pictures, targets = torch.randn(5, 3, 16, 16), torch.tensor([0, 1, 2, 3, 0])
+    study = coar.Study(
+        model=net,
+        examples=coar.Examples(inputs=pictures, targets=targets),
+        components=coar.conv_filters(net),
+        output=coar.ClassLogit(),
+    )
+    found = input_maps(study, np.array([1, 4]), [], device="cpu")
+    product = (net[0].weight[targets[[1, 4]]] * pictures[[1, 4]]).sum(1).detach().numpy()
+    expected = product.reshape(2, 8, 2, 8, 2).mean((2, 4)).reshape(2, 64)
+    np.testing.assert_allclose(found, expected / np.abs(expected).max(1, keepdims=True), rtol=1e-4, atol=1e-6)
+
+
+def test_input_maps_of_texts_are_those_of_their_embeddings():
+    """Padding on the left does not count."""
+    net = edge_oracle.build("llama")
+    ids = torch.tensor([[0, 0, 5, 6, 7]])
+    mask = (ids > 0).long()
+    padded = coar.token_examples({"input_ids": ids, "attention_mask": mask}, answers=torch.tensor([3]))
+    study = coar.Study(
+        model=net, examples=padded, components=coar.attention_heads(net), output=coar.TokenLogProbability()
+    )
+    found = input_maps(study, np.array([0]), [], device="cpu")
+    embedded = net.get_input_embeddings()(ids[:, 2:]).detach().requires_grad_()
+    net(inputs_embeds=embedded).logits[0, -1].log_softmax(0)[3].backward()
+    expected = (embedded.grad * embedded).sum(-1)[0].detach()
+    np.testing.assert_allclose(found[0, :3], expected / expected.abs().max(), rtol=1e-3, atol=1e-5)
+    assert not found[0, 3:].any()
+
+
+class Cut(torch.nn.Module):
+    """A convolution whose result has no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 3, 4)
+
+    def forward(self, x):
+        return self.conv(x).flatten(1).detach()
+
+
+def test_models_without_a_gradient_have_no_input_maps_and_a_note():
+    net, notes = Cut(), []
+    inputs = coar.Examples(inputs=torch.randn(3, 1, 4, 4), targets=torch.tensor([0, 1, 2]))
+    study = coar.Study(model=net, examples=inputs, components=coar.conv_filters(net))
+    assert input_maps(study, np.arange(3), notes, device="cpu") is None
+    assert notes[0].startswith("No maps of inputs: the output has no gradient by them")
 
 
 def examples(inputs, n=3):

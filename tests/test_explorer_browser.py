@@ -345,6 +345,12 @@ def test_the_first_view_leads_to_the_errors(visit, frame):
     assert page.shown() == wrong.tolist()
 
 
+def test_an_example_shows_what_its_output_depends_on(visit):
+    page = visit("example/3")
+    assert page.page.locator("canvas.overlay").count() == 1
+    assert "gradient times input" in page.text()
+
+
 def test_steps_between_examples_and_to_components(visit, attributions):
     page = visit("example/0")
     assert page.page.get_by_role("button", name="Previous").is_disabled()

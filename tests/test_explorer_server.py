@@ -171,6 +171,11 @@ def test_nothing_is_written_elsewhere(served, reports, name):
     assert sorted(reports.parent.rglob("*")) == before
 
 
+def test_another_machine_cannot_reach_the_page(served):
+    """The socket is bound to the loopback address alone."""
+    assert served.socket.getsockname()[0] == "127.0.0.1"
+
+
 def test_pages_that_are_refused(served):
     for path, options, expected in (
         ("", {"token": "wrong"}, 403),

@@ -15,6 +15,7 @@ from coar.cli.common import (
     reports,
     written,
 )
+from coar.errors import CoarError, PipelineError
 
 
 @app.command(epilog="Example: coar report runs/digits-mean.zarr --pipeline pipelines/digits.py")
@@ -33,7 +34,12 @@ def report(
     from coar.store.run import Run
 
     opened = Run.open(run)
-    source = None if pipeline is None else load_pipeline(pipeline).source(opened)
+    try:
+        source = None if pipeline is None else load_pipeline(pipeline).source(opened)
+    except CoarError as error:
+        raise PipelineError(
+            f"{error}; 'coar report {run}' without --pipeline writes a page of what the run itself holds"
+        ) from error
     written([write_page(opened, out or reports(run), fit=fit_name, source=source)])
 
 

@@ -14,6 +14,7 @@ from coar.evaluation import Evaluation, evaluate
 from coar.explorer.activations import Computed, compute, first_kernels
 from coar.explorer.attention import attention_patterns
 from coar.explorer.edits import edits_of
+from coar.explorer.inputs import input_maps
 from coar.explorer.language import language_of
 from coar.explorer.looks import looks_of, sheet
 from coar.explorer.packing import floats, plain, shares, steps, table
@@ -67,6 +68,7 @@ def gather(
     if evaluation is None:
         evaluation = _evaluation(run, notes)
     computed = compute(source.study, part.examples, run.facts.batch_norms) if source is not None else None
+    maps = input_maps(source.study, part.examples, notes) if source is not None else None
     patterns = attention_patterns(source.study, part.examples) if source is not None else None
     made: dict[str, Any] = {
         "title": Path(str(run.path)).name,
@@ -79,6 +81,8 @@ def gather(
         "run": str(run.path),
         "notes": notes,
     }
+    if maps is not None:
+        made["examples"]["inputs"] = steps(maps)
     if patterns is not None:
         made["attention"] = patterns.packed(part.components)
     made |= language_of(_folders(folder, source), run, notes)

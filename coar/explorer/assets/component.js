@@ -95,7 +95,6 @@ function leaningPart(j) {
     card("Examples that it opposes most", gallery(cards(worst), "Examples that it opposes most")));
 }
 
-const CELLS = 64; // of a map of activations
 let excitingPlaces = null;
 let excitingValues = null;
 let excitingMaps = null;

@@ -1,6 +1,8 @@
 // The view of one example: its prediction, its strongest components, its layers and its neighbours.
 
 const reading = { strongest: 10 };
+const CELLS = 64; // of a map of an example: parts of a picture, or tokens of a text
+let inputMaps = null;
 
 function exampleView(panel, argument) {
   const i = Math.min(Math.max(Number.parseInt(argument, 10) || 0, 0), count.examples - 1);
@@ -27,9 +29,22 @@ function exampleHead(i) {
     ["held-out slope", heldOut ? shown(heldOut.slope[i], 2) : null],
     ...Object.entries(metadata).map(([name, column]) => [name, String(column[i])]),
   ];
-  const face = look(i, 190);
-  return card(`Example ${content.examples.rows[i]}`, make("div", { class: "profile" }, face, make("div", {},
+  return card(`Example ${content.examples.rows[i]}`, make("div", { class: "profile" }, facesOf(i), make("div", {},
     make("p", { class: "lead" }, verdictSentence(i)), facts(rows))));
+}
+
+/** How the example looks, and which parts of it the output depends on, where that is known. */
+function facesOf(i) {
+  const { inputs, sheet, words } = content.examples;
+  if (!inputs || (!sheet && !words)) return look(i, 190);
+  inputMaps ??= numbers(inputs);
+  const map = inputMaps.subarray(CELLS * i, CELLS * (i + 1));
+  const note = "what the output depends on: blue parts raise it, orange parts lower it (gradient times input)";
+  if (sheet) {
+    const part = (shownMap, caption) => make("figure", { style: { width: "190px" } }, look(i, 190, { map: shownMap, signed: true }), make("figcaption", {}, caption));
+    return [part(null, "input"), part(map, note)];
+  }
+  return make("figure", { class: "text" }, look(i, 190, { map, signed: true }), make("figcaption", {}, `Lines show ${note}.`));
 }
 
 /** One sentence on the example, from its label, prediction and strongest components. */

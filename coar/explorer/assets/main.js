@@ -80,4 +80,4 @@ makeSwitch();
 window.addEventListener("hashchange", show);
 show();
 document.documentElement.dataset.ready = "true";
-setTimeout(plotly, 300); // start the charts' code after the first view is on the screen
+setTimeout(plotly, 1000); // start the charts' code before it is needed, but not in the way of the first click

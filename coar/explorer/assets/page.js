@@ -43,7 +43,7 @@ function sheetClass(sheet) {
 }
 
 /** One picture of a sheet, `side` pixels on its longer side, with a box given as shares of it, and a map over it. */
-function picture(sheet, at, side, label = "", { box = null, map = null } = {}) {
+function picture(sheet, at, side, label = "", { box = null, map = null, signed = false } = {}) {
   const scale = side / Math.max(sheet.width, sheet.height);
   const [width, height] = [sheet.width * scale, sheet.height * scale];
   const [column, row] = [at % sheet.columns, Math.floor(at / sheet.columns)];
@@ -56,7 +56,7 @@ function picture(sheet, at, side, label = "", { box = null, map = null } = {}) {
   const crisp = sheet.pixelated ? " crisp" : "";
   const name = label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" };
   const element = make("span", { class: `picture ${sheetClass(sheet)}${crisp}`, style, ...name });
-  if (map) element.append(overlay(map));
+  if (map) element.append(overlay(map, signed));
   if (box) {
     const [left, top, wide, high] = box.map((share) => `${100 * share}%`);
     element.append(make("span", { class: "box", style: { left, top, width: wide, height: high } }));
@@ -64,22 +64,27 @@ function picture(sheet, at, side, label = "", { box = null, map = null } = {}) {
   return element;
 }
 
-const AMBER = [255, 176, 0];
+const [AMBER, BLUE, ORANGE] = [[255, 176, 0], [86, 180, 233], [230, 110, 30]];
 
-/** A square map of shares from 0 to 1, drawn as amber over a picture. */
-function overlay(map) {
+/** The colour of a share: of an activation amber, of a signed map blue above 0 and orange below. */
+function shareColour(share, signed) {
+  return signed ? (share < 0 ? ORANGE : BLUE) : AMBER;
+}
+
+/** A square map of shares, drawn over a picture. */
+function overlay(map, signed) {
   const side = Math.round(Math.sqrt(map.length));
   const canvas = make("canvas", { class: "overlay", width: side, height: side, "aria-hidden": "true" });
   const pixels = new ImageData(side, side);
-  map.forEach((share, i) => pixels.data.set([...AMBER, Math.round(150 * share)], 4 * i));
+  map.forEach((share, i) => pixels.data.set([...shareColour(share, signed), Math.round((signed ? 215 : 150) * Math.abs(share))], 4 * i));
   canvas.getContext("2d").putImageData(pixels, 0, 0);
   return canvas;
 }
 
 /** The words of an example, one of them marked, and each underlined as much as its share of a map. */
-function tokens(words, { marked = -1, map = null, limit = 60 } = {}) {
+function tokens(words, { marked = -1, map = null, signed = false, limit = 60 } = {}) {
   const first = Math.max(0, Math.min(marked - Math.floor(limit / 2), words.length - limit));
-  const line = (i) => (map?.[i] ? { boxShadow: `inset 0 -3px 0 rgba(${AMBER}, ${map[i].toFixed(2)})` } : {});
+  const line = (i) => (map?.[i] ? { boxShadow: `inset 0 -3px 0 rgba(${shareColour(map[i], signed)}, ${Math.abs(map[i]).toFixed(2)})` } : {});
   const spans = words.slice(first, first + limit).map((word, k) => make("span", { class: first + k === marked ? "marked" : null, style: line(first + k) }, word));
   const before = first > 0 ? [`${first} more, `] : [];
   const after = words.length > first + limit ? [` and ${words.length - first - limit} more`] : [];
@@ -87,10 +92,10 @@ function tokens(words, { marked = -1, map = null, limit = 60 } = {}) {
 }
 
 /** How an example looks: a picture, words, or nothing. */
-function look(example, side, { box = null, marked = -1, map = null } = {}) {
+function look(example, side, { box = null, marked = -1, map = null, signed = false } = {}) {
   const { sheet, words } = content.examples;
-  if (sheet) return picture(sheet, example, side, "", { box, map });
-  return words ? tokens(words[example], { marked, map, limit: side > 100 ? 400 : 30 }) : null;
+  if (sheet) return picture(sheet, example, side, "", { box, map, signed });
+  return words ? tokens(words[example], { marked, map, signed, limit: side > 100 ? 400 : 30 }) : null;
 }
 
 /** What an example is called: its id, or its position. */
