@@ -1,6 +1,7 @@
 """Models whose Python code does something unusual in a pass are right, against formulas, or refused in words."""
 
 import logging
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -284,13 +285,28 @@ def test_a_state_that_is_kept_across_passes_is_refused(tmp_path):
         collect(study(Noisy(Appending()).eval()), tmp_path)
 
 
-def test_a_buffer_that_a_pass_changes_is_named(tmp_path, caplog):
-    model = Noisy(Step(lambda h: h)).eval()
-    model.register_buffer("passes", torch.zeros(()))
-    model.step.function = lambda h: h + 0 * model.passes.add_(1)
+class Counting(nn.Module):
+    """Counts its passes, in a buffer or in an attribute."""
+
+    def __init__(self, in_buffer):
+        super().__init__()
+        self.passes = 0
+        if in_buffer:
+            self.register_buffer("number", torch.zeros(()))
+
+    def forward(self, h):
+        if hasattr(self, "number"):
+            self.number += 1
+        else:
+            self.passes += 1
+        return h
+
+
+@pytest.mark.parametrize(("in_buffer", "named"), [(True, "the buffer 'step.number'"), (False, "the module 'step'")])
+def test_what_a_pass_changes_of_the_model_is_named(in_buffer, named, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        collect(study(model), tmp_path)
-    assert "a pass changes the buffer 'passes'" in caplog.text
+        collect(study(Noisy(Counting(in_buffer)).eval()), tmp_path)
+    assert re.search(f"a pass changes .*{named} of the model", caplog.text)
 
 
 class NotOne(Flattened):
