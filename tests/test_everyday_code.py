@@ -142,6 +142,8 @@ def test_gates_of_complex_numbers_have_their_gradient(tmp_path):
     (gradient,) = torch.autograd.grad(logits[y] - others.logsumexp(0), everything)
     found = coar.mask_gradient(what, run, device="cpu", progress=False).weights()[0]
     assert np.allclose(found, gradient, atol=1e-5)
+    with pytest.raises(AblationError, match="'first' has complex activations, and constants are real numbers"):
+        collect(replace(what, ablation=coar.Mean(calibration=what.examples)), tmp_path / "mean")
 
 
 # Programs that hold no Python modules.
