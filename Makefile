@@ -29,7 +29,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-ffcv ffcv-packages browser-packages lint type test test-ffcv test-browser coverage bench new
-.PHONY: test-quantised collect fit evaluate edit edits circuit trace lens report clean
+.PHONY: test-quantised docs collect fit evaluate edit edits circuit trace lens report clean
 unexport PYTHONDONTWRITEBYTECODE  # bytecode halves the time of every import
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -85,6 +85,10 @@ test-browser: $(READY) ## Run the tests of the page in Chromium
 test-quantised: $(READY) ## Run the tests of quantised models, in an environment of their own
 	UV_PROJECT_ENVIRONMENT=$(QUANTISED) $(UV) sync --locked --inexact --quiet --group quantised
 	OMP_NUM_THREADS=1 $(QUANTISED)/bin/pytest -m quantised tests/test_quantised.py
+
+docs: $(READY) ## Build the documentation, with its tutorials, in docs/_build
+	$(UV) sync --locked --inexact --quiet --group docs
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W -b html docs docs/_build
 
 coverage: $(READY) ## Run the fast tests, then show the lines and branches of coar/ that they ran
 	rm -f .coverage .coverage.*

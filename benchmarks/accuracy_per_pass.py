@@ -18,14 +18,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 
 import coar
-from benchmarks import passes_report, peers
+from benchmarks import passes_report
 from coar.collection.cost import measure
 from coar.evaluation import correlation
+from coar.peers import PathMethod, path_scores
 from coar.regression.informed.prior import learn_prior
 from coar.store.gradients import MaskGradients
 from coar.store.run import Run
@@ -161,10 +163,18 @@ def baselines(study: coar.Study, run: Run, subject: Subject, judge: Judge, ratio
             {"method": "leave-one-out", "gradients": 0, "masks": 0, "r": judge(drops), "passes": run.n_components}
         )
     few = dataclasses.replace(study, examples=study.examples.subset(range(PEER_EXAMPLES)))
-    for name, peer in (("conductance", peers.conductance), ("internal influence", peers.internal_influence)):
-        found = peer(few, PEER_STEPS, embedding=subject.embedding)
+    for method in get_args(PathMethod):
+        found = path_scores(few, method, PEER_STEPS, embedding=subject.embedding)
         passes = (found.forwards + found.backwards * (ratio - 1)) / found.sites  # the cost if all sites shared one path
-        rows.append({"method": name, "gradients": 0, "masks": 0, "r": judge(found.weights), "passes": passes})
+        rows.append(
+            {
+                "method": method.replace("_", " "),
+                "gradients": 0,
+                "masks": 0,
+                "r": judge(found.weights),
+                "passes": passes,
+            }
+        )
     return rows
 
 

@@ -82,6 +82,8 @@ from .outputs.tokens import ChoiceMargin as ChoiceMargin
 from .outputs.tokens import LogitDifference as LogitDifference
 from .outputs.tokens import TokenLogProbability as TokenLogProbability
 from .outputs.tokens import TokenMargin as TokenMargin
+from .peers import conductance as conductance
+from .peers import internal_influence as internal_influence
 from .published import PublishedSetup as PublishedSetup
 from .published import export_published as export_published
 from .published import import_published as import_published

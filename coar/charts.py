@@ -73,6 +73,7 @@ def signed_grid(ax: "Axes | None", names: Sequence[str], cells: np.ndarray, *, x
     drawn = axes.imshow(cells, cmap=palette, vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
     axes.set_yticks(np.arange(len(names)), [plain_text(name) for name in names])
     axes.set(xlabel=xlabel, title=title)
+    axes.locator_params(axis="x", integer=True)
     axes.figure.colorbar(drawn, ax=axes)
     return axes
 

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -19,9 +20,10 @@ from coar.cli.common import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+BUILT = DOCS / "_build"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-FENCE = re.compile(r"^```([{}\w]+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TEXTS = [*PAGES, *sorted((DOCS / "tutorials").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+FENCE = re.compile(r"^```([{}\w-]+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 COMMANDS = typer.main.get_command(app).commands
@@ -96,7 +98,7 @@ def test_tests_that_are_named_on_pages_exist():
 
 
 def test_fences_are_of_known_languages():
-    known = {"python", "bash", "console", "text", "bibtex", "{toctree}"}
+    known = {"python", "bash", "console", "text", "bibtex", "{toctree}", "{code-cell}"}
     found = {name(page): {block.language for block in blocks(page)} - known for page in TEXTS}
     assert {page: languages for page, languages in found.items() if languages} == {}
     fences = {name(page): (page.read_text().count("\n```"), 2 * len(blocks(page))) for page in TEXTS}
@@ -135,8 +137,60 @@ def test_commands_on_pages_exist_with_their_options():
 
 
 def test_every_page_is_in_the_index():
-    listed = next(block.code for block in blocks(DOCS / "index.md") if block.language == "{toctree}").split()
-    assert {page.stem for page in DOCS.glob("*.md")} - {"index"} == set(listed) - {":maxdepth:", "1"}
+    """The site has the pages that lists of contents name, in the folders of these lists."""
+    listed, sources = ["index"], [page for page in DOCS.rglob("*.md") if BUILT not in page.parents]
+    for page in sources:
+        trees = [block.code for block in blocks(page) if block.language == "{toctree}"]
+        entries = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+        listed += [(page.parent / entry).relative_to(DOCS).as_posix() for entry in entries]
+    pages = {
+        page.relative_to(DOCS).with_suffix("").as_posix() for page in DOCS.rglob("*.md") if BUILT not in page.parents
+    }
+    assert pages == set(listed)
+    assert len(listed) == len(set(listed))
+
+
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
+NOTEBOOKS = [page for page in TUTORIALS if page.stem != "index"]
+
+
+def cells(page):
+    """The cells of a notebook without their options, each with the number of its first line."""
+    found = [block for block in blocks(page) if block.language == "{code-cell}"]
+    return [block._replace(code=re.sub(r"^:.*$", "", block.code, flags=re.MULTILINE)) for block in found]
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=name)
+def test_a_tutorial_is_a_notebook(page):
+    assert page.read_text().startswith("---\nfile_format: mystnb\nkernelspec:\n")
+    assert len(cells(page)) > 5
+    for cell in cells(page):
+        compile(cell.code, name(page), "exec")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=name)
+def test_a_page_runs_as_a_tutorial(page, place, monkeypatch):
+    needed = {"vision": Path(os.environ.get("COAR_DATA", "none")), "language_model": ROOT / "data/smollm2"}
+    if page.stem in needed and not needed[page.stem].exists():
+        pytest.skip(f"needs {needed[page.stem]}")
+    monkeypatch.delenv("COAR_ROOT", raising=False)
+    namespace = {"__name__": "__main__"}
+    for cell in cells(page):
+        run_python(page, cell, namespace)
+    plt.close("all")
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_warnings(tmp_path):
+    """All pages and docstrings; tutorials are not executed. `make docs` installs Sphinx."""
+    pytest.importorskip("sphinx", reason="needs the packages of make docs")
+    options = ["-W", "-q", "-b", "html", "-D", "nb_execution_mode=off"]
+    command = [sys.executable, "-m", "sphinx", *options, str(DOCS), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    api = (tmp_path / "api.html").read_text()
+    assert [public for public in coar.__all__ if not public.startswith("__") and f"coar.{public}" not in api] == []
 
 
 def test_public_names_are_in_the_index():

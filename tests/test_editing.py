@@ -295,6 +295,7 @@ def test_judging_is_arithmetic_on_margins(case):
     worst = min(points, key=points.get)
     np.testing.assert_allclose(found["points"].iloc[3], points[worst], rtol=1e-6)
     assert found.index[3] == f"most harmed: {worst}"
+    assert found["points"].iloc[3:].is_monotonic_increasing
     assert {*found.index[4:]} == {f"references: {c}" for c in points if c != worst}
     for c, expected in points.items():
         row = found.loc[f"most harmed: {c}" if c == worst else f"references: {c}"]

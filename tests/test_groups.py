@@ -1,5 +1,6 @@
 """Groups of any column are strengthened, judged with intervals, reported, and compared with a retrained last layer."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -221,6 +222,9 @@ def test_the_command_takes_the_column_of_groups(case, repaired, tmp_path):
     assert f"{repaired.table['accuracy_after'][0]:.3f}" in said
     assert "hidden[1]" in said
     assert "most harmed" in works(*common, "group", "--group", "light")
+    loose = ("--harm", 20, "--group-harm", 50)
+    late = (case[3].metadata["light"] == "late").sum()
+    assert re.search(rf"targets +{late} ", works(*common, "group", "--group", "light=late", *loose))
     with pytest.raises(AssertionError, match="'light' has: day, late, night"):
         works(*common, "group", "--group", "light=noon")
     with pytest.raises(AssertionError, match="add that task, or leave --group out"):

@@ -11,10 +11,12 @@ from torch import nn
 import coar
 from benchmarks import peers
 from coar.components.table import Component, Components
-from coar.errors import AblationError, ExamplesError
+from coar.errors import AblationError, ExamplesError, MismatchError
+from coar.peers import path_scores
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 STEPS = 7
+METHODS = ("conductance", "internal_influence")
 
 
 class Net(nn.Module):
@@ -118,8 +120,8 @@ def expected(case):
 
 @pytest.mark.parametrize("batch_size", [2, 5, 9, 24, None])
 def test_scores_are_derivatives_by_hand(case, expected, batch_size):
-    for peer, truth in zip((peers.conductance, peers.internal_influence), expected, strict=True):
-        found = peer(case[0], STEPS, batch_size=batch_size)
+    for method, truth in zip(METHODS, expected, strict=True):
+        found = path_scores(case[0], method, STEPS, batch_size=batch_size)
         assert found.weights.dtype == np.float32
         assert found.weights.shape == truth.shape == (5, 18)
         assert np.abs(truth).max() > 0.01
@@ -127,8 +129,8 @@ def test_scores_are_derivatives_by_hand(case, expected, batch_size):
 
 
 def test_passes_are_counted(case):
-    for peer, points in ((peers.conductance, STEPS + 1), (peers.internal_influence, STEPS)):
-        found = peer(case[0], STEPS)
+    for method, points in zip(METHODS, (STEPS + 1, STEPS), strict=True):
+        found = path_scores(case[0], method, STEPS)
         assert (found.forwards, found.backwards, found.sites) == (4 * points, 4 * points, 4)
         assert found.seconds > 0
 
@@ -144,15 +146,15 @@ def test_linear_net_has_closed_forms():
     last = net[1].weight.detach()[y].numpy()
     places, _ = nodes(STEPS + 1)
     flows = last * net[0](x).detach().numpy() * (places[-1] - places[0])
-    np.testing.assert_allclose(peers.conductance(study, STEPS).weights, flows, **CLOSE)
-    np.testing.assert_allclose(peers.internal_influence(study, STEPS).weights, last, **CLOSE)
+    np.testing.assert_allclose(path_scores(study, "conductance", STEPS).weights, flows, **CLOSE)
+    np.testing.assert_allclose(path_scores(study, "internal_influence", STEPS).weights, last, **CLOSE)
 
 
 def test_conductance_of_a_layer_adds_up_to_the_change_of_the_output(case):
     study, x, y = case
     study = replace(study, components=coar.conv_filters(study.model, include="conv1"))
     start = torch.full((1, 2, 7, 7), 0.3).double()
-    found = peers.conductance(study, 200, baseline=start, batch_size=500)
+    found = path_scores(study, "conductance", 200, baseline=start, batch_size=500)
     with torch.no_grad():
         change = (study.model(x) - study.model(start))[torch.arange(5), y]
     assert change.abs().max() > 0.05
@@ -178,11 +180,11 @@ def test_tokens_move_along_the_path_by_their_embeddings():
             net.out((torch.tanh(y) * kept[:, None]).sum(0))[target].backward()
             total = total + weight * y.grad
         truth.append(total.sum(0))
-    found = peers.internal_influence(study, STEPS, embedding="words", batch_size=10)
+    found = path_scores(study, "internal_influence", STEPS, embedding="words", batch_size=10)
     np.testing.assert_allclose(found.weights, torch.stack(truth), **CLOSE)
     assert (found.forwards, found.backwards) == (STEPS + 1, STEPS)  # one pass reads the embeddings
     with pytest.raises(ExamplesError, match="name the embedding"):
-        peers.conductance(study, STEPS)
+        path_scores(study, "conductance", STEPS)
 
 
 def test_entries_of_an_example_are_added_up():
@@ -205,10 +207,10 @@ def test_entries_of_an_example_are_added_up():
     single.load_state_dict(net.state_dict())
     inputs = {"ids": ids.flatten(0, 1), "mask": torch.ones(6, 5)}
     halves = coar.Examples(inputs=inputs, targets=targets.repeat_interleave(2))
-    for peer in (peers.conductance, peers.internal_influence):
-        truth = peer(replace(pairs, model=single, examples=halves), STEPS, embedding="words").weights
+    for method in METHODS:
+        truth = path_scores(replace(pairs, model=single, examples=halves), method, STEPS, embedding="words").weights
         for batch_size in (3, 20, None):
-            found = peer(pairs, STEPS, embedding="words", batch_size=batch_size)
+            found = path_scores(pairs, method, STEPS, embedding="words", batch_size=batch_size)
             np.testing.assert_allclose(found.weights, truth.reshape(3, 2, 4).sum(1), **CLOSE)
 
 
@@ -226,7 +228,7 @@ def test_layer_feature_ablation_is_leave_one_out(case, tmp_path, batch_size):
 def test_the_model_stays_as_it_is(case):
     study = case[0]
     before = {name: value.clone() for name, value in study.model.state_dict().items()}
-    peers.internal_influence(study, 2)
+    path_scores(study, "internal_influence", 2)
     assert all(torch.equal(value, before[name]) for name, value in study.model.state_dict().items())
     assert study.model.relu.inplace
     assert all(parameter.requires_grad for parameter in study.model.parameters())
@@ -236,9 +238,24 @@ def test_the_model_stays_as_it_is(case):
 def test_parameter_slices_are_refused(case):
     study = replace(case[0], components=coar.parameter_slices(case[0].model, "fc1.weight"))
     for peer in (
-        lambda s: peers.conductance(s, 2),
-        lambda s: peers.internal_influence(s, 2),
+        lambda s: path_scores(s, "conductance", 2),
+        lambda s: path_scores(s, "internal_influence", 2),
         peers.layer_feature_ablation,
     ):
         with pytest.raises(AblationError, match="parameter slices"):
             peer(study)
+
+
+def test_path_methods_are_fits_of_a_run(case, tmp_path):
+    """They are exact for the unablated model, and scored like any fit."""
+    study, x, y = case
+    run = coar.collect(study, tmp_path / "r.zarr", masks=20, test_masks=20, device="cpu", progress=False)
+    for store, method in ((coar.conductance, "conductance"), (coar.internal_influence, "internal_influence")):
+        found = store(study, run, steps=STEPS, device="cpu")
+        np.testing.assert_array_equal(found.weights(), path_scores(study, method, STEPS, device="cpu").weights)
+        with torch.no_grad():
+            whole = study.model(x)[torch.arange(5), y]
+        np.testing.assert_allclose(found.predict(np.ones((1, 18), dtype=bool))[0], whole, rtol=1e-3, atol=1e-3)
+    assert coar.evaluate(run).table["fit"].tolist() == ["conductance", "internal_influence"]
+    with pytest.raises(MismatchError):
+        coar.conductance(replace(study, output=coar.CrossEntropy()), run)
