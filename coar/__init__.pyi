@@ -44,6 +44,9 @@ from .components.mlps import mlp_neurons as mlp_neurons
 from .components.table import Component as Component
 from .components.table import Components as Components
 from .editing.edit import Edit as Edit
+from .editing.facts.editor import FactBound as FactBound
+from .editing.facts.editor import FactEdit as FactEdit
+from .editing.facts.editor import FactEditor as FactEditor
 from .editing.goal import Bound as Bound
 from .editing.goal import EditGoal as EditGoal
 from .editing.goal import TradeOff as TradeOff

@@ -39,18 +39,15 @@ def model_code(model: nn.Module) -> dict[str, dict[str, str]]:
         `libraries`: versions of the packages that the classes come from.
     """
     classes = {_name(kind): kind for module in model.modules() for kind in _own_classes(type(module))}
+    known = frozenset(id(module) for module in model.modules())
     packages = sorted({kind.__module__.partition(".")[0] for kind in classes.values()})
     return {
         "classes": {name: _digest(*_sources(kind)) for name, kind in sorted(classes.items())},
-        "modules": settings_of(model),
+        "modules": {
+            path: _digest(_name(type(module)), _settings(module, known)) for path, module in model.named_modules()
+        },
         "libraries": {name: version for name in packages if (version := _version(name))},
     }
-
-
-def settings_of(model: nn.Module) -> dict[str, str]:
-    """Return the `modules` of `model_code`: by path, a hash of each module's class and settings."""
-    known = frozenset(id(module) for module in model.modules())
-    return {path: _digest(_name(type(module)), _settings(module, known)) for path, module in model.named_modules()}
 
 
 def differences(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from coar.charts import colours, tidy
 from coar.editing.edit import Edit
+from coar.editing.facts.editor import FactEdit
 from coar.editing.result import TaskResult
 from coar.errors import StorageError
 from coar.evaluation import Evaluation
@@ -66,6 +67,16 @@ def write_edit(edit: Edit, model: nn.Module, folder: Path, examples: Examples, *
         files.append(folder / f"{stem}-loading.py")
         files[2].write_text(saved.loading + "\n")
     return files
+
+
+def write_fact_edit(result: FactEdit, model: nn.Module, folder: Path, examples: Examples) -> list[Path]:
+    """Write an edit of facts, the edited model as transformers loads it, and the tables; return the files."""
+    files = [folder / "table.csv", folder / "rounds.csv", folder / "edit.json"]
+    with _writing(folder):
+        result.table.to_csv(files[0], index=False)
+        result.rounds.to_csv(files[1], index=False)
+    result.edit.save(files[2])
+    return [*files, result.edit.save_pretrained(model, folder / "model", examples).path]
 
 
 def write_trace(trace: Trace, folder: Path) -> list[Path]:

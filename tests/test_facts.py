@@ -145,7 +145,12 @@ def test_the_command_says_what_is_wrong(own, tmp_path):
         (["trace", path, "--windows", "one"], "'one' is no whole number"),
         (["trace", path, "--corruption", "worst"], "'worst' is no corruption"),
         (["trace", ROOT / "pipelines/digits.py"], "defines no function facts()"),
-        (["lens", path], "defines no function texts()"),
+        (["lens", ROOT / "pipelines/digits.py"], "defines no function texts()"),
+        (["edit-facts", path, "--targets", "subject == 'for'"], "no direction is given"),
+        (
+            ["edit-facts", path, "--targets", "subject == 'ox'", "--direction", "decrease"],
+            "selects none of the 12 examples",
+        ),
     ]:
         result = run(*words)
         assert result.exit_code == 1
@@ -193,3 +198,22 @@ def test_the_command_trains_lenses_and_reads_a_text(own, tmp_path):
     reading = pd.read_csv("reports/passages/lens-optimal.csv")
     assert set(reading["layer"]) == {"0", "1", "model"}
     assert Path("reports/passages/lens-optimal.png").stat().st_size > 5_000
+
+
+def test_the_command_makes_a_model_lose_a_fact(own):
+    lines, words, model = own
+    options = ["--direction", "decrease", "--probability", 0.4, "--harm", 30, "--perplexity", 50]
+    result = run("edit-facts", ROOT / "pipelines/facts.py", "--targets", "subject == 'while'", *options)
+    assert result.exit_code == 0, result.output
+    folder = Path("reports/facts/edit")
+    edited = GPT2LMHeadModel.from_pretrained(folder / "model").eval()
+    ids = torch.tensor([words.encode(lines[1]["prompt"].format("while"))])
+    answer = words.encode(" " + lines[1]["answer"])[0]
+    with torch.no_grad():
+        before, after = (float(net(ids).logits[0, -1].softmax(0)[answer]) for net in (model, edited))
+    assert before > 0.5
+    assert after < 0.4
+    table = pd.read_csv(folder / "table.csv").set_index("group")
+    np.testing.assert_allclose(table.loc["targets", ["before", "after"]].tolist(), [before, after], atol=1e-5)
+    assert set(table.index) == {"targets", "references", "texts", "judged texts"}
+    assert coar.Edit.load(folder / "edit.json").originals is not None

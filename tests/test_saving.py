@@ -140,6 +140,19 @@ def test_transformers_loads_an_edited_language_model(name, way, tmp_path):
     assert set(model.state_dict()).isdisjoint(saved.new_parameters)  # the user's model is as it was
 
 
+def test_padding_on_the_left_does_not_count_where_the_attention_kernel_is_not_saved(tmp_path):
+    model = text((GPT2LMHeadModel, GPT2Config), **GPT2, attn_implementation="eager")
+    ids, mask = torch.randint(2, WORDS, (TEXTS, 6)), torch.ones(TEXTS, 6).long()
+    mask[:, :3] = 0  # what kernels compute for tokens that attend to nothing is their own affair
+    examples = coar.token_examples({"input_ids": ids, "attention_mask": mask})
+    study = coar.Study(model=model, examples=examples, components=coar.mlp_neurons(model), output=coar.TokenMargin())
+    made = coar.Edit.of(study, study.components.names[:20], ablation=coar.ZeroActivation())
+    folder = made.save_pretrained(model, tmp_path / "edited", examples).path
+    loaded = GPT2LMHeadModel.from_pretrained(folder).eval()
+    expected = made.apply(model)(ids, attention_mask=mask).logits[:, 3:]
+    torch.testing.assert_close(loaded(ids, attention_mask=mask).logits[:, 3:], expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("name", "warned"), [("gpt2", False), ("llama", True)])
 def test_an_applied_edit_warns_where_from_pretrained_would_leave_a_bias_out(name, warned, caplog, tmp_path):
     model, examples, edit, *_ = language_case(name)

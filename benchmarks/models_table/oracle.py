@@ -111,8 +111,7 @@ class Oracle:
             rows = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
             weights = self._weights(keep)
             args, kwargs = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
-            model = deepcopy(self.model)  # torch leaves a tensor instead of a parameter where modules are shared
-            return reading(functional_call(model, weights, args, kwargs), rows)
+            return reading(functional_call(self.model, weights, args, kwargs), rows)
 
     def _weights(self, keep: Tensor) -> dict[str, Tensor]:
         changed: dict[str, Tensor] = {}

@@ -147,10 +147,6 @@ class _Observer:
         return show
 
     def _see(self, place: Place, values: Tensor) -> None:
-        if values.is_complex():
-            raise AblationError(
-                f"{place[0]!r} has complex activations, and constants are real numbers; use ZeroActivation or Resample"
-            )
         if not values.isfinite().all():
             raise AblationError(
                 f"{place[0]!r} has activations that are not finite while the calibration examples pass through the "

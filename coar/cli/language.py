@@ -1,4 +1,4 @@
-"""The commands trace and lens, for language models."""
+"""The commands trace, lens and edit-facts, for language models."""
 
 import sys
 from pathlib import Path
@@ -114,6 +114,57 @@ def lens(
     typer.echo("mean KL(model || lens) on held-out texts, in nats, before each layer")
     show(table.pivot_table(index="layer", columns="kind", values="kl", sort=False).reset_index())
     written(write_lenses(table, readings, out or Path("reports") / loaded.name))
+
+
+@app.command(
+    "edit-facts",
+    epilog="Example: coar edit-facts pipelines/facts.py --targets \"subject == 'France'\" --direction decrease",
+)
+@report_errors
+def edit_facts(
+    pipeline: FileArgument,
+    targets: Annotated[str, typer.Option(help="Condition over metadata columns: the facts to change.")],
+    references: Annotated[
+        str | None, typer.Option(help="Condition of the same kind: what not to change [default: all other facts].")
+    ] = None,
+    direction: Annotated[
+        str | None,
+        typer.Option(help="decrease, to lose the answers, or increase, to find them."),
+    ] = None,
+    probability: Annotated[
+        float | None, typer.Option(help="What answers may keep or must reach [default: 0.02 or 0.5].")
+    ] = None,
+    harm: Annotated[float, typer.Option(help="Points of mean probability that other facts may lose.")] = 1.0,
+    perplexity: Annotated[float, typer.Option(help="Per cent by which the perplexity of text may rise.")] = 0.5,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write to [default: reports/<pipeline>/edit].")
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Make a language model lose or find the answers of some facts, by the strengths of its MLP neurons and heads."""
+    from dataclasses import replace
+
+    from coar.ablation.zero import ZeroActivation
+    from coar.components.attention import attention_heads
+    from coar.components.mlps import mlp_neurons
+    from coar.editing.facts.editor import FactBound, FactEditor
+    from coar.editing.goal import EditGoal
+    from coar.pipeline import load_pipeline
+    from coar.report import write_fact_edit
+
+    others = references or f"not ({targets})"
+    goal = EditGoal(**{"targets": targets, "references": others, "direction": direction})
+    bound = FactBound(facts=harm / 100, perplexity=perplexity / 100)
+    loaded = load_pipeline(pipeline)
+    study = loaded.study()
+    components = mlp_neurons(study.model) + attention_heads(study.model)
+    study = replace(study, examples=loaded.facts(), components=components, ablation=ZeroActivation())
+    training, held_out = loaded.texts()
+    editor = FactEditor(study, training, device=device, progress=sys.stderr.isatty())
+    found = editor.edit(goal, probability=probability, bound=bound, judge_texts=held_out)
+    show(found.table)
+    typer.echo(f"{len(found.edit):,} components, chosen by {found.passes:,} forward passes of one example")
+    written(write_fact_edit(found, study.model, out or Path("reports") / loaded.name / "edit", study.examples))
 
 
 def _words(text: str) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -209,6 +209,9 @@ def _checked(
         loaded = loader.load(partial)
     except Exception as error:  # whatever a library may raise
         return f"from_pretrained fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    kernel = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if kernel and hasattr(loaded, "set_attn_implementation"):  # no part of a saved model; kernels differ at padding
+        cast("Any", loaded).set_attn_implementation(kernel)
     whole = loaded
     if path:
         whole = independent_copy(edited)

@@ -227,9 +227,8 @@ def _check_response(layer: nn.Module, site: str, side: Literal["output", "input"
             f"computed weight"
         )
     raise EditError(
-        f"{site!r}, a {kind}, does not return zeros where its weight is zero and its bias where it has one, as with a "
-        f"hook on it or an activation inside, so no edit of its weight replaces its output by constants; replace it "
-        f"by a plain layer with the same output"
+        f"{site!r}, a {kind}, does not return zeros where its weight is zero and its bias where it has one, so no edit "
+        f"of its weight replaces its output by constants; replace it by a plain layer with the same output"
     )
 
 

@@ -18,7 +18,6 @@ from coar.equivalence import ROUNDINGS, SMALLEST, difference, rounding
 from coar.errors import CoarError
 from coar.examples import Examples
 from coar.forward.model_runner import ModelRunner
-from coar.model_code import settings_of
 from coar.outputs.base import Output
 from coar.preflight.absolute import absolute
 from coar.preflight.findings import Findings
@@ -72,10 +71,10 @@ def _compare(
 ) -> None:
     few = examples.subset(range(min(TRACED, size)))
     findings.conclude("original", _reads_of_original(model, original, output, few))
-    before = _generators()
-    with _warned_of_changes(model):
-        passed = _output(model, output, examples, size)
+    before, buffers = _generators(), {name: one.clone() for name, one in model.named_buffers() if is_dense(one)}
+    passed = _output(model, output, examples, size)
     draws = _generators() != before
+    _warn_of_changes(model, buffers)
     backwards = _output(model, output, examples.subset(np.arange(len(examples))[::-1].copy()), -(-size // 2))[::-1]
     agree = _difference(model, passed, backwards)
     if 0 < agree < COARSE and agree <= ROUNDINGS * _amplified(model, output, examples, size, passed):
@@ -97,19 +96,13 @@ def _failure(model: nn.Module, error: Exception) -> str:
     )
 
 
-@contextmanager
-def _warned_of_changes(model: nn.Module) -> Iterator[None]:
-    """Warn when a pass inside changes a buffer or a setting of the model."""
-    buffers = {name: one.clone() for name, one in model.named_buffers() if is_dense(one)}
-    settings = settings_of(model)
-    yield
-    now, later = dict(model.named_buffers()), settings_of(model)
-    changed = [f"the buffer {name!r}" for name, one in buffers.items() if name in now and difference(one, now[name])]
-    changed += [f"an attribute of the module {path!r}" for path, old in settings.items() if later.get(path) != old]
+def _warn_of_changes(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Warn when a pass has changed a buffer of the model."""
+    changed = [name for name, buffer in model.named_buffers() if name in before and difference(before[name], buffer)]
     if changed:
         log.warning(
-            "a pass changes %s of the model, so the model counts as another one once it has run: load it again before "
-            "you continue a run or apply an edit, or accept an attribute with accept_code of the run or the edit",
+            "a pass changes the buffer %r of the model, so the model counts as another one once it has run: load it "
+            "again, or restore the buffer, before you continue a run or apply an edit",
             changed[0],
         )
 
@@ -182,10 +175,9 @@ def _batch_effect(model: nn.Module, output: Output, few: Examples, error: float)
     path = where_they_part(half, whole, _leads)
     return (
         f"{in_words(model, path)} returns something else for an example when other examples are in its batch, as "
-        f"statistics over the batch, scales that dynamic quantisation takes from it, results kept from an earlier "
-        f"pass, or an axis of examples other than the first do; outputs differ by {error:.1e} of the largest, so all "
-        f"numbers would depend on the batch size: let the model compute each example alone, with examples on the "
-        f"first axis of its inputs"
+        f"statistics over the batch, results kept from an earlier pass, or an axis of examples other than the first "
+        f"do; outputs differ by {error:.1e} of the largest, so all numbers would depend on the batch size: let the "
+        f"model compute each example alone, with examples on the first axis of its inputs"
     )
 
 

@@ -1,0 +1,1 @@
+"""Edits of single facts in language models."""
