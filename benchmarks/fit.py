@@ -39,6 +39,7 @@ from coar.regression.lasso import PATH
 from coar.regression.ridge import PENALTIES
 from coar.regression.sums import BATCH as ROWS
 from coar.store.arrays import write
+from coar.store.gradients import MaskGradients
 from coar.store.plan import Plan
 from coar.store.records import PrecisionRecord, RunRecord
 from coar.store.run import pack
@@ -82,6 +83,35 @@ def generate(path: Path, masks: int, components: int, examples: int, *, sites: i
     write(run.array("base_output"), weights.sum(0).numpy(), slice(None))
     os.sync()  # no background writing while the fit is timed
     return run
+
+
+def add_gradients(run: coar.Run, count: int, *, noise: float = 0.3, rank: int = 8) -> None:
+    """Give a run mask gradients: effects that examples share in part, curvature of a low rank, and noise."""
+    mask_gradients = MaskGradients(run)
+    mask_gradients.extend(count)
+    n, d = run.n_examples, run.n_components
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(n, 20, generator=generator) @ torch.randn(20, d, generator=generator) / 20**0.5
+    effects = (shared + torch.randn(n, d, generator=generator)) / d**0.5
+    directions = torch.randn(rank, d, generator=generator) / d**0.5
+    bends = torch.randn(n, rank, generator=generator)
+    for unit in mask_gradients.missing_units():
+        examples, masks = mask_gradients.examples_of(unit), mask_gradients.masks(unit.round)
+        groups = torch.from_numpy(mask_gradients.group_of(examples))
+        effect, bend = effects[examples], bends[examples]
+        sums, counts = torch.zeros(2, *effect.shape), torch.zeros(2, *effect.shape)
+        outputs = torch.zeros(len(masks), len(effect))
+        for i, of_groups in enumerate(masks):
+            x = torch.from_numpy(of_groups).float()[groups]
+            along = (x - 0.9) @ directions.T
+            gradient = effect + (bend * along) @ directions
+            gradient += noise * torch.randn(gradient.shape, generator=generator) / d**0.5
+            outputs[i] = (effect * x).sum(1) + (bend * along**2).sum(1) / 2
+            outputs[i] += noise * torch.randn(len(effect), generator=generator)
+            for end, chosen in enumerate((x, 1 - x)):
+                sums[end] += gradient * chosen
+                counts[end] += chosen
+        mask_gradients.write_unit(unit, *(sums / counts).numpy(), outputs.numpy())
 
 
 def bare_products(masks: int, components: int, examples: int) -> float:

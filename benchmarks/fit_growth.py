@@ -1,129 +1,228 @@
-"""Growth of the time and memory of fitting with the number of masks, extrapolated to a fit of the largest size.
+"""Growth of the time and memory of fitting with the number of components and of masks, beside the products' floor.
 
-    python benchmarks/fit_growth.py                     # both parts at the sizes below; alone on the machine
-    python benchmarks/fit_growth.py --scale 0.1         # a quick test
-    python benchmarks/fit_growth.py --figures elsewhere
+    python -m benchmarks.fit_growth                       # all parts; alone on the machine
+    python -m benchmarks.fit_growth --parts components    # one part
+    python -m benchmarks.fit_growth --scale 0.1           # a quick test
+    python -m benchmarks.fit_growth --keep runs/growth    # results as they come; a stopped benchmark goes on
 
-The first part fits the first 5,000, 10,000, 20,000 and 40,000 masks of one generated run of 2,304 components and 300
-examples, by ridge and by lasso, each in a process of its own. It prints the median of `--rounds` rounds, the slope of
-the logarithm of time on that of masks, and the line of time on masks: the time that does not depend on masks (the
-eigendecomposition, or the paths of penalties) and the time that a thousand masks add. Lasso may get faster with more
-masks, since its paths then take fewer steps. The figure is `fit_masks.png`.
+`components` fits generated runs of 2,304, 9,216, 22,720 and 82,944 components, the sizes of published setups, under a
+stated memory limit. Ridge and lasso have the same masks and examples at each size, so that the exponent of time in
+components is that of the method. Least squares needs more masks than components: it has 1.5 times as many. Beside each
+is its floor: the seconds of two products of the size of masks x components x examples in float32, times the products
+that the fit made, and the bytes of packed masks that they read.
 
-The second part is 22,720 components x 100,000 masks x 5,000 examples with each of the three numbers a tenth and a
-twentieth as large. No term in the time is of a higher order than the third in the three numbers together: masks x
-components^2 for X'X, masks x components x examples for X'Y, components^3 for the eigendecomposition, components^2 x
-examples for every step of a path. So with all three s times as large, time grows by s^3 at most, and memory, in which
-components^2 leads, by s^2 at most: reading and elementwise operations grow by less. The numbers of steps in a path
-depend on the ratio of masks to components, which stays constant. The smaller of the two sizes shows the actual
-exponent.
+`informed` fits 64 mask gradients of generated runs, without masks, at the same sizes and at 458,752 components.
+
+`masks` fits the first 5,000, 10,000, 20,000 and 40,000 masks of a run of 2,304 components, by one decomposition and
+under a limit that excludes it. It prints the line of time on masks.
+
+Every fit has a process of its own; memory is the peak above that after the imports. Times are CPU seconds.
 """
 
 import argparse
+import json
+import logging
+import multiprocessing
 import shutil
-import statistics
 import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
-from benchmarks.fit import generate, measure_apart
+import coar
+from benchmarks.fit import add_gradients, forget_peak, generate, memory_gib
+from coar.regression.iterative import operators
+from coar.regression.memory import TILE_BYTES
 
-METHODS = {"ridge": "#4477aa", "lasso": "#ee6677"}  # with colours of Paul Tol's bright scheme
-MASKS, COMPONENTS, EXAMPLES = (5_000, 10_000, 20_000, 40_000), 2_304, 300
-LARGEST = (100_000, 22_720, 5_000)  # masks, components, examples
-PART, HALF = 1 / 10, 2  # of the largest size in each number; the smaller size is half of that
-FIGURES = Path("reports/benchmarks")
-
-
-def growth(folder: Path, scale: float, rounds: int) -> tuple[list[int], dict[str, np.ndarray]]:
-    """Fit increasing numbers of masks; return these numbers, and by method (2, sizes) seconds and GiB."""
-    sizes = [round(masks * scale) for masks in MASKS]
-    components, examples = round(COMPONENTS * scale), round(EXAMPLES * scale)
-    print(f"growth with masks at {components} components, {examples} examples, {torch.get_num_threads()} threads")
-    path = folder / "growth.zarr"
-    generate(path, sizes[-1], components, examples)
-    found = {method: np.empty((2, len(sizes), rounds)) for method in METHODS}
-    for number in range(rounds):  # rounds outside, so that a slow minute spreads over all sizes
-        for method, values in found.items():
-            for i, masks in enumerate(sizes):
-                values[:, i, number] = measure_apart(method, path, masks)
-    shutil.rmtree(path)
-    return sizes, {method: np.median(values, axis=2) for method, values in found.items()}
+SIZES, LARGEST = (2_304, 9_216, 22_720, 82_944), 458_752
+MASKS, EXAMPLES = 4_000, 32
+FEW_MASKS, FEW = 1_000, 4  # of the lasso, whose paths take hundreds of products
+GRADIENTS, LEARNED = 64, 16  # mask gradients, and examples, of informed fits
+SITES = 24
+LIMIT, LARGE_LIMIT = "1GiB", "4GiB"
+OF_MASKS, NARROW = (5_000, 10_000, 20_000, 40_000), 300
 
 
-def print_growth(sizes: list[int], found: dict[str, np.ndarray]) -> None:
-    """Print seconds and GiB by masks, the slope of log time on log masks, and the line of time on masks."""
-    for method, (seconds, memory) in found.items():
-        for masks, taken, held in zip(sizes, seconds, memory, strict=True):
-            print(f"  {method:6} {masks:7} masks {taken:8.2f} s {held:6.2f} GiB")
-        slope = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
-        more, fixed = np.polyfit(sizes, seconds, 1)
-        of_memory = np.polyfit(np.log(sizes), np.log(memory), 1)[0]
-        print(f"  {method:6} slope of log time on log masks {slope:.2f}, of log memory {of_memory:.2f};", end=" ")
-        print(f"time about {fixed:.2f} s + {1000 * more:.3f} s per 1,000 masks")
+def floor(masks: int, components: int, examples: int) -> dict[str, float]:
+    """Return GFLOP/s of the bare products, and ns per entry of unpacking, for tiles as the fit makes them."""
+    rows = min(max(TILE_BYTES // (4 * components), 16), 4096, masks)
+    tile, values = torch.rand(rows, components), torch.rand(components, examples)
+    image, out = tile @ values, torch.zeros(components, examples)
+    start = time.process_time()
+    for _ in range(3):
+        torch.mm(tile, values, out=image)
+        out.addmm_(tile.T, image)
+    taken = (time.process_time() - start) / 3
+    return {"gflops": 4 * rows * components * examples / taken / 1e9}
 
 
-def draw_growth(sizes: list[int], found: dict[str, np.ndarray], file: Path) -> None:
-    """Draw seconds, with the line that fits them best, and GiB against masks."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for method, (seconds, memory) in found.items():
-        per_mask, once = np.polyfit(sizes, seconds, 1)
-        label = f"{method}, {1_000 * per_mask:.2f} s per 1,000 masks"
-        left.plot(sizes, seconds, marker="o", linestyle="", color=METHODS[method], label=label)
-        left.plot([0, sizes[-1]], [once, once + per_mask * sizes[-1]], color=METHODS[method])
-        right.plot(sizes, memory, marker="o", color=METHODS[method], label=method)
-    for axes, name in ((left, "seconds"), (right, "GiB above the imports")):
-        axes.set(xlabel="masks", ylabel=name, xlim=(0, 1.05 * sizes[-1]), ylim=(0, 1.25 * axes.dataLim.y1))
-        axes.set_xticks(sizes, [f"{masks:,}" for masks in sizes], rotation=30)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
-    print(f"  wrote {file}")
+class Counted:
+    """Counts the products of a fit, and the seconds in them, by the operator's own methods."""
+
+    def __init__(self) -> None:
+        self.products, self.columns, self.seconds = 0, 0, 0.0
+        for kind in (operators.PackedGram, operators.HeldGram):
+            kind.times = self._counted(kind.times)  # type: ignore[method-assign]
+
+    def _counted(self, times: Any) -> Any:
+        def counted(operator: Any, values: torch.Tensor) -> torch.Tensor:
+            start = time.process_time()
+            result: torch.Tensor = times(operator, values)
+            self.seconds += time.process_time() - start
+            self.products += 1
+            self.columns += values.shape[1]
+            return result
+
+        return counted
 
 
-def extrapolate(folder: Path, part: float, rounds: int) -> None:
-    """Fit the largest size scaled down, and half of that; print the extrapolation to the largest."""
-    print("towards {:,} masks, {:,} components, {:,} examples".format(*LARGEST))
-    found = {method: np.empty((2, 2)) for method in METHODS}
-    for i, share in enumerate((part / HALF, part)):
-        shape = [round(size * share) for size in LARGEST]
-        generate(folder / "part.zarr", *shape)
-        for method, values in found.items():
-            trials = [measure_apart(method, folder / "part.zarr") for _ in range(rounds)]
-            values[:, i] = [statistics.median(column) for column in zip(*trials, strict=True)]
-            print("  {:6} {:,} masks, {:,} components, {:,} examples".format(method, *shape), end=": ")
-            print(f"{values[0, i]:.2f} s {values[1, i]:.2f} GiB")
-        shutil.rmtree(folder / "part.zarr")
-    for method, (seconds, memory) in found.items():
-        exponents = np.log([seconds[1] / seconds[0], memory[1] / memory[0]]) / np.log(HALF)
-        print(f"  {method:6} exponents from the smaller to the larger: time {exponents[0]:.2f}, at most 3 by its terms")
-        print(f"         memory {exponents[1]:.2f}, at most 2 by its terms")
-        hours, held = seconds[1] * part**-3 / 3600, memory[1] * part**-2
-        print(f"  {method:6} at the largest size at most {hours:.1f} h (x {part**-3:.0f}) and ", end="")
-        print(f"{held:.0f} GiB (x {part**-2:.0f}) on a machine like this one")
+def measure(path: Path, method: str, limit: str | None, masks: int | None) -> dict[str, Any]:
+    """Fit; return CPU seconds, GiB above those after the imports, the plan, and the number of products."""
+    torch.set_num_threads(1)
+    plans: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: plans.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("coar.regression.fitting").addHandler(handler)
+    logging.getLogger("coar").setLevel(logging.INFO)
+    run, counted = coar.Run.open(path), Counted()
+    forget_peak()
+    before, start = memory_gib("VmRSS"), time.process_time()
+    coar.fit(run, method=method, masks=masks, refit=True, memory_limit=limit, device="cpu", progress=False)
+    seconds, peak = time.process_time() - start, memory_gib("VmHWM") - before
+    return {
+        "seconds": round(seconds, 2),
+        "gib": round(peak, 2),
+        "products": counted.products,
+        "columns": counted.columns,
+        "in_products": round(counted.seconds, 2),
+        "plan": plans[0],
+    }
+
+
+def apart(function: Any, *arguments: Any) -> Any:
+    """Call in a process of its own, so that memory starts at the same level."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def make(path: Path, masks: int, components: int, examples: int, gradients: int) -> None:
+    """Generate a run with masks, or with mask gradients."""
+    torch.set_num_threads(1)
+    run = generate(path, masks, components, examples, sites=min(SITES, components))
+    if gradients:
+        add_gradients(run, gradients)
+
+
+class Bench:
+    """Measured fits, kept in a file as they come.
+
+    Args:
+        folder: Where runs are generated, one at a time.
+        kept: The file; fits that it has are not made again.
+        scale: Factor of all sizes.
+    """
+
+    def __init__(self, folder: Path, kept: Path, scale: float) -> None:
+        self._folder, self._kept, self._scale = folder, kept, scale
+        self.found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
+
+    def size(self, number: int) -> int:
+        """Return a number scaled."""
+        return max(round(number * self._scale), 16)
+
+    def fits(
+        self, shape: tuple[int, int, int], gradients: int, wanted: list[tuple[str, str | None, int | None]]
+    ) -> list[dict[str, Any]]:
+        """Generate a run of (masks, components, examples), fit it in all ways, and return what was measured."""
+        keys = [f"{method} {masks or shape[0]} x {shape[1]} x {shape[2]} {limit}" for method, limit, masks in wanted]
+        path = self._folder / "run.zarr"
+        if not all(key in self.found for key in keys):
+            shutil.rmtree(path, ignore_errors=True)  # of a benchmark that was stopped
+            apart(make, path, *shape, gradients)
+            for key, (method, limit, masks) in zip(keys, wanted, strict=True):
+                if key not in self.found:
+                    result = apart(measure, path, method, limit, masks)
+                    own = (masks or shape[0], *shape[1:])
+                    result |= floor(*own) if method != "informed" else {}
+                    self.found[key] = {"method": method, "shape": own, "limit": limit, **result}
+                    self._kept.write_text(json.dumps(self.found, indent=1))
+                print(line(self.found[key]), flush=True)
+            shutil.rmtree(path)
+        return [self.found[key] for key in keys]
+
+    def components(self) -> None:
+        """Fit by masks at every number of components."""
+        found: dict[str, list[dict[str, Any]]] = {"ridge": [], "lasso": [], "ols": []}
+        for size in SIZES:
+            d = self.size(size)
+            found["ridge"] += self.fits((self.size(MASKS), d, EXAMPLES), 0, [("ridge", LIMIT, None)])
+            found["lasso"] += self.fits((self.size(FEW_MASKS), d, FEW), 0, [("lasso", LIMIT, None)])
+            if size <= SIZES[2]:
+                found["ols"] += self.fits((3 * d // 2, d, FEW), 0, [("ols", LIMIT, None)])
+        for method, results in found.items():
+            exponent(method, results)
+
+    def informed(self) -> None:
+        """Fit mask gradients at every number of components."""
+        wanted = [(size, LIMIT) for size in SIZES[:3]] + [(SIZES[3], LARGE_LIMIT), (LARGEST, LARGE_LIMIT)]
+        results = []
+        for size, limit in wanted:
+            results += self.fits((32, self.size(size), LEARNED), GRADIENTS, [("informed", limit, 0)])
+        exponent("informed", results)
+
+    def masks(self) -> None:
+        """Fit increasing numbers of masks of one run."""
+        sizes = [self.size(masks) for masks in OF_MASKS]
+        wanted = [("ridge", limit, masks) for limit in (None, "512MiB") for masks in sizes]
+        results = self.fits((sizes[-1], self.size(SIZES[0]), self.size(NARROW)), 0, wanted)
+        for limit in (None, "512MiB"):
+            own = [result for result in results if result["limit"] == limit]
+            more, once = np.polyfit(sizes, [result["seconds"] for result in own], 1)
+            print(f"ridge, limit {limit}: {once:.2f} s + {1000 * more:.3f} s per 1,000 masks; ", end="")
+            print(f"{min(r['gib'] for r in own):.2f} to {max(r['gib'] for r in own):.2f} GiB")
+
+
+def line(result: dict[str, Any]) -> str:
+    """Return a measured fit as a line of text."""
+    masks, components, examples = result["shape"]
+    text = f"{result['method']:8} {masks:7,} masks {components:8,} components {examples:4} examples "
+    text += f"{result['seconds']:8.1f} s {result['gib']:6.2f} GiB of {result['limit'] or 'the default'}"
+    if result["products"]:
+        flops = 4 * masks * components * result["columns"]
+        least = flops / result["gflops"] / 1e9
+        text += f"; {result['products']} products: {result['in_products']:.1f} s, floor {least:.1f} s "
+        text += f"at {result['gflops']:.0f} GFLOP/s, {result['products'] * masks * components / 8e9:.1f} GB of masks"
+    return text
+
+
+def exponent(method: str, results: list[dict[str, Any]]) -> None:
+    """Print the slope of log time on log components."""
+    sizes, seconds = (np.log([pick(r) for r in results]) for pick in (lambda r: r["shape"][1], lambda r: r["seconds"]))
+    slopes = np.diff(seconds) / np.diff(sizes)
+    print(f"{method}: exponents of time in components {', '.join(f'{slope:.2f}' for slope in slopes)}; ", end="")
+    print(f"over all {np.polyfit(sizes, seconds, 1)[0]:.2f}")
 
 
 def main() -> None:
-    """Run both parts, print their times and memory, and draw the first."""
+    """Run the parts that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", default=["components", "informed", "masks"])
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all sizes: less than 1 for a quick test")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which medians are printed")
-    parser.add_argument("--figures", type=Path, default=FIGURES, help="folder for fit_masks.png")
-    parser.add_argument("--folder", type=Path, default=None, help="folder for runs; a temporary one by default")
+    parser.add_argument("--keep", type=Path, default=None, help="folder for results and runs; temporary by default")
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir=arguments.folder, prefix="coar-fit-"))
+    folder = arguments.keep or Path(tempfile.mkdtemp(prefix="coar-fit-"))
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        sizes, found = growth(folder, arguments.scale, arguments.rounds)
-        print_growth(sizes, found)
-        draw_growth(sizes, found, arguments.figures / "fit_masks.png")
-        extrapolate(folder, PART * arguments.scale, arguments.rounds)
+        bench = Bench(folder, folder / "results.json", arguments.scale)
+        for part in arguments.parts:
+            getattr(bench, part)()
     finally:
-        shutil.rmtree(folder)
+        if arguments.keep is None:
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

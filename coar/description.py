@@ -50,7 +50,7 @@ def describe_estimate(estimate: "Estimate") -> dict[str, str]:
         "one gradient": gradient_pass,
         "passes": f"{estimate.passes:,.0f}",
         "time": f"{estimate.hours:.3g} h on all workers",
-        "disk": f"{estimate.disk_bytes / 2**20:,.0f} MiB at most, with one fit",
+        "disk": f"{estimate.disk_bytes / 2**20:,.0f} MiB, with one fit",
         "memory to fit": f"{estimate.fit_bytes / 2**20:,.0f} MiB",
     }
     if estimate.pilot:

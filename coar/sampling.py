@@ -12,6 +12,7 @@ from coar.errors import SettingsError
 from coar.settings import Settings
 
 Split = Literal["train", "validation", "test", "gradient"]
+STRATIFIED_TOGETHER = 2**14  # components whose strata are made together
 SPLITS: tuple[Split, ...] = ("train", "validation", "test", "gradient")
 
 
@@ -69,10 +70,15 @@ class Sampler(Settings):
             components: Number of components.
         """
         raw = self._numbers(split, indices, 2 * components)
-        order, inside = raw[:, :components], raw[:, components:].astype(np.uint64)
-        strata = np.argsort(np.argsort(order, axis=0, kind="stable"), axis=0, kind="stable").astype(np.uint64)
-        numbers = ((strata << np.uint64(32)) + inside) // np.uint64(len(raw))
-        return self._mask(numbers.astype(np.uint32), self.ablated_fraction)
+        numbers = np.empty((len(raw), components), dtype=np.uint32)
+        for start in range(0, components, STRATIFIED_TOGETHER):
+            some = slice(start, min(start + STRATIFIED_TOGETHER, components))
+            order = np.argsort(np.ascontiguousarray(raw[:, some].T), axis=1, kind="stable")  # (components, masks)
+            strata = np.empty_like(order)
+            np.put_along_axis(strata, order, np.arange(len(raw))[None], axis=1)
+            inside = raw[:, components + some.start : components + some.stop].astype(np.uint64)
+            numbers[:, some] = ((strata.T.astype(np.uint64) << np.uint64(32)) + inside) // np.uint64(len(raw))
+        return self._mask(numbers, self.ablated_fraction)
 
     def _numbers(self, split: Split, indices: Iterable[int], count: int) -> np.ndarray:
         """Draw (indices, count) from Philox4x64 with key (seed, split), an index in the counter's second word."""

@@ -8,10 +8,12 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 import coar
 from coar.errors import RegressionError, SettingsError
-from coar.store.fits import BegunFit
+from coar.regression.memory import plan_fit
+from coar.store.fits import BegunFit, rows_of_chunk
 from coar.store.records import FitRequest
 from tests.synthetic import FRACTION, design, fit, linear, make, weights
 
@@ -167,3 +169,51 @@ def test_a_fit_that_is_killed_goes_on(wide):
     assert "killed" not in coar.Run.open(wide.path).group["attributions"].attrs
     np.testing.assert_array_equal(fit(wide, method="ridge", name="killed").weights(), whole)
     assert all(file.stat().st_mtime_ns == stamp for file, stamp in kept.items())
+
+
+GIB = 2**30
+
+
+def planned(method, masks, components, limit, examples=64, **more):
+    chunk = rows_of_chunk(examples, components)
+    return plan_fit(
+        method,
+        masks=masks,
+        components=components,
+        examples=examples,
+        chunk=chunk,
+        limit=limit,
+        device=torch.device("cpu"),
+        **more,
+    )
+
+
+@pytest.mark.parametrize("method", ["ridge", "lasso", "ols"])
+@pytest.mark.parametrize("components", [22_720, 82_944])
+def test_plans_keep_the_limit_whatever_the_number_of_masks(method, components):
+    needed = []
+    for masks in (2_000, 20_000, 100_000, 1_000_000):
+        plan = planned(method, masks, components, GIB, examples=5_000)
+        assert plan.way == "packed"
+        assert plan.together % rows_of_chunk(5_000, components) == 0
+        assert plan.held == (masks * components / 8 <= GIB / 4)
+        needed.append(plan.needed)
+        assert plan.needed <= GIB
+    assert max(needed) < 2 * min(needed)
+    assert planned(method, 3_000, 2_000, 4 * GIB).way == "decomposed"
+
+
+def test_the_gram_matrix_is_held_where_that_is_less_work():
+    assert planned("lasso", 100_000, 9_216, 2 * GIB, examples=5_000).way == "gram"
+    assert planned("lasso", 1_000, 9_216, 2 * GIB // 4, examples=16).way == "packed"
+
+
+def test_an_informed_fit_learns_from_as_many_examples_as_fit():
+    learning = [planned("informed", 0, 458_752, limit * GIB, gradients=64).learning for limit in (4, 6, 8, 32)]
+    assert learning == sorted(learning)
+    assert learning[0] >= 16
+    assert learning[-1] == 64
+    with pytest.raises(
+        RegressionError, match=r"informed on 458,752 components .* give memory_limit='[\d.]+GiB' or more"
+    ):
+        planned("informed", 0, 458_752, GIB, gradients=64)

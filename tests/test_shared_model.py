@@ -30,11 +30,12 @@ def parts(truth=None, seed=0):
     return masks, np.stack(outputs), np.stack(gradients), own
 
 
-def rows_of(masks, outputs, order=ORDER):
+def rows_of(masks, outputs, order=ORDER, **settings):
     """Rows as a fit makes them, less the means over all folds and in units of the spread; one round is a fold."""
     pooled = outputs.reshape(-1, N)
     scaled = torch.tensor((outputs - pooled.mean(0)) / pooled.std(0, ddof=1), dtype=torch.float32)
-    return Rows.of(torch.tensor(masks), scaled[:, :, order], order % MASK_GROUPS, folds=FOLDS, kept=KEPT)
+    groups = order % MASK_GROUPS
+    return Rows.of(torch.tensor(masks), scaled[:, :, order], groups, folds=FOLDS, kept=KEPT, **settings)
 
 
 def left_out(gradients, own, outputs):
@@ -99,15 +100,15 @@ def test_predictions_are_centred_masks_times_the_weights_of_their_fold(problem):
 
 
 @pytest.mark.parametrize("members", [range(N), range(N - 3)])  # groups of equal sizes, and of two sizes
-@pytest.mark.parametrize("limits", [{}, {"BLOCK_NUMBERS": 2 * GRADIENTS_COUNT * D}, {"DESIGN_NUMBERS": 0}])
+@pytest.mark.parametrize("limits", [{}, {"BLOCK_NUMBERS": 2 * GRADIENTS_COUNT * D}, {"designs": False}])
 def test_blocks_of_any_size_give_the_same(members, limits, monkeypatch):
     masks, outputs, _, _ = parts()
     order = group_order(torch.tensor(members) % MASK_GROUPS)
     plain, weight = rows_of(masks, outputs, order), torch.randn(FOLDS, len(members), D)
-    for name, value in limits.items():
-        monkeypatch.setattr(rows_module, name, value)
-    cut = rows_of(masks, outputs, order)
-    assert (cut.blocks[0].centred is None) == ("DESIGN_NUMBERS" in limits)
+    if "BLOCK_NUMBERS" in limits:
+        monkeypatch.setattr(rows_module, "BLOCK_NUMBERS", limits["BLOCK_NUMBERS"])
+    cut = rows_of(masks, outputs, order, designs=limits.get("designs", True))
+    assert (cut.blocks[0].centred is None) == ("designs" in limits)
     assert (len(cut.blocks) > len(plain.blocks)) == ("BLOCK_NUMBERS" in limits)
     torch.testing.assert_close(cut.adjoint(cut.residual(weight)), plain.adjoint(plain.residual(weight)))
 

@@ -94,6 +94,10 @@ def collect(
     example_block: Annotated[
         int | None, typer.Option(help="Examples per unit of work, for a new run.", rich_help_panel=EXECUTION)
     ] = None,
+    round_gradients: Annotated[
+        bool,
+        typer.Option("--round-gradients", help="Store mask gradients in half the bytes.", rich_help_panel=EXECUTION),
+    ] = False,
     worker: Annotated[
         str | None, typer.Option(help="Do one share of the units, as in 3/64: the third of 64.", rich_help_panel=WHERE)
     ] = None,
@@ -140,6 +144,7 @@ def collect(
             precision_tolerance=precision_tolerance,
             mask_block=mask_block,
             example_block=example_block,
+            round_gradients=round_gradients,
         ),
     }
     if until is not None or until_flat:

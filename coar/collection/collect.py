@@ -99,6 +99,7 @@ def collect(
         memory_limit=execution.memory_limit,
         precision=precision,
         tolerance=execution.precision_tolerance,
+        round_gradients=execution.round_gradients,
     )
     target = choose_device(device)
     with _hold(place, among, order) as lock, memory_kept():

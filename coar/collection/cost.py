@@ -5,10 +5,12 @@ import logging
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from coar.collection.collect import collect
 from coar.collection.execution import DEFAULTS, Execution
@@ -21,14 +23,17 @@ from coar.forward.malloc import memory_kept
 from coar.preflight.findings import Findings
 from coar.preflight.gradients import check_gradients
 from coar.regression.fitting import fit
+from coar.regression.memory import limit_of, plan_fit
 from coar.renamed import new_arguments_only
-from coar.store.gradients import MaskGradients, next_rounds
+from coar.store.fits import fit_names, rows_of_chunk
+from coar.store.gradients import ARRAYS, MaskGradients, next_rounds
 from coar.store.run import Run
 from coar.study import Study
 
 log = logging.getLogger(__name__)
 
 PILOT_EXAMPLES = 64
+LEAST_LIMIT = 4 * 2**30  # bytes of memory that a fit is planned for, at least
 
 
 TIMED_MASKS, TIMED_GRADIENTS, REPETITIONS = 8, 4, 3
@@ -148,20 +153,52 @@ def estimate(
         pilot = quality_of(
             fit(run, progress=False), MaskGradients(run).count, 0 if differentiable else FIRST_MASKS, before
         )
+        disk = _disk_bytes(
+            run, Path(folder), examples=n, rows=masks + test_masks, rounds=len(next_rounds(0, gradients))
+        )
     seconds = per_mask * (masks + test_masks) + (per_gradient * gradients if gradients else 0.0)
-    rounds = len(next_rounds(0, gradients))
+    method, device_of_fit = ("informed" if gradients else "ridge"), torch.device("cpu")
+    memory = plan_fit(
+        method,
+        masks=masks,
+        components=d,
+        examples=n,
+        chunk=rows_of_chunk(n, d),
+        limit=max(limit_of(None, device_of_fit), LEAST_LIMIT),
+        device=device_of_fit,
+        gradients=gradients,
+    )
     return Estimate(
         seconds_per_mask=per_mask,
         seconds_per_gradient=per_gradient,
         passes=seconds / per_mask,
         hours=seconds / workers / 3600,
-        disk_bytes=4 * n * (masks + test_masks + gradients) + (masks + test_masks) * d / 8 + 8 * n * d * (rounds + 1),
-        fit_bytes=float(
-            3 * 8 * min(masks, d) ** 2 + 4 * min(masks, 4096) * d + 8 * d * min(n, 2**28 // (8 * d)) + 2**28
-        ),
+        disk_bytes=disk,
+        fit_bytes=float(memory.needed),
         pilot=pilot,
         passes_per_hundredth=_passes_for(0.01, pilot, d, per_gradient / per_mask),
     )
+
+
+def _disk_bytes(pilot: Run, folder: Path, *, examples: int, rows: int, rounds: int) -> float:
+    """Return the bytes of a run with one fit, from what arrays of a pilot run take on disk after compression.
+
+    Args:
+        pilot: The pilot run, with its fits.
+        folder: The folder that has it alone.
+        examples: Number of examples of the run.
+        rows: Number of its masks.
+        rounds: Number of its rounds of mask gradients.
+    """
+    stored = Counter[str]()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            stored[file.relative_to(folder).parts[1]] += file.stat().st_size
+    more = examples / pilot.n_examples
+    by_masks, by_rounds = rows / len(pilot.plan), rounds / max(len(MaskGradients(pilot).rounds), 1)
+    growth = {"outputs": more * by_masks, "masks": by_masks, "base_output": more, "example": more}
+    growth |= dict.fromkeys(ARRAYS, more * by_rounds) | {"attributions": more / len(fit_names(pilot))}
+    return sum(size * growth.get(name, 1.0) for name, size in stored.items())
 
 
 def _passes_for(rise: float, now: RunQuality, components: int, ratio: float) -> float:

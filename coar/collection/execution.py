@@ -24,6 +24,8 @@ class Execution(Settings):
         example_block: Examples per unit of work, fixed when the run is created; by default at most 512, or more as
             above. An output that compares with the unablated model keeps a part of its results for all of them: there
             are fewer if that part would exceed the memory limit, or 1 GiB without one.
+        round_gradients: Store mean mask gradients with the precision of bfloat16, in about half the bytes; fixed when
+            the run's first mask gradients are planned.
 
     Raises:
         SettingsError: When a number is out of range, or a batch size and a memory limit are given.
@@ -35,6 +37,7 @@ class Execution(Settings):
     precision_tolerance: float = Field(default=0.05, gt=0)
     mask_block: int | None = Field(default=None, ge=1, strict=True)
     example_block: int | None = Field(default=None, ge=1, strict=True)
+    round_gradients: bool = False
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:

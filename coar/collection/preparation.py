@@ -58,6 +58,7 @@ class RunRequest:
         memory_limit: As in `Execution`.
         precision: `float32`, `bf16` or `auto`.
         tolerance: Largest accepted difference of bfloat16.
+        round_gradients: As in `Execution`.
     """
 
     requested: dict[tuple[Split, float], int]
@@ -66,6 +67,7 @@ class RunRequest:
     memory_limit: int | str | None
     precision: str
     tolerance: float
+    round_gradients: bool = False
 
     def is_met(self, place: Path | Address) -> bool:
         """Return whether there is a run with all rows and rounds, so that only units can be missing."""
@@ -137,7 +139,7 @@ def _extended(place: Path | Address, order: RunRequest) -> Run:
         plan = run.plan.extended(order.requested)
         if plan != run.plan or not run.rows_intact():
             run.extend(plan)
-        MaskGradients(run).extend(order.gradients)
+        MaskGradients(run).extend(order.gradients, rounded=order.round_gradients)
         return run
 
 

@@ -200,7 +200,7 @@ def _fit(
     request = FitRequest(method=method, masks=len(rows), ablated_fraction=run.sampler.ablated_fraction, **gradients)
     known = fit_record(run, label)
     if refit or known is None or not known.answers(request):
-        plan = plan_of(run, method, len(rows), memory_limit=memory_limit, device=device)
+        plan = plan_of(run, method, len(rows), gradients=request.gradients, memory_limit=memory_limit, device=device)
         log.info("%s", plan.words(len(rows), run.n_components, run.n_examples))
         with run.lock():
             if cluster is not None:
@@ -317,7 +317,7 @@ def solver_of(run: Run, rows: np.ndarray, rounds: int, *, plan: FitPlan, gram: G
         RegressionError: When the masks or the mask gradients do not support the fit.
     """
     if plan.method == "informed":
-        return Informed.of(run, rows, rounds, learning=plan.learning, gram=gram)
+        return Informed.of(run, rows, rounds, learning=plan.learning, designs=plan.held, gram=gram)
     if plan.way != "decomposed":
         if plan.method == "lasso":
             return IterativeSparse.of(run, rows, plan)

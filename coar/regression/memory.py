@@ -9,6 +9,7 @@ import torch
 from coar.errors import RegressionError
 from coar.forward.memory_limit import bytes_of, readable
 from coar.store.fits import chunk_rows
+from coar.store.gradients import MASK_GROUPS, next_rounds
 from coar.store.run import Run
 
 Way = Literal["decomposed", "gram", "packed"]
@@ -27,7 +28,9 @@ HELD_SHARE = 0.25  # of the limit that packed masks may take; more are read from
 VECTORS = 14  # float32 numbers per component and example, in addition to the basis
 SPARSE_VECTORS = 36  # the same of the lasso
 PASSES = {"ridge": 30, "ols": 30, "lasso": 600}  # products with the Gram matrix, roughly
+READING = 2**28  # bytes of what is read together for one decomposition, or from mask gradients
 FIXED = 64 * 2**20  # bytes that every fit takes: reading, writing, and small tables
+TABLES = 600  # bytes per component of what an informed fit learns
 LEARNING_BYTES = 260  # per component and example that an informed fit learns from
 LEAST_LEARNING, MOST_LEARNING = 16, 16 * 2**20  # examples to learn from, and examples times components
 
@@ -47,7 +50,7 @@ class FitPlan:
         together: Examples that are solved together, a multiple of those in a chunk, or all.
         tile: Rows of masks that are unpacked together; 0 where none are.
         basis: Vectors that the Lanczos process keeps per example; 0 where there is none.
-        held: Whether packed masks stay in memory.
+        held: Whether packed masks stay in memory, or for an informed fit the masks of mask gradients in float32.
         learning: Examples that an informed fit learns from, at most; 0 for other methods.
     """
 
@@ -111,6 +114,7 @@ def plan_fit(
     chunk: int,
     limit: int,
     device: torch.device,
+    gradients: int = 0,
 ) -> FitPlan:
     """Choose how to fit within a limit.
 
@@ -124,13 +128,17 @@ def plan_fit(
         chunk: Examples in a chunk of the fit.
         limit: Most bytes.
         device: Where to compute the products.
+        gradients: Number of mask gradients.
 
     Raises:
         RegressionError: When no way fits the limit.
     """
     if method == "informed":
-        learning, needed = _learning(masks, components, examples, limit)
-        return FitPlan(method, "decomposed", device, limit, needed, chunk, learning=learning)
+        learning, needed = _learning(masks, components, examples, gradients, limit)
+        designs = 4 * min(learning, MASK_GROUPS) * gradients * components
+        held = needed + designs <= limit
+        needed += designs * held
+        return FitPlan(method, "decomposed", device, limit, needed, chunk, held=held, learning=learning)
     needed = _decomposed_bytes(method, masks, components, chunk)
     if needed <= limit and device.type == "cpu":
         return FitPlan(method, "decomposed", device, limit, needed, chunk)
@@ -156,7 +164,9 @@ def plan_fit(
     )
 
 
-def plan_of(run: Run, method: str, masks: int, *, memory_limit: int | str | None, device: torch.device) -> FitPlan:
+def plan_of(
+    run: Run, method: str, masks: int, *, gradients: int = 0, memory_limit: int | str | None, device: torch.device
+) -> FitPlan:
     """Return the plan of a run's fit; raises as `limit_of` and `plan_fit` do."""
     return plan_fit(
         method,
@@ -166,6 +176,7 @@ def plan_of(run: Run, method: str, masks: int, *, memory_limit: int | str | None
         chunk=chunk_rows(run),
         limit=limit_of(memory_limit, device),
         device=device,
+        gradients=gradients,
     )
 
 
@@ -181,7 +192,7 @@ def _ways(method: str, masks: int, components: int, examples: int) -> list[Way]:
 def _decomposed_bytes(method: str, masks: int, components: int, chunk: int) -> int:
     """Return the peak of memory of a fit from one decomposition."""
     batch = 2 * 4 * min(masks, 4096) * (components + 1)
-    block = 4 * components * chunk * (SPARSE_VECTORS if method == "lasso" else 6) + 2**28
+    block = 4 * components * chunk * (SPARSE_VECTORS if method == "lasso" else 6) + READING
     if method == "lasso":
         return FIXED + 28 * components**2 + batch + block
     if masks > components:
@@ -189,21 +200,29 @@ def _decomposed_bytes(method: str, masks: int, components: int, chunk: int) -> i
     return FIXED + 48 * masks**2 + 28 * masks * components + block
 
 
-def _learning(masks: int, components: int, examples: int, limit: int) -> tuple[int, int]:
-    """Return how many examples an informed fit learns from, and its bytes at the peak."""
-    fixed = FIXED + 700 * components
+def _learning(masks: int, components: int, examples: int, gradients: int, limit: int) -> tuple[int, int]:
+    """Return how many examples an informed fit learns from, and its bytes at the peak without masks in float32."""
+    counts = MASK_GROUPS * len(next_rounds(0, gradients))  # bytes per component of the counts of kept components
+    fixed = FIXED + READING + (counts + TABLES) * components
     if masks >= 2:
         fixed += 48 * min(masks, components) ** 2 + (32 * masks * components if masks <= components else 0)
     wanted = min(max(MOST_LEARNING // components, 64), examples)
-    many = min(wanted, int((limit - fixed) // (LEARNING_BYTES * components)))
-    if many < min(LEAST_LEARNING, examples):
-        least = fixed + min(LEAST_LEARNING, examples) * LEARNING_BYTES * components
+    many = wanted
+    while many > LEAST_LEARNING and fixed + _learned_bytes(many, gradients) * components > limit:
+        many -= 1
+    needed = fixed + _learned_bytes(many, gradients) * components
+    if needed > limit:
         raise RegressionError(
-            f"informed on {components:,} components and {masks:,} masks takes at least {readable(least)}, and the "
-            f"limit is {readable(limit)}; give memory_limit={_more(least)!r} or more"
+            f"informed on {components:,} components and {masks:,} masks takes at least {readable(needed)}, and the "
+            f"limit is {readable(limit)}; give memory_limit={_more(needed)!r} or more"
             + (", or fewer masks" if masks else "")
         )
-    return many, int(fixed + many * LEARNING_BYTES * components)
+    return many, needed
+
+
+def _learned_bytes(examples: int, gradients: int) -> int:
+    """Return the bytes per component that learning from so many examples takes."""
+    return LEARNING_BYTES * examples + 2 * min(examples, MASK_GROUPS) * gradients
 
 
 def _more(size: int) -> str:

@@ -112,7 +112,12 @@ def check_name(name: str) -> str:
 
 def chunk_rows(run: Run) -> int:
     """Return how many examples a fit's chunks hold: blocks of examples are written in multiples of this."""
-    return max(1, min(run.n_examples, CHUNK_BYTES // (4 * run.n_components)))
+    return rows_of_chunk(run.n_examples, run.n_components)
+
+
+def rows_of_chunk(examples: int, components: int) -> int:
+    """Return how many examples a chunk of a fit holds, for a run of this size."""
+    return max(1, min(examples, CHUNK_BYTES // (4 * components)))
 
 
 def blocks_of(run: Run) -> list[slice]:

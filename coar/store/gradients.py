@@ -15,7 +15,7 @@ from coar.store.run import Run
 
 log = logging.getLogger(__name__)
 MASK_GROUPS = 64  # different masks per mask gradient: example n takes the mask of group n modulo 64
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 32 * 2**20  # before compression
 READ_NUMBERS = 16 * 2**20  # entries of several rounds that are read together, at most
 ENTRY = "gradients"
 MASKS = "stratified"  # how a round draws them
@@ -45,6 +45,7 @@ class MaskGradients:
     Attributes:
         run: The run.
         rounds: Number of mask gradients in each round.
+        rounded: Whether mean gradients are stored with the precision of bfloat16.
 
     Args:
         run: The run.
@@ -58,6 +59,7 @@ class MaskGradients:
         try:
             self.rounds = tuple(int(count) for count in kept["rounds"])
             self.mask_groups = int(kept["mask_groups"])
+            self.rounded = kept.get("rounded", False) is True
             if self.mask_groups < 1 or any(not 1 <= count <= ROUND for count in self.rounds):
                 raise ValueError(f"rounds of {self.rounds} mask gradients in {self.mask_groups} mask groups")
         except (KeyError, TypeError, ValueError) as error:
@@ -76,8 +78,15 @@ class MaskGradients:
         """Number of mask gradients, collected or planned."""
         return sum(self.rounds)
 
-    def extend(self, total: int) -> None:
-        """Plan at least `total` mask gradients; arrays grow before the plan, so an interruption leaves the old plan."""
+    def extend(self, total: int, *, rounded: bool = False) -> None:
+        """Plan at least `total` mask gradients; arrays grow before the plan, so an interruption leaves the old plan.
+
+        Args:
+            total: Number of mask gradients.
+            rounded: Store mean gradients with the precision of bfloat16; a run that has mask gradients keeps its own.
+        """
+        if not self.rounds:
+            self.rounded = rounded
         self.lay_out((*self.rounds, *next_rounds(self.count, check_count(total))))
 
     def lay_out(self, rounds: tuple[int, ...]) -> None:
@@ -96,34 +105,52 @@ class MaskGradients:
                 arrays.create_beside_others(
                     self.run.group, name, shape=shape, chunks=chunks, dtype=form.dtype, dimensions=form.dimensions
                 )
-        self.run.set_entry(ENTRY, {"rounds": list(rounds), "mask_groups": self.mask_groups, "masks": MASKS})
+        entry = {"rounds": list(rounds), "mask_groups": self.mask_groups, "masks": MASKS}
+        self.run.set_entry(ENTRY, entry | ({"rounded": True} if self.rounded else {}))
         self.rounds = rounds
 
     def group_of(self, examples: slice) -> np.ndarray:
         """Return the mask groups of a slice of examples."""
         return np.arange(self.run.n_examples)[examples] % self.mask_groups
 
-    def masks(self, number: int) -> np.ndarray:
-        """Return the (mask gradients, mask groups, components) masks of one round, stratified within each group."""
+    def masks(self, number: int, groups: Sequence[int] | None = None) -> np.ndarray:
+        """Return the (mask gradients, mask groups, components) masks of one round, stratified within each group.
+
+        Args:
+            number: The round.
+            groups: Numbers of the mask groups to return, ascending; by default all.
+        """
         first, last = (sum(self.rounds[:end]) * self.mask_groups for end in (number, number + 1))
-        mask_groups = (range(first + mask_group, last, self.mask_groups) for mask_group in range(self.mask_groups))
-        masks = np.stack(
-            [self.run.sampler.stratified("gradient", own, self.run.n_components) for own in mask_groups], axis=1
-        )
-        self._kept[number] = masks.sum(0, dtype=np.float32)
+        at = {group: i for i, group in enumerate(range(self.mask_groups) if groups is None else groups)}
+        d, counting = self.run.n_components, number not in self._kept
+        masks = np.empty((self.rounds[number], len(at), d), dtype=bool)
+        kept = np.empty((self.mask_groups, d), dtype=np.uint8)
+        for group in range(self.mask_groups) if counting else at:
+            own = self.run.sampler.stratified("gradient", range(first + group, last, self.mask_groups), d)
+            kept[group] = own.sum(0, dtype=np.uint8)  # a round has at most 32
+            if group in at:
+                masks[:, at[group]] = own
+        if counting:
+            self._kept[number] = kept
         return masks
 
     def kept(self, number: int) -> np.ndarray:
-        """Return (mask groups, components) float32 numbers of a round's mask gradients that keep each component."""
+        """Return (mask groups, components) uint8 numbers of a round's mask gradients that keep each component."""
         if number not in self._kept:
-            self.masks(number)
+            self.masks(number, ())
         return self._kept[number]
+
+    def kept_in(self, rounds: Sequence[int], groups: np.ndarray) -> np.ndarray:
+        """Return (groups, components) float32 numbers of the mask gradients of rounds that keep each component."""
+        start = np.zeros((len(groups), self.run.n_components), np.float32)
+        return sum((self.kept(i)[groups] for i in rounds), start)
 
     def counts(self, rounds: Sequence[int], examples: slice) -> np.ndarray:
         """Return (2, examples, components) numbers of the mask gradients of rounds that keep, and that ablate."""
-        kept = sum((self.kept(i) for i in rounds), np.zeros((), np.float32))  # (mask groups, components)
+        groups, places = np.unique(self.group_of(examples), return_inverse=True)
+        kept = self.kept_in(rounds, groups)
         total = sum(self.rounds[i] for i in rounds)
-        return np.stack([kept, total - kept])[:, self.group_of(examples)]
+        return np.stack([kept, total - kept])[:, places]
 
     def chunks(self, name: str) -> set[arrays.Chunk]:
         """Return the keys of an array's chunks in all rounds."""
@@ -154,7 +181,8 @@ class MaskGradients:
         padded = np.full((ROUND, outputs.shape[1]), np.nan, dtype=np.float32)
         padded[: len(outputs)] = outputs
         for name, values in zip(GRADIENTS, (kept, ablated), strict=True):
-            arrays.write(self._array(name), values[None], number, examples, slice(None))
+            means = rounded_to_bfloat16(values) if self.rounded else values
+            arrays.write(self._array(name), means[None], number, examples, slice(None))
         arrays.write(self._array(OUTPUTS), padded[None], number, slice(None), examples)
 
     def whole_rounds(self, gradients: int | None) -> int:
@@ -243,6 +271,14 @@ def next_rounds(count: int, total: int) -> tuple[int, ...]:
         sizes.append(min(1 << max(count.bit_length() - 2, 1), ROUND, total - count))
         count += sizes[-1]
     return tuple(sizes)
+
+
+def rounded_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Round float32 values to the nearest bfloat16, to even; the 16 zero bits at the end of each compress to little."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    even = (bits >> np.uint32(16)) & np.uint32(1)
+    nearest = ((bits + np.uint32(0x7FFF) + even) & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.where(np.isfinite(values), nearest, values)
 
 
 def deal(sizes: Sequence[int], folds: int) -> list[list[int]]:

@@ -39,7 +39,9 @@ class Informed:
     known: PriorWeights | None
 
     @classmethod
-    def of(cls, run: Run, rows: np.ndarray, rounds: int, *, learning: int, gram: Gram | None = None) -> Self:
+    def of(
+        cls, run: Run, rows: np.ndarray, rounds: int, *, learning: int, designs: bool, gram: Gram | None = None
+    ) -> Self:
         """Learn from mask gradients and, where there are any, masks.
 
         Args:
@@ -47,13 +49,14 @@ class Informed:
             rows: Row numbers of the training masks to use; may be empty.
             rounds: How many rounds of mask gradients to use.
             learning: Examples to learn from, at most.
+            designs: Whether memory suffices to keep masks in float32.
             gram: The sums over these masks; only where there are more of them than components.
 
         Raises:
             RegressionError: When there are too few mask gradients, or all are zero.
         """
         examples = learning_examples(run, learning)
-        prior, found = learn_prior(run, rounds, examples)
+        prior, found = learn_prior(run, rounds, examples, designs=designs)
         correction = Correction.of(FitBlock(run, rows, examples), prior, found, gram=gram) if len(rows) >= 2 else None
         return cls(prior, correction, found if examples.step == 1 else None)
 
@@ -73,8 +76,9 @@ class Informed:
         count = sum(mask_gradients.rounds[:rounds])
         found = self.prior.weights(mask_gradients, examples) if self.known is None else self.known[examples]
         weights, outputs = found.weights, found.mean
-        share = torch.from_numpy(sum(self.prior.kept) / np.float32(count))  # (mask groups, components)
-        seen = share[torch.from_numpy(mask_gradients.group_of(examples))].double()  # (examples, components)
+        groups, places = np.unique(mask_gradients.group_of(examples), return_inverse=True)
+        share = torch.from_numpy(mask_gradients.kept_in(range(rounds), groups) / np.float32(count))
+        seen = share[torch.from_numpy(places)].double()  # (examples, components)
         if self.correction:
             weights, mean = self.correction.apply(block, weights)
             outputs = (outputs * count + mean * masks) / (count + masks)

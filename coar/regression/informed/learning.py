@@ -80,6 +80,7 @@ def learn(rows: Rows, gradients: Tensor, sites: Tensor) -> tuple[SharedModel, li
     start = _Start.of(rows, gradients, sites)
     trials = [start.trial(*rows.split(fold)) for fold in range(rows.shape[0])]
     final = start.trial(rows, replace(rows, blocks=()))
+    del start  # its features take as much memory as the gradients
     for stage, penalties in STAGES:
         trials, penalty = _best(trials, stage, penalties, gradients)
         if penalty is not None:
@@ -128,14 +129,14 @@ class _Start:
         gradients: (2, folds, examples, components).
         mean: (2, examples, components), over folds.
         curvature: Its leading directions.
-        features: (2 + bands, folds, examples, components): the ends, and the curvature along the bands of directions.
+        features: (folds, examples, components) each: the ends, and the curvature along the bands of directions.
         moments: Those of the features, by round.
     """
 
     gradients: Tensor
     mean: Tensor
     curvature: Curvature
-    features: Tensor
+    features: list[Tensor]
     moments: dict[int, SiteMoments]
 
     @classmethod
@@ -144,7 +145,7 @@ class _Start:
         products, squares = (by_site((mean[0] * end).sum(0), sites) for end in (mean[1], mean[0]))
         ratio = products / squares.clamp_min(1e-30)
         curvature = Curvature(sites, ratio, _curves(mean[1] - ratio * mean[0], sites))
-        features = torch.cat([gradients, curvature.along(gradients, _bands(len(curvature.curves), len(sites)))])
+        features = [*gradients, *curvature.along(gradients, _bands(len(curvature.curves), len(sites)))]
         return cls(gradients, mean, curvature, features, moments_by_round(rows, features, sites))
 
     def trial(self, rows: Rows, held: Rows) -> Trial:
@@ -204,7 +205,7 @@ def smoothing(trial: Trial, gradients: Tensor) -> Refinement:
         mean = gradients.mean(1)
         places = model.places(mean)
         common = torch.linalg.lstsq(places.expand(2, *places.shape), mean).solution  # (2, rank, components)
-        features = torch.cat([gradients, trial.places @ common[:, None]])
+        features = [*gradients, *(trial.places @ one for one in common)]
         moments = moments_by_round(trial.rows, features, sites)
         gain = gains_by_site(list(moments.values()), len(features))[:, sites].float()
         smoothed = replace(
@@ -222,8 +223,13 @@ def smoothing(trial: Trial, gradients: Tensor) -> Refinement:
 def gains(trial: Trial, gradients: Tensor) -> Refinement:
     """Correct the gains component by component, by ridge on what the model leaves."""
     rows = trial.rows
-    scale = (gradients**2).mean(1).sum(1) * rows.variance() * rows.count()  # (2, components)
-    right = (gradients * rows.adjoint(trial.left)).sum((1, 2))
+    squares = torch.stack([torch.stack([own.square().sum(0) for own in end]).mean(0) for end in gradients])
+    scale = squares * rows.variance() * rows.count()  # (2, components)
+    right, adjoint = torch.zeros_like(scale), rows.adjoint(trial.left)
+    for fold in range(rows.shape[0]):
+        for end, own in enumerate(gradients[:, fold]):
+            right[end] += (own * adjoint[fold]).sum(0)
+    del adjoint
 
     def refine(penalty: float) -> Trial:
         ridge = penalty * scale + 1e-6 * scale.mean() + 1e-30
@@ -232,7 +238,9 @@ def gains(trial: Trial, gradients: Tensor) -> Refinement:
             image = ridge * gain
             for fold in rows.folds():
                 own = gradients[:, fold]
-                image += (own * rows.gram(fold, weighted_sum(gain, own))).sum(1)
+                through = rows.gram(fold, weighted_sum(gain, own))
+                for end, values in enumerate(own):
+                    image[end] += (values * through).sum(0)
             return image
 
         more, model = conjugate_gradients(normal, right, 1 / (scale + ridge)), trial.model

@@ -1,6 +1,7 @@
 """The prior of an informed fit: weights of all examples from mask gradients, before any mask is looked at."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from coar.store.run import Run
 
 MIN_GRADIENTS = 8
 FOLDS, HALVES = 4, 2  # that rounds of mask gradients are dealt into, to learn and to judge
+MEANS_NUMBERS = 4 * 2**20  # entries of means that are made together, at most
+MOST_SITES = 200  # more are joined, each with the ones before it in the table
 COLUMN_FLOOR = 1e-2  # of the mean column: what a mask may correct where gradients saw nothing
 
 
@@ -26,7 +29,7 @@ class Prior:
 
     Attributes:
         shared: Turns gradients into weights.
-        kept: (mask groups, components) counts, for each round, of the mask gradients that keep each component.
+        kept: (mask groups, components) uint8 counts, for each round, of the mask gradients that keep each component.
         column: (components,) root mean square of the weights over examples, relative to the mean component's.
         quality: How good the weights are.
     """
@@ -92,44 +95,61 @@ class _Sample:
     counts: np.ndarray
 
     @classmethod
-    def read(cls, mask_gradients: MaskGradients, rounds: int, examples: slice) -> "_Sample":
+    def read(cls, mask_gradients: MaskGradients, rounds: int, examples: slice, *, designs: bool) -> "_Sample":
         run = mask_gradients.run
-        groups = torch.from_numpy(mask_gradients.group_of(examples))
+        present, places = np.unique(mask_gradients.group_of(examples), return_inverse=True)
+        groups = torch.from_numpy(places)
         order = group_order(groups)
         outputs = torch.from_numpy(mask_gradients.outputs(rounds, examples))[:, order]
         spread = _spread(outputs)
         sizes = mask_gradients.rounds[:rounds]
         parts = torch.split((outputs - outputs.mean(0)) / spread, list(sizes))
-        masks = [torch.from_numpy(mask_gradients.masks(i)) for i in range(rounds)]
-        rows = Rows.of(masks, parts, groups[order], folds=FOLDS, kept=1 - run.sampler.ablated_fraction)
+        masks = [torch.from_numpy(mask_gradients.masks(i, present.tolist())) for i in range(rounds)]
+        rows = Rows.of(masks, parts, groups[order], folds=FOLDS, kept=1 - run.sampler.ablated_fraction, designs=designs)
+        del masks
         folds = deal(sizes, FOLDS)
-        sums = mask_gradients.sums(folds, examples)[:, :, order.numpy()]  # a tensor of one number would drop the axis
-        kept = np.stack([sum(mask_gradients.kept(i) for i in fold) for fold in folds])
+        sums = mask_gradients.sums(folds, examples)
+        if len(order) > 1:  # a tensor of one number would drop the axis
+            for part in sums.reshape(-1, *sums.shape[2:]):
+                part[:] = part[order.numpy()]
+        kept = np.stack([mask_gradients.kept_in(fold, present) for fold in folds])
         total = np.array([sum(sizes[i] for i in fold) for fold in folds], np.float32)
         counts = np.stack([kept, total[:, None, None] - kept], axis=1)
         return cls(rows, order, groups[order], spread, outputs.double().mean(0), sums, counts)
 
     def left_out(self, folds: int) -> Tensor:
         """Return (2, folds, examples, components) mean gradients of all folds but one, in units of the spread."""
-        found = []
+        found = torch.empty(2, folds, *self.sums.shape[2:])
         for fold in range(folds):
             others = [i for i in range(FOLDS) if i % folds != fold]
-            counts = self.counts[others].sum(0)[:, self.groups.numpy()]
-            found.append(_means(self.sums[others].sum(0), counts) / self.spread[:, None])
-        return torch.stack(found, dim=1)
+            self._means_of(others, found[:, fold])
+        return found
 
     def whole(self) -> Tensor:
         """Return (2, examples, components) mean gradients of all folds, in units of the spread."""
-        return _means(self.sums.sum(0), self.counts.sum(0)[:, self.groups.numpy()]) / self.spread[:, None]
+        found = torch.empty(2, *self.sums.shape[2:])
+        self._means_of(range(FOLDS), found)
+        return found
+
+    def _means_of(self, folds: Sequence[int], out: Tensor) -> None:
+        """Write (2, examples, components) mean gradients of some folds, in units of the spread, a few examples each."""
+        step = max(MEANS_NUMBERS // self.sums.shape[-1], 1)
+        counts = self.counts[list(folds)].sum(0)
+        for start in range(0, len(self.order), step):
+            some = slice(start, start + step)
+            sums = self.sums[list(folds), :, some].sum(0)
+            means = _means(sums, counts[:, self.groups[some].numpy()])
+            torch.div(means, self.spread[some, None], out=out[:, some])
 
 
-def learn_prior(run: Run, rounds: int, examples: slice) -> tuple[Prior, PriorWeights]:
+def learn_prior(run: Run, rounds: int, examples: slice, *, designs: bool) -> tuple[Prior, PriorWeights]:
     """Learn what examples share.
 
     Args:
         run: A run with mask gradients.
         rounds: How many of their rounds to use.
         examples: The examples to learn from, see `learning_examples`.
+        designs: Whether memory suffices to keep masks in float32.
 
     Returns:
         The prior, and what it gives for these examples.
@@ -145,7 +165,7 @@ def learn_prior(run: Run, rounds: int, examples: slice) -> tuple[Prior, PriorWei
             f"an informed fit needs at least {least} mask gradients and would use {count} of the "
             f"{mask_gradients.count} in {run.path}; use more, or collect more with --gradients, 64 or so"
         )
-    sample = _Sample.read(mask_gradients, rounds, examples)
+    sample = _Sample.read(mask_gradients, rounds, examples, designs=designs)
     whole = sample.whole()
     if not whole.any():
         raise RegressionError(
@@ -154,6 +174,8 @@ def learn_prior(run: Run, rounds: int, examples: slice) -> tuple[Prior, PriorWei
         )
     numbers = {site: i for i, site in enumerate(dict.fromkeys(component.site for component in run.components))}
     sites = torch.tensor([numbers[component.site] for component in run.components])
+    if len(numbers) > MOST_SITES:
+        sites = sites * MOST_SITES // len(numbers)
     shared, trials = learn(sample.rows, sample.left_out(FOLDS), sites)
     weights = shared.weights(whole)
     column = weights.square().mean(0).sqrt()

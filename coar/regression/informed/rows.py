@@ -10,7 +10,6 @@ from torch import Tensor
 from coar.store.gradients import deal
 
 BLOCK_NUMBERS = 16 * 2**20  # entries of a block's design, at most, where a block has several mask groups or rounds
-DESIGN_NUMBERS = 128 * 2**20  # entries of designs in float32 that are kept; more are made again for every product
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,14 @@ class Rows:
 
     @classmethod
     def of(
-        cls, masks: Sequence[Tensor], outputs: Sequence[Tensor], groups: Tensor, *, folds: int, kept: float
+        cls,
+        masks: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        groups: Tensor,
+        *,
+        folds: int,
+        kept: float,
+        designs: bool = True,
     ) -> "Rows":
         """Arrange the rows of all rounds, dealt into folds of about as many rows by `deal`.
 
@@ -71,13 +77,13 @@ class Rows:
             groups: (examples,) mask group of each example; examples of one group are adjacent (see `group_order`).
             folds: Number of folds.
             kept: Share of the components that a mask keeps.
+            designs: Keep designs in float32; otherwise they are made again for every product.
         """
         sizes, components = [len(part) for part in masks], masks[0].shape[2]
         joined = _joined(sizes, folds, max(BLOCK_NUMBERS // components, 1))
         most = max(sum(sizes[i] for i in rounds) for _, rounds in joined)
         numbers, counts = torch.unique_consecutive(groups, return_counts=True)
         mean = torch.stack([part.sum(0) for part in masks]).sum(0) / sum(sizes)  # (mask groups, components)
-        small = sum(sizes) * len(numbers) * components <= DESIGN_NUMBERS
         blocks, together = [], max(BLOCK_NUMBERS // (most * components), 1)
         for chosen, examples in _equal_groups(numbers, counts, together):
             for fold, rounds in joined:
@@ -87,7 +93,7 @@ class Rows:
                 ends = list(accumulate(sizes[i] for i in rounds))
                 places = {i: slice(end - sizes[i], end) for i, end in zip(rounds, ends, strict=True)}
                 block = RowBlock(fold, places, examples, own, mean[chosen].float(), y)
-                blocks.append(replace(block, centred=block.design()) if small else block)
+                blocks.append(replace(block, centred=block.design()) if designs else block)
         return cls(tuple(blocks), (folds, len(groups), components), kept)
 
     def dealt(self, folds: int) -> "Rows":

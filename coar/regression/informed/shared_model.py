@@ -14,6 +14,7 @@ the leading directions of their weights, and H is what examples near each other 
 `learning` finds the gains, first by site and then by component, and H.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +93,7 @@ class SharedModel:
         return unit(weighted_sum(self.placing, gradients)) @ self.directions
 
 
-def weighted_sum(gain: Tensor, features: Tensor) -> Tensor:
+def weighted_sum(gain: Tensor, features: Sequence[Tensor] | Tensor) -> Tensor:
     """Return the (..., components) sum of (features, ..., components) features times (features, components) gains."""
     out: Tensor = features[0] * gain[0]
     for factor, feature in zip(gain[1:], features[1:], strict=True):

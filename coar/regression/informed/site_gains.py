@@ -119,12 +119,12 @@ class SiteMoments:
         return gain
 
 
-def moments_by_round(rows: Rows, features: Tensor, sites: Tensor) -> dict[int, SiteMoments]:
+def moments_by_round(rows: Rows, features: Sequence[Tensor], sites: Tensor) -> dict[int, SiteMoments]:
     """Return the moments of each round's rows, by the round's number.
 
     Args:
         rows: Outputs under masks.
-        features: (features, folds, examples, components) whose weighted sum is to be the weights.
+        features: (folds, examples, components) each, whose weighted sum is to be the weights.
         sites: (components,) number of each component's site.
     """
     members, found = members_of(sites), dict[int, list[SiteMoments]]()
@@ -134,15 +134,17 @@ def moments_by_round(rows: Rows, features: Tensor, sites: Tensor) -> dict[int, S
     return {number: SiteMoments.stacked(found[number]).total() for number in sorted(found)}
 
 
-def _moments_of(block: RowBlock, features: Tensor, members: list[Tensor | slice]) -> Iterator[tuple[int, SiteMoments]]:
+def _moments_of(
+    block: RowBlock, features: Sequence[Tensor], members: list[Tensor | slice]
+) -> Iterator[tuple[int, SiteMoments]]:
     """Yield moments of each round from the table of what each factor predicts, some mask groups at a time."""
     factors, design = len(features) * len(members), block.design()
     groups = max(TABLE_NUMBERS // (factors * block.outputs[0].numel()), 1)
-    own = block.by_group(features[:, block.fold, block.examples])  # (features, groups, members, components)
     for start in range(0, len(design), groups):
         some = slice(start, start + groups)
-        x, part, y = design[some], own[:, some], block.outputs[some]
-        stacked = part.transpose(0, 1).flatten(1, 2)  # (groups, features x members, components)
+        x, y = design[some], block.outputs[some]
+        own = (block.by_group(feature[block.fold, block.examples])[some] for feature in features)
+        stacked = torch.cat(list(own), dim=1)  # (groups, features x members, components)
         table = torch.stack([stacked[..., group] @ x[..., group].mT for group in members])
         table = table.view(len(members), len(x), len(features), *y.shape[1:]).permute(2, 0, 1, 3, 4)
         for number, rows in block.rounds.items():
