@@ -504,6 +504,16 @@ def test_an_output_with_many_kinks_has_the_gradient_that_it_has(tmp_path):
     assert "gradients" in run.facts.preflight.passed
 
 
+def stairs(h):
+    """Climb in steps of 0.06, three times as steeply as the gradient of a straight-through estimator says."""
+    return h + (3 * (h * 50).round() / 50 - h).detach()
+
+
+def test_a_gradient_that_passes_straight_through_stairs_is_refused(tmp_path):
+    with pytest.raises(AblationError, match=r"the gradient by the gates .* is not the output's .* or by rounding"):
+        collect(study(Noisy(Step(stairs)).eval()), tmp_path, gradients=8)
+
+
 class Rolled(Net):
     """A net that computes each example in the place of another one."""
 

@@ -18,9 +18,11 @@ from coar.study import Study
 ROWS = 8  # examples on which a mask per example is compared with one mask for all
 FEW = 2  # examples on which gradients are compared with changes of gates
 ZEROS, OTHERS = 8, 3  # sites compared, of those without any gradient and of the others
-STEPS = (1e-2, 3e-3, 1e-3, 3e-4)  # changes of gates
+STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # changes of gates
 ALLOWED = 0.2  # difference of a gradient from the effect of such a change, relative to the effect
 APART = 0.01  # difference of an example's gradients alone and in a batch, relative to their size
+ALIKE = 0.5  # difference of the slopes on either side up to which both measure one, relative to their mean
+GROWN = 1.5  # growth of this difference, from one step to the next shorter one, from which on there is a jump
 SETTLED = 0.1  # difference of the effects of two steps up to which both measure the slope
 FINEST = 1e-6  # rounding above which small changes of gates say nothing
 
@@ -146,20 +148,29 @@ def _compared(runner: GatedRunner, block: ExampleBlock, rows: list[int], gradien
         effect, noise = kept - removed, 4 * ROUNDINGS * precision * np.abs(kept).max()
         return "" if by_gradient.any() or not _norm(effect) > noise else _seen(effect, by_gradient)
     base = runner.outputs(block, np.ones((1, len(direction)), dtype=np.float32))[0].astype(np.float64)
-    earlier: np.ndarray | None = None
-    verdict = ""
+    verdict, earlier, agreed = (
+        "",
+        None,
+        None,
+    )  # the effect, and how far slopes on both sides lie apart, at a step before
     for step in STEPS:
         masks = np.stack([1 + step * direction, 1 - step * direction]).astype(np.float32)
         up, down = runner.outputs(block, masks).astype(np.float64)
         slopes = np.stack([up - base, base - down]) / step  # on either side; they differ where the output has a kink
         effect, noise = slopes.mean(0), 8 * ROUNDINGS * precision * np.abs(base).max() / step
-        if verdict and noise > ALLOWED * _norm(effect):
-            break
+        if earlier is not None and noise > ALLOWED * max(_norm(effect), _norm(by_gradient)):
+            return verdict
         difference = by_gradient - by_gradient.clip(slopes.min(0), slopes.max(0))
+        apart = _norm(slopes[0] - slopes[1])
         if not np.isfinite(difference).all() or _norm(difference) <= ALLOWED * _norm(effect) + noise:
-            return ""
-        if earlier is not None and _norm(effect - earlier) <= SETTLED * _norm(effect):
-            verdict = _seen(effect, by_gradient)
+            if not apart > ALIKE * _norm(effect) + noise or (agreed is not None and apart <= GROWN * agreed):
+                return ""
+            agreed = apart  # at a jump, they lie further apart the shorter the step is
+        else:
+            agreed = None
+            settled = earlier is not None and _norm(effect - earlier) <= max(SETTLED * _norm(effect), noise)
+            if settled or _norm(effect) <= noise:  # 0 between the jumps of what autograd takes for a smooth function
+                verdict = _seen(effect, by_gradient)
         earlier = effect
     return verdict if by_gradient.any() else _seen(effect, by_gradient)
 
