@@ -77,14 +77,19 @@ def _compare(
     _warn_of_changes(model, buffers)
     backwards = _output(model, output, examples.subset(np.arange(len(examples))[::-1].copy()), -(-size // 2))[::-1]
     agree = _difference(model, passed, backwards)
-    if 0 < agree < COARSE and agree <= ROUNDINGS * _amplified(model, output, examples, size, passed):
+    amplified = _amplified(model, output, examples, size, passed) if agree else 0.0
+    if agree < COARSE and agree <= ROUNDINGS * amplified:
         agree = 0.0
     again, tries = 0.0, PAIRS if draws else int(bool(agree) or size == 1)
     while tries and not again:  # a model may draw numbers and use them rarely, or not at all
         again, tries = _difference(model, passed, _output(model, output, examples, size)), tries - 1
     findings.conclude("random", _randomness(model, output, few, again) if again else "")
     if size > 1 and not again:
-        findings.conclude("batch", _batch_effect(model, output, few, agree) if agree else "")
+        chaotic = 0 < agree <= ROUNDINGS * amplified
+        found = (
+            _chaos(model, agree, amplified) if chaotic else _batch_effect(model, output, few, agree) if agree else ""
+        )
+        findings.conclude("batch", found)
 
 
 def _failure(model: nn.Module, error: Exception) -> str:
@@ -165,6 +170,14 @@ def _randomness(model: nn.Module, output: Output, few: Examples, error: float) -
         f"{in_words(model, path)} returns something else in a second pass over the same examples, as dropout that "
         f"stays on in evaluation mode, sampling and random masking do; outputs differ by {error:.1e} of the largest, "
         f"so attributions would explain noise, and no output could be collected again: turn it off in evaluation mode"
+    )
+
+
+def _chaos(model: nn.Module, error: float, amplified: float) -> str:
+    return (
+        f"{type(model).__name__} amplifies roundings: one rounding of the inputs changes outputs by {amplified:.1e} of "
+        f"the largest, and batches of another size, which round otherwise, by {error:.1e}, so all numbers would depend "
+        f"on the batch size: run the model in float64, or check that its weights and statistics were loaded"
     )
 
 
