@@ -13,6 +13,7 @@ from benchmarks.models_table.subjects import Subject, by_state_dict, numbers
 
 TOO_LARGE = ("regnet_y_128gf", "vit_h_14")  # more than 600 million weights
 SIDES = {"inception_v3": 96, "maxvit_t": 224, "alexnet": 64}  # 32 otherwise
+DOUBLE = "efficientnet"  # models in float64: with random weights they amplify roundings a lot
 BOXES = torch.tensor([[2.0, 2.0, 40.0, 40.0], [10.0, 20.0, 60.0, 50.0]])
 
 
@@ -49,7 +50,8 @@ class Raw(nn.Module):
 def _classifier(name: str, side: int) -> nn.Module:
     more: dict[str, Any] = {"image_size": side} if name.startswith("vit_") else {}
     more |= {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    return torchvision.models.get_model(name, weights=None, num_classes=10, **more)
+    model = torchvision.models.get_model(name, weights=None, num_classes=10, **more)
+    return model.double() if name.startswith(DOUBLE) else model
 
 
 def subjects() -> Iterator[Subject]:
@@ -68,4 +70,6 @@ def _dense(name: str, wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
 
 
 def _subject(name: str, make: Callable[[], nn.Module], side: int) -> Subject:
-    return Subject(name, "torchvision", make, numbers(3, side, side), by_state_dict)
+    plain = numbers(3, side, side)
+    double = (lambda seed: plain(seed).double()) if name.startswith(DOUBLE) else plain
+    return Subject(name, "torchvision", make, double, by_state_dict)
