@@ -123,6 +123,10 @@ class Pipeline:
         """Return the file's further examples to choose edits on, or None when it defines none."""
         return self._examples("choosing") if hasattr(self.module, "choosing") else None
 
+    def learning(self) -> Examples | None:
+        """Return the file's examples to find circuits on, or None when it defines none."""
+        return self._examples("learning") if hasattr(self.module, "learning") else None
+
     def facts(self) -> Examples:
         """Return the file's facts to trace; raise `PipelineError` when it defines no `facts`."""
         return self._examples("facts")
@@ -184,8 +188,9 @@ def load_pipeline(path: str | Path) -> Pipeline:
     A pipeline file is the user's own trusted code. It defines `study(*, ablation, ablated_fraction, seed)`, with
     any of these options, which returns a `coar.Study`. For edits it defines `judge()`, which returns `coar.Examples`
     that no choice has seen, and optionally `choosing()`, which returns further examples to choose on, and `GOAL`, a
-    `coar.EditGoal`. For imports it defines `published()`, which returns the study of published attributions. For traces
-    it defines `facts()`, which returns `coar.Examples` with answers and the positions of subjects. For lenses it
+    `coar.EditGoal`. For imports it defines `published()`, which returns the study of published attributions. For
+    circuits it may define `learning()`, which returns more examples than those of the study, to find circuits on. For
+    traces it defines `facts()`, which returns `coar.Examples` with answers and the positions of subjects. For lenses it
     defines `texts()`, which returns texts to train on and held-out ones, and `tokenizer()`. For pages it may define
     `show(example)`, which returns the look of one example from its inputs; without it, texts are shown in the tokens of
     `tokenizer()`. `MASKS`, `GRADIENTS`, `TEST_MASKS` and `TEST_FRACTIONS` set what is collected by default.

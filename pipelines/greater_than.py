@@ -32,9 +32,9 @@ NOUNS = """
     decline expansion insurgency partnership practice quest relationship riot romance sanctions strike study tour treaty
 """
 CENTURIES = range(11, 18)
-PAIRS = {"studied": 32, "calibration": 32, "judge": 32}  # of prompts, after those that the model gets wrong
+PAIRS = {"studied": 32, "calibration": 32, "learning": 128, "judge": 32}  # of prompts that the model gets right
 SPARE = 2  # pairs tried for one that is used
-Part = Literal["studied", "calibration", "judge"]
+Part = Literal["studied", "calibration", "learning", "judge"]
 Continuations = tuple[list[str], list[str]]  # right and wrong ones
 
 
@@ -103,6 +103,11 @@ def study(*, ablation: str = "counterfactual", ablated_fraction: float = 0.02, s
     net = language_models.model()
     sampler = coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed)
     return prompts.study_of(net, examples("studied", net), examples("calibration", net), ablation, sampler)
+
+
+def learning() -> coar.Examples:
+    """Return the prompts that circuits are found on: more than those studied, since constants are trained on them."""
+    return examples("learning", language_models.model())
 
 
 def judge() -> coar.Examples:

@@ -38,14 +38,28 @@ TEMPLATES = (  # of Wang et al. (2023); {b} is repeated and {a} is the answer
 PLACES = ("store", "garden", "restaurant", "school", "hospital", "office", "house", "station")
 OBJECTS = ("ring", "kiss", "bone", "basketball", "computer", "necklace", "drink", "snack")
 NAMES = """
-    Mary John Tom James Dan Martin Amy Emma Anna Paul Mark Laura Sarah Kate Peter David Michael Alice Robert Susan Jack
-    Lisa Emily Jennifer Jessica William Henry George Charles Thomas Daniel Matthew Andrew Joseph Kevin Brian Jason Eric
-    Adam Ryan Alex Max Sam Ben Luke Rachel Julia Jane Grace Helen Claire Lucy Rose Ruth Maria Carol Simon Scott Frank
+    Aaron Abigail Adam Alan Albert Alex Alexander Alfred Alice Allen Allison Amanda Amelia Amy Andrea Andrew Angela
+    Anna Anne Annie Anthony Antonio Arthur Ashley Barbara Barry Ben Benjamin Beth Betty Bill Billy Bob Bobby Brad
+    Bradley Brian Bruce Bryan Calvin Cameron Carl Carlos Carol Caroline Catherine Charles Charlie Charlotte Chris
+    Christian Christina Christine Christopher Claire Clara Clark Colin Craig Dan Daniel Dave David Deborah Dennis
+    Diana Diane Don Donald Dorothy Doug Douglas Edgar Edith Edward Edwin Eleanor Elizabeth Ella Ellen Emily Emma
+    Eric Erik Ethan Eugene Eva Florence Frances Francis Frank Franklin Fred Gabriel Gary George Gerald Gordon Grace
+    Graham Greg Gregory Hannah Harold Harriet Harry Harvey Heather Helen Henry Holly Howard Hugh Ian Isaac Isabel
+    Isabella Ivan Jack Jackie Jacob Jake James Jamie Jane Janet Jason Jay Jean Jeff Jeffrey Jennifer Jenny Jeremy
+    Jerry Jesse Jessica Jim Jimmy Joan Joe Joel John Johnny Jonathan Joseph Josh Joshua Joyce Juan Judith Judy Julia
+    Julian Julie Justin Karen Karl Kate Katherine Kathleen Katie Keith Kelly Kenneth Kevin Kim Larry Laura Lauren
+    Lawrence Leonard Lewis Lily Linda Lisa Logan Louis Louise Lucas Lucy Luis Luke Lynn Marcus Margaret Maria Marie
+    Marion Mark Martha Martin Mary Matt Matthew Max Melissa Michael Michelle Miguel Mike Mitchell Molly Monica Nancy
+    Naomi Nathan Neil Nicholas Nick Nicole Nina Noah Norman Oliver Olivia Oscar Owen Patricia Patrick Paul Pedro
+    Peter Phil Philip Rachel Ralph Raymond Rebecca Richard Rick Robert Roger Ron Ronald Rosa Rose Ross Roy Ruby
+    Russell Ruth Ryan Sally Sam Samantha Samuel Sandra Sara Sarah Scott Sean Sebastian Shannon Sharon Shirley Simon
+    Sophia Sophie Stanley Stephanie Stephen Steve Steven Stuart Sue Susan Theodore Thomas Tim Timothy Tom Tommy Tony
+    Tyler Victor Victoria Vincent Virginia Walter Warren Wayne William
 """
-PAIRS = {"studied": 32, "calibration": 32, "judge": 32}  # of prompts, after those that the model gets wrong
+PAIRS = {"studied": 32, "calibration": 32, "learning": 128, "judge": 32}  # of prompts that the model gets right
 FEWEST_NAMES = 8
 SPARE = 1.5  # pairs tried for one that is used
-Part = Literal["studied", "calibration", "judge"]
+Part = Literal["studied", "calibration", "learning", "judge"]
 
 
 def pairs(part: Part, tokenizer: Any) -> list[prompts.Pair]:
@@ -92,6 +106,11 @@ def study(*, ablation: str = "counterfactual", ablated_fraction: float = 0.02, s
     net = language_models.model()
     sampler = coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed)
     return prompts.study_of(net, examples("studied", net), examples("calibration", net), ablation, sampler)
+
+
+def learning() -> coar.Examples:
+    """Return the prompts that circuits are found on: more than those studied, since constants are trained on them."""
+    return examples("learning", language_models.model())
 
 
 def judge() -> coar.Examples:

@@ -1,6 +1,7 @@
 """Methods side by side, figures of circuits, and the command that makes both from a pipeline file."""
 
 import json
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,6 +30,10 @@ def study(*, ablation="mean"):
 
 def judge():
     return texts(9, 4)
+
+
+def learning():
+    return texts(3, 8)
 """
 
 
@@ -40,24 +45,24 @@ def file(tmp_path):
 
 
 def test_methods_are_compared_on_held_out_examples() -> None:
-    """Rows are judgements of circuits that hold; a smaller circuit's constants start from the larger one's."""
+    """Rows are judgements of circuits that hold; a smaller circuit's constants may start from the larger one's."""
     evaluator = CircuitEvaluator(study_of(), device="cpu")
     methods = {"eap": {}, "random": {"seed": 3}}
     held = texts(9, 4)
-    found = coar.compare_methods(evaluator, held, methods, [20, 60], constant_steps=3, progress=False)
+    found = coar.compare_methods(evaluator, held, methods, [50, 60], constant_steps=40, progress=False)
     assert list(zip(found.table["method"], found.table["edges"], strict=True)) == [
         ("eap", 60),
-        ("eap", 20),
+        ("eap", 50),
         ("random", 60),
-        ("random", 20),
+        ("random", 50),
     ]
     for _, row in found.table.iterrows():
         judged = coar.faithfulness(found.circuits[row["method"], row["edges"]], evaluator, held)
         assert (row["kl"], row["output"], row["kept"]) == pytest.approx((judged.kl, judged.output, judged.edges))
     scores = coar.circuit_scores(evaluator.study, "eap", evaluator=evaluator, progress=False)
-    again = coar.circuit(scores, edges=20, constant_steps=3, start=found.circuits["eap", 60], progress=False)
-    np.testing.assert_allclose(again.constants, found.circuits["eap", 20].constants, atol=1e-5)
-    assert not np.allclose(again.constants, coar.circuit(scores, edges=20, constant_steps=3, progress=False).constants)
+    again = coar.circuit(scores, edges=50, constant_steps=40, start=found.circuits["eap", 60], progress=False)
+    np.testing.assert_allclose(again.constants, found.circuits["eap", 50].constants, atol=1e-5)
+    assert not np.allclose(again.constants, coar.circuit(scores, edges=50, constant_steps=40, progress=False).constants)
     with pytest.raises(SettingsError, match="a circuit of 5000 edges was requested"):
         coar.compare_methods(evaluator, held, methods, [20, 5000], progress=False)
 
@@ -101,15 +106,15 @@ def test_a_figure_has_a_line_for_each_method() -> None:
 
 
 def test_the_command_writes_what_python_finds(file, tmp_path) -> None:
-    """Table, figure, drawing and circuits; they are those of `compare_methods`."""
+    """Table, figure, drawing and circuits; they are those of `compare_methods` on the prompts of `learning()`."""
     words = ["circuit", str(file), "--edges", "60,20", "--methods", "eap,random", "--constant-steps", "3"]
     done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out"), "--device", "cpu"])
     assert done.exit_code == 0, done.output
-    assert "6 learning and 4 held-out prompts" in done.output
+    assert "8 learning and 4 held-out prompts" in done.output
     files = {path.name for path in (tmp_path / "out").iterdir()}
     circuits = {f"{method}-{size}.json" for method in ("eap", "random") for size in (20, 60)}
     assert files == {"circuits.csv", "circuits.png", "eap-20.png", *circuits}
-    evaluator = CircuitEvaluator(study_of(), device="cpu")
+    evaluator = CircuitEvaluator(replace(study_of(), examples=texts(3, 8)), device="cpu")
     found = coar.compare_methods(
         evaluator, texts(9, 4), {"eap": {}, "random": {}}, [20, 60], constant_steps=3, progress=False
     )
@@ -118,6 +123,20 @@ def test_the_command_writes_what_python_finds(file, tmp_path) -> None:
     np.testing.assert_allclose(told[columns], found.table[columns].astype(float), atol=1e-5)
     stored = json.loads((tmp_path / "out" / "eap-20.json").read_text())
     assert tuple(stored["edges"]) == found.circuits["eap", 20].edges
+
+
+def test_fits_of_a_run_are_methods_of_the_command(file, tmp_path) -> None:
+    """Circuits are then found on the examples of the run."""
+    study = study_of()
+    run = coar.collect(study, tmp_path / "run.zarr", masks=2, device="cpu", progress=False)
+    coar.mask_gradient(study, run, device="cpu", progress=False)
+    words = ["circuit", str(file), "--edges", "20", "--methods", "mask_gradient", "--constant-steps", "2"]
+    done = CliRunner().invoke(
+        app, [*words, "--run", str(tmp_path / "run.zarr"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "6 learning and 4 held-out prompts" in done.output
+    assert (tmp_path / "out" / "mask_gradient-20.json").is_file()
 
 
 def test_wrong_options_of_the_command(file) -> None:

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 import coar
+from coar.circuits.choosing import starting_constants
 from coar.circuits.evaluator import CircuitEvaluator
 from coar.circuits.graph import EdgeGraph
-from coar.circuits.learned import HardConcrete, UniformGradientSampling
+from coar.circuits.learned import HardConcrete, UniformGradientSampling, writers_of
 from coar.errors import AblationError, CircuitError, ComponentError, OutputError, SettingsError
 from tests import edge_oracle
 from tests.edge_oracle import WORDS, build
@@ -298,7 +300,20 @@ def test_hard_concrete_gates_have_their_gradient() -> None:
     torch.testing.assert_close(method.slopes(theta, uniform, weights).double(), expected, atol=5e-3, rtol=1e-2)
     open_share = lambda t: (method.sampled(t, uniform) > 0).double().mean(0)  # noqa: E731
     rise = (open_share(theta + 0.1) - open_share(theta - 0.1)) / 0.2
-    torch.testing.assert_close(method.cost(theta).double(), rise, atol=5e-3, rtol=0.05)
+    cost = method.cost(theta, torch.zeros(4, dtype=torch.long)).double()
+    torch.testing.assert_close(cost, method.penalty * rise, atol=5e-6, rtol=0.05)
+
+
+@pytest.mark.parametrize(("penalty", "node_penalty", "node"), [(1e-3, None, 2e-4), (1e-4, None, 5e-5), (0.1, 0.3, 0.3)])
+def test_the_cost_of_edges_and_of_their_writers(penalty: float, node_penalty: float | None, node: float) -> None:
+    """UGS: slopes are those of the expected number of kept edges and writers, times what each costs."""
+    method = UniformGradientSampling(penalty=penalty, node_penalty=node_penalty)
+    names = ("embed -> L0.H0.q", "L0.H0 -> out", "embed -> out")
+    theta = torch.tensor([0.3, -1.0, 0.8], requires_grad=True)
+    p = torch.sigmoid(theta)
+    expected = penalty * p.sum() + node * ((1 - (1 - p[0]) * (1 - p[2])) + p[1])
+    (slopes,) = torch.autograd.grad(expected, theta)
+    torch.testing.assert_close(method.cost(theta.detach(), writers_of(names)), slopes)
 
 
 LIVE = ("embed", "L0.H1", "L1.H2", "L1.mlp")  # the writers of the planted model
@@ -372,6 +387,42 @@ def test_trained_constants_and_swaps_lower_the_divergence() -> None:
     assert losses[0] > 1.2 * losses[1] > 1.2 * losses[2]
     assert len(swapped) <= 30
     assert len(set(trained.edges) & set(swapped.edges)) < len(trained)
+
+
+def test_a_circuit_starts_from_the_best_constants() -> None:
+    """Those of the method at the nearest size, of another circuit or of the ablation: by the divergence they give."""
+    scores = shared()
+    evaluator, keep = scores.evaluator, torch.from_numpy(np.isin(np.arange(len(scores.values)), scores.ranking()[:30]))
+    trained = coar.circuit(scores, edges=30, constant_steps=60, progress=False)
+    bad = np.full(scores.components.width, 30, dtype=np.float32)
+    near, far = (
+        replace(scores, constants={40: own, 2: other}) for own, other in ((trained.constants, bad), (bad,) * 2)
+    )
+    own = starting_constants(near, keep.float())
+    np.testing.assert_array_equal(own.numpy(), trained.constants)
+    np.testing.assert_array_equal(near.constants_at(5), bad)
+    assert starting_constants(far, keep.float()) is evaluator.constants
+    started = starting_constants(far, keep.float(), start=trained)
+    np.testing.assert_array_equal(started.numpy(), trained.constants)
+    assert scores.constants_at(30) is None
+
+
+def test_gradual_pruning_trains_constants_for_every_size() -> None:
+    """Sizes fall from the largest to the smallest; constants at a size beat those at another there."""
+    evaluator = planted()
+    settings = {"steps": 40, "largest": 0.9, "smallest": 0.2, "first": 5}
+    scores = coar.circuit_scores(evaluator.study, "gradual", evaluator=evaluator, progress=False, **settings)
+    sizes = list(scores.constants)
+    count = len(scores.values)
+    assert (sizes[0], sizes[-1]) == (round(0.9 * count), round(0.2 * count))
+    assert sizes == sorted(sizes, reverse=True)
+    keep = torch.zeros(count)
+    keep[torch.from_numpy(scores.ranking()[: sizes[-1]].copy())] = 1
+    last, ablation = (
+        evaluator.measure(keep, constants=constants).kl.mean()
+        for constants in (torch.from_numpy(scores.constants[sizes[-1]]), evaluator.constants)
+    )
+    assert last < ablation
 
 
 def test_a_circuit_runs_as_the_oracle_says(tmp_path) -> None:

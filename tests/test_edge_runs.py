@@ -183,6 +183,40 @@ class _Loss(coar.TokenLogProbability):
         return -super().__call__(result, targets)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+def test_weighted_gradients_are_those_of_the_oracle(share: float) -> None:
+    """By all gates and constants, also where all edges are kept, so that constants have no effect."""
+    study = study_of(ABLATIONS["zero"])
+    table, draw = study.components, torch.Generator().manual_seed(3)
+    constants = torch.randn(table.width, generator=draw, requires_grad=True)
+    mask = (torch.rand(len(table), generator=draw) < share).float()
+    keep = mask.clamp(max=1 - 1e-6).requires_grad_()  # at 1 the oracle has no term with a constant
+    first = {row.name.split(" -> ")[0]: row.position for row in table}
+    rows = {name: number for number, name in enumerate(table.names)}
+    inputs, targets = study.examples.block(0, 2)
+    total = torch.zeros(())
+    for n, weight in enumerate((1.0, -0.5)):
+        logits = edge_oracle.logits(
+            FAMILY,
+            study.model,
+            inputs["input_ids"][n],
+            lambda w, r: keep[rows[f"{w} -> {r}"]],
+            lambda label, _: constants[first[label] : first[label] + edge_oracle.WIDTH],
+        )
+        read = int((targets[n] != -100).nonzero().max())
+        total = total + weight * logits[read].log_softmax(-1)[targets[n, read]]
+    expected = torch.autograd.grad(total, [constants, keep])
+    runner = ReferenceRunner(study.model, table, torch.zeros(table.width), study.output)
+    weights = np.array([1.0, -0.5], dtype=np.float32)
+    _, *found = runner.weighted_gradients(
+        runner.load(study.examples, 0, 2), mask.numpy(), constants.detach().numpy(), lambda _: weights
+    )
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-3, atol=1e-4)
+    assert (np.abs(found[0]).max() > 0.01) == (share < 1)
+    assert np.abs(found[1]).max() > 0.01
+
+
 def test_memory_of_the_ledger_counts() -> None:
     """The bytes per example contain what all writers write; a limit below that is refused."""
     study = study_of(ABLATIONS["zero"])

@@ -90,7 +90,7 @@ def partners(texts, examples):
 def test_the_answer_of_ioi_is_the_name_that_occurs_once(own):
     net, tokenizer = language_models.model(), language_models.tokenizer()
     seen = {}
-    for part in PARTS:
+    for part in [*PARTS, "learning"]:
         examples = ioi.examples(part, net)
         texts = examples.metadata["text"].tolist()
         for row, (text, partner) in enumerate(partners(texts, examples)):
@@ -105,13 +105,13 @@ def test_the_answer_of_ioi_is_the_name_that_occurs_once(own):
             assert examples.positions["subject"][row] < examples.positions["subject_again"][row]
             seen.setdefault(part, set()).update(found)
         assert len(set(texts)) == len(texts)
-    assert not seen["judge"] & (seen["studied"] | seen["calibration"])
+    assert not seen["judge"] & (seen["studied"] | seen["calibration"] | seen["learning"])
 
 
 def test_answers_of_greater_than_are_larger_digits(own):
     net, tokenizer = language_models.model(), language_models.tokenizer()
     nouns = {}
-    for part in PARTS:
+    for part in [*PARTS, "learning"]:
         examples = greater_than.examples(part, net)
         texts = examples.metadata["text"].tolist()
         for row, (text, partner) in enumerate(partners(texts, examples)):
@@ -125,7 +125,7 @@ def test_answers_of_greater_than_are_larger_digits(own):
             assert partner == f"The {noun} lasted from the year {century}{other}{ones} to the year {century}"
             assert tokenizer.decode(examples.inputs["input_ids"][row, examples.positions["year"][row]]) == ones
             nouns.setdefault(part, set()).add(noun)
-    assert not nouns["judge"] & (nouns["studied"] | nouns["calibration"])
+    assert not nouns["judge"] & (nouns["studied"] | nouns["calibration"] | nouns["learning"])
 
 
 class Numbers:

@@ -1,15 +1,18 @@
 """The choice of a circuit: the connected edges with the largest scores, and constants trained for them."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from coar.circuits.circuit import Circuit, table_name
-from coar.circuits.constants import train_constants
+from coar.circuits.constants import Draws, train_constants
 from coar.circuits.refining import refine
 from coar.circuits.scores import CircuitScores, check_sizes, top
 from coar.errors import CircuitError
 from coar.progress import progress_bar
 from coar.weights import weights_fingerprint
+
+COMPARED = 16  # examples on which initial constants are compared
 
 
 def circuit(
@@ -31,11 +34,11 @@ def circuit(
     Args:
         scores: The scores.
         edges: The most edges.
-        constant_steps: Steps that train constants, of 16 examples each; 0 keeps the constants of the method or the
-            ablation. Ablations by activations of other examples have none.
+        constant_steps: Steps that train constants, of 8 examples each; 0 keeps the initial ones. Ablations by
+            activations of other examples have none.
         refinement: Rounds of the refinement.
-        start: A circuit whose constants are the initial ones, such as a larger circuit of the same scores; by default
-            those of the method, or of the ablation.
+        start: A circuit whose constants may be the initial ones, such as a larger circuit of the same scores. Those of
+            the ablation and those that the method trained along are tried too, on 16 examples, and the best are taken.
         seed: Seed of the order of the examples.
         progress: Show a progress bar.
 
@@ -48,7 +51,7 @@ def circuit(
     evaluator = scores.evaluator
     table = table_name(evaluator.study.model, scores.components)
     keep = largest_connected(scores, edges)
-    constants = starting_constants(scores, start)
+    constants = starting_constants(scores, keep, start, seed)
     train = constant_steps if evaluator.by_constants else 0
     with progress_bar(total=train + refinement, desc=f"{edges} edges", unit="step", shown=progress) as bar:
         if train:
@@ -93,15 +96,23 @@ def largest_connected(scores: CircuitScores, edges: int) -> Tensor:
     return keep
 
 
-def starting_constants(scores: CircuitScores, start: Circuit | None = None) -> Tensor:
-    """Return the (components.width,) constants of a circuit, of the method that trained some, or of the ablation.
+def starting_constants(scores: CircuitScores, keep: Tensor, start: Circuit | None = None, seed: int = 0) -> Tensor:
+    """Return the (components.width,) constants to begin with, those with the smallest divergence on some examples.
+
+    They are the ablation's, those that the method trained along at this size, or those of another circuit.
 
     Raises:
-        CircuitError: When the circuit is of another model.
+        CircuitError: When the other circuit is of another model.
     """
+    evaluator, found = scores.evaluator, [scores.evaluator.constants]
+    own = scores.constants_at(int(keep.sum()))
+    if own is not None:
+        found.append(torch.from_numpy(own).to(evaluator.device))
     if start is not None and start.constants is not None:
-        start.components(scores.evaluator.study.model)
-        return torch.from_numpy(start.constants).to(scores.evaluator.device)
-    if scores.constants is None:
-        return scores.evaluator.constants
-    return torch.from_numpy(scores.constants).to(scores.evaluator.device)
+        start.components(evaluator.study.model)
+        found.append(torch.from_numpy(start.constants).to(evaluator.device))
+    if len(found) == 1:
+        return found[0]
+    rows = Draws(len(evaluator), seed)(COMPARED)
+    losses = [evaluator.measure(keep, constants=constants, rows=rows).kl.mean() for constants in found]
+    return found[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]

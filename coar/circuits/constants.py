@@ -8,9 +8,10 @@ from torch import Tensor
 
 from coar.circuits.evaluator import CircuitEvaluator, Loss
 
-BATCH = 16  # examples per step
-RATE = 0.1  # of Adam, in standard deviations of a channel; it falls linearly to a tenth
-BETAS = (0.9, 0.99)
+BATCH = 8  # examples per step
+RATE = 0.03  # of Adam, in standard deviations of a channel; it falls linearly to a fifth
+WARM = 3  # first steps, in which the rate rises: Adam moves every channel by the whole rate at once
+BETAS = (0.9, 0.98)
 AVERAGED = 0.25  # share of the steps, the last ones, whose constants are averaged
 
 
@@ -46,7 +47,7 @@ class TrainedConstants:
 
     def __init__(self, evaluator: CircuitEvaluator, start: Tensor, rate: float = RATE) -> None:
         self._start, self._spread, self._rate = start, evaluator.spread, rate
-        self._moved = torch.zeros_like(start)
+        self._moved, self._steps = torch.zeros_like(start), 0
         self._adam = torch.optim.Adam([self._moved], lr=rate, betas=BETAS)
 
     def present(self) -> Tensor:
@@ -56,7 +57,8 @@ class TrainedConstants:
     def step(self, slopes: Tensor, share: float) -> None:
         """Go down (components.width,) slopes of the mean loss; `share` of the learning rate is used."""
         self._moved.grad = slopes * self._spread
-        self._adam.param_groups[0]["lr"] = self._rate * share
+        self._steps += 1
+        self._adam.param_groups[0]["lr"] = self._rate * share * min(1.0, self._steps / WARM)
         self._adam.step()
 
 
@@ -79,7 +81,7 @@ def train_constants(
         evaluator: Runs the learning examples.
         keep: (components,) mask.
         start: (components.width,) initial constants; by default the ablation's.
-        steps: Number of steps, each a gradient on 16 examples.
+        steps: Number of steps, each a gradient on 8 examples.
         loss: `kl` or `output`, see `CircuitEvaluator.gradients`.
         seed: Seed of the order of the examples.
         on_step: Called after each step.
@@ -90,7 +92,7 @@ def train_constants(
     for step in range(steps):
         rows = draw(BATCH)
         slopes = evaluator.gradients(keep, loss=loss, constants=trained.present(), rows=rows).by_constants
-        trained.step(slopes / len(rows), 1 - 0.9 * step / steps)
+        trained.step(slopes / len(rows), 1 - 0.8 * step / steps)
         if step >= steps - last:
             total += trained.present()
         on_step()

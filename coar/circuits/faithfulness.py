@@ -123,7 +123,8 @@ def faithfulness_curve(
 ) -> FaithfulnessCurve:
     """Judge the top of a ranking at several sizes, without any training for one of them.
 
-    Constants are those that the method trained along, or the ablation's.
+    Constants are those that the method trained along at the nearest size, or the ablation's; those of the model without
+    edges are always the ablation's.
 
     Args:
         scores: The scores.
@@ -137,15 +138,14 @@ def faithfulness_curve(
     import pandas as pd
 
     judged = scores.evaluator if examples is None else scores.evaluator.on(examples)
-    constants = None
-    if scores.constants is not None:
-        constants = torch.from_numpy(scores.constants).to(judged.device)
     sizes = [max(round(share * len(scores.values)), 1 if share > 0 else 0) for share in shares]
     check_sizes(sizes, scores.components)
     everything = judged.everything()
-    full, empty = (float(judged.measure(m, constants=constants).output.mean()) for m in (everything, 0 * everything))
+    full, empty = (float(judged.measure(mask).output.mean()) for mask in (everything, 0 * everything))
     rows = []
     for share, size in progress_bar(list(zip(shares, sizes, strict=True)), desc="sizes", unit="size", shown=progress):
+        own = scores.constants_at(size)
+        constants = None if own is None else torch.from_numpy(own).to(judged.device)
         measured = judged.measure(top(scores, size), constants=constants)
         value = _share(measured, full, empty)
         kl, output = float(measured.kl.mean()), float(measured.output.mean())

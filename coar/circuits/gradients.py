@@ -16,9 +16,14 @@ class MaskGradient(ScoringMethod):
     The score of an edge is the mean over examples of (o[w] - replacement[w]) times the gradient of the output by the
     reader's input (Syed, Rager and Conmy 2023, "Attribution patching outperforms automated circuit discovery"). The KL
     divergence has no gradient at the full model, where it is smallest.
+
+    Attributes:
+        most: Use the first so many examples; by default all.
     """
 
     label: ClassVar[str] = "eap"
+
+    most: int | None = Field(default=None, ge=1)
 
     def steps_of(self, evaluator: CircuitEvaluator) -> int:  # noqa: ARG002
         """Return 1."""
@@ -26,9 +31,10 @@ class MaskGradient(ScoringMethod):
 
     def score(self, evaluator: CircuitEvaluator, report: Report) -> Scored:
         """Return mean gradients."""
-        slopes = evaluator.gradients(evaluator.everything(), loss="output").by_keep
+        rows = _first(evaluator, self.most)
+        slopes = evaluator.gradients(evaluator.everything(), loss="output", rows=rows).by_keep
         report(1)
-        return Scored(on_cpu(-slopes / len(evaluator)))
+        return Scored(on_cpu(-slopes / len(rows)))
 
 
 class PathGradient(ScoringMethod):
@@ -42,6 +48,7 @@ class PathGradient(ScoringMethod):
         steps: Points k / steps on the path, k = 1, ..., steps; each costs a gradient on every example.
         path: `inputs` or `activations`.
         loss: `output`, whose gradient is positive for edges that raise it, or `kl`.
+        most: Use the first so many examples; by default all.
     """
 
     label: ClassVar[str] = "eap_ig"
@@ -49,6 +56,7 @@ class PathGradient(ScoringMethod):
     steps: int = Field(default=5, ge=1)
     path: Literal["inputs", "activations"] = "inputs"
     loss: Loss = "output"
+    most: int | None = Field(default=None, ge=1)
 
     def steps_of(self, evaluator: CircuitEvaluator) -> int:  # noqa: ARG002
         """Return the number of points."""
@@ -59,13 +67,13 @@ class PathGradient(ScoringMethod):
         moving = torch.ones(evaluator.components, dtype=torch.bool)
         if self.path == "inputs":
             moving = torch.tensor([row.position == 0 for row in evaluator.study.components])
-        total = torch.zeros(evaluator.components, device=evaluator.device)
+        rows, total = _first(evaluator, self.most), torch.zeros(evaluator.components, device=evaluator.device)
         for step in range(1, self.steps + 1):
             keep = evaluator.everything()
             keep[moving] = step / self.steps
-            total += evaluator.gradients(keep, loss=self.loss).by_keep
+            total += evaluator.gradients(keep, loss=self.loss, rows=rows).by_keep
             report(1)
-        return Scored(on_cpu(-total / (self.steps * len(evaluator))))
+        return Scored(on_cpu(-total / (self.steps * len(rows))))
 
 
 class RandomMaskGradient(ScoringMethod):
@@ -76,6 +84,7 @@ class RandomMaskGradient(ScoringMethod):
         keep_rate: Share of kept components, or `drawn`: uniform between `lowest` and 1, for each example and pass.
         lowest: Smallest drawn share.
         loss: `output` or `kl`.
+        most: Use the first so many examples; by default all.
         seed: Seed of the masks.
     """
 
@@ -85,6 +94,7 @@ class RandomMaskGradient(ScoringMethod):
     keep_rate: float | Literal["drawn"] = 0.97
     lowest: float = Field(default=0.9, ge=0, lt=1)
     loss: Loss = "output"
+    most: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     def steps_of(self, evaluator: CircuitEvaluator) -> int:  # noqa: ARG002
@@ -93,13 +103,13 @@ class RandomMaskGradient(ScoringMethod):
 
     def score(self, evaluator: CircuitEvaluator, report: Report) -> Scored:
         """Return mean gradients."""
-        draw = torch.Generator().manual_seed(self.seed)
+        draw, rows = torch.Generator().manual_seed(self.seed), _first(evaluator, self.most)
         total = torch.zeros(evaluator.components, device=evaluator.device)
         for _ in range(self.passes):
-            masks = self._masks(len(evaluator), evaluator.components, draw).to(evaluator.device)
-            total += evaluator.gradients(masks, loss=self.loss).by_keep.sum(0)
+            masks = self._masks(len(rows), evaluator.components, draw).to(evaluator.device)
+            total += evaluator.gradients(masks, loss=self.loss, rows=rows).by_keep.sum(0)
             report(1)
-        return Scored(on_cpu(-total / (self.passes * len(evaluator))))
+        return Scored(on_cpu(-total / (self.passes * len(rows))))
 
     def _masks(self, examples: int, components: int, draw: torch.Generator) -> Tensor:
         if self.keep_rate == "drawn":
@@ -129,3 +139,8 @@ class RandomScore(ScoringMethod):
         draw = torch.Generator().manual_seed(self.seed)
         report(1)
         return Scored(torch.rand(evaluator.components, generator=draw, dtype=torch.float64))
+
+
+def _first(evaluator: CircuitEvaluator, most: int | None) -> range:
+    """Return the positions of the examples to use."""
+    return range(min(most or len(evaluator), len(evaluator)))

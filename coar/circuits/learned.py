@@ -1,6 +1,7 @@
 """Scores from keep probabilities that are learned by sampling masks: UGS and hard concrete gates (HCGS)."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor
 from coar.circuits.constants import Draws, TrainedConstants
 from coar.circuits.evaluator import CircuitEvaluator, Loss
 from coar.circuits.method import Report, Scored, ScoringMethod, on_cpu
+from coar.components.edges import ARROW
 
 CLIP = 5.0  # largest norm of a gradient by all parameters
+KEPT = 0.5  # keep probability of an edge that counts as kept
+NODE_PENALTY = 2e-4  # of UGS, at most, in nats
 LOW, HIGH, BETA = -0.1, 1.1, 2 / 3  # of hard concrete gates
 
 
@@ -50,7 +54,7 @@ class LearnedKeepRates(ScoringMethod):
         draw, rows = torch.Generator().manual_seed(self.seed), Draws(len(evaluator), self.seed)
         theta = torch.full((evaluator.components,), self.initial())
         adam = torch.optim.AdamW([theta], lr=self.rate, betas=(0.9, 0.995), weight_decay=0.0)
-        trained = None
+        trained, writers = None, writers_of(evaluator.study.components.names)
         if evaluator.by_constants and self.constants_rate:
             trained = TrainedConstants(evaluator, evaluator.constants, self.constants_rate)
         for _ in range(self.steps):
@@ -64,13 +68,14 @@ class LearnedKeepRates(ScoringMethod):
                 constants=trained.present() if trained else None,
                 rows=chosen,
             )
-            slopes = self.slopes(theta, uniform, found.by_keep.cpu() / len(chosen)) + self.penalty * self.cost(theta)
+            slopes = self.slopes(theta, uniform, found.by_keep.cpu() / len(chosen)) + self.cost(theta, writers)
             theta.grad = slopes * min(1.0, CLIP / float(slopes.norm().clamp_min(1e-12)))
             adam.step()
             if trained:
                 trained.step(found.by_constants / len(chosen), 1.0)
             report(1)
-        return Scored(on_cpu(torch.sigmoid(theta)), trained.present().cpu() if trained else None)
+        kept = torch.sigmoid(theta)
+        return Scored(on_cpu(kept), {int((kept > KEPT).sum()): trained.present().cpu()} if trained else {})
 
     @abstractmethod
     def initial(self) -> float:
@@ -91,8 +96,13 @@ class LearnedKeepRates(ScoringMethod):
         """
 
     @abstractmethod
-    def cost(self, theta: Tensor) -> Tensor:
-        """Return the (components,) gradient of the sum of keep probabilities by the parameters."""
+    def cost(self, theta: Tensor, writers: Tensor) -> Tensor:
+        """Return the (components,) gradient, by the parameters, of what kept edges cost.
+
+        Args:
+            theta: (components,) parameters.
+            writers: (components,) the number of the writer of each edge.
+        """
 
 
 class UniformGradientSampling(LearnedKeepRates):
@@ -101,10 +111,16 @@ class UniformGradientSampling(LearnedKeepRates):
     With a uniform number u and the window v = p (1 - p), a gate is 1 where u < p - v / 2, 0 where u > p + v / 2 and
     linear between. A gate inside the window is uniform between 0 and 1, so the mean gradient there is an unbiased
     estimate of the change of the loss from 0 to 1 (Li and Janson 2024, "Optimal ablation for interpretability"). The
-    mean is over the masks in the window. The paper's additional cost of nodes is not part of this.
+    mean is over the masks in the window. In addition to edges, writers cost: one is kept unless all of its edges are
+    ablated, so with probability 1 - product over its edges of (1 - p).
+
+    Attributes:
+        node_penalty: Cost of one kept writer, in nats; by default half of `penalty`, and at most 0.0002.
     """
 
     label: ClassVar[str] = "ugs"
+
+    node_penalty: float | None = Field(default=None, ge=0)
 
     def initial(self) -> float:
         """Return 1."""
@@ -124,10 +140,13 @@ class UniformGradientSampling(LearnedKeepRates):
         total = (by_mask * inside).sum(0) * len(uniform)
         return total / inside.sum(0).clamp_min(1) * window
 
-    def cost(self, theta: Tensor) -> Tensor:
-        """Return dp / dtheta."""
+    def cost(self, theta: Tensor, writers: Tensor) -> Tensor:
+        """Return dp / dtheta, times the penalty and what the probability of the writer adds to it."""
         p = torch.sigmoid(theta)
-        return p * (1 - p)
+        node = min(self.penalty / 2, NODE_PENALTY) if self.node_penalty is None else self.node_penalty
+        absent = torch.nn.functional.logsigmoid(-theta)  # log(1 - p)
+        all_absent = torch.zeros(int(writers.max()) + 1).index_add(0, writers, absent)
+        return (self.penalty + node * (all_absent[writers] - absent).exp()) * p * (1 - p)
 
 
 class HardConcrete(LearnedKeepRates):
@@ -155,11 +174,18 @@ class HardConcrete(LearnedKeepRates):
         inside = (stretched > 0) & (stretched < 1)
         return (by_mask * inside * soft * (1 - soft) * (HIGH - LOW) / BETA).sum(0)
 
-    def cost(self, theta: Tensor) -> Tensor:
-        """Return the gradient of the probability that a gate is not 0."""
+    def cost(self, theta: Tensor, writers: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the gradient of the probability that a gate is not 0, times the penalty."""
         p = torch.sigmoid(theta - BETA * torch.tensor(-LOW / HIGH).log())
-        return p * (1 - p)
+        return self.penalty * p * (1 - p)
 
     def _soft(self, theta: Tensor, uniform: Tensor) -> Tensor:
         u = uniform.clamp(1e-6, 1 - 1e-6)
         return torch.sigmoid((u.log() - (1 - u).log() + theta) / BETA)
+
+
+def writers_of(names: Sequence[str]) -> Tensor:
+    """Return (components,) numbers: edges with one writer have the same number."""
+    labels = [name.partition(ARROW)[0] for name in names]
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return torch.tensor([numbers[label] for label in labels])

@@ -1,8 +1,8 @@
 """The base of methods that score edges: one call, with the scores and the constants they were made for."""
 
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -20,11 +20,12 @@ class Scored:
 
     Attributes:
         values: (components,) float64 scores on the CPU; a component matters the more, the larger the score's size is.
-        constants: (components.width,) constants that were trained along; None where a method leaves the ablation's.
+        constants: (components.width,) constants on the CPU that were trained along, by the number of edges of the
+            circuit that they were trained in; none where a method leaves the ablation's.
     """
 
     values: Tensor
-    constants: Tensor | None = None
+    constants: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class ScoringMethod(Settings):

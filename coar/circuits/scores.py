@@ -1,5 +1,6 @@
 """Scores of edges over a study's examples, by any method of one registry or from a run's fit."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class CircuitScores:
     Attributes:
         method: Label of the method, or the name of a fit.
         values: (components,) float64 scores; a component matters the more, the larger its score's size is.
-        constants: (components.width,) float32 constants that the method trained along; None where it trained none.
+        constants: (components.width,) float32 constants that the method trained along, by the number of edges of the
+            circuit that they were trained in; none where it trained none.
         evaluator: Runs the learning examples.
         passes: Forward passes of one example that the method took; a gradient counts as 3.
         seconds: Wall-clock seconds that it took.
@@ -56,7 +58,7 @@ class CircuitScores:
 
     method: str
     values: np.ndarray
-    constants: np.ndarray | None
+    constants: Mapping[int, np.ndarray]
     evaluator: CircuitEvaluator
     passes: int
     seconds: float
@@ -65,6 +67,12 @@ class CircuitScores:
     def components(self) -> Components:
         """The components that were scored."""
         return self.evaluator.study.components
+
+    def constants_at(self, edges: int) -> np.ndarray | None:
+        """Return the (components.width,) constants trained along at the nearest number of edges; None without any."""
+        if not self.constants:
+            return None
+        return self.constants[min(self.constants, key=lambda size: abs(math.log(max(size, 1) / edges)))]
 
     def ranking(self) -> np.ndarray:
         """Return (components,) row numbers, the largest size of the score first; equal ones in table order."""
@@ -119,7 +127,7 @@ def circuit_scores(
     started, before = time.monotonic(), evaluator.passes
     with progress_bar(total=chosen.steps_of(evaluator), desc=method, unit="step", shown=progress) as bar:
         scored = chosen.score(evaluator, bar.update)
-    constants = None if scored.constants is None else scored.constants.float().numpy()
+    constants = {size: values.float().numpy() for size, values in scored.constants.items()}
     passes, seconds = evaluator.passes - before, time.monotonic() - started
     return CircuitScores(method, scored.values.numpy(), constants, evaluator, passes, seconds)
 
@@ -143,7 +151,7 @@ def _of_fit(evaluator: CircuitEvaluator, name: str, run: Run) -> CircuitScores:
     """Return the mean attributions of a run's fit."""
     run.check(evaluator.study.fingerprint())
     weights = Attributions.open(run, name).weights().astype(np.float64).mean(0)
-    return CircuitScores(name, weights, None, evaluator, 0, 0.0)
+    return CircuitScores(name, weights, {}, evaluator, 0, 0.0)
 
 
 def top(scores: CircuitScores, count: int) -> torch.Tensor:

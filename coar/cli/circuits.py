@@ -1,5 +1,6 @@
 """The command that finds circuits by several methods and compares them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
@@ -18,12 +19,12 @@ def circuit(
     methods: Annotated[str, typer.Option(help="Methods that score edges, separated by commas.")] = "gradual,eap,random",
     run: Annotated[Path | None, typer.Option(help="A run of this study, whose fits are methods too.")] = None,
     ablation: Annotated[str, typer.Option(help="Replacement of ablated edges, a label.")] = "mean",
-    constant_steps: Annotated[int, typer.Option(help="Steps that train each circuit's constants.")] = 10,
+    constant_steps: Annotated[int, typer.Option(help="Steps that train each circuit's constants.")] = 8,
     refinement: Annotated[int, typer.Option(help="Rounds of swaps for each circuit.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder to write to [default: reports/<file>-circuit].")] = None,
     device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="float32 or bf16.", rich_help_panel=EXECUTION)] = "float32",
-    batch_size: Annotated[int, typer.Option(help="Most prompts per pass.", rich_help_panel=EXECUTION)] = 16,
+    batch_size: Annotated[int, typer.Option(help="Most prompts per pass.", rich_help_panel=EXECUTION)] = 8,
 ) -> None:
     """Find circuits of several sizes by several methods, and judge them on held-out prompts."""
     from coar.circuits.comparing import compare_methods
@@ -39,7 +40,9 @@ def circuit(
         raise SettingsError(f"unknown precision {precision!r}; choose float32 or bf16")
     names = [name.strip() for name in methods.split(",")]
     loaded = load_pipeline(pipeline)
-    study, held_out = loaded.study(ablation=ablation), loaded.judge()
+    study, held_out, learning = loaded.study(ablation=ablation), loaded.judge(), loaded.learning()
+    if learning is not None and run is None:  # fits of a run are those of its own examples
+        study = replace(study, examples=learning)
     typer.echo(
         f"{loaded.name}: {study.components!r}, {len(study.examples)} learning and {len(held_out)} held-out prompts"
     )
