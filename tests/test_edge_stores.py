@@ -1,4 +1,4 @@
-"""Runs over edges in a bucket, on a Ray cluster and on a GPU are those of one process on a disk."""
+"""Runs over edges in a bucket and on a Ray cluster are those of one process on a disk."""
 
 import importlib.util
 import os
@@ -65,15 +65,3 @@ def test_a_run_on_a_cluster_and_its_resumption(run, tmp_path) -> None:
         assert helpers.differing(helpers.files(made.path), helpers.files(run.path)) == []
     finally:
         ray.shutdown()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("label", ABLATIONS)
-def test_edges_on_a_gpu(label: str, tmp_path) -> None:
-    """Outputs and mask gradients are those of the CPU, within rounding, and stay within a memory limit."""
-    study = study_of(ABLATIONS[label], ragged=label in ("zero", "mean"))
-    here = collected(study, tmp_path / "cpu.zarr", **ASKED)
-    there = collected(study, tmp_path / "gpu.zarr", device="cuda", memory_limit="64MiB", **ASKED)
-    for name in ("outputs", "base_output", "gradient_kept"):
-        expected = here.array(name)[:]
-        np.testing.assert_allclose(there.array(name)[:], expected, atol=1e-3 * np.abs(expected).max())

@@ -100,7 +100,8 @@ class CircuitEvaluator:
         self._positions = LogitPositions(self._model, study.components, study.output)
         self._sources = study.ablation.sources(study.examples)
         self.by_constants = self._sources is None
-        constants = study.ablation.replacements(self._model, study.components, batch_size=batch_size)
+        with full_float32():
+            constants = study.ablation.replacements(self._model, study.components, batch_size=batch_size)
         if constants.ndim == 2:
             raise AblationError("edges have no constants by position; use Mean(calibration=...) or Optimal(...)")
         self.constants = (constants if self.by_constants else torch.zeros(study.components.width)).to(self.device)

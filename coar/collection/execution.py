@@ -12,7 +12,7 @@ class Execution(Settings):
     """Batches, memory and units of work.
 
     Attributes:
-        batch_size: Most examples per forward pass; by default at most 128 on a CPU, 512 on CUDA, 256 on MPS, and the
+        batch_size: Most examples per forward pass; by default at most 128 on a CPU, 512 on CUDA, 256 elsewhere, and the
             fastest measured plan, which may put several masks into a forward pass.
         memory_limit: Most memory for activations, as bytes or text such as `4GiB`, measured on some examples; by
             default 80 % of the free memory of a CUDA device, and no limit elsewhere. Give this or a batch size.

@@ -16,6 +16,7 @@ from coar.collection.units import UnitRunner
 from coar.errors import MismatchError
 from coar.examples import Examples
 from coar.forward.autotune import fastest_runner
+from coar.forward.devices import full_float32
 from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.memory_limit import batch_sizes, examples_per_block
 from coar.forward.model_runner import ModelRunner
@@ -214,7 +215,8 @@ def _create(
     plan, (mask_block, example_block) = Plan().extended(order.requested), order.blocks
     blocks = mask_block, examples_per_block(study, model, example_block, order.memory_limit)
     runner = ModelRunner(model, study.output, batch_size=batch_size)
-    constants = study.ablation.replacements(model, study.components, batch_size=runner.batch_size)
+    with full_float32():
+        constants = study.ablation.replacements(model, study.components, batch_size=runner.batch_size)
     parts = (model, study.components, constants, study.output)
     few = runner.load(first, 0, len(first))
 

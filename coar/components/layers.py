@@ -39,11 +39,15 @@ def in_vmap(value: Tensor) -> bool:
 def is_dense(weight: object) -> bool:
     """Return whether a weight is an ordinary tensor of numbers, which can be read and changed.
 
-    Weights that quantisation packs into bytes, into floats of 8 bits or into a tensor class of its own are not.
+    Weights that quantisation packs into bytes or into floats of 8 bits are not, nor are those of a class of parameters
+    of its own, as in bitsandbytes, or of a class of tensors that consist of others, as in torchao.
     """
+    kind = type(weight)
+    of_its_own = issubclass(kind, nn.Parameter) and kind is not nn.Parameter
     return (
-        type(weight) in (Tensor, nn.Parameter)
-        and isinstance(weight, Tensor)
+        isinstance(weight, Tensor)
+        and not of_its_own
+        and not hasattr(kind, "__tensor_flatten__")
         and weight.layout is torch.strided
         and not weight.is_quantized
         and (weight.is_complex() or (weight.is_floating_point() and torch.finfo(weight.dtype).bits >= 16))

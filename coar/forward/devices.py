@@ -8,30 +8,46 @@ import torch
 
 from coar.errors import SettingsError
 
-BATCH_SIZE = {"cpu": 128, "cuda": 512, "mps": 256}  # examples per forward pass by default
+BATCH_SIZE = {"cpu": 128, "cuda": 512}  # examples per forward pass by default
+KNOWN = ("cuda", "mps", "xpu")
+OTHER_BATCH_SIZE = 256  # the same on other devices
+
+
+def batch_size_on(device: torch.device) -> int:
+    """Return the default number of examples per forward pass on a device."""
+    return BATCH_SIZE.get(device.type, OTHER_BATCH_SIZE)
 
 
 def choose_device(name: str) -> torch.device:
-    """Return a device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; raise `SettingsError` for others."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    """Return a device for `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, or another accelerator that torch finds, as `xpu`.
+
+    Raises:
+        SettingsError: When there is no such device.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kinds = ["cpu"] if accelerator is None else [accelerator.type, "cpu"]
     if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+        return torch.device(kinds[0])
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in there:
-        raise SettingsError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:N or mps")
-    if not there[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        found = ", ".join(kind for kind, present in there.items() if present)
-        raise SettingsError(f"device {name!r} is not available on this machine, which has {found}; choose one of those")
+    if device is None or device.type not in (*kinds, *KNOWN):
+        raise SettingsError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:N, mps or xpu")
+    count = 1 if device.type == "cpu" else torch.accelerator.device_count()
+    if device.type not in kinds or (device.index or 0) >= count:
+        raise SettingsError(
+            f"device {name!r} is not available on this machine, which has {', '.join(reversed(kinds))}; choose one of "
+            f"those"
+        )
     return device
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Keep CUDA's convolutions and recurrent layers from rounding float32 to TF32; restore the settings afterwards."""
-    kinds: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # type: ignore[attr-defined]
+    """Keep products, convolutions and recurrent layers on CUDA from rounding float32 to TF32; restore the settings."""
+    convolutions, recurrent = torch.backends.cudnn.conv, torch.backends.cudnn.rnn  # type: ignore[attr-defined]
+    kinds: tuple[Any, ...] = (torch.backends.cuda.matmul, convolutions, recurrent)
     before = [kind.fp32_precision for kind in kinds]
     try:
         for kind in kinds:

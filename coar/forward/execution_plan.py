@@ -6,7 +6,7 @@ from typing import Literal, Self, get_args
 import torch
 
 from coar.errors import SettingsError
-from coar.forward.devices import BATCH_SIZE
+from coar.forward.devices import batch_size_on
 
 Precision = Literal["float32", "bf16"]
 PRECISIONS = (*get_args(Precision), "auto")  # values that a user may give
@@ -22,7 +22,7 @@ class ExecutionPlan:
     Attributes:
         precision: `float32`, or `bf16` for automatic mixed precision.
         batch_size: Most rows per forward pass: examples, times the masks that share the pass. None stands for 128 on a
-            CPU, 512 on CUDA and 256 on MPS.
+            CPU, 512 on CUDA and 256 elsewhere.
         masks_per_forward: Most masks that share a forward pass, each with its own copy of the block's examples, gated
             by hooks. 1 gates the weights.
         compiled: Run batches of the size of a block's first one through a compiled model.
@@ -58,4 +58,4 @@ class ExecutionPlan:
 
     def on(self, device: torch.device) -> Self:
         """Return the plan with the batch size that suits a device, unless it has one."""
-        return replace(self, batch_size=self.batch_size or BATCH_SIZE[device.type])
+        return replace(self, batch_size=self.batch_size or batch_size_on(device))

@@ -23,7 +23,8 @@ from coar.outputs.base import Output, RelativeOutput, find_logits
 
 IDS, MASK = "input_ids", "attention_mask"
 # A pass costs as much as this many tokens more than it has: 40 to 150 measured on a CPU, the others are guesses.
-OVERHEAD = {"cpu": 256, "cuda": 16_384, "mps": 4_096}
+OVERHEAD = {"cpu": 256, "cuda": 16_384}
+OTHER_OVERHEAD = 4_096
 FEW = 2  # examples of the comparison with padded texts
 
 Cut = tuple[Tensor, int]  # positions of examples, and their largest length
@@ -63,7 +64,7 @@ class LengthBucketing:
         mask = whole[0][MASK]
         front = self._front and int(ends[0].min()) == mask.shape[-1]  # all texts end together
         lengths = ends[int(front)]
-        cuts = cut(lengths, most, OVERHEAD[mask.device.type] / mask[0, ..., 0].numel())
+        cuts = cut(lengths, most, OVERHEAD.get(mask.device.type, OTHER_OVERHEAD) / mask[0, ..., 0].numel())
         if all(length == mask.shape[-1] for _, length in cuts):
             return block
         if not self.path.confirmed and not self.path.settle(self._why_not(whole, lengths, run, front=front)):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from coar.equivalence import fall_back
 from coar.errors import SettingsError
 from coar.examples import device_of
-from coar.forward.devices import BATCH_SIZE
+from coar.forward.devices import batch_size_on
 from coar.forward.model_runner import ModelRunner
 from coar.forward.runner import FastRunner, ReferenceRunner
 from coar.outputs.base import RelativeOutput
@@ -57,7 +57,7 @@ def batch_sizes(study: Study, model: nn.Module, *, memory_limit: int | str | Non
         SettingsError: When the limit is not a size, or one example does not fit.
     """
     device = device_of(model)
-    most = BATCH_SIZE[device.type]
+    most = batch_size_on(device)
     if memory_limit is not None:
         limit = bytes_of(memory_limit)
     elif device.type == "cuda":

@@ -15,7 +15,7 @@ from coar.errors import AblationError
 from coar.examples import Examples, device_of, rows_of
 from coar.forward.batches import ExampleBlock
 from coar.forward.copies import has_channels_last, in_channels_last
-from coar.forward.devices import BATCH_SIZE, full_float32
+from coar.forward.devices import batch_size_on, full_float32
 from coar.forward.execution_plan import Precision
 from coar.gates.gates import Gates
 from coar.inputs import Inputs
@@ -31,7 +31,7 @@ class ModelRunner:
     Args:
         model: A copy made by `device_copy`.
         output: The scalar read per example.
-        batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on CUDA, 256 on MPS.
+        batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on CUDA, 256 elsewhere.
 
     Attributes:
         model: The model.
@@ -46,7 +46,7 @@ class ModelRunner:
     def __init__(self, model: nn.Module, output: Output, *, batch_size: int | None = None) -> None:
         self.model = model
         self.device = device_of(model)
-        self.batch_size = batch_size or BATCH_SIZE[self.device.type]
+        self.batch_size = batch_size or batch_size_on(self.device)
         self._output = output
         self._channels_last = has_channels_last(model)
 
@@ -126,7 +126,7 @@ class GatedRunner(ModelRunner, ABC):
         output: The scalar read per example.
         sources: Maps examples to the position of each one's resample source, see `Ablation.sources`;
             hooks then give an ablated component its value for the source.
-        batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on CUDA, 256 on MPS.
+        batch_size: Most examples per forward pass; by default 128 on a CPU, 512 on CUDA, 256 elsewhere.
 
     Attributes:
         components: The components.

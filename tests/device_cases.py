@@ -1,0 +1,210 @@
+"""What the package does on a device, by name, and the comparison of its numbers with those of the CPU."""
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import coar
+from coar.explorer.activations import compute
+from tests import contract, edge_oracle, tiny
+from tests.test_circuits import study_of as circuit_study
+from tests.test_circuits import texts as circuit_texts
+from tests.test_lenses import texts as lens_texts
+from tests.test_tracing import prompts
+
+CASES: dict[str, Callable[[str, Path], dict[str, np.ndarray]]] = {}
+FIELDS = ("outputs", "base_output", "gradient_kept", "gradient_ablated", "gradient_outputs")
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def collected(study, folder, device, *, masks=8, gradients=4, **options):
+    run = coar.collect(
+        study, folder / f"{device}.zarr", masks=masks, gradients=gradients, device=device, progress=False, **options
+    )
+    found = {name: run.array(name)[:] for name in FIELDS if name in run.group}
+    return run, found | {"constants": run.replacements}
+
+
+def pictures(ablation, **options):
+    net = contract.net()
+    return coar.Study(
+        model=net,
+        examples=contract.pictures(10, 1),
+        components=contract.parts(net),
+        ablation=ablation,
+        sampler=coar.BernoulliSampler(ablated_fraction=0.3, seed=2),
+        **options,
+    )
+
+
+CALIBRATION = contract.pictures(16, 7)
+ABLATIONS = {
+    "zero": coar.ZeroWeight,
+    "zero activation": coar.ZeroActivation,
+    "mean": lambda: coar.Mean(calibration=CALIBRATION),
+    "peak": lambda: coar.Peak(calibration=CALIBRATION),
+    "optimal": lambda: coar.Optimal(calibration=CALIBRATION, steps=3),
+    "resample": coar.Resample,
+}
+for label, make in ABLATIONS.items():
+    CASES[f"a run with {label}"] = lambda device, folder, make=make: collected(pictures(make()), folder, device)[1]
+
+
+@case
+def baselines(device, folder):
+    run, found = collected(pictures(coar.ZeroWeight()), folder, device)
+    study = pictures(coar.ZeroWeight())
+    for compute_baseline in (coar.leave_one_out, coar.mask_gradient):
+        found[compute_baseline.__name__] = compute_baseline(study, run, device=device, progress=False).weights()
+    return found
+
+
+@case
+def divergence_from_the_unablated_model(device, folder):
+    return collected(pictures(coar.ZeroWeight(), output=coar.KLDivergence()), folder, device)[1]
+
+
+@case
+def precision_is_measured(device, folder):
+    return collected(pictures(coar.ZeroWeight()), folder, device, gradients=0, precision="auto")[1]
+
+
+@case
+def parameter_slices(device, folder):
+    net = contract.net()
+    study = replace(pictures(coar.ZeroWeight()), model=net, components=coar.parameter_slices(net, "hidden.weight"))
+    return collected(study, folder, device, gradients=0)[1]
+
+
+@case
+def texts_of_several_lengths(device, folder):
+    net = tiny.classifier()
+    study = coar.Study(
+        model=net,
+        examples=tiny.sentences([9, 3, 7, 5, 9, 2, 4, 8] * 2),
+        components=coar.attention_heads(net) + coar.mlp_neurons(net),
+        ablation=coar.Mean(calibration=tiny.sentences([6, 3, 5, 9], seed=9)),
+    )
+    run, found = collected(study, folder, device, gradients=8)
+    coar.fit(run, progress=False)
+    return found | {"weights": coar.load(run.path).weights()}
+
+
+@case
+def attention_heads_by_position(device, folder):
+    net = tiny.model("vit")
+    examples = coar.Examples(inputs=tiny.inputs("vit", 6), targets=torch.arange(6))
+    ablation = coar.PositionMean(calibration=coar.Examples(inputs=tiny.inputs("vit", 8, 4), targets=torch.zeros(8)))
+    study = coar.Study(model=net, examples=examples, components=coar.attention_heads(net), ablation=ablation)
+    return collected(study, folder, device)[1]
+
+
+@case
+def a_language_model_reads_few_logits(device, folder):
+    model = edge_oracle.build("llama")
+    study = coar.Study(
+        model=model,
+        examples=circuit_texts(0),
+        components=coar.mlp_neurons(model),
+        output=coar.LogitDifference(),
+        ablation=coar.Mean(calibration=circuit_texts(7)),
+    )
+    return collected(study, folder, device)[1]
+
+
+@case
+def edges(device, folder):
+    found = {}
+    for family in ("llama", "gpt2"):
+        made = collected(circuit_study(family), folder / family, device)[1]
+        found |= {f"{family} {name}": values for name, values in made.items()}
+    return found
+
+
+@case
+def edges_with_other_examples(device, folder):
+    return collected(circuit_study(ablation=coar.Counterfactual(pairs="pair")), folder, device)[1]
+
+
+@case
+def edits(device, folder):
+    study = pictures(coar.Mean(calibration=CALIBRATION))
+    run, found = collected(study, folder, device, masks=60, gradients=0)
+    attributions = coar.fit(run, progress=False)
+    goal = coar.EditGoal(targets="label != 1", references="label == 1", direction="decrease")
+    for strength in ("full", "per_component"):
+        options = {"budget": 2, "strength": strength, "device": device, "steps": 3}
+        with contextlib.redirect_stderr(io.StringIO()):
+            chosen = coar.select(attributions, study.model, study.examples, goal, **options)
+        made = chosen.edit
+        judged = coar.judge_edit(made, study.model, study.examples, device=device)
+        found[strength] = judged.select_dtypes("number").to_numpy(float)
+    return found
+
+
+@case
+def circuits(device, folder):
+    study, found = circuit_study(), {}
+    few = {"eap": {}, "eap_ig": {"steps": 2}, "ugs": {"steps": 1}}
+    for method, settings in (few | {"gradual": {"steps": 2}}).items():
+        scores = coar.circuit_scores(study, method, device=device, progress=False, **settings)
+        found[method] = np.asarray(scores.values)
+    chosen = coar.circuit(scores, edges=40, constant_steps=1, progress=False)
+    judged = coar.faithfulness(chosen, coar.CircuitEvaluator(study, device=device), circuit_texts(3))
+    return found | {"faithful": np.array([value for value in vars(judged).values() if isinstance(value, float)])}
+
+
+@case
+def traces(device, folder):
+    model = edge_oracle.build("gpt2")
+    found = {}
+    for corruption in ("optimal", "noise", "mean"):
+        made = coar.trace(
+            model, prompts(model), corruption=corruption, learning_share=0.5, steps=3, device=device, progress=False
+        )
+        found[corruption] = made.table.select_dtypes("number").to_numpy(float)
+    return found
+
+
+@case
+def lenses(device, folder):
+    model, found = edge_oracle.build("llama"), {}
+    for kind in ("logit", "mean", "tuned", "optimal"):
+        made = coar.lens(model, lens_texts(), kind, steps=3, texts_per_step=2, device=device, progress=False)
+        found[kind] = made.summary(lens_texts(seed=3)).select_dtypes("number").to_numpy(float)
+        found[f"{kind} read"] = (
+            made.read(lens_texts(seed=3).inputs["input_ids"][0]).table["probability"].to_numpy(float)
+        )
+    return found
+
+
+@case
+def a_page(device, folder):
+    study = pictures(coar.ZeroWeight())
+    run, _ = collected(study, folder, device, gradients=0)
+    made = compute(study, np.arange(4), run.facts.batch_norms)
+    return {} if made is None or made.predicted is None else {"predicted": made.predicted}
+
+
+def difference(name, device):
+    """Why a case's numbers on a device differ from those on the CPU; "" if they do not."""
+    with tempfile.TemporaryDirectory() as place:
+        torch.manual_seed(0)
+        expected = CASES[name]("cpu", Path(place))
+        torch.manual_seed(0)
+        found = CASES[name](device, Path(place))
+    for key, values in expected.items():
+        scale = max(float(np.nanmax(np.abs(values), initial=0.0)), 1e-6)
+        if not np.allclose(found[key] / scale, values / scale, rtol=0, atol=1e-3, equal_nan=True):
+            return f"{key} differs by {np.nanmax(np.abs(found[key] - values)) / scale:.2g} of its largest number"
+    return ""
