@@ -56,9 +56,9 @@ def edit_figures(attributions: coar.Attributions, study: coar.Study) -> dict[str
 
 def heads_figure(folder: Path) -> Figure:
     """Return the heads of SmolLM2-135M on indirect object identification, as in the tutorial."""
-    from pipelines import ioi, language_models
+    from pipelines import ioi, language_model
 
-    model = language_models.model()
+    model = language_model.model()
     study = coar.Study(
         model=model,
         examples=ioi.examples("studied", model).subset(range(16)),

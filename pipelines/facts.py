@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 import coar
-from pipelines import gpt2, language_models
+from pipelines import gpt2, language_model
 
 GRADIENTS = 64
 TEST_MASKS = 100
@@ -108,9 +108,9 @@ def recalled(net: nn.Module, facts: coar.Examples) -> coar.Examples:
 @cache
 def everything() -> tuple[nn.Module, coar.Examples]:
     """Return the model, and the facts that it recalls."""
-    net = language_models.model().eval()
+    net = language_model.model().eval()
     facts = read(Path(os.environ.get("COAR_FACTS", FILE)))
-    known = recalled(net, examples_of(facts, language_models.tokenizer()))
+    known = recalled(net, examples_of(facts, language_model.tokenizer()))
     log.info("the model recalls %d of %d facts; the others are left out", len(known), len(facts))
     return net, known
 
@@ -148,13 +148,13 @@ def facts() -> coar.Examples:
 
 def tokenizer() -> Any:
     """Return the model's tokenizer, which shows texts in words on a page."""
-    return language_models.tokenizer()
+    return language_model.tokenizer()
 
 
 @cache
 def texts() -> tuple[coar.Examples, coar.Examples]:
     """Return passages of ordinary text, spread over all of it, and held-out ones."""
-    ids = torch.tensor(language_models.tokenizer().encode(gpt2.text(), add_special_tokens=False, verbose=False))
+    ids = torch.tensor(language_model.tokenizer().encode(gpt2.text(), add_special_tokens=False, verbose=False))
     passages = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     if len(passages) < TRAINING + HELD_OUT:
         raise coar.errors.PipelineError(

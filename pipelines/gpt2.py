@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import coar
-from pipelines import hub, language_models, training
+from pipelines import hub, language_model, training
 
 try:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -140,7 +140,7 @@ def next_tokens_found(model: nn.Module) -> dict[str, float]:
 def model(training_seed: int = 0) -> nn.Module:
     """Return the model that COAR_GPT2 names, or the small one, trained on first use and kept under data/gpt2."""
     if "COAR_GPT2" in os.environ:
-        return language_models.model_of(SOURCE)
+        return language_model.model_of(SOURCE)
     return training.fitted(
         small_gpt2,
         examples("train"),

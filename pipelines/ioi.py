@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import nn
 
 import coar
-from pipelines import language_models, prompts
+from pipelines import language_model, prompts
 
 GRADIENTS, TEST_MASKS = 32, 50
 
@@ -96,14 +96,14 @@ def prompt(template: str, words: dict[str, str], b: str, a: str) -> prompts.Prom
 
 def examples(part: Part, net: nn.Module) -> coar.Examples:
     """Return the prompts of a part that the model gets right."""
-    tokenizer = language_models.tokenizer()
+    tokenizer = language_model.tokenizer()
     made = prompts.examples_of(pairs(part, tokenizer), tokenizer)
     return prompts.right_pairs(net, made, most=PAIRS[part], what="IOI")
 
 
 def study(*, ablation: str = "counterfactual", ablated_fraction: float = 0.02, seed: int = 0) -> coar.Study:
     """Define the study of 64 prompts; constants are computed on 64 other prompts with the same names."""
-    net = language_models.model()
+    net = language_model.model()
     sampler = coar.BernoulliSampler(ablated_fraction=ablated_fraction, seed=seed)
     return prompts.study_of(net, examples("studied", net), examples("calibration", net), ablation, sampler)
 
@@ -115,9 +115,9 @@ def learning() -> coar.Examples:
 
 def judge() -> coar.Examples:
     """Return prompts with other names, which no attribution has seen."""
-    return examples("judge", language_models.model())
+    return examples("judge", language_model.model())
 
 
 def tokenizer() -> Any:
     """Return the model's tokenizer, which shows texts in words on a page."""
-    return language_models.tokenizer()
+    return language_model.tokenizer()

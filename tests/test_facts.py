@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import coar
 from coar.cli.common import app
 from coar.errors import PipelineError
-from pipelines import facts, gpt2, language_models
+from pipelines import facts, gpt2, language_model
 
 ROOT = Path(__file__).parent.parent
 SUBJECTS = ("for", "while", "with", "try", "assert", "lambda", "class", "import", "return", "yield", "raise", "global")
@@ -161,7 +161,7 @@ PASSAGES = """
 import torch
 
 import coar
-from pipelines import language_models
+from pipelines import language_model
 
 
 def texts():
@@ -171,11 +171,11 @@ def texts():
 
 
 def tokenizer():
-    return language_models.tokenizer()
+    return language_model.tokenizer()
 
 
 def study(*, ablation="zero"):
-    net = language_models.model()
+    net = language_model.model()
     return coar.Study(model=net, examples=texts()[0], components=coar.attention_heads(net), output=coar.TokenMargin())
 """
 
@@ -190,7 +190,7 @@ def test_the_command_trains_lenses_and_reads_a_text(own, tmp_path):
     again = run(*words)  # the lenses are in runs/
     assert again.exit_code == 0
     assert np.array_equal(pd.read_csv("reports/passages/lens.csv")["kl"], table["kl"])
-    model = language_models.model()
+    model = language_model.model()
     kept = coar.Lens.load("runs/passages-lens/optimal", model)
     ids = torch.randint(5, 900, (20, 10), generator=torch.Generator().manual_seed(0))
     held_out = coar.token_examples({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).subset(range(12, 20))

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import coar
 from coar.errors import PipelineError, SettingsError
 from coar.pipeline import load_pipeline
-from pipelines import gpt2, greater_than, induction, ioi, language_models, prompts
+from pipelines import gpt2, greater_than, induction, ioi, language_model, prompts
 
 FOLDER = Path(__file__).parent.parent / "pipelines"
 PARTS = ["studied", "calibration", "judge"]
@@ -69,7 +69,7 @@ def answers(examples, row):
 @pytest.mark.parametrize("pipeline", [ioi, greater_than])
 @pytest.mark.parametrize("part", PARTS)
 def test_the_first_pairs_that_the_model_gets_right_are_used(own, pipeline, part):
-    net, tokenizer = language_models.model(), language_models.tokenizer()
+    net, tokenizer = language_model.model(), language_model.tokenizer()
     made, used = prompts.examples_of(pipeline.pairs(part, tokenizer), tokenizer), pipeline.examples(part, net)
     right = []
     for row in range(len(made)):
@@ -88,7 +88,7 @@ def partners(texts, examples):
 
 
 def test_the_answer_of_ioi_is_the_name_that_occurs_once(own):
-    net, tokenizer = language_models.model(), language_models.tokenizer()
+    net, tokenizer = language_model.model(), language_model.tokenizer()
     seen = {}
     for part in [*PARTS, "learning"]:
         examples = ioi.examples(part, net)
@@ -109,7 +109,7 @@ def test_the_answer_of_ioi_is_the_name_that_occurs_once(own):
 
 
 def test_answers_of_greater_than_are_larger_digits(own):
-    net, tokenizer = language_models.model(), language_models.tokenizer()
+    net, tokenizer = language_model.model(), language_model.tokenizer()
     nouns = {}
     for part in [*PARTS, "learning"]:
         examples = greater_than.examples(part, net)
@@ -190,11 +190,11 @@ GOOD = prompts.Prompt(text="Then, Mary and John went", answers=[" Mary"], wrong=
 )
 def test_prompts_that_do_not_fit(own, change, message):
     with pytest.raises(PipelineError, match=message):
-        prompts.examples_of([(GOOD, replace(GOOD, **change))], language_models.tokenizer())
+        prompts.examples_of([(GOOD, replace(GOOD, **change))], language_model.tokenizer())
 
 
 def test_a_model_that_is_wrong(own):
-    net, tokenizer = language_models.model(), language_models.tokenizer()
+    net, tokenizer = language_model.model(), language_model.tokenizer()
     turned = [
         tuple(replace(p, answers=p.wrong, wrong=p.answers) for p in pair) for pair in ioi.pairs("judge", tokenizer)
     ]
