@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import dispatch_model
 
 import coar
 from coar.explorer.activations import compute
@@ -118,6 +119,19 @@ def a_language_model_reads_few_logits(device, folder):
         components=coar.mlp_neurons(model),
         output=coar.LogitDifference(),
         ablation=coar.Mean(calibration=circuit_texts(7)),
+    )
+    return collected(study, folder, device)[1]
+
+
+@case
+def a_model_that_accelerate_has_split(device, folder):
+    plain = tiny.model("gpt2")
+    places = {f"body.{name}": "cpu" for name in ("wte", "wpe", "drop", "h.0", "ln_f")} | {"body.h.1": device}
+    study = coar.Study(
+        model=dispatch_model(plain, places, main_device="cpu", force_hooks=True),
+        examples=coar.Examples(inputs=tiny.inputs("gpt2"), targets=torch.arange(5)),
+        components=coar.attention_heads(plain),
+        ablation=coar.ZeroActivation(),
     )
     return collected(study, folder, device)[1]
 

@@ -11,7 +11,16 @@ FAST = ("a run with mean", "baselines", "a_language_model_reads_few_logits", "le
 SLOW = (
     *("a run with zero", "a run with zero activation", "a run with peak", "a run with optimal", "a run with resample"),
     *("divergence_from_the_unablated_model", "precision_is_measured", "parameter_slices", "texts_of_several_lengths"),
-    *("attention_heads_by_position", "edges", "edges_with_other_examples", "edits", "circuits", "traces", "a_page"),
+    *(
+        "attention_heads_by_position",
+        "a_model_that_accelerate_has_split",
+        "edges",
+        "edges_with_other_examples",
+        "edits",
+        "circuits",
+        "traces",
+        "a_page",
+    ),
 )
 
 

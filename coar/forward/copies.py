@@ -1,5 +1,6 @@
 """Copies of models on a device, in evaluation mode, in the memory format that works on the examples."""
 
+import sys
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ def device_copy(model: nn.Module, device: torch.device, examples: Examples | Non
     """Return a copy of a model on the device, in evaluation mode; the user's model does not change.
 
     In the copy, one kernel of torch replaces activations that are written as several elementwise steps, and torch's
-    encoder does not convert padded texts to nested tensors, which have no shape for gates. Convolutions are in
+    encoder does not convert padded texts to nested tensors, which have no shape for gates. A model that accelerate has
+    split over devices is gathered on one. Convolutions are in
     channels-last if the model then runs and returns the same. Gates on the copy know where modules hold examples.
 
     Args:
@@ -41,6 +43,7 @@ def device_copy(model: nn.Module, device: torch.device, examples: Examples | Non
     if any(held.device != device for held in (*copy.parameters(), *copy.buffers())):  # quantised models refuse `to`
         # the class's own `to`: one that was set on the instance, as accelerate does, is bound to the user's model
         copy = type(copy).to(copy, device)
+    _gather(copy)
     copy.eval().requires_grad_(False)
     if rounding(copy) <= torch.finfo(torch.float32).eps:  # models of lower precision round between the steps
         _fuse_activations(copy)
@@ -62,6 +65,17 @@ def _check_python(model: nn.Module) -> None:
                 f"{name} is a {type(module).__name__} of TorchScript, and gates need Python modules; give the module "
                 f"that it was scripted or traced from, with the same weights"
             )
+
+
+def _gather(copy: nn.Module) -> None:
+    """Remove the hooks by which accelerate moves data between devices, since the copy is on one."""
+    hooks = sys.modules.get("accelerate.hooks")  # models that accelerate has split have imported it
+    if hooks is None:
+        return
+    for module in copy.modules():
+        hook = getattr(module, "_hf_hook", None)
+        if isinstance(hook, hooks.AlignDevicesHook) and not hook.offload:
+            hooks.remove_hook_from_module(module)
 
 
 def has_channels_last(model: nn.Module) -> bool:
