@@ -1,4 +1,7 @@
-"""What the package does on a device, by name, and the comparison of its numbers with those of the CPU."""
+"""What the package does on a device, by name, and the comparison of its numbers with those of the CPU.
+
+Cases import what they need alone, since transformers takes seconds.
+"""
 
 import contextlib
 import io
@@ -9,15 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import dispatch_model
 
 import coar
-from coar.explorer.activations import compute
-from tests import contract, edge_oracle, tiny
-from tests.test_circuits import study_of as circuit_study
-from tests.test_circuits import texts as circuit_texts
-from tests.test_lenses import texts as lens_texts
-from tests.test_tracing import prompts
+from tests import contract
 
 CASES: dict[str, Callable[[str, Path], dict[str, np.ndarray]]] = {}
 FIELDS = ("outputs", "base_output", "gradient_kept", "gradient_ablated", "gradient_outputs")
@@ -89,6 +86,8 @@ def parameter_slices(device, folder):
 
 @case
 def texts_of_several_lengths(device, folder):
+    from tests import tiny
+
     net = tiny.classifier()
     study = coar.Study(
         model=net,
@@ -103,6 +102,8 @@ def texts_of_several_lengths(device, folder):
 
 @case
 def attention_heads_by_position(device, folder):
+    from tests import tiny
+
     net = tiny.model("vit")
     examples = coar.Examples(inputs=tiny.inputs("vit", 6), targets=torch.arange(6))
     ablation = coar.PositionMean(calibration=coar.Examples(inputs=tiny.inputs("vit", 8, 4), targets=torch.zeros(8)))
@@ -112,6 +113,9 @@ def attention_heads_by_position(device, folder):
 
 @case
 def a_language_model_reads_few_logits(device, folder):
+    from tests import edge_oracle
+    from tests.test_circuits import texts as circuit_texts
+
     model = edge_oracle.build("llama")
     study = coar.Study(
         model=model,
@@ -125,6 +129,10 @@ def a_language_model_reads_few_logits(device, folder):
 
 @case
 def a_model_that_accelerate_has_split(device, folder):
+    from accelerate import dispatch_model
+
+    from tests import tiny
+
     plain = tiny.model("gpt2")
     places = {f"body.{name}": "cpu" for name in ("wte", "wpe", "drop", "h.0", "ln_f")} | {"body.h.1": device}
     study = coar.Study(
@@ -138,6 +146,8 @@ def a_model_that_accelerate_has_split(device, folder):
 
 @case
 def edges(device, folder):
+    from tests.test_circuits import study_of as circuit_study
+
     found = {}
     for family in ("llama", "gpt2"):
         made = collected(circuit_study(family), folder / family, device)[1]
@@ -147,6 +157,8 @@ def edges(device, folder):
 
 @case
 def edges_with_other_examples(device, folder):
+    from tests.test_circuits import study_of as circuit_study
+
     return collected(circuit_study(ablation=coar.Counterfactual(pairs="pair")), folder, device)[1]
 
 
@@ -168,6 +180,9 @@ def edits(device, folder):
 
 @case
 def circuits(device, folder):
+    from tests.test_circuits import study_of as circuit_study
+    from tests.test_circuits import texts as circuit_texts
+
     study, found = circuit_study(), {}
     few = {"eap": {}, "eap_ig": {"steps": 2}, "ugs": {"steps": 1}}
     for method, settings in (few | {"gradual": {"steps": 2}}).items():
@@ -180,6 +195,9 @@ def circuits(device, folder):
 
 @case
 def traces(device, folder):
+    from tests import edge_oracle
+    from tests.test_tracing import prompts
+
     model = edge_oracle.build("gpt2")
     found = {}
     for corruption in ("optimal", "noise", "mean"):
@@ -192,6 +210,9 @@ def traces(device, folder):
 
 @case
 def lenses(device, folder):
+    from tests import edge_oracle
+    from tests.test_lenses import texts as lens_texts
+
     model, found = edge_oracle.build("llama"), {}
     for kind in ("logit", "mean", "tuned", "optimal"):
         made = coar.lens(model, lens_texts(), kind, steps=3, texts_per_step=2, device=device, progress=False)
@@ -204,6 +225,8 @@ def lenses(device, folder):
 
 @case
 def a_page(device, folder):
+    from coar.explorer.activations import compute
+
     study = pictures(coar.ZeroWeight())
     run, _ = collected(study, folder, device, gradients=0)
     made = compute(study, np.arange(4), run.facts.batch_norms)
