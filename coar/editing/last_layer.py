@@ -19,7 +19,7 @@ from coar.editing.intervals import change_interval, mean_interval, share_interva
 from coar.errors import EditError, ExamplesError, GoalError
 from coar.examples import Examples, call_model
 from coar.forward.copies import device_copy
-from coar.forward.devices import BATCH_SIZE, choose_device
+from coar.forward.devices import batch_size_on, choose_device
 from coar.model_copy import independent_copy
 from coar.outputs.base import find_logits
 
@@ -176,7 +176,7 @@ def _features(model: nn.Module, examples: Examples, device: str) -> tuple[str, n
     for name, module in copy.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda _, given, result, name=name: seen.update({name: (given[0], result)}))
-    step = BATCH_SIZE[choose_device(device).type]
+    step = batch_size_on(choose_device(device))
     parts, layer = [], None
     for start in range(0, len(examples), step):
         with torch.no_grad():
