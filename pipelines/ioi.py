@@ -110,7 +110,7 @@ def study(*, ablation: str = "counterfactual", ablated_fraction: float = 0.02, s
 
 def learning() -> coar.Examples:
     """Return the prompts that circuits are found on: more than those studied, since constants are trained on them."""
-    return examples("learning", language_models.model())
+    return examples("learning", language_model.model())
 
 
 def judge() -> coar.Examples:
