@@ -168,7 +168,7 @@ def _compared(runner: GatedRunner, block: ExampleBlock, rows: list[int], gradien
             agreed = apart  # at a jump, they lie further apart the shorter the step is
         else:
             agreed = None
-            settled = earlier is not None and _norm(effect - earlier) <= max(SETTLED * _norm(effect), noise)
+            settled = earlier is not None and _norm(effect - earlier) <= SETTLED * _norm(effect)
             if settled or _norm(effect) <= noise:  # 0 between the jumps of what autograd takes for a smooth function
                 verdict = _seen(effect, by_gradient)
         earlier = effect
