@@ -275,6 +275,19 @@ def test_maps_are_the_activations_of_plain_hooks(shown, study):
             np.testing.assert_allclose(maps[j].reshape(8, 8, 8), expected, atol=0.0021)
 
 
+def test_maps_of_large_pictures_have_the_largest_activation_of_each_part():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1, bias=False), torch.nn.Flatten(), torch.nn.Linear(512, 3))
+    net[0].weight.data = torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1)
+    inputs = coar.Examples(inputs=torch.randn(2, 1, 16, 16), targets=torch.tensor([0, 1]))
+    study = coar.Study(model=net, examples=inputs, components=coar.conv_filters(net))
+    found = compute(study, np.arange(2), {}, device="cpu").exciting
+    activations = net[0](inputs.inputs).detach().clamp(min=0).numpy().reshape(2, 2, 8, 2, 8, 2).max((3, 5))
+    for j in range(2):
+        own = activations[found.rows[j, :2], j].reshape(2, 64)
+        np.testing.assert_allclose(found.maps[j, :2], own / own.max(), rtol=1e-5)
+
+
 def test_heads_excite_by_their_norm_and_padding_does_not_count():
     net, lengths = tiny.classifier(), [9, 2, 3, 2, 3, 4, 2, 3]
     examples = tiny.sentences(lengths)

@@ -37,13 +37,14 @@ function circuitsView(panel, argument) {
   panel.append(card("Use it", command(python)));
 }
 
-/** Places of nodes: layers from below to above, the nodes of a row spread evenly. */
+/** Places of nodes: layers from below to above, the nodes of a row spread evenly; nodes alone are not on one line. */
 function placesOf(labels) {
   const rows = new Map();
   for (const label of labels) rows.set(rowOf(label), [...(rows.get(rowOf(label)) ?? []), label]);
   const ordered = [...rows].sort(([a], [b]) => a - b);
   const numeric = new Intl.Collator("en", { numeric: true }).compare;
-  return new Map(ordered.flatMap(([, own], y) => own.sort(numeric).map((label, i) => [label, [(i + 0.5) / own.length, y]])));
+  const aside = (own, y) => (own.length === 1 ? 0.05 * ((y % 3) - 1) : 0);
+  return new Map(ordered.flatMap(([, own], y) => own.sort(numeric).map((label, i) => [label, [(i + 0.5) / own.length + aside(own, y), y]])));
 }
 
 function drawingPart(circuit, c, picked) {
