@@ -25,6 +25,7 @@ DEVICE ?= cuda
 GPU_PACKAGES ?= gpu-packages
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_SIZE := $(if $(filter cpu,$(DEVICE)),--small)
+GPU_OUT := $(if $(filter cpu,$(DEVICE)),reports/gpu,benchmarks/results)
 FAST := "not slow and not gpu and not network and not ffcv and not browser and not quantised"
 FFCV_COMPILES := pkg-config --exists opencv4 libturbojpeg && command -v c++ > /dev/null
 FFCV_PACKAGES := g++ pkg-config libopencv-dev libturbojpeg0-dev
@@ -100,8 +101,8 @@ gpu-packages: $(READY) ## Collect in a folder what a GPU machine without a netwo
 	$(UV) pip install --quiet --target $(GPU_PACKAGES) --no-deps -r $(GPU_PACKAGES).txt accelerate psutil captum pytest pluggy iniconfig
 
 gpu: ## Run the tests of a GPU and benchmarks/gpu.py (DEVICE=cpu for a small trial), with this machine's own torch
-	PYTHONPATH=.:$(GPU_PACKAGES) $(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py
-	PYTHONPATH=.:$(GPU_PACKAGES) $(GPU_PYTHON) benchmarks/gpu.py --device $(DEVICE) $(GPU_SIZE)
+	$(if $(GPU_SIZE),,PYTHONPATH=.:$(GPU_PACKAGES) $(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py)
+	PYTHONPATH=.:$(GPU_PACKAGES) $(GPU_PYTHON) benchmarks/gpu.py --device $(DEVICE) $(GPU_SIZE) --out $(GPU_OUT)
 
 coverage: $(READY) ## Run the fast tests, then show the lines and branches of coar/ that they ran
 	rm -f .coverage .coverage.*
