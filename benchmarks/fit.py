@@ -6,7 +6,7 @@
 
 The outputs are generated (linear in the masks plus noise) and stored in a real run on disk, which is then fitted like
 any other. The floor is X'X and X'Y of the same size and type (float32), from memory, in the same process.
-`fit_growth.py` measures the growth of time with masks.
+`fit_growth.py` measures the growth of time with components and with masks.
 
 Lasso is compared with scikit-learn's Lasso at the penalties that ours chose, from the rows and from the Gram matrix,
 and with its path of as many penalties as ours follows. scikit-learn solves one example after another, so its times are
