@@ -39,6 +39,7 @@ suppress_warnings = [
 ]  # links to files outside of docs; the generated table of models
 default_role = "code"  # of single backticks in docstrings
 nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / "docs/_build/.jupyter_cache")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_execution_excludepatterns = ABSENT
