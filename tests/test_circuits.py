@@ -211,6 +211,20 @@ def test_the_score_eap_is_the_mean_gradient_of_the_output(tmp_path) -> None:
         coar.circuit_scores(study, "best", device="cpu")
 
 
+@pytest.mark.parametrize(("method", "settings"), [("eap", {}), ("eap_ig", {"steps": 2}), ("random_masks", {})])
+def test_gradients_of_the_first_examples(method: str, settings: dict) -> None:
+    """`most` gives what an evaluator of these examples alone gives."""
+    evaluator = shared().evaluator
+    few = evaluator.on(evaluator.study.examples.subset(range(3)))
+    expected = coar.circuit_scores(few.study, method, evaluator=few, progress=False, **settings)
+    found, every = (
+        coar.circuit_scores(evaluator.study, method, evaluator=evaluator, progress=False, most=most, **settings)
+        for most in (3, None)
+    )
+    np.testing.assert_allclose(found.values, expected.values, atol=1e-6)
+    assert not np.allclose(found.values, every.values)
+
+
 def test_paths_of_gradients_end_at_the_full_model() -> None:
     """One step is the gradient at the full model; with more, only edges of the embedding move along the inputs."""
     scores = shared()
