@@ -116,6 +116,11 @@ def of_kind(*verdicts, detail="0"):
     return {"cells": [{"column": column, "verdict": given, "detail": detail} for column, given in columns]}
 
 
+def test_a_reason_names_no_folder():
+    words = "EditError: nothing was written to /{}/model, since it would differ"
+    assert results.reason(words.format("a")) == results.reason(words.format("b")) == words.replace("/{}/model", "...")
+
+
 def test_the_page_counts_cells_and_numbers_reasons():
     why = "ComponentError: cannot determine the heads of 'a.0': it is 12 wide; exclude it"
     same = why.replace("a.0", "b.1").replace("12", "7")

@@ -66,10 +66,15 @@ def lines_of(results: Mapping[Key, Mapping[str, Any]]) -> list[Line]:
 
 def reason(detail: str) -> str:
     """Return a refusal without the names and numbers of one model, so that equal reasons become one."""
-    words = re.sub(r"(?<!\w)'[^']*'", "'...'", detail.partition("\n")[0])
+    words = re.sub(r"(?<!\w)'[^']*'", "'...'", without_folders(detail.partition("\n")[0]))
     words = re.sub(r"\{[^}]*\}|\([^)]*\)|\[[^]]*\]", "(...)", words)
     words = re.sub(r"\b[\w.]+, [\w.]+(, [\w.]+)*;", "...;", words)
     return re.sub(r"\d[\d.e+-]*", "n", words)
+
+
+def without_folders(detail: str) -> str:
+    """Return a message without the folders of one machine."""
+    return re.sub(r"(?<= )/[^\s,;]+", "...", detail)
 
 
 def share(lines: Iterable[Line]) -> str:
@@ -161,6 +166,7 @@ def write_table(order: Iterable[Key]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["library", "model", "component", *COLUMNS, "details of refusals and faults"])
         for line in lines_of(results):
-            told = {line.details[c]: None for c in COLUMNS if line.verdicts[c] in ("refused", *FAULTS)}
+            own = [line.details[c] for c in COLUMNS if line.verdicts[c] in ("refused", *FAULTS)]
+            told = dict.fromkeys(map(without_folders, own))
             writer.writerow([*line.key, line.kind, *(line.verdicts[c] for c in COLUMNS), "; ".join(told)[:400]])
     print(share(lines_of(results)))

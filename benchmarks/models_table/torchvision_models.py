@@ -37,7 +37,7 @@ class Raw(nn.Module):
             found = list(body.head(list(features.values())).values())
         else:
             objectness, deltas = body.rpn.head(list(features.values()))
-            boxes, sizes = [BOXES] * len(x), [tuple(x.shape[2:])] * len(x)
+            boxes, sizes = [BOXES.to(x.dtype)] * len(x), [tuple(x.shape[2:])] * len(x)
             roi = body.roi_heads
             found = [*objectness, *deltas, *roi.box_predictor(roi.box_head(roi.box_roi_pool(features, boxes, sizes)))]
             for part in ("mask", "keypoint"):
