@@ -57,7 +57,8 @@ def rank_one(model: nn.Module, layer: int, moment: Tensor, fact: coar.Examples) 
     down = edited.get_submodule(f"model.layers.{layer}.mlp.down_proj")
     inputs, targets = fact.block(0, 1)
     real = inputs["attention_mask"][0].bool()
-    ids, at, answer = inputs["input_ids"][:, real], int(fact.positions["subject_last"][0]), int(targets[0, -1])
+    ids, answer = inputs["input_ids"][:, real], int(targets[0, -1])
+    at = int(fact.positions["subject_last"][0]) - int((~real).sum())  # positions count the padding
     seen: dict[str, Tensor] = {}
     change = torch.zeros(down.out_features, requires_grad=True)
 

@@ -65,6 +65,16 @@ def test_prediction_is_a_sum_of_weights_with_an_interval(found):
     np.testing.assert_allclose(predicted.worst.mean, min(by_class.values()), rtol=1e-6)
 
 
+def test_without_standard_errors_there_is_no_interval(tmp_path):
+    run = make(tmp_path / "r.zarr", linear(weights(N), 0.7, 0.3), metadata={"label": LABELS})
+    sparse = fit(run, method="lasso")
+    predicted = coar.predict_edit(sparse, coar.edit(sparse, goal(), budget=3))
+    assert math.isnan(predicted.targets.low)
+    assert math.isnan(predicted.targets.high)
+    assert "no interval" in str(predicted.worst)
+    assert not math.isnan(predicted.worst.mean)
+
+
 def test_interval_covers_what_noisy_masks_make_of_a_linear_truth(tmp_path):
     """Of forty runs with outputs linear in the masks, at most a few have the true change outside."""
     truth = weights(N)

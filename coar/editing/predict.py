@@ -22,7 +22,7 @@ class Change:
 
     Attributes:
         mean: The predicted change.
-        low: Lower end of the interval.
+        low: Lower end of the interval; NaN where the fit has no standard errors.
         high: Its upper end.
     """
 
@@ -31,6 +31,8 @@ class Change:
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.mean:+.3f} (no interval, since the fit has no standard errors)"
         return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
 
 
@@ -57,8 +59,8 @@ def predict_edit(attributions: Attributions, edit: Edit, *, goal: EditGoal | Non
     The prediction is a sum of weights, so it ignores interactions between components. Its interval covers the errors of
     the fitted weights, taken as fully correlated between examples and independent between components; and, where the
     fit states it, the scatter of outputs under random masks about the linear prediction, scaled to the number of
-    ablated components. Attributions describe what the run's constants do, so an edit with constants trained for its
-    goal is not predicted.
+    ablated components. A fit without standard errors gives no interval. Attributions describe what the run's constants
+    do, so an edit with constants trained for its goal is not predicted.
 
     Args:
         attributions: The attributions that the edit was chosen by.
@@ -153,6 +155,8 @@ def _promising(gain: np.ndarray, loss: np.ndarray, order: np.ndarray, budget: in
 def _change(attributions: Attributions, rows: np.ndarray, chosen: np.ndarray) -> Change:
     """Return the predicted change of these examples' mean output when components are ablated."""
     mean = -float(attribution_moments(attributions, rows)[0][chosen].sum())
+    if not attributions.has_standard_errors:
+        return Change(mean, math.nan, math.nan)
     error = mean_standard_errors(attributions, rows)[chosen]
     spread = WITHIN * math.sqrt(float((error**2).sum()) + _scatter(attributions, error, len(chosen)))
     return Change(mean, mean - spread, mean + spread)
