@@ -187,5 +187,9 @@ def test_what_cannot_be_had_is_refused(model, editor):
         editor.edit(goal, probability=1.5)
     with pytest.raises(GoalError, match="already"):
         editor.edit(goal, probability=0.9999999)
+    with pytest.raises(GoalError, match="there are 1 references"):
+        editor.edit(coar.EditGoal(targets=[5], references=[6], direction="decrease"))
+    with pytest.raises(GoalError, match="there are 1 texts"):
+        coar.FactEditor(studied(model), texts(slice(1)), progress=False).edit(goal)
     with pytest.raises(EditError, match="no constant for each channel"):
         coar.FactEditor(studied(model, ablation=coar.Resample()), texts(), progress=False)

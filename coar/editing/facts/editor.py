@@ -40,6 +40,7 @@ FACTS_CORRECTED, TEXTS_CORRECTED = 32, 16  # whose gradients are computed anew i
 CERTAIN = 0.05  # least slope of a probability by its log-odds that references count with
 SPARE = 0.6  # share of the bound that ends the rounds
 SMALLEST = 1e-3  # strength; smaller ones are set to zero
+ENOUGH = 2  # references, and texts
 REQUIRED = {"decrease": 0.02, "increase": 0.5}  # probability of the answers
 
 
@@ -167,7 +168,8 @@ class FactEditor:
         """Edit the targets of a goal: `decrease` makes the model lose their answers, `increase` makes it find them.
 
         Args:
-            goal: Targets and references, as positions or conditions over the study's examples.
+            goal: Targets and references, as positions or conditions over the study's examples. Its groups, pairs and
+                clusters are not used.
             probability: The most that an answer may keep, by default 0.02, or the least that it must reach, 0.5.
             bound: The bound on harm.
             judge: Other facts, on which the harm is judged.
@@ -180,6 +182,7 @@ class FactEditor:
         """
         bound, passes = bound or FactBound(), self.passes
         targets, references = (torch.from_numpy(rows) for rows in goal.resolve(columns(self._study.examples)))
+        self._check_enough(references)
         required = self._required(goal, targets, probability)
         rows, best = [], None
         for strengths, reached, losses in self._rounds(goal, targets, references, required, bound):
@@ -188,7 +191,7 @@ class FactEditor:
             rows.append({"components": count, "probability": reached, "facts": facts, "perplexity": perplexity})
             if best is None or losses.used < best[1].used:
                 best = strengths, losses
-        if best is None or best[1].used > 1:
+        if best is None or not best[1].used <= 1:  # NaN is not within the bound
             raise self._beyond(bound, rows)
         made = self._made(goal, best[0])
         import pandas as pd
@@ -208,6 +211,15 @@ class FactEditor:
                 outputs, gradients = (torch.cat(part) for part in zip(*parts, strict=True))
                 found.append((outputs, gradients))
         return found[0], found[1]
+
+    def _check_enough(self, references: Tensor) -> None:
+        """Raise `GoalError` unless losses of facts and of texts have a standard error."""
+        for count, what in ((len(references), "references"), (len(self._prose), "texts")):
+            if count < ENOUGH:
+                raise GoalError(
+                    f"there are {count} {what}, and the bound needs the standard error of what {what} lose; give at "
+                    f"least {ENOUGH}"
+                )
 
     def _required(self, goal: EditGoal, targets: Tensor, probability: float | None) -> float:
         """Return the log-odds that the targets must reach."""
