@@ -55,10 +55,8 @@ def page_of(content: dict[str, Any]) -> str:
     Its content security policy allows the scripts in it by their hashes, and no network; a page that is served may send
     requests to its own server.
     """
-    from plotly.offline import get_plotlyjs
-
-    # plotly.js is kept as text and started when the first chart is drawn, so that the page shows before that
-    charts = get_plotlyjs().replace("</script", "<\\/script")
+    # plotly.js is kept as text and started after the first view is there, so that the page shows before that
+    charts = _asset("plotly-cartesian.min.js").replace("</script", "<\\/script")
     script = "\n".join(_asset(f"{name}.js") for name in (*BASE, *VIEWS, "main"))
     parts = {
         "POLICY": _policy([script, charts], live="live" in content),

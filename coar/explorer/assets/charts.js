@@ -1,4 +1,4 @@
-// Charts, drawn by plotly.js. Its code is in the page as text and starts with the first chart.
+// Charts, drawn by plotly.js. Its code is in the page as text and starts after the first view is painted.
 
 const DRAWING = { displayModeBar: false, responsive: true };
 

@@ -80,4 +80,4 @@ makeSwitch();
 window.addEventListener("hashchange", show);
 show();
 document.documentElement.dataset.ready = "true";
-setTimeout(plotly, 1000); // start the charts' code before it is needed, but not in the way of the first click
+requestAnimationFrame(() => setTimeout(plotly)); // start the charts' code once the first view is painted
