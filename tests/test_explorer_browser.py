@@ -175,14 +175,33 @@ def test_served_what_if_measures_judges_and_saves(browser, place, attributions, 
     page.said.clear()  # the browser reports the refused request
     page.page.get_by_label("Name", exact=True).fill("first-layer")
     page.page.get_by_role("button", name="Save as an edit").click()
-    page.page.wait_for_selector("text=Make the page again")
-    assert len(coar.Edit.load(tmp_path / "first-layer/edit.json")) == 16
+    page.page.get_by_role("link", name="Edits", exact=True).click()
+    check_saved_edit(page, source, tmp_path / "first-layer/edit.json")
+    page.page.reload()
+    page.page.wait_for_selector("main[data-view=edits]")
+    check_saved_edit(page, source, tmp_path / "first-layer/edit.json")
+    page.open("whatif")
+    assert page.page.get_by_label("An edit").locator("option").all_inner_texts() == ["choose", "first-layer"]
     assert {url.rpartition("/")[0] + "/" for url in page.asked if not url.startswith("data:")} == {server.url}
     page.asked.clear()
     page.close()
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+def check_saved_edit(page, source, file):
+    """The view of edits shows an edit with its margins on the judging examples."""
+    edit, judge = coar.Edit.load(file), source.judge()
+    assert page.page.get_by_label("Task").locator("option").all_inner_texts() == [file.parent.name]
+    assert len(page.rows("Components of the edit")) == len(edit) == 16
+    points = page.traces("Margins before and after the edit")
+    with torch.no_grad():
+        logits = edit.apply(source.study.model)(judge.inputs)
+    right = judge.targets[:, None]
+    margins = logits.gather(1, right)[:, 0] - logits.scatter(1, right, -torch.inf).amax(1)
+    np.testing.assert_allclose(np.sort(np.concatenate([one["y"] for one in points])), margins.sort()[0], atol=1e-3)
+    assert str(file) in page.page.locator(".command code").first.inner_text()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 import coar
 from coar.errors import RunError, SettingsError
+from coar.explorer.content import gather
 from coar.explorer.server import LARGEST, serve_page
 from coar.explorer.source import Source
 from coar.pipeline import load_pipeline
@@ -130,6 +132,24 @@ def test_a_saved_edit_loads_applies_and_is_undone(served, source, place, reports
     assert coar.Edit.load(reports / "mine/edit.json") == edit
 
 
+def test_a_saved_edit_is_on_the_page_as_the_next_page_has_it(place, source, tmp_path):
+    run = coar.Run.open(place / "tiny.zarr")
+    server = serve_page(run, tmp_path, source, device="cpu")
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    status, _, answer = ask(server, "save", {"components": ABLATED, "name": "by-hand"})
+    task = json.loads(answer)["task"]
+    served = content(ask(server, "", method="GET", body=b"")[2].decode())
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    assert status == 200
+    assert served["edits"]["tasks"] == [task]
+    later = gather(run, tmp_path, source=source)["edits"]
+    assert task.pop("judge") == later["judge"]
+    assert [task] == later["tasks"]
+
+
 REFUSED = {
     "wrong token": ({"token": "x" * 32}, 403, "wrong token"),
     "another origin": ({"Origin": "http://evil.example"}, 403, "another origin"),
@@ -204,11 +224,15 @@ def test_a_pipeline_without_judging_examples_measures_and_does_not_judge(place, 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
-def test_the_command_prints_the_address_and_stops_with_an_interrupt(place, tmp_path):
+@pytest.mark.parametrize("browser", [True, False], ids=["with a browser", "without one"])
+def test_the_command_prints_the_address_and_stops_with_an_interrupt(place, tmp_path, browser):
+    """Where no browser is found it says how to reach the page from another machine."""
     shutil.copytree(place / "tiny.zarr", tmp_path / "tiny.zarr")
     words = ["explore", str(tmp_path / "tiny.zarr"), "--pipeline", str(place / "tiny.py"), "--device", "cpu"]
     command = [sys.executable, "-u", "-c", "from coar.cli import main; main()", *words, "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    bare = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")}
+    environment = bare | ({"BROWSER": "firefox"} if browser else {"PATH": ""})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         port, token = process.stdout.readline().split("127.0.0.1:")[1].split("/")[:2]
         connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=20)
@@ -222,3 +246,4 @@ def test_the_command_prints_the_address_and_stops_with_an_interrupt(place, tmp_p
         process.wait()
     assert process.returncode == 0
     assert "stopped" in rest
+    assert (f"ssh -L {port}:127.0.0.1:{port} " in rest) == ("'coar report' writes the page" in rest) == (not browser)

@@ -100,7 +100,16 @@ def test_python_refuses_it_in_words_and_changes_nothing(old, tmp_path, call):
 
 @pytest.mark.parametrize(
     "command",
-    [["fit"], ["evaluate"], ["info"], ["verify"], ["verify", "--repair"], ["report"], ["merge", "--into", "new.zarr"]],
+    [
+        ["fit"],
+        ["evaluate"],
+        ["info"],
+        ["verify"],
+        ["verify", "--repair"],
+        ["report"],
+        ["explore", "--pipeline", "any.py"],
+        ["merge", "--into", "new.zarr"],
+    ],
     ids=" ".join,
 )
 def test_commands_refuse_it_in_words_and_change_nothing(old, tmp_path, monkeypatch, command):

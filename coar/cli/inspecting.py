@@ -1,5 +1,7 @@
 """The commands report, explore, info, verify, copy and merge."""
 
+import socket
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -63,12 +65,24 @@ def explore(
     source = load_pipeline(pipeline).source(opened)
     server = serve_page(opened, out or reports(run), source, fit=fit_name, host=host, port=port, device=device)
     typer.echo(f"open {server.url} in a browser; stop with Ctrl-C")
+    if not _has_browser():
+        tunnel = f"ssh -L {server.server_port}:{host}:{server.server_port} {socket.gethostname()}"
+        typer.echo(f"no browser was found here: after '{tunnel}' on another machine the address works there, too")
+        typer.echo("'coar report' writes the page as a file to take elsewhere, without the model behind it")
     try:
         server.serve_forever()
     except KeyboardInterrupt:
         typer.echo("stopped")
     finally:
         server.server_close()
+
+
+def _has_browser() -> bool:
+    try:
+        webbrowser.get()
+    except webbrowser.Error:
+        return False
+    return True
 
 
 @app.command(epilog="Example: coar info runs/digits-mean.zarr --watch 10")

@@ -24,7 +24,7 @@ PICTURES = 24  # of the judging examples that an edit moves to either side of 0,
 
 
 def edits_of(
-    folder: Path, names: list[str], attributions: Attributions | None, source: Source | None
+    folder: Path, names: list[str], attributions: Attributions | None, source: Source | None, *, only: str = "*"
 ) -> dict[str, Any]:
     """Return every edit in the folders below a reports folder, as the page reads it.
 
@@ -36,12 +36,14 @@ def edits_of(
         names: Names of the components on the page.
         attributions: The attributions on the page, whose constants edits are compared with; None without a fit.
         source: The pipeline; None without one.
+        only: Name of the folder to read; by default all.
 
     Raises:
         EditError: When a file is not an edit.
     """
     tasks = []
-    for place in sorted({file.parent for name in ("edit*.json", "table.csv") for file in folder.glob(f"*/{name}")}):
+    found = [file for name in ("edit*.json", "table.csv") for file in folder.glob(f"{only}/{name}")]
+    for place in sorted({file.parent for file in found}):
         files = sorted(place.glob("edit*.json"), key=lambda file: [int(n) for n in re.findall(r"\d+", file.stem)])
         made: dict[str, Any] = {"name": place.name, "all": len(files)}
         for name in ("table", "curve"):

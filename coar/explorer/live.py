@@ -14,6 +14,7 @@ from coar.editing.edit import Edit, edit_of
 from coar.editing.evaluate import columns
 from coar.editing.judge import margins
 from coar.errors import EditError, SettingsError
+from coar.explorer.edits import edits_of
 from coar.explorer.packing import floats, plain, table
 from coar.explorer.part import Part
 from coar.explorer.source import Source
@@ -111,6 +112,9 @@ class LiveModel:
     def save(self, components: list[int], name: str) -> dict[str, Any]:
         """Save an edit by hand, and the edited weights, into a new folder of the reports folder.
 
+        Returns:
+            The `files`, and the `task` that the page shows under its edits, with judging examples of its own.
+
         Raises:
             SettingsError: When a number is not one of a component on the page, or the name is not a simple one.
             EditError: When no edit can ablate one of the components, or there is a folder of that name.
@@ -124,7 +128,10 @@ class LiveModel:
         model = self._source.study.model
         with self._lock:
             files = write_edit(self._edit(components).keep(model), model, place, self._source.study.examples)
-        return {"files": [str(file) for file in files]}
+            names = [self._attributions.components[int(row)].name for row in self._part.components]
+            made = edits_of(self._folder, names, self._attributions, self._source, only=name)
+        (task,) = made["tasks"]
+        return {"files": [str(file) for file in files], "task": task | {"judge": made["judge"]}}
 
     def _rows(self, components: list[int]) -> np.ndarray:
         count = len(self._part.components)

@@ -63,17 +63,19 @@ def serve_page(
     attributions = Attributions.open(run, name)
     live = LiveModel(run, source, attributions, part_of(attributions), folder, device=device)
     content = gather(run, folder, fit=name, source=source)
-    return PageServer(page_of({**content, "live": True}), live, host=host, port=port)
+    return PageServer({**content, "live": True}, live, host=host, port=port)
 
 
 class PageServer(ThreadingHTTPServer):
     """Serves one page under an address that holds a random token, and answers its requests.
 
+    An edit that is saved is on the page that is sent from then on.
+
     Every request must name this server as its host, and a request that computes or writes must come from the page's own
     origin: another site that is open in the browser can do neither.
 
     Args:
-        page: The page.
+        content: What the page shows.
         live: The model behind it.
         host: The address to listen on; another machine can reach the page only with an address other than the default.
         port: The port; 0 for any free one.
@@ -89,8 +91,9 @@ class PageServer(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, page: str, live: LiveModel, *, host: str = "127.0.0.1", port: int = 0) -> None:
-        self.page, self.live = page.encode(), live
+    def __init__(self, content: dict[str, Any], live: LiveModel, *, host: str = "127.0.0.1", port: int = 0) -> None:
+        self.page, self.live = page_of(content).encode(), live
+        self._content = content
         self.token = secrets.token_urlsafe(24)
         self._free = threading.BoundedSemaphore(CONNECTIONS)
         try:
@@ -101,6 +104,13 @@ class PageServer(ThreadingHTTPServer):
             raise SettingsError(f"port {port} of {host} {reason}; choose another port, or 0 for any free one") from None
         self.hosts = {f"{name}:{self.server_port}" for name in LOOPBACK} if host in LOOPBACK else None
         self.url = f"http://{host}:{self.server_port}/{self.token}/"
+
+    def save(self, components: list[int], name: str) -> dict[str, Any]:
+        """Save an edit by hand, see `LiveModel.save`, and put it on the page."""
+        saved = self.live.save(components, name)
+        self._content["edits"]["tasks"].append(saved["task"])
+        self.page = page_of(self._content).encode()
+        return saved
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer in a thread, or close the connection when there are too many."""
@@ -170,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         answers: dict[str, Callable[..., dict[str, Any]]] = {
             "measure": self.server.live.measure,
             "judge": self.server.live.judge,
-            "save": self.server.live.save,
+            "save": self.server.save,
         }
         if path not in answers:
             raise _RefusedError(HTTPStatus.NOT_FOUND, "there is no such request")

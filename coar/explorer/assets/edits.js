@@ -15,13 +15,13 @@ function editsView(panel, argument) {
     choice("Task", tasks.map((one, n) => [n, one.name]), t, (value) => go(`edits/${value}/0`)),
     task.edits.length > 1 ? choice("Edit", task.edits.map((one, n) => [n, `${n}: ${plural(one.names.length, "component")}`]), e, (value) => go(`edits/${t}/${value}`)) : null));
   if (task.all > task.edits.length) panel.append(missing(`The page has the first ${task.edits.length} of ${task.all} edits.`));
-  const { judge } = content.edits;
+  const judge = judgeOf(task);
   if (judge && judge.of > judge.before.shape[0]) panel.append(missing(`Charts show ${judge.before.shape[0].toLocaleString("en")} of ${judge.of.toLocaleString("en")} judging examples, evenly spaced; the table is over all.`));
   if (task.table) panel.append(card(`Judged: ${task.name}`, plainTable(task.table, `Table of ${task.name}`)));
   const edit = task.edits[e];
-  panel.append(make("div", { class: "pair" }, ...(task.curve ? [curvePart(task)] : []), ...(edit?.after ? [effectOfEdit(edit)] : [])));
+  panel.append(make("div", { class: "pair" }, ...(task.curve ? [curvePart(task)] : []), ...(edit?.after ? [effectOfEdit(edit, judge)] : [])));
   if (!edit) return;
-  if (edit.after) panel.append(harmedPart(edit));
+  if (edit.after) panel.append(harmedPart(edit, judge));
   else if (edit.refused) panel.append(missing(`There are no margins of single examples: ${edit.refused}.`));
   else panel.append(missing("Margins of single examples need the model: make the page with --pipeline, of a pipeline with judging examples."));
   panel.append(contentsPart(edit), commandsPart(edit));
@@ -54,33 +54,38 @@ function ownTargets(edit) {
   return make("div", {}, make("h3", {}, "Its own targets"), make("ul", {}, words));
 }
 
-function judgeName(row) {
-  const { metadata: columns } = content.edits.judge;
+/** The judging examples of a task: an edit that was saved on this page has its own. */
+function judgeOf(task) {
+  return task.judge ?? content.edits.judge;
+}
+
+function judgeName(judge, row) {
+  const { metadata: columns } = judge;
   return `${columns.id ? `id ${columns.id[row]}` : `example ${row}`}${columns.label ? `, label ${columns.label[row]}` : ""}`;
 }
 
-function effectOfEdit(edit) {
-  const before = Array.from(numbers(content.edits.judge.before));
+function effectOfEdit(edit, judge) {
+  const before = Array.from(numbers(judge.before));
   const after = Array.from(numbers(edit.after));
-  return card("Every judging example", scatterOf("Margins before and after the edit", before, after, judgeName,
+  return card("Every judging example", scatterOf("Margins before and after the edit", before, after, (row) => judgeName(judge, row),
     "Measured margins against the runner-up; above 0 the model is right.", ["margin before", "margin after"]), ownTargets(edit));
 }
 
-function harmedPart(edit) {
-  const before = numbers(content.edits.judge.before);
+function harmedPart(edit, judge) {
+  const before = numbers(judge.before);
   const after = numbers(edit.after);
   const targets = new Set(edit.targets);
   const rows = Array.from(before, (_, i) => i);
   const harmed = rows.filter((i) => before[i] > 0 && after[i] <= 0 && !targets.has(i)).sort((a, b) => after[a] - after[b]);
   const mended = rows.filter((i) => before[i] <= 0 && after[i] > 0 && !targets.has(i));
   const wrongTargets = edit.targets.filter((i) => after[i] <= 0).length;
-  const { shown: kept, sheet, words } = content.edits.judge;
+  const { shown: kept, sheet, words } = judge;
   const face = (i) => {
     const at = kept.indexOf(i);
     if (at < 0) return null;
     return sheet ? picture(sheet, at, 80) : words ? tokens(words[at], { limit: 30 }) : null;
   };
-  const one = (i) => make("li", {}, make("div", { class: "like" }, face(i), judgeName(i), make("br"), make("span", { class: "muted" }, `${shown(before[i], 2)} to ${shown(after[i], 2)}`)));
+  const one = (i) => make("li", {}, make("div", { class: "like" }, face(i), judgeName(judge, i), make("br"), make("span", { class: "muted" }, `${shown(before[i], 2)} to ${shown(after[i], 2)}`)));
   const list = (title, found) => [make("h3", {}, `${title}: ${found.length}`),
     found.length ? make("ul", { class: `gallery${sheet ? "" : " words"}`, "aria-label": title }, found.slice(0, 24).map(one)) : make("p", { class: "muted" }, "none")];
   return card("Who is harmed", edit.targets.length ? make("p", {}, `${wrongTargets} of ${plural(edit.targets.length, "target")} are wrong after the edit.`) : null,

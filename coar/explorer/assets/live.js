@@ -32,7 +32,10 @@ function measuredPart(chosen, change) {
   const [measure, measured] = asking("Measure with the model", true, () => ask("measure", { components: chosen }), (answer) => measuredResult(predicted, numbers(answer.output)));
   const [judge, judged] = asking("Judge on other examples", false, () => ask("judge", { components: chosen }), (answer) => plainTable(answer.table, "Judged by the model"));
   const name = make("input", { type: "text", maxlength: 40, value: "by-hand", autocomplete: "off" });
-  const [save, saved] = asking("Save as an edit", false, () => ask("save", { components: chosen, name: name.value }), (answer) => make("p", { class: "note" }, `Wrote ${answer.files.join(", ")}. Make the page again to see it under Edits.`));
+  const [save, saved] = asking("Save as an edit", false, () => ask("save", { components: chosen, name: name.value }), (answer) => {
+    const t = content.edits.tasks.push(answer.task) - 1;
+    return make("p", { class: "note" }, `Wrote ${answer.files.join(", ")}. It is under `, make("a", { href: `#edits/${t}/0` }, "Edits"), ".");
+  });
   return card("Measured by the model", make("div", { class: "tools" }, measure, judge, field("Name", name), save), measured, judged, saved);
 }
 
