@@ -1,6 +1,8 @@
 """Attributions to compare with, stored as fits: leave-one-out, the mask gradient, and those of any other method."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -8,19 +10,27 @@ from numpy.typing import ArrayLike
 from coar.attributions import Attributions
 from coar.collection.preparation import ensure_gradients, fast_runner
 from coar.errors import AblationError, IncompleteRunError, SettingsError
+from coar.evaluation import evaluate
 from coar.forward.batches import ExampleBlock
 from coar.forward.copies import device_copy
 from coar.forward.devices import choose_device
 from coar.forward.malloc import memory_kept
 from coar.forward.runner import FastRunner
 from coar.progress import progress_bar
-from coar.store.fits import FitWriter, blocks_of, check_name, chunk_rows, fit_record
+from coar.store.fits import FitWriter, blocks_of, check_name, chunk_rows, finished_fits, fit_record
 from coar.store.records import FitRecord
 from coar.store.run import Run
 from coar.study import Study
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
 ADDED = "added"  # the method of fits that `add_fit` stores
 MASKS = 64  # single-component masks per call of the worker
+DOUBTFUL = 0.5  # share of the best fit's held-out correlation below which the order of an added array is doubted
+UNRELATED = 0.1  # held-out correlation below which it is doubted where the run has no other fit
 
 
 def leave_one_out(
@@ -92,18 +102,31 @@ def add_fit(run: Run, name: str, weight: ArrayLike, intercept: ArrayLike | None 
     The prediction for a mask is the intercept plus the sum of the weights of the kept components. `load` never chooses
     an added fit by itself. A fit of the same name is replaced if it was added too.
 
+    A plain array does not say in which order its rows and columns are. So a warning is logged if it predicts the
+    outputs under the run's test masks with less than half of the mean correlation of the best other fit (without one,
+    with less than 0.1): the order is wrong, or the method is. Without test masks nothing is checked.
+
     Args:
         run: The run to write the attributions into.
         name: Name of the fit.
-        weight: (examples, components) numbers, in the order of the run's examples and components.
-        intercept: (examples,) predictions with every component ablated. By default, the numbers for which the mean
-            prediction on the run's training masks is the mean output.
+        weight: (examples, components) numbers, in the order of the run's examples and components. A DataFrame with the
+            names of components as columns and ids of examples as index, such as `Attributions.to_pandas` returns, is
+            brought into this order.
+        intercept: (examples,) predictions with every component ablated; a Series with ids is brought into order. By
+            default, the numbers for which the mean prediction on the run's training masks is the mean output.
 
     Raises:
-        SettingsError: When the name belongs to a fit that was not added, or an array has another shape or a number that
-            is not finite.
+        SettingsError: When the name belongs to a fit that was not added, an array has another shape or a number that
+            is not finite, or labels are not those of the run.
         IncompleteRunError: When no intercept is given, and the run has no training masks or misses units.
     """
+    added = store_added(run, name, _ordered("weight", weight, run), _ordered("intercept", intercept, run))
+    _doubt_order(run, name)
+    return added
+
+
+def store_added(run: Run, name: str, weight: ArrayLike, intercept: ArrayLike | None) -> Attributions:
+    """Store arrays in the order of the run as a fit, see `add_fit`."""
     known = fit_record(run, check_name(name))
     if known is not None and known.method != ADDED:
         raise SettingsError(f"{run.path} has a fit {name!r} by {known.method}; choose another name")
@@ -119,6 +142,58 @@ def add_fit(run: Run, name: str, weight: ArrayLike, intercept: ArrayLike | None 
             writer.write(examples, weight=weights[examples], intercept=intercepts[examples])
         writer.finish()
     return Attributions.open(run, name)
+
+
+def _ordered(name: str, given: Any, run: Run) -> Any:
+    """Return a table or column of pandas in the order of the run, by its labels; anything else as it is."""
+    import pandas as pd
+
+    if not isinstance(given, (pd.DataFrame, pd.Series)):
+        return given
+    given = given.iloc[_positions(f"the index of {name}", given.index, run.metadata["id"], "ids of the run's examples")]
+    if isinstance(given, pd.DataFrame):
+        known = run.components.names
+        given = given.iloc[
+            :, _positions(f"the header of {name}", given.columns, known, "names of the run's components")
+        ]
+    return given
+
+
+def _positions(what: str, labels: "pd.Index[Any]", known: Sequence[Any] | np.ndarray, meaning: str) -> np.ndarray:
+    """Return where each known label is; pandas' own numbers from 0 say nothing, and are taken as the run's order."""
+    import pandas as pd
+
+    if (isinstance(labels, pd.RangeIndex) and labels.name is None) or labels.tolist() == list(known):
+        return np.arange(len(labels))
+    wanted = pd.Index(known)
+    strange = labels.difference(wanted).tolist()
+    missing = wanted.difference(labels).tolist()
+    if strange or missing or not (labels.is_unique and wanted.is_unique):
+        found = f"has {strange[0]!r}" if strange else f"lacks {missing[0]!r}" if missing else "has a label twice"
+        raise SettingsError(f"{what} {found}; give the {meaning}, each once, or an array in the run's order")
+    return labels.get_indexer(wanted)
+
+
+def _doubt_order(run: Run, name: str) -> None:
+    """Warn if an added fit predicts the outputs under test masks much worse than the best other fit does."""
+    others = [other for other, record in finished_fits(run).items() if record.method != ADDED]
+    try:
+        table = evaluate(run, fits=[*others, name]).table
+    except IncompleteRunError:
+        return
+    fraction = min(table["ablated_fraction"], key=lambda one: abs(one - run.sampler.ablated_fraction))
+    scores = table[table["ablated_fraction"] == fraction].set_index("fit")["pearson"]
+    best = scores.drop(name).idxmax() if others else None
+    if scores[name] >= (UNRELATED if best is None else DOUBTFUL * scores[best]):
+        return
+    log.warning(
+        "fit %r predicts outputs under held-out masks with a mean correlation of %.2f%s: unless the method is that "
+        "poor, its rows or columns are in another order than the run's examples (metadata['id']) and components "
+        "(components.names); a DataFrame with these labels is put in order",
+        name,
+        scores[name],
+        "" if best is None else f", and {best!r} with {scores[best]:.2f}",
+    )
 
 
 def _numbers(name: str, given: ArrayLike, shape: tuple[int, ...], meaning: str) -> np.ndarray:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from coar.attributions import Attributions
-from coar.baselines import add_fit
+from coar.baselines import store_added
 from coar.errors import AblationError, ExamplesError, SettingsError, install_hint
 from coar.examples import Examples
 from coar.forward.devices import batch_size_on, choose_device
@@ -147,7 +147,7 @@ def _checked(study: Study, run: Run) -> Study:
 def _stored(run: Run, name: str, found: PeerAttributions) -> Attributions:
     """Store scores as a fit that is exact for the unablated model."""
     base = np.asarray(run.array("base_output")[:], dtype=np.float32)
-    return add_fit(run, name, found.weights, base - found.weights.sum(1))
+    return store_added(run, name, found.weights, base - found.weights.sum(1))
 
 
 def path_scores(
