@@ -91,9 +91,9 @@ test-quantised: $(READY) ## Run the tests of quantised models, in an environment
 	UV_PROJECT_ENVIRONMENT=$(QUANTISED) $(UV) sync --locked --inexact --quiet --group quantised
 	OMP_NUM_THREADS=1 $(QUANTISED)/bin/pytest -m quantised tests/test_quantised.py
 
-docs: $(READY) ## Build the documentation, with its tutorials, in docs/_build
+docs: $(READY) ## Build the documentation, with its tutorials, in docs/_build/html
 	$(UV) sync --locked --inexact --quiet --group docs
-	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W -b html docs docs/_build
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W -b html docs docs/_build/html
 
 gpu-packages: $(READY) ## Collect in a folder what a GPU machine without a network lacks besides torch
 	$(UV) export --quiet --locked --no-dev --no-hashes --no-emit-project --extra text --prune torch --prune torchvision \

@@ -1,4 +1,4 @@
-"""How Sphinx builds the documentation: `make docs`, or `sphinx-build -W -b html docs docs/_build`.
+"""How Sphinx builds the documentation: `make docs`, or `sphinx-build -W -b html docs docs/_build/html`.
 
 Pages are the Markdown files of this folder. Tutorials are notebooks in Markdown and are executed, unless
 `-D nb_execution_mode=off` is given; results are kept in docs/_build/.jupyter_cache. A tutorial whose data is not at
