@@ -444,6 +444,7 @@ def test_a_circuit_runs_as_the_oracle_says(tmp_path) -> None:
     scores = shared()
     study = scores.evaluator.study
     made = coar.circuit(scores, edges=30, constant_steps=10, progress=False)
+    assert repr(made) == f"Circuit(30 of {len(scores.components)} edges by eap, Mean ablation)"
     made.save(tmp_path / "circuit.json")
     read = coar.Circuit.load(tmp_path / "circuit.json")
     assert (read.edges, read.table, read.size, read.method) == (made.edges, "edges", len(scores.components), "eap")

@@ -48,6 +48,17 @@ def test_constants_may_come_from_another_ablation(study):
     )
 
 
+def test_the_text_of_an_edit_is_short_and_names_the_strongest(study):
+    names = study.components.names[:40]
+    edit = coar.Edit.of(study, names, device="cpu")
+    assert repr(edit) == f"Edit(40 of strength 1, Mean ablation: {names[0]}, {names[1]}, {names[2]}, ...)"
+    uneven = replace(edit, strengths=tuple(0.125 + (i == 7) / 2 for i in range(40)))
+    assert (
+        repr(uneven) == f"Edit(40 of strength 0.125 to 0.625, Mean ablation: {names[7]}, {names[0]}, {names[1]}, ...)"
+    )
+    assert repr(coar.Edit.of(study, names[:1], device="cpu")) == f"Edit(1 of strength 1, Mean ablation: {names[0]})"
+
+
 def test_wrong_names_are_refused(study):
     name = study.components.names[0]
     with pytest.raises(ComponentError, match=r"no component has the name 'conv9\[0\]'"):

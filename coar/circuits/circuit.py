@@ -83,6 +83,9 @@ class Circuit:
     def __len__(self) -> int:
         return len(self.edges)
 
+    def __repr__(self) -> str:
+        return f"Circuit({len(self)} of {self.size} {self.table} by {self.method}, {self.ablation} ablation)"
+
     def nodes(self) -> tuple[str, ...]:
         """Return the writers that write along a kept edge, in the order of their first edge."""
         return tuple(dict.fromkeys(name.partition(ARROW)[0] for name in self.edges))

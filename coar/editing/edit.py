@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 FORMAT = 3
 CHECKED = 32  # examples on which batch norms are found
 LISTED = 5  # differences of code in a message
+NAMED = 3  # components in a text of an edit
 Code = dict[str, dict[str, str]]  # a result of `model_code`
 State = Mapping[str, Tensor]
 AT, WAS = "@at", "@was"  # after a tensor's name: changed positions, and their original numbers
@@ -220,6 +221,14 @@ class Edit:
 
     def __len__(self) -> int:
         return len(self.components)
+
+    def __repr__(self) -> str:
+        order = sorted(range(len(self)), key=lambda i: -self.strengths[i])  # the most important first where equal
+        names = [self.components[i].name for i in order[:NAMED]] + ["..."] * (len(self) > NAMED)
+        ends = dict.fromkeys(f"{end(self.strengths, default=1):.3g}" for end in (min, max))
+        return (
+            f"Edit({len(self)} of strength {' to '.join(ends)}, {self.ablation} ablation: {', '.join(names) or 'none'})"
+        )
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Return an edited copy, a plain module of the same class; the one inside a compiled or parallel model.
