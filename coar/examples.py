@@ -98,7 +98,9 @@ class Examples:
             if length is None:
                 raise ExamplesError(f"{name} has no length; give one entry per example")
             if length != n:
-                raise ExamplesError(f"{name} has {length} entries but targets has {n}; give one entry per example")
+                raise ExamplesError(
+                    f"{name} has {length} entries but targets has {n}; give one entry per example{self._by_name(n)}"
+                )
         columns = {name: np.asarray(column) for name, column in self.metadata.items()}
         columns.setdefault("id", np.arange(n))
         if self.targets.ndim == 1 and not self.targets.is_floating_point():
@@ -140,6 +142,13 @@ class Examples:
         else:
             parts["inputs"] = self.inputs
         return {name: len(part) if hasattr(part, "__len__") else None for name, part in parts.items()}
+
+    def _by_name(self, n: int) -> str:
+        """Return advice where inputs is a list of the model's arguments."""
+        given: Any = self.inputs
+        if not isinstance(given, list) or any(tuple(getattr(one, "shape", ()))[:1] != (n,) for one in given):
+            return ""
+        return ", and the arguments of a model as a dict with their names, such as {'x': first, 'y': second}"
 
     def __len__(self) -> int:
         return len(self.targets)

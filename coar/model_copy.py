@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from coar.errors import WeightsError
 from coar.rebinding import rebind
@@ -38,6 +39,7 @@ def independent_copy(model: M) -> M:
         copied = deepcopy(model, dict(made))
     except Exception:  # whatever a part of a model may raise
         made |= {id(held): held for held in _held_by(model) if _is_shared(held)}
+        made |= {id(held): _of_subclass(held) for held in _held_by(model) if _is_uncopied(held)}
         try:
             copied = deepcopy(model, dict(made))
         except Exception as error:
@@ -74,6 +76,25 @@ def _is_shared(held: object) -> bool:
     except Exception:  # whatever an object may raise
         return not any(isinstance(part, Tensor | nn.Module) for part in _held_by(held))
     return False
+
+
+def _is_uncopied(held: object) -> bool:
+    """Return whether a tensor with memory of its own is of a subclass that copy.deepcopy cannot copy."""
+    if not isinstance(held, Tensor) or type(held) in (Tensor, nn.Parameter) or not held.is_leaf:
+        return False
+    try:
+        deepcopy(held)
+    except Exception:  # whatever a subclass may raise
+        return not is_traceable_wrapper_subclass(held)
+    return False
+
+
+def _of_subclass(held: Tensor) -> Tensor:
+    """Return a copy of such a tensor: its numbers, its class, and its attributes."""
+    with torch._C.DisableTorchFunctionSubclass():
+        copied = held.detach().clone().as_subclass(type(held)).requires_grad_(held.requires_grad)
+    copied.__dict__.update(deepcopy(vars(held)))
+    return copied
 
 
 def _not_copied(model: nn.Module, made: dict[int, Any], error: Exception) -> WeightsError:

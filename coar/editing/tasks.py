@@ -1,5 +1,6 @@
 """Ready tasks: a goal with the options that suit it, chosen on some examples and judged on others."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from coar.examples import Examples
 from coar.forward.execution_plan import Precision
 from coar.outputs.base import Output
 from coar.progress import progress_bar
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,7 +96,8 @@ class _Setup:
         )
 
     def judging(self, attributions: Attributions, model: nn.Module, studied: Examples, judge: Examples) -> Judging:
-        """Return what a result is judged on."""
+        """Return what a result is judged on, and warn of examples that were seen before."""
+        _warn_of_seen(judge, [studied, *([self.choosing] if self.choosing is not None else [])])
         return Judging(attributions, model, studied, self.choosing, judge, self.output, self.device)
 
     def margins(self, model: nn.Module, examples: Examples) -> np.ndarray:
@@ -129,6 +133,19 @@ def preset(task: str, options: dict[str, Any]) -> SelectionOptions:
 def _set(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _warn_of_seen(judge: Examples, before: list[Examples]) -> None:
+    """Warn when examples to judge on are studied or choosing examples too."""
+    seen = {digest for examples in before for digest in examples.input_hashes()}
+    count = sum(digest in seen for digest in judge.input_hashes())
+    if count:
+        log.warning(
+            "%d of %d examples to judge on were studied, or used to choose, too, so the judgement is too favourable; "
+            "give other examples",
+            count,
+            len(judge),
+        )
 
 
 def reach_goal(

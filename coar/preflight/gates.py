@@ -1,5 +1,6 @@
 """Checks of gates: gating by weights and by outputs agree for every site, and what is gated is what the model reads."""
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -16,11 +17,12 @@ from coar.examples import Examples
 from coar.forward.runner import FastRunner, ReferenceRunner
 from coar.outputs.base import Output
 
+log = logging.getLogger(__name__)
 Parts = tuple[nn.Module, Components, Tensor, Output]
 ALLOWED = 1e-3  # difference of two ways to ablate, relative to what the ablation changes
 NOISE = 3e-4  # the same, relative to the largest output
 LAYERS = ("torch.nn.modules.conv", "torch.nn.modules.linear")  # which return one tensor
-SITES = 8  # sites with several returned tensors that are tried
+SITES = 8  # sites whose returned tensors are tried, those with several first
 
 
 def compare_with_reference(
@@ -128,7 +130,7 @@ def _disagreement(
 def unread_outputs(model: nn.Module, components: Components, run: Callable[[nn.Module], np.ndarray]) -> str:
     """Return in words which module's first returned tensor the model does not read, though it reads others; or "".
 
-    Gates change the first tensor that a module returns.
+    Gates change the first tensor that a module returns. A module of which no tensor is read is a warning.
 
     Args:
         model: The model.
@@ -136,22 +138,29 @@ def unread_outputs(model: nn.Module, components: Components, run: Callable[[nn.M
         run: Runs the model on a few examples and returns their outputs.
     """
     sites = [site for site, side, _ in components.sites() if side in ("output", "module")]
-    sites = [site for site in sites if not type(model.get_submodule(site)).__module__.startswith(LAYERS)]
+    kinds = {site: type(model.get_submodule(site)) for site in sites}
+    sites = [site for site in sites if kinds[site] is nn.Identity or not kinds[site].__module__.startswith(LAYERS)]
     if not sites:
         return ""
-    several: dict[str, int] = {}
+    tensors: dict[str, int] = {}  # returned by each site
 
     def count(site: str, returned: Any) -> None:
-        if not isinstance(returned, Tensor):
-            several[site] = sum(_moves(leaf) for leaf in trees.tree_leaves(returned))
+        tensors[site] = sum(_moves(leaf) for leaf in trees.tree_leaves(returned))
 
-    _hooked(model, sites, count, lambda: run(model))
-    plain: np.ndarray | None = None
-    for site in [site for site, number in several.items() if number > 1][:SITES]:
-        plain = run(model) if plain is None else plain
-        first, others = (_changed(model, site, which, run) for which in (True, False))
-        if np.array_equal(first, plain) and not np.array_equal(others, plain):
-            kind = type(model.get_submodule(site)).__name__
+    plain = _hooked(model, sites, count, lambda: run(model))
+    for site in sorted(tensors, key=lambda site: tensors[site] == 1)[:SITES]:
+        if not np.array_equal(_changed(model, site, True, run), plain, equal_nan=True):
+            continue
+        kind = kinds[site].__name__
+        if tensors[site] == 1 or np.array_equal(_changed(model, site, False, run), plain, equal_nan=True):
+            log.warning(
+                "no output of the first examples changes when all that module %r, a %s, returns is 0: the model drops "
+                "it, or multiplies it by 0, so the weights of its components are noise around 0 unless other examples "
+                "use it",
+                site,
+                kind,
+            )
+        else:
             return (
                 f"module {site!r}, a {kind}, returns several tensors, and the model reads others than the first, which "
                 f"gates change: ablating its components changes no output, so their weights would be 0; choose "
