@@ -1,5 +1,6 @@
 """The definition of a study: model, examples, components, output, ablation and sampler."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,9 @@ from coar.outputs.classification import CorrectClassMargin
 from coar.sampling import BernoulliSampler, Sampler
 from coar.weights import weights_fingerprint
 
-CHECKS = ("examples", "original", "random", "batch", "gates", "calls", "rows", "gradients")  # see docs/checks.md
+CHECKS = (  # see docs/checks.md
+    *("examples", "original", "random", "batch", "logits", "gates", "calls", "rows", "gradients", "repeats"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +39,8 @@ class Study:
         output: The output function: one number per example.
         ablation: The replacement of an ablated component.
         sampler: The distribution of the masks.
-        accept: Names of the checks before a run that may fail: some of `examples`, `original`, `random`, `batch`,
-            `gates`, `calls`, `rows` and `gradients`. The run keeps what was accepted. No part of the fingerprint.
+        accept: Names of the checks that may fail: some of `examples`, `original`, `random`, `batch`, `logits`, `gates`,
+            `calls`, `rows`, `gradients` and `repeats`. The run keeps what was accepted. No part of the fingerprint.
 
     Raises:
         SettingsError: When one of these has another type, or there is no check of that name.
@@ -74,6 +77,12 @@ class Study:
                 f"{len(missing)} weights are not in memory but offloaded, or were never loaded, such as "
                 f"{missing[0]!r}; a study needs all of them: load the whole model onto one device"
             )
+
+    def with_sources(self, positions: Sequence[int]) -> list[int]:
+        """Return positions of examples, then those of their resample sources, each once."""
+        sources = self.ablation.sources(self.examples)
+        chosen = list(positions)
+        return chosen if sources is None else list(dict.fromkeys([*chosen, *sources[chosen].tolist()]))
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint of this study: settings as values, data and weights as SHA-256 hashes."""

@@ -1,6 +1,7 @@
 """Models whose Python code does something unusual in a pass are right, against formulas, or refused in words."""
 
 import logging
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -330,6 +331,167 @@ class HalvedAlone(torch.autograd.Function):
 
 def test_a_derivative_that_is_wrong_for_a_batch_of_one_is_refused(tmp_path):
     what = study(Noisy(Step(HalvedAlone.apply)).eval())
-    with pytest.raises(AblationError, match=r"gradients of one example alone differ by 5\.0e-01 from those .*'rows'"):
+    with pytest.raises(
+        AblationError, match=r"gradients of an example in a batch of 1 differ by 5\.0e-01 from those .*'rows'"
+    ):
         collect(what, tmp_path, gradients=8)
     collect(replace(what, accept=("rows",)), tmp_path, masks=4, gradients=8)
+
+
+# What only a run sees: noise that few passes use, and conditions on a batch that few masks meet.
+
+
+def very_rarely_noisy(h):
+    return h * 2 if torch.rand(()) < 1e-3 else h
+
+
+def test_noise_that_no_pass_shows_is_found_by_extreme_draws(tmp_path):
+    with pytest.raises(AblationError, match=r"Noisy draws random numbers and uses some of them rarely.*'random'"):
+        collect(study(Noisy(Step(very_rarely_noisy)).eval()), tmp_path)
+
+
+def test_numbers_that_are_drawn_and_never_used_are_no_noise(tmp_path):
+    def drawn(h):
+        torch.rand_like(h), torch.randn(3), torch.empty(2).bernoulli_(0.5), nn.functional.dropout(h, 0.5)
+        return h
+
+    collect(study(Noisy(Step(drawn)).eval()), tmp_path)
+
+
+class ByChance(nn.Module):
+    """Doubles in some passes, by numbers of Python, or where the mean of the batch is above a bound."""
+
+    def __init__(self, condition):
+        super().__init__()
+        self.condition, self.draws = condition, random.Random(4)
+
+    def forward(self, h):
+        return h * 2 if self.condition(self, h) else h
+
+
+RARE = {
+    "noise": (lambda step, _h: step.draws.random() < 0.02, "in a second pass of the same batch too"),
+    "batch": (lambda _step, h: h.mean().item() > 0.33, "though they stay the same in the same batch"),
+}
+
+
+@pytest.mark.parametrize("kind", RARE)
+def test_repeated_passes_find_what_few_passes_show(kind, tmp_path):
+    condition, message = RARE[kind]
+    model = Noisy(ByChance(condition)).eval()
+    x = inputs(64, FEATURES)
+    what = replace(study(model, x), sampler=coar.BernoulliSampler(ablated_fraction=0.1))
+    with pytest.raises(AblationError, match=f"under mask .* Noisy gives outputs that .*{message}.*'repeats'"):
+        collect(what, tmp_path, masks=8192)
+    accepted = replace(what, accept=("repeats",))
+    run = collect(accepted, tmp_path, masks=8192)
+    assert "no pass is repeated" in describe(coar.Run.open(run.path))["accepted: repeats"]
+
+
+def test_repeated_passes_are_shown(tmp_path):
+    run = collect(study(Noisy(Step(torch.tanh)).eval()), tmp_path)
+    assert "repeats" in describe(coar.Run.open(run.path))["checks"]
+
+
+class HalvedInTwo(torch.autograd.Function):
+    """Half the derivative for a batch of two, in a model that fails on one example."""
+
+    @staticmethod
+    def forward(context, h):
+        if len(h) == 1:
+            raise ValueError("one example is no batch")
+        context.two = len(h) == 2
+        return h.clone()
+
+    @staticmethod
+    def backward(context, slope):
+        return slope / 2 if context.two else slope
+
+
+def test_gradients_are_compared_where_a_model_fails_on_one_example(tmp_path, caplog):
+    what = study(Noisy(Step(HalvedInTwo.apply)).eval())
+    with pytest.raises(
+        AblationError, match=r"in a batch of 2 differ by 5\.0e-01 from those that it has in a batch of 4"
+    ):
+        collect(what, tmp_path, gradients=8)
+    assert "gradients in a batch of 1 are not compared" in caplog.text
+
+
+# What a study's output reads, and a copy that is another model.
+
+
+PROBABILITIES = {  # what ends the model, the output, and labels
+    "softmax": (nn.Softmax(1), coar.CorrectClassMargin(), torch.arange(EXAMPLES) % CLASSES),
+    "softmax for a loss": (nn.Softmax(1), coar.CrossEntropy(), torch.arange(EXAMPLES) % CLASSES),
+    "sigmoid": (nn.Sequential(nn.Linear(CLASSES, 1), nn.Sigmoid()), coar.BinaryMargin(), torch.arange(EXAMPLES) % 2),
+    "sigmoids": (nn.Sigmoid(), coar.MultiLabelMargin(), (torch.arange(EXAMPLES * CLASSES) % 2).view(-1, CLASSES)),
+}
+
+
+@pytest.mark.parametrize("kind", PROBABILITIES)
+def test_probabilities_are_not_read_as_logits_unless_accepted(kind, tmp_path):
+    end, output, targets = PROBABILITIES[kind]
+    torch.manual_seed(0)
+    net = Net()
+    with torch.no_grad():
+        net.last.weight.mul_(4)
+    model = nn.Sequential(net, end).eval()
+    examples = coar.Examples(inputs=inputs(EXAMPLES, FEATURES), targets=targets)
+    what = replace(study(model, components=coar.neurons(model, include="0.block*")), examples=examples, output=output)
+    with pytest.raises(AblationError, match=r"Sequential returns .* look like the probabilities.*'logits'"):
+        collect(what, tmp_path)
+    collect(replace(what, accept=("logits",)), tmp_path)
+    logits = replace(what, model=nn.Sequential(net, *([end[0]] if isinstance(end, nn.Sequential) else [])).eval())
+    collect(logits, tmp_path / "logits")
+    if kind.startswith("softmax"):  # whose logarithm is as good as logits
+
+        class Log(nn.Module):
+            def forward(self, p):
+                return p.log()
+
+        found = [
+            collect(one, tmp_path / str(i))
+            for i, one in enumerate((logits, replace(what, model=nn.Sequential(net, end, Log()))))
+        ]
+        assert np.allclose(*(run.array("outputs")[:] for run in found), atol=1e-4)
+        collect(replace(what, output=coar.ClassLogit()), tmp_path / "probability")  # which may be meant
+
+
+class Forgetful(Net):
+    """A net whose copies lack what it was told after it was made."""
+
+    scale = 1.0
+
+    def __deepcopy__(self, memo):
+        made = Forgetful()
+        made.load_state_dict(self.state_dict())
+        return made
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+def test_a_copy_that_computes_something_else_is_refused(tmp_path):
+    model = Forgetful().eval()
+    collect(study(model), tmp_path / "same")
+    model.scale = 2.0
+    with pytest.raises(
+        AblationError, match=r"a copy of this Forgetful returns something else .* differ by .*'original'"
+    ):
+        collect(study(model), tmp_path / "other")
+
+
+def test_comparing_with_the_original_leaves_it_as_it_was(tmp_path):
+    model = Noisy(Step(torch.tanh)).train()
+    model.register_buffer("passes", torch.zeros(()))
+
+    def step(h):
+        model.passes.add_(1)
+        model.kept = h
+        return h
+
+    model.block.register_forward_hook(lambda _m, _a, h: step(h))
+    collect(study(model), tmp_path)
+    assert model.training
+    assert model.passes == 0
+    assert not hasattr(model, "kept")

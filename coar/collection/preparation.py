@@ -30,13 +30,14 @@ from coar.preflight.findings import Findings
 from coar.preflight.gates import compare_with_reference, unread_outputs
 from coar.preflight.gradients import check_gradients
 from coar.preflight.passes import check_passes
+from coar.preflight.probabilities import probabilities_read
 from coar.sampling import Split
 from coar.store.disk import sweep
 from coar.store.gradients import MaskGradients
 from coar.store.lock import extension_lock
 from coar.store.places import Address
 from coar.store.plan import Plan, Unit
-from coar.store.records import PrecisionRecord, RunRecord
+from coar.store.records import PrecisionRecord, PreflightRecord, RunRecord
 from coar.store.run import Run
 from coar.store.state import end, state_of
 from coar.store.storage_errors import storage_errors
@@ -114,9 +115,10 @@ def prepare(study: Study, place: Path | Address, model: nn.Module, order: RunReq
     fingerprint = study.fingerprint()
     if state_of(place) in ("nothing", "creating"):
         findings = Findings(study.accept)
-        first = study.examples.subset(_with_sources(study, range(_checked(study))))
+        first = study.examples.subset(study.with_sources(range(_checked(study))))
         findings.conclude("examples", changed_examples(study.examples))
         check_passes(findings, model, study.model, study.output, first, batch_size=batches.masks)
+        findings.conclude("logits", probabilities_read(model, study.output, first))
         if order.gradients or study.ablation.needs_gradients:
             check_gradients(findings, study, model, batch_size=batches.gradients)
         run = _create(study, place, model, fingerprint, order, batches.masks, first, findings)
@@ -126,6 +128,8 @@ def prepare(study: Study, place: Path | Address, model: nn.Module, order: RunReq
         if order.gradients:
             ensure_gradients(study, run, model, batch_size=batches.gradients)
     check_same(run, fingerprint, order.precision)
+    if "repeats" in study.accept and not (run.facts.preflight or PreflightRecord()).has("repeats"):
+        run.add_checks(PreflightRecord(accepted={"repeats": "no pass is repeated, so outputs may be noise"}))
     if isinstance(place, Path):
         with storage_errors(place):
             for stray in sweep(place):
@@ -181,7 +185,7 @@ def tuned(study: Study, run: Run, runner: FastRunner, missing: Sequence[Unit], b
         return runner
     spans = [run.rows_of(unit) for unit in missing]
     rows, span = spans[0]
-    examples = study.examples.subset(_with_sources(study, range(span.start, span.stop)))
+    examples = study.examples.subset(study.with_sources(range(span.start, span.stop)))
     masks = run.draw(rows)
     work = sum((r.stop - r.start) * (e.stop - e.start) for r, e in spans) / len(examples)
     found = fastest_runner(runner, examples, masks, work=work, tune=batches.tune, compiled=batches.compiled)
@@ -262,12 +266,6 @@ def _checked(study: Study) -> int:
     inputs = study.examples.block(0, 1)[0]
     numbers = max(value.numel() for value in (inputs.values() if isinstance(inputs, dict) else [inputs]))
     return min(FEW if max(weights, 50 * numbers) >= LARGE else CHECK_EXAMPLES, len(study.examples))
-
-
-def _with_sources(study: Study, rows: range) -> list[int]:
-    """Return some examples' positions, then the positions of their resample sources."""
-    sources = study.ablation.sources(study.examples)
-    return list(rows) if sources is None else list(dict.fromkeys([*rows, *sources[rows].tolist()]))
 
 
 def check_same(run: Run, fingerprint: dict[str, Any], precision: str) -> None:

@@ -15,6 +15,7 @@ from coar.collection.finite import check_finite, check_gradients_finite
 from coar.forward.batches import ExampleBlock
 from coar.forward.memory_limit import within_memory
 from coar.forward.runner import FastRunner
+from coar.preflight.repeats import Repeats, UnitResult
 from coar.progress import progress_bar
 from coar.store.gradients import AnyUnit, GradientUnit, MaskGradients
 from coar.store.plan import Unit, dealt
@@ -36,10 +37,12 @@ class UnitRunner:
 
     Attributes:
         masks, gradients: The runners; one with smaller batches replaces a runner that ran out of memory.
+        repeats: The check of passes of masks.
     """
 
     def __init__(self, study: Study, run: Run, *, masks: FastRunner, gradients: FastRunner) -> None:
         self.masks, self.gradients = masks, gradients
+        self.repeats = Repeats(study, -(-run.n_examples // run.blocks[1]))
         self._study, self._run, self._stored = study, run, MaskGradients(run)
         self._block: tuple[FastRunner, slice, ExampleBlock] | None = None
 
@@ -48,6 +51,7 @@ class UnitRunner:
 
         Raises:
             OutputError: When an output or a gradient is not finite; nothing of the unit is stored then.
+            AblationError: When a repeated pass gives something else, see `Repeats`; nothing of the unit is stored then.
             StorageError: When the disk or the object store fails.
         """
         if isinstance(unit, GradientUnit):
@@ -66,6 +70,8 @@ class UnitRunner:
 
         self.masks, (outputs, base) = within_memory(self.masks, examples.stop - examples.start, compute)
         check_finite(self._study, run, unit, outputs, base)
+        done = UnitResult(rows.start, examples, unit.example_block, masks, outputs)
+        self.repeats.check(self.masks, self._load(self.masks, examples), done)
         run.write_unit(unit, masks, outputs, base)
 
     def _do_gradients(self, unit: GradientUnit) -> None:

@@ -6,7 +6,7 @@ l_c is the logit that M gives class or token c for x under that ablation, and y 
 """
 
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,14 @@ Against = Literal["logsumexp", "largest"]
 
 
 class Output(Settings):
-    """Base of all output functions, which map a model's result to one number per example; fields are settings."""
+    """Base of all output functions, which map a model's result to one number per example; fields are settings.
+
+    Attributes:
+        reads_logits_of: Whether it reads logits of `classes`, of which one is correct, or of `answers` of yes or no; a
+            model that returns probabilities is refused then. None, the default, for outputs that read any numbers.
+    """
+
+    reads_logits_of: ClassVar[Literal["classes", "answers"] | None] = None
 
     @abstractmethod
     def __call__(self, result: Any, targets: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ class CorrectClassMargin(Margin):
         against: `logsumexp` or `largest`.
     """
 
+    reads_logits_of = "classes"
+
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) margins."""
         return margins(*class_logits(result, targets), self.against)
@@ -50,6 +52,8 @@ class CrossEntropy(Output):
 
     p is the softmax of l. A smaller output is better here, unlike for margins.
     """
+
+    reads_logits_of = "classes"
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:
         """Return (examples,) losses."""

@@ -28,6 +28,8 @@ class KLDivergence(RelativeOutput):
         reduction: `mean`, `sum` or `last`, over the positions of a text.
     """
 
+    reads_logits_of = "classes"
+
     reduction: Literal["mean", "sum", "last"] = "mean"
 
     def positions_read(self, targets: Tensor) -> Tensor | None:

@@ -19,6 +19,7 @@ class BinaryMargin(Output):
         threshold: The logit above which the model answers yes; log(p / (1 - p)) for a threshold p on probabilities.
     """
 
+    reads_logits_of = "answers"
     threshold: float = 0.0
 
     def hard_and_smooth(self) -> tuple[Output, Output]:
@@ -53,6 +54,7 @@ class MultiLabelMargin(Margin):
         against: For all labels, `logsumexp` for the smooth bound or `largest` for the smallest signed logit.
     """
 
+    reads_logits_of = "answers"
     label: int | None = None
 
     def __call__(self, result: Any, targets: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class TokenMargin(Margin):
         against: `logsumexp` or `largest`, as in `CorrectClassMargin`.
     """
 
+    reads_logits_of = "classes"
     reduction: Literal["mean", "last"] = "mean"
 
     def hard_and_smooth(self) -> tuple[Output, Output] | None:
@@ -86,6 +87,8 @@ class TokenLogProbability(Output):
     Attributes:
         reduction: `mean`, `sum` or `last`.
     """
+
+    reads_logits_of = "classes"
 
     reduction: Literal["mean", "sum", "last"] = "mean"
 

@@ -1,1 +1,1 @@
-"""Checks before a run, a baseline, an edit or an estimate: its numbers will mean what they should."""
+"""Checks before a run, a baseline, an edit or an estimate, and during a run: its numbers mean what they should."""

@@ -1,11 +1,15 @@
 """Checks of gradients by gates: they describe what a small change of the gates does, for each example."""
 
+import logging
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import nn
 
 from coar.components.table import Side
 from coar.equivalence import ROUNDINGS, Kind, compare, rounding
+from coar.errors import CoarError
 from coar.forward.batches import ExampleBlock
 from coar.forward.model_runner import GatedRunner
 from coar.forward.runner import ReferenceRunner
@@ -15,12 +19,14 @@ from coar.preflight.findings import Findings
 from coar.preflight.gates import agree
 from coar.study import Study
 
+log = logging.getLogger(__name__)
 ROWS = 8  # examples on which a mask per example is compared with one mask for all
+SIZES = (1, 2, 4, 8)  # of the batches in which the gradients of the same examples are compared
 FEW = 2  # examples on which gradients are compared with changes of gates
 ZEROS, OTHERS = 8, 3  # sites compared, of those without any gradient and of the others
 STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # changes of gates
 ALLOWED = 0.2  # difference of a gradient from the effect of such a change, relative to the effect
-APART = 0.1  # difference of an example's gradients alone and in a batch, relative to their size
+APART = 0.1  # difference of an example's gradients in batches of two sizes, relative to their size
 ALIKE = 0.5  # difference of the slopes on either side up to which both measure one, relative to their mean
 GROWN = 1.5  # growth of this difference, from one step to the next shorter one, from which on there is a jump
 SETTLED = 0.1  # difference of the effects of two steps up to which both measure the slope
@@ -46,10 +52,9 @@ def check_gradients(findings: Findings, study: Study, model: nn.Module, *, batch
     findings.conclude("rows", mixed_rows(reference, block, masks))
     if isinstance(study.output, RelativeOutput):  # whose gradient at the unablated model may be 0
         reference = ReferenceRunner(model, study.components, zeros, absolute(study.output), batch_size=batch_size)
-    few = reference.load(study.examples, 0, FEW)
-    alone = reference.load(study.examples, 0, 1)
-    findings.conclude("rows", gradients_alone(reference, few, alone))
-    findings.conclude("gradients", wrong_gradients(reference, few))
+    blocks = [reference.load(study.examples, 0, size) for size in SIZES if size <= len(study.examples)]
+    findings.conclude("rows", gradients_by_size(reference, blocks))
+    findings.conclude("gradients", wrong_gradients(reference, reference.load(study.examples, 0, FEW)))
 
 
 def mixed_rows(runner: GatedRunner, block: ExampleBlock, masks: np.ndarray) -> str:
@@ -88,30 +93,39 @@ def mixed_rows(runner: GatedRunner, block: ExampleBlock, masks: np.ndarray) -> s
     )
 
 
-def gradients_alone(runner: GatedRunner, few: ExampleBlock, alone: ExampleBlock) -> str:
-    """Return in words how the gradients of one example alone differ from those that it has in a batch, or "".
+def gradients_by_size(runner: GatedRunner, blocks: list[ExampleBlock]) -> str:
+    """Return in words how gradients of the same examples differ in a smaller and in a larger batch, or "".
+
+    The smallest batch that the model runs on is compared with the next one: many models fail on one example alone.
 
     Args:
         runner: The runner.
-        few: Examples in one batch.
-        alone: The first of them; where the model does not run on it, nothing can be compared.
+        blocks: The first examples, in batches of growing size.
     """
-    if few.size == alone.size:
-        return ""
-    in_batch = runner.full_model_gradients(few)[0]
-    try:
-        by_itself = runner.full_model_gradients(alone)[0]
-    except Exception:  # whatever a model may raise: a batch of one then fails in a run too
-        return ""
+    for small, large in pairwise(blocks):
+        try:
+            by_itself = runner.full_model_gradients(small)
+        except CoarError:
+            raise
+        except Exception as error:  # whatever a model may raise
+            log.warning(
+                "gradients in a batch of %d are not compared, since the model fails on it: %s", small.size, error
+            )
+            continue
+        return _apart(runner, by_itself, runner.full_model_gradients(large)[: small.size], small.size, large.size)
+    return ""
+
+
+def _apart(runner: GatedRunner, by_itself: np.ndarray, in_batch: np.ndarray, small: int, large: int) -> str:
     precision = max(rounding(runner.model), float(np.finfo(np.float32).eps))
     error, size = _norm(by_itself - in_batch), _norm(in_batch)
     if not error > max(APART, 8 * ROUNDINGS * precision) * size:
         return ""
     return (
-        f"gradients of one example alone differ by {error / size:.1e} from those that it has in a batch of {few.size}, "
-        f"though outputs do not: an operation has wrong derivatives for some sizes of a batch, as torch's fused "
-        f"attention on a CPU may for a batch of one, so mask gradients would depend on the batch size; turn fused "
-        f"attention off, or collect masks instead of mask gradients"
+        f"gradients of an example in a batch of {small} differ by {error / size:.1e} from those that it has in a batch "
+        f"of {large}, though outputs do not: an operation has wrong derivatives for some sizes of a batch, as torch's "
+        f"fused attention on a CPU may for a batch of one, so mask gradients would depend on the batch size; turn "
+        f"fused attention off, or collect masks instead of mask gradients"
     )
 
 

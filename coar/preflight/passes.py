@@ -20,6 +20,7 @@ from coar.examples import Examples
 from coar.forward.model_runner import ModelRunner
 from coar.outputs.base import Output
 from coar.preflight.absolute import absolute
+from coar.preflight.draws import ForcedDraws
 from coar.preflight.findings import Findings
 from coar.preflight.tracing import calls_in, in_words, where_they_part
 
@@ -83,7 +84,10 @@ def _compare(
     again, tries = 0.0, PAIRS if draws else int(bool(agree) or size == 1)
     while tries and not again:  # a model may draw numbers and use them rarely, or not at all
         again, tries = _difference(model, passed, _output(model, output, examples, size)), tries - 1
-    findings.conclude("random", _randomness(model, output, few, again) if again else "")
+    rarely = _rarely(model, output, few) if draws and not again else ""
+    findings.conclude("random", _randomness(model, output, few, again) if again else rarely)
+    if not again and not rarely:
+        findings.conclude("original", _unlike_original(model, original, output, few))
     if size > 1 and not again:
         chaotic = 0 < agree <= ROUNDINGS * amplified
         found = (
@@ -143,6 +147,13 @@ def _amplified(model: nn.Module, output: Output, examples: Examples, batch_size:
 
     Deep networks may amplify roundings, and different batches round differently.
     """
+    change = np.abs(_output(model, output, with_one_rounding(examples), batch_size) - passed)[np.isfinite(passed)]
+    largest = float(np.abs(passed[np.isfinite(passed)]).max())
+    return float(np.nan_to_num(change).max()) / max(largest, SMALLEST)
+
+
+def with_one_rounding(examples: Examples) -> Examples:
+    """Return examples whose inputs, where these are fractions, are changed by one rounding up or down."""
     inputs, targets = examples.block(0, len(examples))
     draw = torch.Generator().manual_seed(0)
 
@@ -153,10 +164,26 @@ def _amplified(model: nn.Module, output: Output, examples: Examples, batch_size:
         return tensor * (1 + signs * torch.finfo(tensor.dtype).eps)
 
     moved = {k: rounded(v) for k, v in inputs.items()} if isinstance(inputs, dict) else rounded(inputs)
-    near = Examples(inputs=moved, targets=targets, positions=examples.positions)
-    change = np.abs(_output(model, output, near, batch_size) - passed)[np.isfinite(passed)]
-    largest = float(np.abs(passed[np.isfinite(passed)]).max())
-    return float(np.nan_to_num(change).max()) / max(largest, SMALLEST)
+    return Examples(inputs=moved, targets=targets, positions=examples.positions)
+
+
+def _rarely(model: nn.Module, output: Output, few: Examples) -> str:
+    """Return in words that extreme draws change outputs, though others have not, or ""."""
+    passed = _whole(model, output, few)
+    for level in ("lowest", "highest"):
+        try:
+            with ForcedDraws(level):
+                forced = _whole(model, output, few)
+        except Exception as failure:  # whatever a model may raise about such numbers
+            log.info("the %s random numbers were not tried: %s", level, failure)
+            continue
+        if error := _difference(model, passed, forced):
+            return (
+                f"{type(model).__name__} draws random numbers and uses some of them rarely: outputs differ by "
+                f"{error:.1e} of the largest in a pass that draws the {level} ones, so some outputs would be noise: "
+                f"turn it off in evaluation mode"
+            )
+    return ""
 
 
 def _randomness(model: nn.Module, output: Output, few: Examples, error: float) -> str:
@@ -232,6 +259,44 @@ def _reads_of_original(model: nn.Module, original: nn.Module, output: Output, fe
         f"where a class or a global name holds a module; ablations and edits would not reach it: read weights and "
         f"modules through self"
     )
+
+
+def _unlike_original(model: nn.Module, original: nn.Module, output: Output, few: Examples) -> str:
+    """Return in words how the outputs of the copy differ from those of the user's model in evaluation mode, or "".
+
+    Where the model itself does not run, such as one that is split over devices, nothing is compared.
+    """
+    expected = _whole(model, output, few)
+    try:
+        with _as_it_is(original):
+            found = _whole(original.eval(), output, few)
+    except Exception as failure:  # whatever a model may raise
+        log.info("the copy was not compared with the model itself, which fails on its device: %s", failure)
+        return ""
+    error = _difference(model, found, expected)
+    if not error or error <= ROUNDINGS * _amplified(model, output, few, len(few), expected):
+        return ""
+    return (
+        f"a copy of this {type(model).__name__} returns something else than the model itself in evaluation mode: "
+        f"outputs differ by {error:.1e} of the largest, as where copy.deepcopy leaves something out or a pass depends "
+        f"on a global state, so attributions would explain another model; let a copy of the model return what it does"
+    )
+
+
+@contextmanager
+def _as_it_is(model: nn.Module) -> Iterator[None]:
+    """Give a model's modules back their attributes, and its buffers their numbers."""
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    buffers = [(one, one.clone()) for one in model.buffers() if is_dense(one)]
+    try:
+        yield
+    finally:
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
+        with torch.no_grad():
+            for buffer, numbers in buffers:
+                buffer.copy_(numbers)
 
 
 def _address(tensor: Tensor) -> int | None:
