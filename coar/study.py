@@ -1,6 +1,5 @@
 """The definition of a study: model, examples, components, output, ablation and sampler."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,12 +76,6 @@ class Study:
                 f"{len(missing)} weights are not in memory but offloaded, or were never loaded, such as "
                 f"{missing[0]!r}; a study needs all of them: load the whole model onto one device"
             )
-
-    def with_sources(self, positions: Sequence[int]) -> list[int]:
-        """Return positions of examples, then those of their resample sources, each once."""
-        sources = self.ablation.sources(self.examples)
-        chosen = list(positions)
-        return chosen if sources is None else list(dict.fromkeys([*chosen, *sources[chosen].tolist()]))
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint of this study: settings as values, data and weights as SHA-256 hashes."""

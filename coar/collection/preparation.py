@@ -115,7 +115,7 @@ def prepare(study: Study, place: Path | Address, model: nn.Module, order: RunReq
     fingerprint = study.fingerprint()
     if state_of(place) in ("nothing", "creating"):
         findings = Findings(study.accept)
-        first = study.examples.subset(study.with_sources(range(_checked(study))))
+        first = study.examples.subset(_with_sources(study, range(_checked(study))))
         findings.conclude("examples", changed_examples(study.examples))
         check_passes(findings, model, study.model, study.output, first, batch_size=batches.masks)
         findings.conclude("logits", probabilities_read(model, study.output, first))
@@ -185,7 +185,7 @@ def tuned(study: Study, run: Run, runner: FastRunner, missing: Sequence[Unit], b
         return runner
     spans = [run.rows_of(unit) for unit in missing]
     rows, span = spans[0]
-    examples = study.examples.subset(study.with_sources(range(span.start, span.stop)))
+    examples = study.examples.subset(_with_sources(study, range(span.start, span.stop)))
     masks = run.draw(rows)
     work = sum((r.stop - r.start) * (e.stop - e.start) for r, e in spans) / len(examples)
     found = fastest_runner(runner, examples, masks, work=work, tune=batches.tune, compiled=batches.compiled)
@@ -266,6 +266,12 @@ def _checked(study: Study) -> int:
     inputs = study.examples.block(0, 1)[0]
     numbers = max(value.numel() for value in (inputs.values() if isinstance(inputs, dict) else [inputs]))
     return min(FEW if max(weights, 50 * numbers) >= LARGE else CHECK_EXAMPLES, len(study.examples))
+
+
+def _with_sources(study: Study, rows: range) -> list[int]:
+    """Return some examples' positions, then the positions of their resample sources."""
+    sources = study.ablation.sources(study.examples)
+    return list(rows) if sources is None else list(dict.fromkeys([*rows, *sources[rows].tolist()]))
 
 
 def check_same(run: Run, fingerprint: dict[str, Any], precision: str) -> None:

@@ -18,6 +18,7 @@ from coar.equivalence import ROUNDINGS, SMALLEST, difference, rounding
 from coar.errors import CoarError
 from coar.examples import Examples
 from coar.forward.model_runner import ModelRunner
+from coar.inputs import Inputs
 from coar.outputs.base import Output
 from coar.preflight.absolute import absolute
 from coar.preflight.draws import ForcedDraws
@@ -147,14 +148,15 @@ def _amplified(model: nn.Module, output: Output, examples: Examples, batch_size:
 
     Deep networks may amplify roundings, and different batches round differently.
     """
-    change = np.abs(_output(model, output, with_one_rounding(examples), batch_size) - passed)[np.isfinite(passed)]
+    inputs, targets = examples.block(0, len(examples))
+    near = Examples(inputs=with_one_rounding(inputs), targets=targets, positions=examples.positions)
+    change = np.abs(_output(model, output, near, batch_size) - passed)[np.isfinite(passed)]
     largest = float(np.abs(passed[np.isfinite(passed)]).max())
     return float(np.nan_to_num(change).max()) / max(largest, SMALLEST)
 
 
-def with_one_rounding(examples: Examples) -> Examples:
-    """Return examples whose inputs, where these are fractions, are changed by one rounding up or down."""
-    inputs, targets = examples.block(0, len(examples))
+def with_one_rounding(inputs: Inputs) -> Inputs:
+    """Return inputs that, where they are fractions, are changed by one rounding up or down."""
     draw = torch.Generator().manual_seed(0)
 
     def rounded(tensor: Tensor) -> Tensor:
@@ -163,8 +165,7 @@ def with_one_rounding(examples: Examples) -> Examples:
         signs = torch.randint(2, tensor.shape, generator=draw).to(tensor) * 2 - 1
         return tensor * (1 + signs * torch.finfo(tensor.dtype).eps)
 
-    moved = {k: rounded(v) for k, v in inputs.items()} if isinstance(inputs, dict) else rounded(inputs)
-    return Examples(inputs=moved, targets=targets, positions=examples.positions)
+    return {k: rounded(v) for k, v in inputs.items()} if isinstance(inputs, dict) else rounded(inputs)
 
 
 def _rarely(model: nn.Module, output: Output, few: Examples) -> str:

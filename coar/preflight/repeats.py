@@ -1,17 +1,18 @@
 """Checks while a run is collected: one pass in a hundred is repeated in another batch, and must give the same.
 
 Checks before a run see few passes. Noise that is used rarely, and conditions on a whole batch that few masks meet, show
-under the masks of the run. A repeated pass has a few examples of the unit, in another order, so that all of them cost
-at most 1 % of the run. Which passes are repeated depends on their numbers alone.
+under the masks of the run. A repeated pass has a few examples of the unit's, so that all of them cost at most 1 % of
+the run. Which passes are repeated depends on their numbers alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from coar.equivalence import ROUNDINGS, SMALLEST, Comparison, Kind, allowed_difference, rounding
 from coar.errors import CoarError
-from coar.examples import Examples
+from coar.examples import rows_of
 from coar.forward.batches import ExampleBlock
 from coar.forward.runner import FastRunner
 from coar.preflight.findings import Findings
@@ -56,7 +57,7 @@ class Repeats:
 
     def __init__(self, study: Study, blocks: int) -> None:
         self.findings = Findings(study.accept)
-        self._study, self._blocks = study, blocks
+        self._blocks = blocks
         self._excused = any(check in study.accept for check in EXCUSES)
 
     def check(self, runner: FastRunner, block: ExampleBlock, unit: UnitResult) -> None:
@@ -78,29 +79,24 @@ class Repeats:
 
     def _problem(self, runner: FastRunner, block: ExampleBlock, unit: UnitResult, i: int) -> str:
         """Return in words how the pass of a unit's i-th mask differs when it is repeated, or ""."""
-        count = unit.examples.stop - unit.examples.start
-        chosen = np.unique(np.linspace(0, count - 1, min(FEW, max(2, count // 2))).astype(int))[::-1]
-        few, mask = self._few(unit.examples.start + chosen, count), unit.masks[i : i + 1]
-        expected = unit.outputs[i, chosen]
-
-        def run(examples: Examples) -> np.ndarray:
-            size = len(chosen) + int(count <= 2)
-            found: np.ndarray = runner.outputs(runner.load(examples, 0, min(size, len(examples))), mask)[0]
-            return found[: len(chosen)]
+        few, chosen = _a_few(block, i)
+        mask, expected = unit.masks[i : i + 1], unit.outputs[i, chosen]
 
         def compared(one: np.ndarray, other: np.ndarray) -> Comparison:
             return _compared(one, other, float(np.abs(unit.outputs).max()), runner)
 
         try:
-            found = run(few)
+            found = runner.outputs(few, mask)[0]
         except CoarError:
             raise
         except Exception as error:  # whatever a model may raise
-            return _in_words(
-                runner, unit.row + i, f"fails in a batch of {len(chosen)} ({type(error).__name__}: {error})"
-            )
+            return _in_words(runner, unit.row + i, f"fails in a batch of {few.size} ({type(error).__name__}: {error})")
         difference = compared(expected, found)
-        if difference.agrees or difference.error <= ROUNDINGS * compared(found, run(with_one_rounding(few))).error:
+        if difference.agrees:
+            return ""
+        ((inputs, targets),) = few.batches
+        rounded = replace(few, batches=[(with_one_rounding(inputs), targets)])
+        if difference.error <= ROUNDINGS * compared(found, runner.outputs(rounded, mask)[0]).error:
             return ""
         if compared(unit.outputs[i], runner.outputs(block, mask)[0]).agrees:
             why = "though they stay the same in the same batch, as where a condition depends on the whole batch"
@@ -108,12 +104,18 @@ class Repeats:
             why = "and in a second pass of the same batch too, as where noise is used rarely"
         return _in_words(runner, unit.row + i, f"gives outputs that {difference}, in another batch, {why}")
 
-    def _few(self, positions: np.ndarray, count: int) -> Examples:
-        """Return examples, one more where the unit has no others, and the resample sources of all."""
-        chosen, study = positions.tolist(), self._study
-        if count <= 2:  # the same examples alone would be the same batch
-            chosen += [(max(chosen) + 1) % len(study.examples)]
-        return study.examples.subset(study.with_sources(list(dict.fromkeys(chosen))))
+
+def _a_few(block: ExampleBlock, turn: int) -> tuple[ExampleBlock, np.ndarray]:
+    """Return a block of a few examples of one of a block's batches, and their numbers in the block."""
+    number = turn % len(block.batches)
+    inputs, targets = block.batches[number]
+    size = min(FEW, max(2, len(targets) // 2))
+    part = torch.arange(0, len(targets), max(1, len(targets) // size))
+    sources = [rows_of(block.sources[number], part)] if block.sources else []
+    before = sum(len(other) for _, other in block.batches[:number])
+    places = before + part
+    chosen = places if block.order is None else block.order.cpu()[places]
+    return ExampleBlock([(rows_of(inputs, part), targets[part])], len(places), sources), chosen.numpy()
 
 
 def _compared(expected: np.ndarray, found: np.ndarray, largest: float, runner: FastRunner) -> Comparison:
