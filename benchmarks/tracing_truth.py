@@ -28,9 +28,9 @@ NAMES = 5
 PLACES = NAMES + FIRST_NAMES + LAST_NAMES
 TASKS = PLACES + CITIES
 WORDS = TASKS + JOBS
-TAUGHT = (1, 2, 3, 4)
+TAUGHT = range(LAYERS)
 CORRUPTIONS = ("optimal", "optimal, one per cell", "noise", "mean", "resample")
-POSITIONS = ("subject_first", "subject_last", "last")
+PLACES_RESTORED = ("all", "subject", "subject_first", "subject_last", "last")
 
 
 def people(count: int, seed: int, but: set[tuple[int, int]] | None = None) -> list[tuple[int, int]]:
@@ -111,21 +111,23 @@ def main() -> None:
             for corruption in CORRUPTIONS:
                 start = time.perf_counter()
                 kind, _, per_cell = corruption.partition(", ")
-                places = {"kinds": ("mlp",), "places": POSITIONS, "per_cell": bool(per_cell), "progress": False}
-                trace = coar.trace(model, facts_of(new), corruption=kind, **places)
-                best = trace.table.groupby("layer")["aie"].max().sort_values(ascending=False)
-                row = {"seed": seed, "taught": taught, "recalled": recalled, "corruption": corruption}
-                row |= {"first": best.index[0], "rank": list(best.index).index(taught) + 1}
-                row |= {"aie": best[taught], "next": best.drop(taught).max(), "seconds": time.perf_counter() - start}
-                rows.append(row)
-                print(
-                    {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()},
-                    flush=True,
-                )
+                cells = {"kinds": ("mlp",), "places": PLACES_RESTORED, "per_cell": bool(per_cell), "progress": False}
+                trace = coar.trace(model, facts_of(new), corruption=kind, **cells)
+                for place, own in trace.table.groupby("place", sort=False):
+                    best = own.set_index("layer")["aie"].sort_values(ascending=False)
+                    row = {"seed": seed, "taught": taught, "recalled": recalled, "corruption": corruption}
+                    row |= {"place": place, "first": best.index[0], "rank": list(best.index).index(taught) + 1}
+                    row |= {"aie": best[taught], "next": best.drop(taught).max()}
+                    row |= {"lost": 1 - trace.per_fact["corrupted"].mean() / trace.per_fact["clean"].mean()}
+                    rows.append({**row, "seconds": time.perf_counter() - start})
+                print(pd.DataFrame(rows[-len(PLACES_RESTORED) :]).round(3).to_string(header=False), flush=True)
     table = pd.DataFrame(rows)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.out, index=False)
-    print(table.pivot_table(index="corruption", columns="taught", values="rank", sort=False).to_string())
+    for place, own in table.groupby("place", sort=False):
+        print(place)
+        ranks = own.pivot_table(index="corruption", columns="taught", values="rank", aggfunc=list, sort=False)
+        print(ranks.to_string())
 
 
 if __name__ == "__main__":

@@ -49,7 +49,10 @@ def replaced(result, value):
 
 
 def patched(family, model, ids, subject, embedding, kind, layers, position):
-    """The last position's probabilities with new subject embeddings and clean states restored, by hooks."""
+    """The last position's probabilities with new subject embeddings and clean states restored, by hooks.
+
+    `position` is one position, or a list.
+    """
     clean, hooks = {}, []
     for layer in layers:
         module = model.get_submodule(SITES[family][kind].format(layer))
@@ -85,12 +88,12 @@ def text(fact, facts, *, left=False):
 def test_every_cell_is_that_of_hooks(family, left):
     model = edge_oracle.build(family)
     facts = prompts(model, left=left)
-    places = ("subject_first", "subject_middle", "subject_last", "last")
+    places = ("subject_first", "subject_middle", "subject_last", "last", "subject", "all")
     found = coar.trace(model, facts, corruption="mean", windows=(1, 3), places=places, progress=False)
     assert found.left_out == ()
     assert len(found.learning) == 5
     scored = sorted(set(range(len(LENGTHS))) - set(found.learning))
-    assert len(found.table) == 3 * 2 * 4 * edge_oracle.LAYERS
+    assert len(found.table) == 3 * 2 * 6 * edge_oracle.LAYERS
     texts = [text(fact, facts, left=left) for fact in range(len(LENGTHS))]
     embedding = model.get_input_embeddings()
     mean = torch.cat([embedding(texts[i][FIRST[i] : LAST[i] + 1]) for i in found.learning]).mean(0)
@@ -104,6 +107,8 @@ def test_every_cell_is_that_of_hooks(family, left):
                 "subject_middle": (FIRST[fact] + LAST[fact]) // 2,
                 "subject_last": LAST[fact],
                 "last": len(ids) - 1,
+                "subject": subject,
+                "all": list(range(FIRST[fact], len(ids))),
             }[cell.place]
             clean = model(ids[None]).logits[0, -1].softmax(0)
             answer = clean.argmax()
@@ -123,8 +128,8 @@ def model():
     return edge_oracle.build("gpt2")
 
 
-def test_restoring_all_layers_at_every_token_of_the_subject_brings_the_fact_back(model):
-    """The whole state of a one-token subject, restored before anything reads it, is the clean pass."""
+def test_restoring_the_state_that_the_answer_is_read_from_brings_the_fact_back(model):
+    """So does the state after any layer of all tokens that the corruption can change."""
     ids = torch.randint(2, edge_oracle.WORDS, (8, 5), generator=torch.Generator().manual_seed(2))
     answers = model(ids).logits[:, -1].argmax(1)
     tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -136,6 +141,8 @@ def test_restoring_all_layers_at_every_token_of_the_subject_brings_the_fact_back
         np.testing.assert_allclose(last["aie"], 1, atol=1e-3)  # the last position's state after the last layer
         assert (found.table["low"] <= found.table["aie"] + 1e-9).all()
         assert (found.table["high"] >= found.table["aie"] - 1e-9).all()
+        whole = coar.trace(model, facts, corruption=corruption, **options | {"windows": (1,), "places": ("all",)})
+        np.testing.assert_allclose(whole.table["aie"], 1, atol=1e-3)  # nothing else of the pass is corrupted
 
 
 def test_noise_and_resampling_are_those_drawn_by_hand(model):
@@ -190,7 +197,7 @@ def test_a_constant_of_a_cell_is_trained_with_that_cell_restored(model):
     own = coar.trace(model, facts, corruption="optimal", per_cell=True, **options)
     assert np.array_equal(own.constant, shared.constant)
     np.testing.assert_allclose(own.per_fact["corrupted"], shared.per_fact["corrupted"], atol=1e-6)
-    given = Restoring(model, Facts.of(facts, torch.device("cpu")), torch.device("cpu"))
+    given = Restoring(model, Facts.of(facts, torch.device("cpu")), torch.device("cpu"), ["mlp"], ["subject_last"])
     learning = torch.tensor(own.learning)
     deviation = moments(given, learning)[1]
     for layer in range(edge_oracle.LAYERS):
@@ -278,7 +285,8 @@ def test_what_cannot_be_traced_is_refused(model):
         ({"corruption": "best"}, "'best' is no corruption; choose one of optimal, noise"),
         ({"kinds": ("head",)}, "'head' cannot be restored; choose among attention, mlp, layer"),
         ({"windows": (2,)}, r"windows of \(2,\) layers were given; give odd numbers"),
-        ({"places": ("end",)}, "'end' is no place; choose among"),
+        ({"places": ("end",)}, "'end' is no place; choose among subject, all, subject_middle"),
+        ({"places": ()}, "'nothing' is no place; choose among"),
         ({"learning_share": 1.0}, "learning_share is 1.0"),
     ]:
         with pytest.raises(SettingsError, match=message):

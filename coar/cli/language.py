@@ -21,7 +21,7 @@ def trace(
     corruption: Annotated[str, typer.Option(help="optimal, noise, mean, resample, counterfactual.")] = "optimal",
     kinds: Annotated[str, typer.Option(help="Restored parts: attention, mlp, layer.")] = "attention,mlp,layer",
     windows: Annotated[str, typer.Option(help="Numbers of layers that are restored together, odd.")] = "1",
-    places: Annotated[str, typer.Option(help="Positions at which they are restored.")] = "subject_last,last",
+    places: Annotated[str, typer.Option(help="Restored positions: subject, all, last, ...")] = "subject_last,last",
     facts: Annotated[int | None, typer.Option(help="Use only this many facts, spread over all.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of training a constant.")] = 60,
     per_cell: Annotated[bool, typer.Option("--per-cell", help="Train a constant for each cell.")] = False,

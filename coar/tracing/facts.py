@@ -23,7 +23,7 @@ class Facts:
         answer: (facts,) tokens of the answers.
         read: (facts,) positions that predict them.
         subject: (facts, positions) booleans, True at the tokens of the subject.
-        places: (facts,) positions by the name of a place.
+        places: (facts, positions) booleans by the name of a place, True at the positions that are restored.
     """
 
     inputs: dict[str, Tensor]
@@ -55,14 +55,18 @@ class Facts:
                 f"{int(first[wrong[0]])}; exchange the two"
             )
         answer, read = _answers(examples)
+        read = read.to(device)
         columns = torch.arange(inputs["input_ids"].shape[1], device=device)
+        subject = (columns >= first[:, None]) & (columns <= last[:, None])
+        spans = {"subject": subject, "all": (columns >= first[:, None]) & (columns <= read[:, None])}
         named = {name: torch.as_tensor(column).to(device) for name, column in examples.positions.items()}
+        single = {"subject_middle": (first + last) // 2} | named | {"last": read}
         return cls(
             inputs={name: value.to(device) for name, value in inputs.items()},
             answer=answer.to(device),
-            read=read.to(device),
-            subject=(columns >= first[:, None]) & (columns <= last[:, None]),
-            places={"subject_middle": (first + last) // 2} | named | {"last": read.to(device)},
+            read=read,
+            subject=subject,
+            places=spans | {name: columns == column[:, None] for name, column in single.items()},
         )
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
-"""Passes over facts with corrupted subjects, in which clean states are restored at some layers and one position."""
+"""Passes over facts with corrupted subjects, in which clean states are restored at some layers and positions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ class Cell(NamedTuple):
         kind: `attention`, `mlp`, or `layer` for the residual stream after it.
         first: Number of the first restored layer.
         last: Number of the last.
-        place: Name of the restored position.
+        place: Name of the restored positions.
     """
 
     kind: str
@@ -41,6 +41,8 @@ class Restoring:
         model: The model.
         facts: The facts.
         device: Where it runs.
+        kinds: Kinds of the cells to restore; clean states of other kinds are not kept.
+        places: Names of their places; likewise.
 
     Attributes:
         facts: The facts.
@@ -50,16 +52,22 @@ class Restoring:
         right: (facts,) booleans, True where the answer is the most probable token.
     """
 
-    def __init__(self, model: nn.Module, facts: Facts, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, facts: Facts, device: torch.device, kinds: Collection[str], places: Collection[str]
+    ) -> None:
         self._decoder = CutDecoder(model, device)
         self.facts, self.layers = facts, len(self._decoder)
         self._embedding = token_embedding(self._decoder.model)
         self._takes = takes(self._decoder.model, ARGUMENT)
-        self._sites: dict[str, list[str | None]] = {
+        sites: dict[str, list[str | None]] = {
             "attention": [layer.written for layer in self._decoder.layers],
             "mlp": [layer.mlp for layer in self._decoder.layers],
             "layer": [layer.path for layer in self._decoder.layers],
         }
+        self._sites = {kind: sites[kind] for kind in kinds}
+        self._kept = torch.stack([facts.places[name] for name in places]).any(0)  # positions with clean states
+        self._row = torch.zeros_like(self._kept, dtype=torch.long)  # of each such position among the clean states
+        self._row[self._kept] = torch.arange(int(self._kept.sum()), device=device)
         with torch.no_grad():
             self._record()
 
@@ -128,7 +136,7 @@ class Restoring:
         return torch.cat(found).view(len(cells), n)
 
     def _record(self) -> None:
-        """Run the clean pass: probabilities, embeddings, and the states at all places."""
+        """Run the clean pass: probabilities, embeddings, and the states at the places."""
         parts: list[dict[str, Any]] = []
         for rows in self.passes(len(self.facts)):
             part = self.facts.subset(rows)
@@ -137,7 +145,7 @@ class Restoring:
                 for kind, paths in self._sites.items():
                     for number, path in enumerate(paths):
                         if path is not None:
-                            stack.enter_context(self._recording(path, (kind, number), part, seen))
+                            stack.enter_context(self._recording(path, (kind, number), rows, seen))
                 embedded: list[Tensor] = []
                 hook = self._embedding.register_forward_hook(lambda _m, _a, out, to=embedded: to.append(out))
                 stack.callback(hook.remove)
@@ -152,14 +160,12 @@ class Restoring:
 
     @contextmanager
     def _recording(
-        self, path: str, key: tuple[str, int], part: Facts, seen: dict[tuple[str, int], Tensor]
+        self, path: str, key: tuple[str, int], rows: Tensor, seen: dict[tuple[str, int], Tensor]
     ) -> Iterator[None]:
-        """Record what a module returns at all places, as (facts, places, width)."""
-        columns = torch.stack(list(part.places.values()), dim=1)
+        """Record what a module returns at the places of some facts, as (positions, width)."""
 
         def record(_module: nn.Module, _args: Any, result: Any) -> None:
-            value = self._by_position(first_tensor(result), len(part), path)
-            seen[key] = value.take_along_dim(columns[..., None], dim=1)
+            seen[key] = self._by_position(first_tensor(result), len(rows), path)[self._kept[rows]]
 
         handle = self._decoder.model.get_submodule(path).register_forward_hook(record)
         try:
@@ -179,15 +185,14 @@ class Restoring:
     @contextmanager
     def _with_clean(self, rows: Tensor, cells: list[Cell]) -> Iterator[None]:
         """Restore clean states, those of fact rows[i] in cell cells[i]."""
-        names = list(self.facts.places)
-        places = torch.tensor([names.index(cell.place) for cell in cells], device=rows.device)
-        columns = torch.stack(list(self.facts.places.values()), dim=1)[rows, places]
+        where = torch.stack([self.facts.places[cell.place][row] for cell, row in zip(cells, rows, strict=True)])
         with ExitStack() as stack:
             for kind, number in {(cell.kind, n) for cell in cells for n in range(cell.first, cell.last + 1)}:
                 chosen = [i for i, c in enumerate(cells) if c.kind == kind and c.first <= number <= c.last]
-                own = torch.tensor(chosen, device=rows.device)
-                values = self._clean[kind, number][rows[own], places[own]]
-                stack.enter_context(self._restoring(kind, number, own, columns[own], values))
+                own, columns = where[chosen].nonzero().T
+                own = torch.tensor(chosen, device=rows.device)[own]
+                values = self._clean[kind, number][self._row[rows[own], columns]]
+                stack.enter_context(self._restoring(kind, number, own, columns, values))
             yield
 
     @contextmanager

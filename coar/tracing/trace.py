@@ -113,7 +113,7 @@ def trace(
     """Trace where a decoder-only transformer recalls facts (Meng et al. 2022, Li and Janson 2024).
 
     The embeddings of each subject's tokens are replaced, so the model no longer knows the answer. Then the clean output
-    of one part is restored at one position. Facts whose answer is not the model's most probable token are left out. The
+    of one part is restored at a place. Facts whose answer is not the model's most probable token are left out. The
     rest is cut in two: statistics and constants come from the learning part, effects from the other.
 
     Args:
@@ -123,8 +123,9 @@ def trace(
             three standard deviations of the subjects' embeddings. `mean`, `resample`, `counterfactual`.
         kinds: Restored parts: outputs of `attention`, of `mlp`, or the residual stream after a `layer`.
         windows: Numbers of layers that are restored together, odd.
-        places: Positions: `last`, where the answer is predicted; `subject_first`, `subject_middle`, `subject_last`, and
-            other named positions of the facts.
+        places: Restored positions: `subject`, all of its tokens together; `all`, every token from the subject on, which
+            is every token that the corruption can change; `last`, where the answer is predicted; `subject_first`,
+            `subject_middle`, `subject_last`, and other named positions of the facts.
         learning_share: Share of the facts in the learning part.
         steps: Steps of training a constant.
         per_cell: Whether to train a constant for each cell, as Li and Janson do, instead of one for the corrupted run;
@@ -142,16 +143,17 @@ def trace(
     """
     _check(corruption, kinds, windows, learning_share, steps, draws)
     target = choose_device(device)
-    given = Restoring(model, Facts.of(facts, target), target)
+    prompts = Facts.of(facts, target)
+    unknown = sorted(set(places) - set(prompts.places))
+    if unknown or not places:
+        raise SettingsError(f"{(unknown or ['nothing'])[0]!r} is no place; choose among {', '.join(prompts.places)}")
+    given = Restoring(model, prompts, target, kinds, places)
     recalled = np.flatnonzero(given.right.cpu().numpy())
     if len(recalled) < LEAST:
         raise ExamplesError(
             f"the model recalls {len(recalled)} of {len(facts)} facts, and at least {LEAST} are needed; give facts "
             f"whose answers it finds, each of one token and with the same space before it as in a text"
         )
-    unknown = sorted(set(places) - set(given.facts.places))
-    if unknown:
-        raise SettingsError(f"{unknown[0]!r} is no place; choose among {', '.join(given.facts.places)}")
     order = np.random.default_rng(seed).permutation(recalled)
     cut = min(max(round(len(order) * learning_share), 1), len(order) - 2)
     learning, scored = (torch.from_numpy(np.sort(part)).to(target) for part in (order[:cut], order[cut:]))
