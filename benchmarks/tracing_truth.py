@@ -79,48 +79,55 @@ def facts_of(data: Tensor) -> coar.Examples:
     )
 
 
+def base_model(known: list[tuple[int, int]], seed: int) -> nn.Module:
+    """Return a GPT-2 that has learned facts about people."""
+    torch.manual_seed(seed)
+    sizes = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS, "vocab_size": WORDS, "n_positions": 8}
+    nothing = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **nothing, bos_token_id=START, eos_token_id=START, use_cache=False))
+    old, start = sentences(known, seed), time.process_time()
+    found = train(model, old, list(model.parameters()), steps=3000, rate=1e-3, enough=0.01)
+    print(f"seed {seed}: base recalls {found:.3f} of {len(old)} facts, {time.process_time() - start:.0f} s", flush=True)
+    return model
+
+
+def traced(model: nn.Module, facts: coar.Examples, taught: int, corruption: str) -> list[dict[str, object]]:
+    """Return a row per place: the rank of the taught MLP, its effect, and the largest of the others."""
+    kind, _, per_cell = corruption.partition(", ")
+    start, rows = time.process_time(), []
+    cells = {"kinds": ("mlp",), "places": PLACES_RESTORED, "per_cell": bool(per_cell), "progress": False}
+    trace = coar.trace(model, facts, corruption=kind, **cells)
+    for place, own in trace.table.groupby("place", sort=False):
+        best = own.set_index("layer")["aie"].sort_values(ascending=False)
+        row = {"taught": taught, "corruption": corruption, "place": place, "first": best.index[0]}
+        row |= {"rank": list(best.index).index(taught) + 1, "aie": best[taught], "next": best.drop(taught).max()}
+        row |= {"left": trace.per_fact["corrupted"].mean() / trace.per_fact["clean"].mean()}
+        rows.append({**row, "seconds": time.process_time() - start})
+    return rows
+
+
 def main() -> None:
     """Train, teach, trace, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--people", type=int, default=400)
     parser.add_argument("--taught", type=int, default=60)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("reports/tracing_truth.csv"))
     args = parser.parse_args()
     rows = []
     for seed in range(args.seeds):
-        torch.manual_seed(seed)
-        sizes = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS, "vocab_size": WORDS, "n_positions": 8}
-        nothing = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        base = GPT2LMHeadModel(GPT2Config(**sizes, **nothing, bos_token_id=START, eos_token_id=START, use_cache=False))
         known = people(args.people, seed)
-        old = sentences(known, seed)
-        start = time.perf_counter()
-        found = train(base, old, list(base.parameters()), steps=3000, rate=1e-3, enough=0.01)
-        print(
-            f"seed {seed}: base recalls {found:.3f} of {len(old)} facts, {time.perf_counter() - start:.0f} s",
-            flush=True,
-        )
-        new = sentences(
-            people(args.taught, seed + 100, {(a - NAMES, b - NAMES - FIRST_NAMES) for a, b in known}), seed + 1
-        )
+        base = base_model(known, seed)
+        but = {(a - NAMES, b - NAMES - FIRST_NAMES) for a, b in known}
+        new = sentences(people(args.taught, seed + 100, but), seed + 1)
         for taught in TAUGHT:
             model = copy.deepcopy(base)
             mlp = model.transformer.h[taught].mlp
             recalled = train(model, new, list(mlp.parameters()), steps=2000, rate=1e-3, enough=0.02)
             for corruption in CORRUPTIONS:
-                start = time.perf_counter()
-                kind, _, per_cell = corruption.partition(", ")
-                cells = {"kinds": ("mlp",), "places": PLACES_RESTORED, "per_cell": bool(per_cell), "progress": False}
-                trace = coar.trace(model, facts_of(new), corruption=kind, **cells)
-                for place, own in trace.table.groupby("place", sort=False):
-                    best = own.set_index("layer")["aie"].sort_values(ascending=False)
-                    row = {"seed": seed, "taught": taught, "recalled": recalled, "corruption": corruption}
-                    row |= {"place": place, "first": best.index[0], "rank": list(best.index).index(taught) + 1}
-                    row |= {"aie": best[taught], "next": best.drop(taught).max()}
-                    row |= {"lost": 1 - trace.per_fact["corrupted"].mean() / trace.per_fact["clean"].mean()}
-                    rows.append({**row, "seconds": time.perf_counter() - start})
-                print(pd.DataFrame(rows[-len(PLACES_RESTORED) :]).round(3).to_string(header=False), flush=True)
+                found = traced(model, facts_of(new), taught, corruption)
+                rows += [{"seed": seed, "recalled": recalled, **row} for row in found]
+                print(pd.DataFrame(rows[-len(found) :]).round(3).to_string(header=False), flush=True)
     table = pd.DataFrame(rows)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.out, index=False)

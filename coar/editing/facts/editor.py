@@ -35,17 +35,18 @@ TEXTS_PER_PASS = 8  # whose logits are in memory at once
 STEP = 1.0  # of log-odds between two gradients of the targets
 BEYOND = 0.1  # the required log-odds that a step aims at
 STEPS = 40  # to the required log-odds, at most
-ROUNDS = 6  # of measuring the references, at most
+ROUNDS = 8  # of measuring the references, at most
 FACTS_CORRECTED, TEXTS_CORRECTED = 32, 16  # whose gradients are computed anew in a round
 CERTAIN = 0.05  # least slope of a probability by its log-odds that references count with
-SPARE = 0.6  # share of the bound that ends the rounds
+HARDER = 2.0  # factor of the weight of texts after a round in which they exceed the bound
 SMALLEST = 1e-3  # strength; smaller ones are set to zero
-ENOUGH = 2  # references, and texts
+ENOUGH_FACTS, ENOUGH_TEXTS = 2, 4  # references
+LIMIT = 1.645  # standard errors up to the one-sided 95 % limit
 REQUIRED = {"decrease": 0.02, "increase": 0.5}  # probability of the answers
 
 
 class FactBound(Settings):
-    """The most that references may lose, with a standard error added.
+    """The most that references may lose, up to the one-sided 95 % limit of the mean over them.
 
     Attributes:
         facts: Fall of the mean probability of the other facts' answers.
@@ -66,7 +67,8 @@ class FactEdit:
             `measure` (`probability` of the answers, or `perplexity`), `before`, `after`, `change` (relative for the
             perplexity) with its 95 % interval over examples (`low`, `high`). Measured on the edited model.
         rounds: A row per round of the choice: `components`, `probability` of the target that is nearest to what is
-            required, `facts` and `perplexity` lost, with their standard errors.
+            required, `facts` and `perplexity` lost, up to the 95 % limits; texts are measured where facts are within
+            the bound, and in the last round.
         passes: Forward passes of one example; a forward and backward pass counts as three.
     """
 
@@ -85,24 +87,23 @@ class _Losses:
 
     Attributes:
         facts: (references,) probabilities lost.
-        texts: (texts,) nats per token lost.
+        texts: (bounding texts,) nats per token lost; None where they were not measured.
         bound: The bound.
     """
 
     facts: Tensor
-    texts: Tensor
+    texts: Tensor | None
     bound: FactBound
 
     @property
-    def used(self) -> float:
-        """The larger share of its bound that facts or texts use, standard errors included."""
-        facts, perplexity = self.with_errors()
-        return max(facts / self.bound.facts, perplexity / self.bound.perplexity)
+    def within(self) -> bool:
+        """Whether both limits are within the bound; NaN is not."""
+        facts, perplexity = self.limits()
+        return facts <= self.bound.facts and perplexity <= self.bound.perplexity
 
-    def with_errors(self) -> tuple[float, float]:
-        """Return the mean probability lost, and the relative rise of the perplexity, each with a standard error."""
-        facts, texts = (float(part.mean() + part.std() / len(part) ** 0.5) for part in (self.facts, self.texts))
-        return facts, float(np.expm1(texts))
+    def limits(self) -> tuple[float, float]:
+        """Return the 95 % limits of the mean probability lost, and of the relative rise of the perplexity."""
+        return _limit(self.facts), np.nan if self.texts is None else float(np.expm1(_limit(self.texts)))
 
 
 class FactEditor:
@@ -111,26 +112,30 @@ class FactEditor:
     Log-odds of the targets' answers move to what is required in steps. Each step solves for the strengths of all
     components at once: the least sum of squares of their changes and of the harm, both linear in the strengths, where
     harm is the change of the other facts' probabilities and of the texts' log-probabilities, in units of the bound.
-    Gradients of the targets are computed at every step. References are measured after the last step; those that changed
-    most get new gradients, and the steps go on, until the harm is well within the bound.
+    Gradients of the targets are computed at every step. References are measured after the last step. While the harm is
+    beyond the bound, the facts that changed most get new gradients, and so do texts, which then count more, if they
+    exceed it; and the steps go on.
 
-    Gradients of the references are computed once, and serve all facts.
+    Every second text gives gradients. The bound is judged on the others, which no step has seen, since strengths that
+    spare the texts with gradients harm other texts more. Gradients are computed once, and serve all facts.
 
     Args:
         study: The facts as its examples, from `coar.token_examples` with answers, and the components. Its ablation
             must have a constant per channel, such as `coar.ZeroActivation()` or `coar.Mean(...)`. Its output is not
             used.
-        texts: Ordinary text, from `coar.token_examples` without answers.
+        texts: Ordinary text, from `coar.token_examples` without answers; one part for gradients, one for the bound.
         device: Where to compute.
         progress: Whether to show a progress bar.
 
     Raises:
         EditError: When the ablation has no constants.
+        GoalError: When there are fewer than four texts.
         OutputError: When the model is no causal language model.
     """
 
     def __init__(self, study: Study, texts: Examples, *, device: str = "auto", progress: bool = True) -> None:
-        self._study, self._texts, self._device, self._progress = study, texts, device, progress
+        _check_enough(len(texts), ENOUGH_TEXTS, "texts")
+        self._study, self._device, self._progress = study, device, progress
         model = device_copy(study.model, choose_device(device), study.examples)
         constants = study.ablation.replacements(model, study.components, batch_size=TEXTS_PER_PASS)
         if constants.ndim > 1 or bool(constants.isnan().any()):
@@ -141,14 +146,19 @@ class FactEditor:
         parts = model, study.components, constants
         facts = in_memory(study.examples)
         self._facts = Measured(*parts, facts, LOG_ODDS, ModelRunner(model, LOG_ODDS).batch_size)
-        self._prose = Measured(*parts, in_memory(texts), TokenLogProbability(), TEXTS_PER_PASS)
+        self._bounding = in_memory(texts.subset(range(1, len(texts), 2)))
+        steering, bounding = in_memory(texts.subset(range(0, len(texts), 2))), self._bounding
+        self._steering, self._prose = (
+            Measured(*parts, own, TokenLogProbability(), TEXTS_PER_PASS) for own in (steering, bounding)
+        )
         self._nothing = torch.zeros(len(study.components))
         self._base = self._all_gradients()
+        self._likelihood = self._prose.outputs(self._nothing)
 
     @property
     def passes(self) -> int:
         """Forward passes of one example so far."""
-        return self._facts.passes + self._prose.passes
+        return self._facts.passes + self._steering.passes + self._prose.passes
 
     def probabilities(self) -> np.ndarray:
         """Return the (facts,) probabilities of the answers in the model as it is."""
@@ -182,28 +192,29 @@ class FactEditor:
         """
         bound, passes = bound or FactBound(), self.passes
         targets, references = (torch.from_numpy(rows) for rows in goal.resolve(columns(self._study.examples)))
-        self._check_enough(references)
+        _check_enough(len(references), ENOUGH_FACTS, "references")
         required = self._required(goal, targets, probability)
-        rows, best = [], None
+        rows = []
         for strengths, reached, losses in self._rounds(goal, targets, references, required, bound):
-            facts, perplexity = losses.with_errors()
+            facts, perplexity = losses.limits()
             count = int((strengths > 0).sum())
             rows.append({"components": count, "probability": reached, "facts": facts, "perplexity": perplexity})
-            if best is None or losses.used < best[1].used:
-                best = strengths, losses
-        if best is None or not best[1].used <= 1:  # NaN is not within the bound
+            if losses.within:
+                break
+        else:
             raise self._beyond(bound, rows)
-        made = self._made(goal, best[0])
+        made = self._made(goal, strengths)
         import pandas as pd
 
         table = self._judged(made, targets, references, judge, judge_texts)
         return FactEdit(made, table, pd.DataFrame(rows), self.passes - passes)
 
     def _all_gradients(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Return outputs and gradients of all facts and of all texts, with nothing ablated."""
+        """Return outputs and gradients of all facts, and of the texts that have gradients, with nothing ablated."""
         found = []
-        with progress_bar(total=len(self._facts) + len(self._prose), shown=self._progress, desc="references") as bar:
-            for measured in (self._facts, self._prose):
+        total = len(self._facts) + len(self._steering)
+        with progress_bar(total=total, shown=self._progress, desc="references") as bar:
+            for measured in (self._facts, self._steering):
                 parts = []
                 for rows in torch.split(torch.arange(len(measured)), TEXTS_PER_PASS):
                     parts.append(measured.gradients(self._nothing, rows))
@@ -211,15 +222,6 @@ class FactEditor:
                 outputs, gradients = (torch.cat(part) for part in zip(*parts, strict=True))
                 found.append((outputs, gradients))
         return found[0], found[1]
-
-    def _check_enough(self, references: Tensor) -> None:
-        """Raise `GoalError` unless losses of facts and of texts have a standard error."""
-        for count, what in ((len(references), "references"), (len(self._prose), "texts")):
-            if count < ENOUGH:
-                raise GoalError(
-                    f"there are {count} {what}, and the bound needs the standard error of what {what} lose; give at "
-                    f"least {ENOUGH}"
-                )
 
     def _required(self, goal: EditGoal, targets: Tensor, probability: float | None) -> float:
         """Return the log-odds that the targets must reach."""
@@ -240,35 +242,35 @@ class FactEditor:
     ) -> Iterator[tuple[Tensor, float, _Losses]]:
         """Yield strengths that reach what is required, the probability of the target nearest to it, and the harm."""
         (odds, by_fact), (likelihood, by_text) = self._base
-        facts, texts = HarmModel(by_fact[references]), HarmModel(by_text)
         before = odds[references].sigmoid()
-        fact_weights = (before * (1 - before)).clamp_min(CERTAIN) / bound.facts
-        text_weights = torch.full_like(likelihood, 1 / bound.perplexity)
+        facts = HarmModel(by_fact[references], (before * (1 - before)).clamp_min(CERTAIN) / bound.facts)
+        texts = HarmModel(by_text, torch.full((len(by_text),), 1 / bound.perplexity))
         strengths = self._nothing
-        for _ in progress_bar(range(ROUNDS), shown=self._progress, desc="edit", unit="round"):
+        for number in progress_bar(range(ROUNDS), shown=self._progress, desc="edit", unit="round"):
             for step in range(STEPS):
                 now, slopes = self._facts.gradients(strengths, targets)
                 left = (now - required) * _sign(goal)
                 if step and bool((left >= 0).all()):  # the first step heeds what was measured last
                     break
                 rises = (BEYOND - left).clamp_max(STEP)
-                harm = [facts.rows(strengths, fact_weights), texts.rows(strengths, text_weights)]
-                gradients, values = (torch.cat(part) for part in zip(*harm, strict=True))
-                strengths = least_harm(strengths, (_sign(goal) * slopes, rises), (gradients, values))
+                harms = facts.at(strengths), texts.at(strengths)
+                strengths = least_harm(strengths, (_sign(goal) * slopes, rises), harms)
                 strengths[strengths < SMALLEST] = 0
             else:
                 return
-            odds_now, likelihood_now = self._facts.outputs(strengths), self._prose.outputs(strengths)
-            losses = _Losses(before - odds_now[references].sigmoid(), likelihood - likelihood_now, bound)
+            moved = self._facts.outputs(strengths)[references] - odds[references]
+            lost = before - (odds[references] + moved).sigmoid()
+            losses = _Losses(lost, None, bound)
+            if _limit(lost) <= bound.facts or number + 1 == ROUNDS:  # else the round has failed already
+                losses = replace(losses, texts=self._likelihood - self._prose.outputs(strengths))
             yield strengths, float(((now * _sign(goal)).min() * _sign(goal)).sigmoid()), losses
-            if losses.used <= SPARE:
-                return
-            moved = odds_now[references] - odds[references]
             worst = losses.facts.abs().add(CERTAIN * moved.abs()).topk(min(FACTS_CORRECTED, len(references))).indices
             facts.correct(strengths, moved, worst, self._facts.gradients(strengths, references[worst])[1])
-            worst = losses.texts.abs().topk(min(TEXTS_CORRECTED, len(self._prose))).indices
-            found = [self._prose.gradients(strengths, part)[1] for part in torch.split(worst, TEXTS_PER_PASS)]
-            texts.correct(strengths, likelihood_now - likelihood, worst, torch.cat(found))
+            if losses.limits()[1] > bound.perplexity:
+                changes = self._steering.outputs(strengths) - likelihood
+                worst = changes.abs().topk(min(TEXTS_CORRECTED, len(changes))).indices
+                texts.correct(strengths, changes, worst, self._steering.gradients(strengths, worst)[1])
+                texts.weigh(HARDER)
 
     def _made(self, goal: EditGoal, strengths: Tensor) -> Edit:
         """Return the edit of these strengths, with the numbers that it takes out of the weights."""
@@ -284,36 +286,35 @@ class FactEditor:
         """Return what the edited model makes of all examples, beside the model as it is."""
         import pandas as pd
 
-        device = choose_device(self._device)
-        models = [device_copy(model, device, self._study.examples) for model in self._both(made)]
-        facts = self._study.examples
-        groups = {"targets": facts.subset(targets.numpy()), "references": facts.subset(references.numpy())}
-        groups |= {"judged facts": judge} if judge is not None else {}
+        device, own = choose_device(self._device), self._study.examples
+        model = unwrapped(self._study.model)
+        plain, edited = (device_copy(each, device, own) for each in (model, made.apply(model)))
         rows = []
-        for name, examples in groups.items():
-            before, after = (_outputs(model, LOG_ODDS, examples, 32) for model in models)
-            rows.append(_compared(name, "probability", before.sigmoid(), after.sigmoid()))
-        prose = {"texts": self._texts} | ({"judged texts": judge_texts} if judge_texts is not None else {})
-        for name, examples in prose.items():
-            before, after = (-_outputs(model, TokenLogProbability(), examples, TEXTS_PER_PASS) for model in models)
-            rows.append(_compared(name, "perplexity", before, after))
+        for name, chosen in (("targets", targets), ("references", references)):
+            after = _outputs(edited, LOG_ODDS, own.subset(chosen.numpy()))
+            rows.append(_compared(name, "probability", self._base[0][0][chosen].double().sigmoid(), after.sigmoid()))
+        if judge is not None:
+            before, after = (_outputs(each, LOG_ODDS, judge).sigmoid() for each in (plain, edited))
+            rows.append(_compared("judged facts", "probability", before, after))
+        after = _outputs(edited, TokenLogProbability(), self._bounding)
+        rows.append(_compared("texts", "perplexity", -self._likelihood.double(), -after))
+        if judge_texts is not None:
+            before, after = (-_outputs(each, TokenLogProbability(), judge_texts) for each in (plain, edited))
+            rows.append(_compared("judged texts", "perplexity", before, after))
         return pd.DataFrame(rows)
 
-    def _both(self, made: Edit) -> tuple[torch.nn.Module, torch.nn.Module]:
-        model = unwrapped(self._study.model)
-        return model, made.apply(model)
-
     def _beyond(self, bound: FactBound, rows: list[dict[str, float]]) -> BoundError:
-        if not rows:
+        measured = [row for row in rows if not np.isnan(row["perplexity"])]
+        if not measured:
             return BoundError(
                 f"after {STEPS} steps the targets are not at the required probability; study more components, or "
                 f"require less with probability="
             )
-        least = min(rows, key=lambda row: max(row["facts"] / bound.facts, row["perplexity"] / bound.perplexity))
+        least = min(measured, key=lambda row: max(row["facts"] / bound.facts, row["perplexity"] / bound.perplexity))
         return BoundError(
             f"no strengths reach the goal within the bound, {bound.facts:.1%} of the other facts' probability and "
             f"{bound.perplexity:.2%} of the perplexity. The best found loses {least['facts']:.2%} and "
-            f"{least['perplexity']:.2%}, standard errors included: widen the bound, or study more components"
+            f"{least['perplexity']:.2%}, up to 95 % limits: widen the bound, or study more components"
         )
 
 
@@ -321,6 +322,20 @@ def in_memory(examples: Examples) -> Examples:
     """Return the examples with their inputs and targets as tensors."""
     inputs, targets = examples.block(0, len(examples))
     return Examples(inputs=inputs, targets=targets)
+
+
+def _check_enough(count: int, least: int, what: str) -> None:
+    """Raise `GoalError` unless losses of references have a standard error."""
+    if count < least:
+        raise GoalError(
+            f"there are {count} {what}, and the bound needs the standard error of what {what} lose; give at least "
+            f"{least}"
+        )
+
+
+def _limit(losses: Tensor) -> float:
+    """Return the one-sided 95 % limit of a mean."""
+    return float(losses.mean() + LIMIT * losses.std() / len(losses) ** 0.5)
 
 
 def _sign(goal: EditGoal) -> int:
@@ -331,10 +346,8 @@ def _listed(values: Tensor) -> str:
     return ", ".join(f"{value:.3f}" for value in values[:5].tolist()) + (", ..." if len(values) > 5 else "")
 
 
-def _outputs(
-    model: torch.nn.Module, output: TokenMargin | TokenLogProbability, examples: Examples, size: int
-) -> Tensor:
-    runner = ModelRunner(model, output, batch_size=size)
+def _outputs(model: torch.nn.Module, output: TokenMargin | TokenLogProbability, examples: Examples) -> Tensor:
+    runner = ModelRunner(model, output, batch_size=TEXTS_PER_PASS)
     return torch.from_numpy(runner.base_output(runner.load(examples, 0, len(examples)))).double()
 
 
