@@ -19,6 +19,7 @@ from tests.test_everyday import (
     EXAMPLES,
     FEATURES,
     HIDDEN,
+    TARGETS,
     Flattened,
     Net,
     Noisy,
@@ -495,3 +496,62 @@ def test_comparing_with_the_original_leaves_it_as_it_was(tmp_path):
     assert model.training
     assert model.passes == 0
     assert not hasattr(model, "kept")
+
+
+# Passes that compute in bfloat16 by themselves, and layers inside vmap.
+
+
+class Autocast(Net):
+    """A net whose forward pass turns autocast on, as accelerate wraps it."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+def test_a_pass_that_turns_autocast_on_is_judged_by_its_own_rounding(tmp_path):
+    model = Autocast().eval()
+    calibration = coar.Examples(inputs=inputs(20, FEATURES, seed=4), targets=torch.arange(20) % CLASSES)
+    what = study(model)
+    run = collect(what, tmp_path, masks=6, gradients=8)
+    plain = expected(lambda keep: formula(model)(what.examples.inputs, keep), run.masks(0, 6), TARGETS)
+    assert 0 < np.abs(run.array("outputs")[:] - plain).max() < 0.03 * np.abs(plain).max()
+    gates = torch.ones(len(what.components), requires_grad=True)
+    margins = margin_of(formula(model)(what.examples.inputs, gates), TARGETS)
+    slopes = torch.stack([torch.autograd.grad(one, gates, retain_graph=True)[0] for one in margins]).numpy()
+    errors = np.abs(coar.mask_gradient(what, run, device="cpu", progress=False).weights() - slopes)
+    assert np.median(errors) < 0.02 * np.abs(slopes).max()  # one activation of many may lie beyond a kink
+    collect(replace(what, ablation=coar.Mean(calibration=calibration)), tmp_path / "means", masks=6, gradients=8)
+
+
+def margin_of(logits, targets):
+    rows = torch.arange(len(logits))
+    others = logits.index_put((rows, targets), torch.tensor(-torch.inf))
+    return logits[rows, targets] - others.logsumexp(1)
+
+
+class Ensemble(Net):
+    """Several last layers by vmap, whose function calls the net's layers too."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.Parameter(inputs(3, CLASSES, HIDDEN))
+
+    def forward(self, x):
+        return vmap(lambda head: nn.functional.linear(self.block(x), head))(self.heads).mean(0)
+
+
+def test_layers_that_a_function_in_vmap_calls_have_gradients(tmp_path):
+    model = Ensemble().eval()
+    found = []
+    for net in (model, Net().eval()):
+        if net is not model:
+            with torch.no_grad():
+                net.last.weight.copy_(model.heads.mean(0))
+                net.last.bias.zero_()
+        run = collect(
+            study(net, components=coar.neurons(net, include="block*")), tmp_path / str(len(found)), gradients=8
+        )
+        found.append([run.array(name)[:] for name in ("gradient_kept", "gradient_ablated", "gradient_outputs")])
+    for one, other in zip(*found, strict=True):
+        assert np.allclose(one, other, atol=1e-5, equal_nan=True)

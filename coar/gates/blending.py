@@ -29,6 +29,12 @@ def blend(
         if out is not None and y.stride(axis) == 1:  # at other strides it is several times slower than two passes
             return torch.addcmul(constant, y, mask, out=out)
         return y * mask + constant if out is None else torch.mul(y, mask, out=out).add_(constant)
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # inside of vmap, which takes no such Function
+        rows = [len(y), *along(axis, y)[1:]]
+        constant = ablated if offset is None else ablated + keep.to(ablated) * offset
+        return y * keep.to(y.dtype).view(rows) + constant.to(y.dtype).view(
+            rows if constant.ndim > 1 else along(axis, y)
+        )
     blended: Tensor = _Blend.apply(y, keep, ablated, offset, axis)
     return blended
 

@@ -16,6 +16,7 @@ from coar.equivalence import Kind as Difference
 from coar.examples import Examples
 from coar.forward.runner import FastRunner, ReferenceRunner
 from coar.outputs.base import Output
+from coar.preflight.tracing import rounding_of
 
 log = logging.getLogger(__name__)
 Parts = tuple[nn.Module, Components, Tensor, Output]
@@ -70,11 +71,13 @@ def compare_with_reference(
     tried = np.concatenate([masks[:, rows], _one_of_each(chosen)[None]])
     expected, found = outputs(tried, -(-size // 2) if split else size)
     compared = compare(expected, found, Difference.REFORMULATED, precision=precision)
+    if not agree(base, expected, found, precision):  # a pass may compute in autocast
+        precision = max(precision, rounding_of(lambda: of_reference(tried[:1], size)))
     if agree(base, expected, found, precision):  # what is not finite in both ways is an error of the first unit
         return compared.error, {"gates": ""}
     if split and agree(base, *outputs(tried), precision):
         return compared.error, {"gates": "", "batch": _by_batch(model, f"{compared}")}
-    return compared.error, {"gates": _disagreement(model, chosen, base, outputs, f"{compared}")}
+    return compared.error, {"gates": _disagreement(model, chosen, base, outputs, f"{compared}", precision)}
 
 
 def _by_batch(model: nn.Module, seen: str) -> str:
@@ -110,6 +113,7 @@ def _disagreement(
     base: np.ndarray,
     outputs: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     seen: str,
+    precision: float,
 ) -> str:
     """Return in words at which site two ways to ablate disagree by themselves."""
     everything = np.ones(len(components), dtype=bool)
@@ -117,7 +121,7 @@ def _disagreement(
     for (site, side, _), rows in components.sites().items():
         keep = everything.copy()
         keep[rows] = False
-        if not agree(base, *outputs(keep[None]), rounding(model)):
+        if not agree(base, *outputs(keep[None]), precision):
             guilty = f" at the {side} of {site!r}, a {type(model.get_submodule(site)).__name__}"
             break
     return (

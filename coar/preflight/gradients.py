@@ -17,6 +17,7 @@ from coar.outputs.base import RelativeOutput
 from coar.preflight.absolute import absolute
 from coar.preflight.findings import Findings
 from coar.preflight.gates import agree
+from coar.preflight.tracing import rounding_of
 from coar.study import Study
 
 log = logging.getLogger(__name__)
@@ -135,25 +136,30 @@ def wrong_gradients(runner: GatedRunner, block: ExampleBlock) -> str:
     Sites without any gradient come first: there, autograd may not reach the gates, though ablation does.
     """
     gradients = runner.full_model_gradients(block)  # (examples, components)
+    precision = max(rounding(runner.model), float(np.finfo(np.float32).eps))
     sites = list(runner.components.sites().items())
     silent = [one for one in sites if not gradients[:, one[1]].any()]
     others = [one for one in sites if gradients[:, one[1]].any()]
     spread = np.unique(np.linspace(0, len(others) - 1, min(OTHERS, len(others))).round().astype(int))
     for place, rows in [*silent[:ZEROS], *(others[i] for i in spread)]:
-        seen = _compared(runner, block, rows, gradients)
+        seen = _compared(runner, block, rows, gradients, precision)
+        if seen and (used := rounding_of(lambda: runner.base_output(block))) > precision:  # as in autocast
+            precision = used
+            seen = _compared(runner, block, rows, gradients, precision)
         if seen:
             return _in_words(runner.model, place, seen, silent=not gradients[:, rows].any())
     return ""
 
 
-def _compared(runner: GatedRunner, block: ExampleBlock, rows: list[int], gradients: np.ndarray) -> str:
+def _compared(
+    runner: GatedRunner, block: ExampleBlock, rows: list[int], gradients: np.ndarray, precision: float
+) -> str:
     """Return in words how gradients differ from the effects of steps in a direction of a site's gates, or "".
 
     A gradient between the slopes on either side is right, such as one at a kink. It is wrong only if two steps give the
     same effect per length and no step agrees with it: where the output is curved or has many kinks, longer steps do not
     measure the slope, and where roundings are large, shorter ones do not.
     """
-    precision = max(rounding(runner.model), float(np.finfo(np.float32).eps))
     direction = np.zeros(len(runner.components), dtype=np.float32)
     direction[rows] = np.resize([1.0, -1.0, 1.0], len(rows))
     by_gradient = gradients @ direction

@@ -23,7 +23,7 @@ from coar.outputs.base import Output
 from coar.preflight.absolute import absolute
 from coar.preflight.draws import ForcedDraws
 from coar.preflight.findings import Findings
-from coar.preflight.tracing import calls_in, in_words, where_they_part
+from coar.preflight.tracing import calls_in, in_words, rounding_of, where_they_part
 
 log = logging.getLogger(__name__)
 TRACED = 4  # examples of the passes that find a module
@@ -78,13 +78,17 @@ def _compare(
     draws = _generators() != before
     _warn_of_changes(model, buffers)
     backwards = _output(model, output, examples.subset(np.arange(len(examples))[::-1].copy()), -(-size // 2))[::-1]
-    agree = _difference(model, passed, backwards)
+    precision = rounding(model)
+    agree = _difference(precision, passed, backwards)
+    if agree and (used := rounding_of(lambda: _whole(model, output, few))) > precision:  # as in autocast
+        precision = used
+        agree = _difference(precision, passed, backwards)
     amplified = _amplified(model, output, examples, size, passed) if agree else 0.0
     if agree < COARSE and agree <= ROUNDINGS * amplified:
         agree = 0.0
     again, tries = 0.0, PAIRS if draws else int(bool(agree) or size == 1)
     while tries and not again:  # a model may draw numbers and use them rarely, or not at all
-        again, tries = _difference(model, passed, _output(model, output, examples, size)), tries - 1
+        again, tries = _difference(precision, passed, _output(model, output, examples, size)), tries - 1
     rarely = _rarely(model, output, few) if draws and not again else ""
     findings.conclude("random", _randomness(model, output, few, again) if again else rarely)
     if not again and not rarely:
@@ -131,7 +135,7 @@ def _output(model: nn.Module, output: Output, examples: Examples, batch_size: in
     return runner.base_output(runner.load(examples, 0, len(examples)))
 
 
-def _difference(model: nn.Module, one: np.ndarray, other: np.ndarray) -> float:
+def _difference(precision: float, one: np.ndarray, other: np.ndarray) -> float:
     """Return the largest difference relative to the largest output; 0 where roundings explain it."""
     finite = np.isfinite(one) & np.isfinite(other)
     if (np.isfinite(one) != np.isfinite(other)).any():
@@ -139,7 +143,7 @@ def _difference(model: nn.Module, one: np.ndarray, other: np.ndarray) -> float:
     if not finite.any():
         return 0.0
     error, largest = float(np.abs(one - other)[finite].max()), float(np.abs(one[finite]).max())
-    allowed = max(NOISE, ROUNDINGS * rounding(model)) * largest + ALLOWED * float(one[finite].std())
+    allowed = max(NOISE, ROUNDINGS * precision) * largest + ALLOWED * float(one[finite].std())
     return error / max(largest, SMALLEST) if error > max(allowed, SMALLEST) else 0.0
 
 
@@ -178,7 +182,7 @@ def _rarely(model: nn.Module, output: Output, few: Examples) -> str:
         except Exception as failure:  # whatever a model may raise about such numbers
             log.info("the %s random numbers were not tried: %s", level, failure)
             continue
-        if error := _difference(model, passed, forced):
+        if error := _difference(rounding(model), passed, forced):
             return (
                 f"{type(model).__name__} draws random numbers and uses some of them rarely: outputs differ by "
                 f"{error:.1e} of the largest in a pass that draws the {level} ones, so some outputs would be noise: "
@@ -274,7 +278,7 @@ def _unlike_original(model: nn.Module, original: nn.Module, output: Output, few:
     except Exception as failure:  # whatever a model may raise
         log.info("the copy was not compared with the model itself, which fails on its device: %s", failure)
         return ""
-    error = _difference(model, found, expected)
+    error = _difference(rounding(model), found, expected)
     if not error or error <= ROUNDINGS * _amplified(model, output, few, len(few), expected):
         return ""
     return (

@@ -17,6 +17,7 @@ from coar.forward.batches import ExampleBlock
 from coar.forward.runner import FastRunner
 from coar.preflight.findings import Findings
 from coar.preflight.passes import with_one_rounding
+from coar.preflight.tracing import rounding_of
 from coar.study import Study
 
 EVERY = 101  # passes of which one is repeated; a prime number, so that every block of examples has its turn
@@ -82,8 +83,10 @@ class Repeats:
         few, chosen = _a_few(block, i)
         mask, expected = unit.masks[i : i + 1], unit.outputs[i, chosen]
 
+        precision = max(rounding(runner.model), BFLOAT16 if runner.precision == "bf16" else 0.0)
+
         def compared(one: np.ndarray, other: np.ndarray) -> Comparison:
-            return _compared(one, other, float(np.abs(unit.outputs).max()), runner)
+            return _compared(one, other, float(np.abs(unit.outputs).max()), precision)
 
         try:
             found = runner.outputs(few, mask)[0]
@@ -92,6 +95,9 @@ class Repeats:
         except Exception as error:  # whatever a model may raise
             return _in_words(runner, unit.row + i, f"fails in a batch of {few.size} ({type(error).__name__}: {error})")
         difference = compared(expected, found)
+        if not difference.agrees:  # a pass may compute in autocast
+            precision = max(precision, rounding_of(lambda: runner.outputs(few, mask)))
+            difference = compared(expected, found)
         if difference.agrees:
             return ""
         ((inputs, targets),) = few.batches
@@ -118,11 +124,10 @@ def _a_few(block: ExampleBlock, turn: int) -> tuple[ExampleBlock, np.ndarray]:
     return ExampleBlock([(rows_of(inputs, part), targets[part])], len(places), sources), chosen.numpy()
 
 
-def _compared(expected: np.ndarray, found: np.ndarray, largest: float, runner: FastRunner) -> Comparison:
+def _compared(expected: np.ndarray, found: np.ndarray, largest: float, precision: float) -> Comparison:
     """Compare outputs, relative to the unit's largest: small ones may be differences of large numbers."""
     finite = bool(np.isfinite(found).all())
     error = float(np.abs(found - expected).max()) / max(largest, SMALLEST) if finite else float("inf")
-    precision = max(rounding(runner.model), BFLOAT16 if runner.precision == "bf16" else 0.0)
     return Comparison(error, allowed_difference(Kind.RECOMPUTED, precision))
 
 

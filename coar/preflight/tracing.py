@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as trees
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coar.components.layers import in_vmap
 
@@ -28,6 +29,27 @@ class Call:
     path: str
     given: list[Tensor]
     returned: list[Tensor]
+
+
+class _Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the coarsest rounding of the numbers that operations return."""
+
+    rounding = 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = function(*args, **(kwargs or {}))
+        for leaf in trees.tree_leaves(returned):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and torch.finfo(leaf.dtype).bits >= 16:
+                self.rounding = max(self.rounding, torch.finfo(leaf.dtype).eps)
+        return returned
+
+
+def rounding_of(run: Callable[[], object]) -> float:
+    """Return the relative rounding error of the coarsest numbers in a pass, which autocast may have made."""
+    seen = _Coarsest()  # type: ignore[no-untyped-call]
+    with seen:
+        run()
+    return float(seen.rounding)
 
 
 def calls_in(model: nn.Module, run: Callable[[], object]) -> list[Call]:
