@@ -10,10 +10,10 @@
     export COAR_FACTS=/path/to/facts.jsonl      # optional: your own facts
 
 A file of facts has a line of JSON for each: `prompt`, in which {} stands for the subject, `subject`, `answer`, and
-`relation`. Answers are compared by their first token. Facts whose answer is not the model's most probable next token
-are left out. Every third fact is for judging. The components are the attention heads, and the output is the margin of
-the answer over all other tokens. Ordinary text, for lenses and as the bound of edits, is the language reference that
-comes with Python (`pydoc_data.topics`), or the file that COAR_GPT2_TEXT names.
+`relation`. Answers of several tokens are compared by the first, and facts whose answer is not the model's most
+probable next token are left out; the log names both. Every third fact is for judging. The components are the attention
+heads, and the output is the margin of the answer over all other tokens. Ordinary text, for lenses and as the bound of
+edits, is the language reference that comes with Python (`pydoc_data.topics`), or the file that COAR_GPT2_TEXT names.
 """
 
 import json
@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -80,17 +81,20 @@ def examples_of(facts: list[dict[str, str]], tokens: Any) -> coar.Examples:
         last.append(subject[-1])
     ids = pad_sequence(rows, batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-    answers = [tokens.encode(" " + fact["answer"].strip(), add_special_tokens=False)[0] for fact in facts]
+    answers = [tokens.encode(" " + fact["answer"].strip(), add_special_tokens=False) for fact in facts]
+    long = [fact["answer"] for fact, own in zip(facts, answers, strict=True) if len(own) > 1]
+    if long:
+        log.info("%d answers have several tokens and are compared by the first: %s", len(long), ", ".join(long))
     return coar.token_examples(
         {"input_ids": ids, "attention_mask": mask},
-        answers=torch.tensor(answers),
+        answers=torch.tensor([own[0] for own in answers]),
         positions={"subject_first": first, "subject_last": last},
         metadata={key: [fact[key] for fact in facts] for key in ("relation", "subject", "answer")},
     )
 
 
 def recalled(net: nn.Module, facts: coar.Examples) -> coar.Examples:
-    """Return the facts whose answer is the model's most probable next token."""
+    """Return the facts whose answer is the model's most probable next token; the log names the others."""
     found = []
     for start in range(0, len(facts), BATCH):
         inputs, targets = facts.block(start, min(start + BATCH, len(facts)))
@@ -102,6 +106,8 @@ def recalled(net: nn.Module, facts: coar.Examples) -> coar.Examples:
         raise coar.errors.PipelineError(
             f"the model recalls none of {len(facts)} facts; set COAR_FACTS to facts whose answers it finds"
         )
+    others = ", ".join(np.asarray(facts.metadata["subject"])[~right].tolist())
+    log.info("the model recalls %d of %d facts; left out: %s", right.sum(), len(right), others or "none")
     return facts.subset(right)
 
 
@@ -110,9 +116,7 @@ def everything() -> tuple[nn.Module, coar.Examples]:
     """Return the model, and the facts that it recalls."""
     net = language_model.model().eval()
     facts = read(Path(os.environ.get("COAR_FACTS", FILE)))
-    known = recalled(net, examples_of(facts, language_model.tokenizer()))
-    log.info("the model recalls %d of %d facts; the others are left out", len(known), len(facts))
-    return net, known
+    return net, recalled(net, examples_of(facts, language_model.tokenizer()))
 
 
 def part(*, judged: bool) -> coar.Examples:

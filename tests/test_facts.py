@@ -70,9 +70,13 @@ def own(made, tmp_path, monkeypatch):
     facts.everything.cache_clear()
 
 
-def test_subjects_are_marked_and_only_recalled_facts_are_kept(own):
+def test_subjects_are_marked_and_only_recalled_facts_are_kept(own, caplog):
     lines, words, model = own
-    known = facts.facts()
+    with caplog.at_level("INFO", "coar.pipelines"):
+        known = facts.facts()
+    assert f"recalls {len(known)} of {len(lines)} facts; left out: {lines[-1]['subject']}" in caplog.text
+    long = [line["answer"] for line in lines if len(words.encode(" " + line["answer"].strip())) > 1]
+    assert (f"compared by the first: {', '.join(long)}" in caplog.text) == bool(long)
     right = []
     for line in lines:
         ids = torch.tensor([words.encode(line["prompt"].format(line["subject"]))])
