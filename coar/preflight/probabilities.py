@@ -11,7 +11,7 @@ from coar.outputs.base import Output, find_logits
 from coar.outputs.labels import BinaryMargin
 
 SUM = 1e-3  # distance from 1 of the sum of a row of probabilities
-ANSWERS = 8  # numbers from which on all of them between 0 and 1, and some on either side of 1/2, are probabilities
+ANSWERS = 8  # examples that are read, and numbers from which on answers between 0 and 1 alone are probabilities
 
 
 def probabilities_read(model: nn.Module, output: Output, examples: Examples) -> str:
@@ -25,7 +25,7 @@ def probabilities_read(model: nn.Module, output: Output, examples: Examples) -> 
     if output.reads_logits_of is None or (isinstance(output, BinaryMargin) and 0 < output.threshold < 1):
         return ""
     runner = ModelRunner(model, output)
-    inputs = runner.load(examples, 0, len(examples)).batches[0][0]
+    inputs = runner.load(examples, 0, min(ANSWERS, len(examples))).batches[0][0]
     with torch.inference_mode(), full_float32():
         result = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     try:
