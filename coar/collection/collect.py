@@ -134,9 +134,6 @@ def _collect_here(
     missing = [unit for unit in masks.missing if isinstance(unit, Unit)]
     runner.masks = tuned(study, run, runner.masks, missing, batches)
     _work_off(runner, masks, run, progress=progress)
-    found = runner.repeats.findings.record
-    if worker == (1, 1) and found.has("repeats") and not (run.facts.preflight or found).has("repeats"):
-        run.add_checks(found)  # by the one process that may write to the run's description
 
 
 def _work_off(runner: UnitRunner, stage: Stage, run: Run, *, progress: bool, more: bool = False) -> None:

@@ -31,6 +31,7 @@ from coar.preflight.gates import compare_with_reference, unread_outputs
 from coar.preflight.gradients import check_gradients
 from coar.preflight.passes import check_passes
 from coar.preflight.probabilities import probabilities_read
+from coar.preflight.repeats import EXCUSES
 from coar.sampling import Split
 from coar.store.disk import sweep
 from coar.store.gradients import MaskGradients
@@ -128,7 +129,7 @@ def prepare(study: Study, place: Path | Address, model: nn.Module, order: RunReq
         if order.gradients:
             ensure_gradients(study, run, model, batch_size=batches.gradients)
     check_same(run, fingerprint, order.precision)
-    if "repeats" in study.accept and not (run.facts.preflight or PreflightRecord()).has("repeats"):
+    if "repeats" in study.accept and "repeats" not in (run.facts.preflight or PreflightRecord()).accepted:
         run.add_checks(PreflightRecord(accepted={"repeats": "no pass is repeated, so outputs may be noise"}))
     if isinstance(place, Path):
         with storage_errors(place):
@@ -241,6 +242,8 @@ def _create(
     findings.conclude("batch", problems.get("batch", ""))
     findings.conclude("gates", problems["gates"] or unread)
     findings.conclude("calls", uncalled_modules(fast, study.examples, first, called))
+    if not set(EXCUSES) & set(study.accept):
+        findings.conclude("repeats", "")  # since a unit with a pass that fails is not stored
     precision = PrecisionRecord(name="float32")
     if order.precision != "float32":
         block = fast.load(study.examples, 0, min(blocks[1], len(study.examples)))

@@ -53,7 +53,7 @@ class Repeats:
         blocks: Number of blocks of examples of the run.
 
     Attributes:
-        findings: The outcome; it has the check `repeats` once a pass was repeated.
+        findings: The outcome so far.
     """
 
     def __init__(self, study: Study, blocks: int) -> None:

@@ -420,8 +420,9 @@ class Run:
     def add_checks(self, record: PreflightRecord) -> None:
         """Add outcomes of checks to those that the run keeps."""
         before = self.facts.preflight or PreflightRecord()
-        passed = tuple(dict.fromkeys([*before.passed, *record.passed]))
-        both = PreflightRecord(passed=passed, accepted=before.accepted | record.accepted)
+        accepted = before.accepted | record.accepted
+        passed = tuple(name for name in dict.fromkeys([*before.passed, *record.passed]) if name not in accepted)
+        both = PreflightRecord(passed=passed, accepted=accepted)
         self.facts = self.facts.model_copy(update={"preflight": both})
         self.set_entry("facts", self.facts.stored())
 
