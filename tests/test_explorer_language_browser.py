@@ -1,14 +1,19 @@
 """Circuits, traces and lenses of a page in Chromium: drawings and charts show what the files have."""
 
+import threading
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import coar
+from coar.explorer.server import serve_page
+from coar.explorer.source import Source
 from tests import test_explorer_browser, test_explorer_language
+from tests.pages import numbers
 from tests.test_explorer_browser import PHONE, Visit, axe, sync_api
-from tests.test_explorer_language import HOSTILE
+from tests.test_explorer_language import HOSTILE, TYPED, Words
 
 pytestmark = test_explorer_browser.pytestmark
 browser = test_explorer_browser.browser
@@ -94,6 +99,63 @@ def test_a_head_shows_its_attention_on_a_chosen_text(visit, study):
     inputs = {"input_ids": study.examples.inputs["input_ids"][3:4, :length]}
     expected = torch.cat(model(**inputs, output_attentions=True).attentions, 1)[0, 5]
     np.testing.assert_allclose(np.array(heat["z"]), expected, atol=0.0021)
+
+
+def test_all_heads_of_a_layer_are_shown_at_once(visit, study):
+    """Each small pattern is that of its head: the share is how opaque a pixel is."""
+    page = visit("component/5")
+    page.page.get_by_label("Text", exact=True).select_option("id 3")
+    page.drawn()
+    model, length = study.model, int(study.examples.inputs["attention_mask"][3].sum())
+    model.set_attn_implementation("eager")
+    inputs = {"input_ids": study.examples.inputs["input_ids"][3:4, :length]}
+    expected = model(**inputs, output_attentions=True).attentions[1][0].detach()
+    data = "one.getContext('2d').getImageData(0, 0, one.width, one.height).data"
+    opacity = f"all => all.map(one => [...{data}].filter((_, i) => i % 4 === 3))"
+    drawn = page.page.locator("[aria-label='Patterns of all heads of this layer'] canvas").evaluate_all(opacity)
+    assert len(drawn) == len(expected) == 4
+    np.testing.assert_allclose(np.array(drawn).reshape(expected.shape) / 255, expected, atol=0.004)
+    assert page.page.locator("[aria-current=true]").get_attribute("aria-label") == study.components[5].name
+    page.page.get_by_role("link", name=study.components[7].name, exact=True).first.click()
+    page.heading(study.components[7].name)
+
+
+def test_a_text_is_typed_read_and_continued(browser, place, study, tmp_path):
+    source = Source(study, tokenizer=Words())
+    server = serve_page(coar.Run.open(place / "heads.zarr"), tmp_path, source, device="cpu")
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    page = Visit(browser, server.url, view="component/5")
+    page.page.get_by_label("A text of your own").fill(TYPED)
+    page.page.get_by_role("button", name="Read it").click()
+    page.page.wait_for_selector("#read")
+    assert page.page.locator("#read .tokens span").all_inner_texts() == TYPED.split()
+    values = numbers(server.live.read([5], TYPED)["values"])
+    assert page.page.locator("#read .marked").inner_text() == TYPED.split()[int(values.argmax())]
+    assert f"the largest activation, {values.max():.2f}" in page.text()
+    page.page.get_by_role("button", name="What if it were ablated?").click()
+    page.page.wait_for_selector("main[data-view=whatif]")
+    page.page.get_by_label("A text of your own").fill(TYPED)
+    page.page.get_by_role("button", name="Continue it with and without them").click()
+    page.page.wait_for_selector("table:has(caption:text-is('Continuations'))")
+    found = server.live.complete([5], TYPED)
+    for side, (_, following, text) in zip(("with", "without"), page.rows("Continuations"), strict=True):
+        assert text == found[side]["text"]
+        assert following == ", ".join(f'"{word}" {share:.1%}'.replace("%", " %") for word, share in found[side]["next"])
+    page.page.get_by_label("A text of your own").fill("t1 " * 300)
+    page.page.get_by_role("button", name="Continue it with and without them").click()
+    page.page.wait_for_selector("text=Not done: the text has 300 tokens")
+    page.drawn()
+    serious = [
+        one["id"] for one in axe.Axe().run(page.page).response["violations"] if one["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+    page.said.clear()  # the browser reports the refused request
+    page.asked.clear()
+    page.close()
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 def test_heads_are_a_grid_of_layers_and_heads(visit, place):

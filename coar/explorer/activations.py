@@ -136,6 +136,25 @@ def compute(study: Study, rows: np.ndarray, batch_norms: dict[str, str], *, devi
     return Computed(predicted, probability, correct, found.scaled())
 
 
+def activations_of(
+    net: nn.Module, component: Component, batch_norms: dict[str, str], inputs: Tensor | dict[str, Tensor]
+) -> np.ndarray:
+    """Return the (places,) activations of a component on one example, in the order of its feature map or tokens.
+
+    Args:
+        net: The model.
+        component: The component; of several channels, the Euclidean norm over them is returned.
+        batch_norms: By site, the path of the batch norm that follows it.
+        inputs: The inputs of the example, with an axis of length 1.
+    """
+    with torch.no_grad(), _recorded(net, Components([component]), batch_norms) as recorded:
+        call_model(net, inputs)
+    (activations,) = recorded.values()
+    own = activations[0].flatten(0, -2)[:, component.position : component.position + component.size].float().cpu()
+    found: np.ndarray = (own[:, 0] if component.size == 1 else own.norm(dim=1)).numpy()
+    return found
+
+
 def first_kernels(model: nn.Module, components: Components) -> dict[int, np.ndarray]:
     """Return, by row number, the kernels of filters that read the picture: (height, width, channels), 1 or 3 channels.
 

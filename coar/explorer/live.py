@@ -2,11 +2,14 @@
 
 import re
 import threading
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from coar.attributions import Attributions
 from coar.collection.preparation import fast_runner
@@ -14,6 +17,7 @@ from coar.editing.edit import Edit, edit_of
 from coar.editing.evaluate import columns
 from coar.editing.judge import margins
 from coar.errors import EditError, SettingsError
+from coar.explorer.activations import activations_of
 from coar.explorer.edits import edits_of
 from coar.explorer.packing import floats, plain, table
 from coar.explorer.part import Part
@@ -24,6 +28,9 @@ from coar.report import write_edit
 from coar.store.run import Run
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
+CHARACTERS, TOKENS = 4_000, 256  # of a text that is typed, at most
+CONTINUED = 24  # tokens that a text is continued by
+NEXT = 5  # most probable next tokens
 
 
 class LiveModel:
@@ -51,7 +58,7 @@ class LiveModel:
                 f"{run.fingerprint['ablation']['name']} ablation replaces activations by those of other examples, and "
                 f"the page has {len(part.examples)} of {part.n_examples}; collect a run of fewer examples"
             )
-        self._source, self._attributions, self._part = source, attributions, part
+        self._run, self._source, self._attributions, self._part = run, source, attributions, part
         self._folder, self._device = folder, device
         self._runner = fast_runner(study, run, device_copy(study.model, choose_device(device), study.examples))
         self._examples = (
@@ -132,6 +139,72 @@ class LiveModel:
             made = edits_of(self._folder, names, self._attributions, self._source, only=name)
         (task,) = made["tasks"]
         return {"files": [str(file) for file in files], "task": task | {"judge": made["judge"]}}
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether the pipeline has a tokenizer, and a language model that takes its tokens and continues texts."""
+        inputs = self._examples.block(0, 1)[0]
+        texts = isinstance(inputs, dict) and "input_ids" in inputs
+        return texts and callable(self._source.tokenizer) and hasattr(self._source.study.model, "generate")
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        return device_copy(self._source.study.model, choose_device(self._device), self._source.study.examples)
+
+    def read(self, components: list[int], text: str) -> dict[str, Any]:
+        """Return the tokens of a text, and the activation of one component at each of them.
+
+        Raises:
+            SettingsError: When not one component of the page is given, or the text cannot be read.
+        """
+        rows = self._rows(components)
+        if len(rows) != 1:
+            raise SettingsError(f"{len(rows)} components were given to read a text; give one")
+        tokens = self._tokens(text)
+        with self._lock:
+            given = {name: value.to(choose_device(self._device)) for name, value in tokens.items()}
+            component = self._attributions.components[int(rows[0])]
+            values = activations_of(self._model, component, self._run.facts.batch_norms, given)
+        return {"words": self._words(tokens["input_ids"][0]), "values": floats(values)}
+
+    def complete(self, components: list[int], text: str) -> dict[str, Any]:
+        """Return how the model continues a text, with all components and without some.
+
+        Each of `with` and `without` has the most probable next tokens, with their probabilities, and the continuation
+        by the most probable token, step by step.
+
+        Raises:
+            SettingsError: When a number is not one of a component on the page, or the text cannot be read.
+            EditError: When no edit can ablate one of the components.
+        """
+        edit, tokens = self._edit(components), self._tokens(text)
+        model = self._source.study.model
+        with self._lock:
+            return {"with": self._completion(model, tokens), "without": self._completion(edit.apply(model), tokens)}
+
+    def _completion(self, net: Any, tokens: dict[str, Tensor]) -> dict[str, Any]:
+        given = {name: value.to(next(net.parameters()).device) for name, value in tokens.items()}
+        length = given["input_ids"].shape[1]
+        with torch.no_grad():
+            shares, ids = net(**given).logits[0, -1].float().softmax(0).topk(NEXT)
+            longer = net.generate(**given, max_new_tokens=CONTINUED, do_sample=False)[0, length:]
+        following = [[word, share] for word, share in zip(self._words(ids), shares.tolist(), strict=True)]
+        return {"next": following, "text": self._source.tokenizer.decode(longer.tolist())}
+
+    def _tokens(self, text: str) -> dict[str, Tensor]:
+        if not self.reads_texts:
+            raise SettingsError("the pipeline has no tokenizer, or its model is no language model; add tokenizer()")
+        if not text.strip() or len(text) > CHARACTERS:
+            raise SettingsError(f"the text has {len(text):,} characters; give some, and at most {CHARACTERS:,}")
+        found = self._source.tokenizer(text, return_tensors="pt")
+        tokens = {name: found[name] for name in ("input_ids", "attention_mask")}
+        count = tokens["input_ids"].shape[1]
+        if not 0 < count <= TOKENS:
+            raise SettingsError(f"the text has {count:,} tokens; give some, and at most {TOKENS}")
+        return tokens
+
+    def _words(self, ids: Tensor) -> list[str]:
+        return [self._source.tokenizer.decode([one]) for one in ids.tolist()]
 
     def _rows(self, components: list[int]) -> np.ndarray:
         count = len(self._part.components)

@@ -23,6 +23,7 @@ LOOPBACK = ("127.0.0.1", "localhost")
 LARGEST = 1_000_000  # bytes of a request
 CONNECTIONS = 16  # at once
 PATIENCE = 10.0  # seconds to wait for the rest of a request
+WORDS = {"save": "name", "read": "text", "complete": "text"}  # by request: what it takes besides components
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "frame-ancestors 'none'",
@@ -63,7 +64,7 @@ def serve_page(
     attributions = Attributions.open(run, name)
     live = LiveModel(run, source, attributions, part_of(attributions), folder, device=device)
     content = gather(run, folder, fit=name, source=source)
-    return PageServer({**content, "live": True}, live, host=host, port=port)
+    return PageServer({**content, "live": {"texts": live.reads_texts}}, live, host=host, port=port)
 
 
 class PageServer(ThreadingHTTPServer):
@@ -181,14 +182,15 @@ class _Handler(BaseHTTPRequestHandler):
             "measure": self.server.live.measure,
             "judge": self.server.live.judge,
             "save": self.server.save,
+            "read": self.server.live.read,
+            "complete": self.server.live.complete,
         }
         if path not in answers:
             raise _RefusedError(HTTPStatus.NOT_FOUND, "there is no such request")
-        given = self._given({"name"} if path == "save" else set())
-        return answers[path](**given)
+        return answers[path](**self._given(WORDS.get(path)))
 
-    def _given(self, more: set[str]) -> dict[str, Any]:
-        """Return the request's content: numbers of components, and a name where one is expected."""
+    def _given(self, word: str | None) -> dict[str, Any]:
+        """Return the request's content: numbers of components, and a text by its name where one is expected."""
         if self.headers.get_content_type() != "application/json":
             raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the content must be JSON")
         length = self.headers.get("Content-Length", "")
@@ -200,14 +202,14 @@ class _Handler(BaseHTTPRequestHandler):
             given = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError):
             raise _RefusedError(HTTPStatus.BAD_REQUEST, "the content is not JSON") from None
-        names = {"components", *more}
+        names = {"components"} if word is None else {"components", word}
         if not isinstance(given, dict) or given.keys() != names:
             raise _RefusedError(HTTPStatus.BAD_REQUEST, f"the content must have {' and '.join(sorted(names))}")
         components = given["components"]
         if not isinstance(components, list) or not all(type(one) is int for one in components):
             raise _RefusedError(HTTPStatus.BAD_REQUEST, "components must be a list of whole numbers")
-        if not isinstance(given.get("name", ""), str):
-            raise _RefusedError(HTTPStatus.BAD_REQUEST, "name must be a text")
+        if word is not None and not isinstance(given[word], str):
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, f"{word} must be a text")
         return given
 
     def _send(self, status: HTTPStatus, kind: str, content: bytes) -> None:

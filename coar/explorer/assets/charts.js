@@ -48,7 +48,7 @@ function chart(label, traces, layout, { height = 300, caption = "", clicked = nu
     margin: { l: 50, r: 12, t: 12, b: 42 },
     showlegend: false,
     hovermode: "closest",
-    legend: { orientation: "h", y: 1.12, x: 0 },
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     dragmode: false,
     ...layout,
   };

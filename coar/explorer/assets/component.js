@@ -5,7 +5,7 @@ function componentView(panel, argument) {
   panel.append(componentTools(j), componentHead(j));
   if (fit) panel.append(make("div", { class: "pair" }, effectPart(j), ...(groupColumns.length ? [groupsPart(j)] : [])), leaningPart(j));
   else panel.append(missing("This run has no fit, so there are no attributions to show; make one with coar fit."));
-  panel.append(...[attentionPart(j), excitingPart(j)].filter(Boolean));
+  panel.append(...[attentionPart(j), excitingPart(j), readingForm(j)].filter(Boolean));
   if (fit) panel.append(similarPart(j), ...[placePart(j)].filter(Boolean));
 }
 
@@ -41,7 +41,7 @@ function componentHead(j) {
     const { mean, half } = meanOf(own);
     const size = (k) => weightsOn(k).reduce((sum, value) => sum + Math.abs(value), 0);
     const place = ranked(count.components, sizeOfEach(size)).indexOf(j) + 1;
-    words = `Ablating it lowers the output of ${percent(own.filter((value) => value > 0).length / own.length)} of the examples, by ${shown(mean)} on average.`;
+    words = `Ablating it lowers the output of ${percent(own.filter((value) => value > 0).length / own.length)} of the examples; the mean change over all is ${shown(-mean, 3, { sign: true })}.`;
     rows.push(["mean weight", `${shown(mean, 4, { sign: true })} ± ${shown(half, 4)}`], ["rank by mean magnitude", `${place} of ${count.components}`]);
   }
   const at = kernels ? kernels.components.indexOf(j) : -1;
@@ -148,11 +148,33 @@ function attentionPart(j) {
     };
     const drawn = chart(`Attention of ${content.components.names[j]}`, [heat], { xaxis: axis("attended token", { ...ticks, tickangle: -45 }), yaxis: axis("token that attends", { ...ticks, autorange: "reversed" }) },
       { height: Math.max(300, 17 * length + 130), caption: "Each row shows where one token looks; a row adds up to 1 over the whole text." });
-    place.replaceChildren(make("p", {}, make("a", { href: `#example/${example}` }, nameOf(example)), ": ", words.length ? tokens(words) : `${length} tokens`), drawn);
+    place.replaceChildren(make("p", {}, make("a", { href: `#example/${example}` }, nameOf(example)), ": ", words.length ? tokens(words) : `${length} tokens`), drawn, headsOfLayer(j, t, length));
   };
   draw();
   const texts = attention.examples.map((example, t) => [t, nameOf(example)]);
   return card("Attention pattern", make("div", { class: "tools" }, choice("Text", texts, reader.text, (value) => { reader.text = Number(value); draw(); })), place);
+}
+
+/** The patterns of all heads of a layer on a text, each a link to its head. */
+function headsOfLayer(j, t, length) {
+  const { attention } = content;
+  const { site, index, names } = content.components;
+  const [, heads, side] = attention.values.shape;
+  const own = attention.heads.map((k, h) => [k, h]).filter(([k]) => site[k] === site[j]);
+  if (own.length < 2) return null;
+  const links = own.map(([k, h]) => {
+    const canvas = make("canvas", { class: "pattern", width: length, height: length, "aria-hidden": "true" });
+    const pixels = new ImageData(length, length);
+    for (let q = 0; q < length; q += 1) {
+      for (let i = 0; i < length; i += 1) {
+        const share = patterns[((t * heads + h) * side + q) * side + i];
+        pixels.data.set([...BLUE, Math.round(255 * share)], 4 * (q * length + i));
+      }
+    }
+    canvas.getContext("2d").putImageData(pixels, 0, 0);
+    return make("li", {}, make("a", { class: "like", href: `#component/${k}`, "aria-label": names[k], "aria-current": k === j ? "true" : null }, canvas, `head ${index[k]}`));
+  });
+  return make("div", {}, make("h3", {}, "All heads of this layer"), make("ul", { class: "gallery", "aria-label": "Patterns of all heads of this layer" }, links));
 }
 
 function similarPart(j) {

@@ -36,7 +36,46 @@ function measuredPart(chosen, change) {
     const t = content.edits.tasks.push(answer.task) - 1;
     return make("p", { class: "note" }, `Wrote ${answer.files.join(", ")}. It is under `, make("a", { href: `#edits/${t}/0` }, "Edits"), ".");
   });
-  return card("Measured by the model", make("div", { class: "tools" }, measure, judge, field("Name", name), save), measured, judged, saved);
+  const measuring = make("div", { class: "tools" }, measure, judge, field("Name", name), save);
+  return card("Measured by the model", measuring, measured, judged, saved, content.live.texts ? completionPart(chosen) : null);
+}
+
+/** A field for a text, of the length that the server takes. */
+function textField() {
+  const box = make("textarea", { rows: 2, maxlength: 4000 });
+  const made = field("A text of your own", box);
+  made.classList.add("wide");
+  return [made, () => box.value];
+}
+
+/** How the model continues a text with all components, and without those that are chosen. */
+function completionPart(chosen) {
+  const [place, text] = textField();
+  const [ask1, answered] = asking("Continue it with and without them", false, () => ask("complete", { components: chosen, text: text() }), (answer) => {
+    const words = (side) => answer[side].next.map(([word, share]) => `${JSON.stringify(word)} ${percent(share)}`).join(", ");
+    const columns = [
+      { title: "model", text: true, value: (side) => (side === "with" ? "with all components" : "without the chosen") },
+      { title: "most probable next tokens", text: true, value: words },
+      { title: "continuation", text: true, value: (side) => answer[side].text },
+    ];
+    return tableOf(columns, ["with", "without"], "Continuations");
+  });
+  return make("div", { class: "tools" }, place, ask1, answered);
+}
+
+/** The activation of a component at each token of a text that is typed. */
+function readingForm(j) {
+  if (!live || !content.live.texts) return null;
+  const [place, text] = textField();
+  const [read, shownText] = asking("Read it", false, () => ask("read", { components: [j], text: text() }), (answer) => {
+    const values = numbers(answer.values);
+    const largest = Math.max(...values, 1e-12);
+    const shares = Array.from(values, (value) => Math.max(0, value / largest));
+    const at = values.indexOf(Math.max(...values));
+    return [make("p", { id: "read" }, tokens(answer.words, { marked: at, map: shares, limit: 256 })),
+      make("p", { class: "caption" }, `The marked token has the largest activation, ${shown(values[at], 2)}; lines show the others.`)];
+  });
+  return card("On another text", make("div", { class: "tools" }, place, read), shownText);
 }
 
 function measuredResult(predicted, measured) {

@@ -122,7 +122,7 @@ function scatterOf(label, before, after, text, caption, titles, clicked = null, 
     return {
       type: "scatter", mode: "markers", name: title, x: rows.map((i) => before[i]), y: rows.map((i) => after[i]), text: rows.map((i) => inert(text(i))), customdata: rows,
       marker: { color: colour(side), symbol, size: 7, opacity: 0.75 }, hovertemplate: "%{text}: %{x:.2f} to %{y:.2f}<extra></extra>",
-      error_y: half ? { type: "data", array: rows.map((i) => half[i]), color: colour("line"), thickness: 1, width: 0 } : undefined,
+      error_y: half ? { type: "data", array: rows.map((i) => half[i]), color: colour("muted"), thickness: 1, width: 0 } : undefined,
     };
   };
   const traces = [
