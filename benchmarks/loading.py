@@ -26,7 +26,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import coar
-from pipelines import beton, imagenet, photographs
+from pipelines import beton, imagenet
 
 BATCH, CLASSES, SIZE, REPEATS = 64, 4, 224, 3
 PRESET = imagenet.preset("resnet50")
@@ -66,7 +66,7 @@ def ways(root: Path, count: int, workers: int) -> dict[str, Reading | str]:
     write_folder(root / "val", count)
     pictures = ImageFolder(str(root / "val"))
     files, labels = [Path(file) for file, _ in pictures.samples], torch.tensor(pictures.targets)
-    single = photographs.Photographs(files, PREPARE)
+    single = coar.ImageFiles(files, PREPARE)
     loader = DataLoader(ImageFolder(str(root / "val"), PREPARE), batch_size=BATCH, num_workers=workers)
     found: dict[str, Reading | str] = {
         "memory": in_blocks(torch.stack([single[i] for i in range(count)]), labels),

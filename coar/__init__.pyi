@@ -66,6 +66,7 @@ from .errors import CoarError as CoarError
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .examples import Examples as Examples
+from .images import ImageFiles as ImageFiles
 from .lenses.lens import Lens as Lens
 from .lenses.training import lens as lens
 from .outputs.base import Output as Output

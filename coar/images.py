@@ -22,15 +22,23 @@ Transform = Callable[[Image.Image], Any]
 
 
 class ImageFiles(Dataset[Any]):
-    """Pictures read from their files on access, in RGB.
+    """Pictures read from their files on access, in RGB: inputs of `coar.Examples` that need not fit in memory.
 
     Args:
         files: The files.
         transform: Makes the model's input from a picture; None for numbers from 0 to 1, (3, height, width).
+
+    Raises:
+        ExamplesError: When a file is missing, or, on access, damaged.
     """
 
     def __init__(self, files: Sequence[Path], transform: Transform | None = None) -> None:
         self.files = tuple(files)
+        missing = [file for file in self.files if not file.is_file()]
+        if missing:
+            raise ExamplesError(
+                f"{len(missing)} of {len(files)} pictures are missing, first {missing[0]}; unpack the data set again"
+            )
         self.transform = transform or as_numbers
 
     def __len__(self) -> int:
@@ -43,7 +51,7 @@ class ImageFiles(Dataset[Any]):
                 colours = picture.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # raised on damaged files, depending on the format
             raise ExamplesError(
-                f"cannot read the picture {self.files[index]} ({error}); replace or remove it"
+                f"cannot read the picture {self.files[index]} ({error}); unpack the data set again, or remove it"
             ) from None
         return self.transform(colours)
 

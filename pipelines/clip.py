@@ -83,7 +83,7 @@ def examples(rows: slice) -> coar.Examples:
     kinds, attacked = [kind for kind, _ in chosen] * 2, np.repeat([0, 1], len(chosen))
     files = [root / version / kind / name for version in VERSIONS for kind, name in chosen]
     return coar.Examples(
-        inputs=photographs.Photographs(files, prepare),
+        inputs=coar.ImageFiles(files, prepare),
         targets=torch.tensor([classes(root).index(kind) for kind in kinds]),
         metadata={
             "id": 2 * np.tile(numbers, 2) + attacked,

@@ -133,7 +133,7 @@ def from_folder(root: Path, preset: Any) -> Validation:
     return Validation(
         labels=np.repeat(np.arange(len(names)), counts),
         metadata={"wnid": np.repeat(names, counts)},
-        inputs=lambda rows: photographs.Photographs([every[row] for row in rows], preset),
+        inputs=lambda rows: coar.ImageFiles([every[row] for row in rows], preset),
     )
 
 

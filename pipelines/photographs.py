@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torchvision.models import get_model, list_models
 
 import coar
@@ -21,33 +20,6 @@ BLOCK = 50  # pictures per forward pass while a head is trained
 SPLITS = ("train", "validation", "test")
 TRAIN, CALIBRATION = 3_000, 300  # pictures of the training split
 STUDIED, CHOOSING, JUDGED = slice(75), slice(75, 175), slice(250)  # of every group; the last of the test split
-
-
-class Photographs(Dataset[Tensor]):
-    """Pictures read from their files on access."""
-
-    def __init__(self, files: Sequence[Path], prepare: Callable[[Image.Image], Tensor]) -> None:
-        """Take the files; raise `PipelineError` when any is missing."""
-        missing = [file for file in files if not file.is_file()]
-        if missing:
-            raise coar.errors.PipelineError(
-                f"{len(missing)} of {len(files)} pictures are missing, first {missing[0]}; unpack the data set again"
-            )
-        self.files, self.prepare = list(files), prepare
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Return one picture, prepared; raise `PipelineError` when its file is damaged."""
-        try:
-            with Image.open(self.files[index]) as picture:
-                colours = picture.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # raised on damaged files, depending on the format
-            raise coar.errors.PipelineError(
-                f"cannot read the picture {self.files[index]} ({error}); unpack the data set again"
-            ) from None
-        return self.prepare(colours)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +47,7 @@ class Collection:
             groups = self.groups[rows]
             rows = np.sort(np.concatenate([rows[groups == group][of_each] for group in np.unique(groups)]))
         return coar.Examples(
-            inputs=Photographs([self.files[row] for row in rows], self.prepare),
+            inputs=coar.ImageFiles([self.files[row] for row in rows], self.prepare),
             targets=torch.from_numpy(self.labels[rows]),
             metadata={"id": rows, "group": self.groups[rows]},
         )

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.models import resnet18, resnet50, vit_b_16
 
 import coar
-from coar.errors import PipelineError, SettingsError, WeightsError
+from coar.errors import ExamplesError, PipelineError, SettingsError, WeightsError
 from coar.pipeline import load_pipeline
 from pipelines import beton, imagenet, imagenet_resnet50, imagenet_vit_b16
 
@@ -154,7 +154,7 @@ def test_damaged_picture_is_named(small, damage):
     examples = imagenet_resnet50.judge()
     file = examples.inputs.files[2]
     file.write_bytes(file.read_bytes()[:-300] if damage == "cut" else b"")
-    with pytest.raises(PipelineError, match=f"cannot read the picture {file} "):
+    with pytest.raises(ExamplesError, match=f"cannot read the picture {file} "):
         examples.block(0, len(examples))
 
 

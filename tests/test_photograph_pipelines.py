@@ -14,7 +14,7 @@ from torchvision.models import resnet18
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 import coar
-from coar.errors import PipelineError, SettingsError, WeightsError
+from coar.errors import ExamplesError, PipelineError, SettingsError, WeightsError
 from coar.pipeline import load_pipeline
 from pipelines import celeba, clip, photographs, waterbirds
 
@@ -217,7 +217,7 @@ def test_missing_picture_is_named(data):
     pipeline, _, _ = data
     file = pipeline.collection().examples("test").inputs.files[3]
     file.unlink()
-    with pytest.raises(PipelineError, match=f"1 of 8 pictures are missing, first {file}; unpack"):
+    with pytest.raises(ExamplesError, match=f"1 of 8 pictures are missing, first {file}; unpack"):
         pipeline.judge()
 
 
@@ -228,7 +228,7 @@ def test_damaged_picture_is_named(data, damage):
     file = examples.inputs.files[2]
     content = {"cut": file.read_bytes()[:-300], "empty": b"", "text": b"no picture at all"}
     file.write_bytes(content[damage])
-    with pytest.raises(PipelineError, match=f"cannot read the picture {file} .*; unpack"):
+    with pytest.raises(ExamplesError, match=f"cannot read the picture {file} .*; unpack"):
         examples.block(0, 8)
 
 
