@@ -12,7 +12,7 @@ import shutil
 import threading
 from pathlib import Path
 
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import coar
 from coar.explorer.server import serve_page
@@ -20,7 +20,7 @@ from coar.pipeline import load_pipeline
 
 RUN, REPORTS, PIPELINE = Path("runs/digits-mean.zarr"), Path("reports/digits-mean"), Path("pipelines/digits.py")
 IMAGES = Path(__file__).parent / "images"
-SIZE = {"width": 1120, "height": 700}
+SIZE, PHONE = {"width": 1120, "height": 700}, {"width": 390, "height": 844}
 
 
 def settled(page: Page) -> None:
@@ -65,6 +65,15 @@ def walk(page: Page, removed: str) -> None:
     taken(page, "measured", card="Measured by the model")
 
 
+def phone(browser: Browser, url: str, view: str) -> None:
+    """Take a screenshot at a phone's width, in the dark scheme."""
+    page = browser.new_page(viewport=PHONE, color_scheme="dark", device_scale_factor=2)
+    page.goto(url + view, timeout=120_000)
+    page.wait_for_selector("html[data-ready]")
+    settled(page)
+    page.screenshot(path=IMAGES / "page-phone.png")
+
+
 def main() -> None:
     """Serve the page, and take all screenshots."""
     run = coar.Run.open(RUN)
@@ -76,10 +85,11 @@ def main() -> None:
             executable_path=chromium, args=["--no-sandbox"] if os.geteuid() == 0 else []
         )
         page = browser.new_page(viewport=SIZE)
-        page.goto(server.url)
+        page.goto(server.url, timeout=120_000)
         page.wait_for_selector("html[data-ready]")
         page.add_style_tag(content=".tabs { position: static !important; }")  # it would cover cards
         walk(page, "conv1[2]")
+        phone(browser, server.url, "#example/17")
         browser.close()
     server.shutdown()
     server.server_close()

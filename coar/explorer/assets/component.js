@@ -87,8 +87,8 @@ function groupsPart(j) {
 
 function leaningPart(j) {
   const own = weightsOn(j);
-  const best = ranked(count.examples, (i) => own[i]).slice(0, 12);
-  const worst = ranked(count.examples, (i) => -own[i]).slice(0, 12);
+  const best = ranked(count.examples, (i) => own[i]).filter((i) => own[i] > 0).slice(0, 12);
+  const worst = ranked(count.examples, (i) => -own[i]).filter((i) => own[i] < 0).slice(0, 12);
   const cards = (rows) => rows.map((i) => exampleCard(i, `weight ${shown(own[i], 3, { sign: true })}`));
   return make("div", { class: "pair" },
     card("Examples that it supports most", gallery(cards(best), "Examples that it supports most")),
