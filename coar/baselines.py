@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from coar.attributions import Attributions
+from coar.attributions import Attributions, best_fit
 from coar.collection.preparation import ensure_gradients, fast_runner
 from coar.errors import AblationError, IncompleteRunError, SettingsError
 from coar.evaluation import evaluate
@@ -103,7 +103,7 @@ def add_fit(run: Run, name: str, weight: ArrayLike, intercept: ArrayLike | None 
     an added fit by itself. A fit of the same name is replaced if it was added too.
 
     A plain array does not say in which order its rows and columns are. So a warning is logged if it predicts the
-    outputs under the run's test masks with less than half of the mean correlation of the best other fit (without one,
+    outputs under the run's test masks with less than half of the mean correlation of the run's best fit (without one,
     with less than 0.1): the order is wrong, or the method is. Without test masks nothing is checked.
 
     Args:
@@ -175,16 +175,16 @@ def _positions(what: str, labels: "pd.Index[Any]", known: Sequence[Any] | np.nda
 
 
 def _doubt_order(run: Run, name: str) -> None:
-    """Warn if an added fit predicts the outputs under test masks much worse than the best other fit does."""
-    others = [other for other, record in finished_fits(run).items() if record.method != ADDED]
+    """Warn if an added fit predicts the outputs under test masks much worse than the run's own best fit does."""
+    own = best_fit(run)
+    others = [own] if own in finished_fits(run) else []
     try:
         table = evaluate(run, fits=[*others, name]).table
     except IncompleteRunError:
         return
     fraction = min(table["ablated_fraction"], key=lambda one: abs(one - run.sampler.ablated_fraction))
     scores = table[table["ablated_fraction"] == fraction].set_index("fit")["pearson"]
-    best = scores.drop(name).idxmax() if others else None
-    if scores[name] >= (UNRELATED if best is None else DOUBTFUL * scores[best]):
+    if scores[name] >= (DOUBTFUL * scores[own] if others else UNRELATED):
         return
     log.warning(
         "fit %r predicts outputs under held-out masks with a mean correlation of %.2f%s: unless the method is that "
@@ -192,7 +192,7 @@ def _doubt_order(run: Run, name: str) -> None:
         "(components.names); a DataFrame with these labels is put in order",
         name,
         scores[name],
-        "" if best is None else f", and {best!r} with {scores[best]:.2f}",
+        f", and {own!r} with {scores[own]:.2f}" if others else "",
     )
 
 
