@@ -198,6 +198,38 @@ def test_gradients_are_slopes_of_the_oracle() -> None:
     assert float(found.by_constants[i]) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=0.03)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+def test_gradients_by_constants_alone_are_slopes_of_the_oracle(family: str, share: float) -> None:
+    """Under one hard mask, in which most readers have no edge, some or almost all; they are those of `gradients`."""
+    study = study_of(family)
+    evaluator = CircuitEvaluator(study, device="cpu", batch_size=4)
+    keep = (torch.rand(len(study.components), generator=torch.Generator().manual_seed(4)) < share).float()
+    keep[[name.endswith("output") for name in study.components.names]] = 1.0
+    losses, found = evaluator.constant_gradients(keep)
+    both = evaluator.gradients(keep)
+    torch.testing.assert_close(losses, both.losses)
+    torch.testing.assert_close(found, both.by_constants, rtol=1e-4, atol=1e-6)
+    kept = dict(zip(study.components.names, keep.tolist(), strict=True))
+    constants, step = evaluator.constants.numpy(), 1e-2
+    for i in found.abs().topk(2).indices.tolist():
+        ends = []
+        for sign in (1, -1):
+            moved = constants.copy()
+            moved[i] += sign * step
+            logits = [last_logits(study, family, n, kept, moved) for n in range(COUNT)]
+            ends.append(sum(divergence(study, family, n, each, constants) for n, each in enumerate(logits)))
+        assert float(found[i]) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=0.03)
+
+
+def test_constants_have_no_gradient_where_nothing_is_ablated() -> None:
+    """The loss is the unablated model's."""
+    evaluator = CircuitEvaluator(study_of(), device="cpu")
+    losses, found = evaluator.constant_gradients(evaluator.everything())
+    assert float(losses.abs().max()) < 1e-5
+    assert not found.any()
+
+
 def test_the_score_eap_is_the_mean_gradient_of_the_output(tmp_path) -> None:
     """It is the baseline `mask_gradient` of a run, averaged over examples, and a run's fit is a method by its name."""
     scores, study = shared(), shared().evaluator.study

@@ -91,7 +91,7 @@ def train_constants(
     total = torch.zeros_like(evaluator.constants)
     for step in range(steps):
         rows = draw(BATCH)
-        slopes = evaluator.gradients(keep, loss=loss, constants=trained.present(), rows=rows).by_constants
+        slopes = evaluator.constant_gradients(keep, loss=loss, constants=trained.present(), rows=rows)[1]
         trained.step(slopes / len(rows), 1 - 0.8 * step / steps)
         if step >= steps - last:
             total += trained.present()

@@ -27,6 +27,10 @@ from coar.study import Study
 Loss = Literal["kl", "output"]
 Rows = Sequence[int] | np.ndarray  # positions of examples
 GRADIENT_COST = 3  # a forward and a backward pass, in forward passes
+NO_CONSTANTS = (
+    "activations of other examples replace what this ablation ablates, so it takes no constants; use "
+    "Mean(calibration=...) or Optimal(...)"
+)
 STORED = 2**28  # bytes of the unablated model's log-probabilities that are kept instead of computed in every pass
 
 
@@ -179,25 +183,61 @@ class CircuitEvaluator:
         Raises:
             OutputError: When a loss is not finite.
         """
-        values = (self.constants if constants is None else constants).detach().clone().requires_grad_()
-        leaves = [values] if self.by_constants else []
-        losses, by_keep = [], []
-        by_constants = torch.zeros_like(values)
-        with self._computing(values if leaves else constants):
+        losses, slopes = self._descend(keep, loss, constants, rows, masks=True)
+        by_keep = [of_batch[0] for of_batch in slopes]
+        if self.by_constants:
+            by_constants = torch.stack([of_batch[1] for of_batch in slopes]).sum(0)
+        else:
+            by_constants = torch.zeros_like(self.constants)
+        return Gradients(losses, torch.stack(by_keep).sum(0) if keep.ndim == 1 else torch.cat(by_keep), by_constants)
+
+    def constant_gradients(
+        self, keep: Tensor, *, loss: Loss = "kl", constants: Tensor | None = None, rows: Rows | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (examples,) losses and the (components.width,) gradient of their sum by the constants alone.
+
+        Without gradients by the mask, only the writers and readers with a term in this mask are computed.
+
+        Args:
+            keep: As for `gradients`.
+            loss: As for `gradients`.
+            constants: As for `gradients`.
+            rows: As for `gradients`.
+
+        Raises:
+            AblationError: When the ablation has no constants.
+            OutputError: When a loss is not finite.
+        """
+        if not self.by_constants:
+            raise AblationError(NO_CONSTANTS)
+        losses, slopes = self._descend(keep, loss, constants, rows, masks=False)
+        return losses, torch.stack([by_constants for (by_constants,) in slopes]).sum(0)
+
+    def _descend(
+        self, keep: Tensor, loss: Loss, constants: Tensor | None, rows: Rows | None, *, masks: bool
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """Return (examples,) losses and, by batch, gradients by its mask, if wanted, and by constants, if any."""
+        leaves: list[Tensor] = []
+        if self.by_constants:
+            leaves = [(self.constants if constants is None else constants).detach().clone().requires_grad_()]
+        losses, slopes = [], []
+        with self._computing(leaves[0] if leaves else constants):
             for part, inputs, targets, plain in self._batches(rows):
-                own = (keep if keep.ndim == 1 else keep[part]).detach().float().clone().requires_grad_()
+                own = (keep if keep.ndim == 1 else keep[part]).detach().float().clone().requires_grad_(masks)
                 if leaves:
-                    self._gates.replace(values)  # again, since each backward pass frees what this computes
+                    self._gates.replace(leaves[0])  # again, since each backward pass frees what this computes
                 self._gates.set(own)
                 result = call_model(self._model, inputs)
                 if loss == "kl":
                     here = _compare(result, plain, self._read(targets))[0]
                 else:
                     here = -self.study.output.read(result, targets).float()
-                slopes = torch.autograd.grad(here.sum(), [own, *leaves], allow_unused=True, materialize_grads=True)
-                by_keep.append(slopes[0])
-                if leaves:
-                    by_constants += slopes[1]
+                wanted = [own, *leaves] if masks else leaves
+                if here.requires_grad:
+                    found = torch.autograd.grad(here.sum(), wanted, allow_unused=True, materialize_grads=True)
+                else:  # nothing is ablated, and no gradient by the mask is wanted
+                    found = tuple(map(torch.zeros_like, wanted))
+                slopes.append(found)
                 losses.append(here.detach())
                 self.passes += GRADIENT_COST * len(targets)
             self._gates.confirm()
@@ -206,8 +246,7 @@ class CircuitEvaluator:
             raise OutputError(
                 f"the loss {loss!r} of an example is not finite under gates; use float32, or leave the example out"
             )
-        slopes_by_keep = torch.stack(by_keep).sum(0) if keep.ndim == 1 else torch.cat(by_keep)
-        return Gradients(total, slopes_by_keep, by_constants)
+        return total, slopes
 
     @contextmanager
     def _computing(self, constants: Tensor | None) -> Iterator[None]:
@@ -217,10 +256,7 @@ class CircuitEvaluator:
             if self.by_constants:
                 self._gates.replace(self.constants if constants is None else constants.to(self.device))
             elif constants is not None:
-                raise AblationError(
-                    "activations of other examples replace what this ablation ablates, so it takes no constants; use "
-                    "Mean(calibration=...) or Optimal(...)"
-                )
+                raise AblationError(NO_CONSTANTS)
             yield
 
     def _batches(self, rows: Rows | None) -> Iterator[tuple[slice, Inputs, Tensor, Tensor]]:

@@ -86,7 +86,7 @@ class EdgePass:
         self._terms: dict[Joint, Terms] = {}
         self._token = constants.new_zeros(1)
         self._needed: Tensor | None = None
-        self._slopes = False
+        self._by_mask = False
         self._summed: tuple[int, Tensor | int] = (0, 0)
 
     def watch(self, site: str, stream: Tensor) -> None:
@@ -121,9 +121,9 @@ class EdgePass:
         return there.repeat(self.shape[0] // len(there), 1, 1, 1)
 
     def is_plain(self, joint: Joint) -> bool:
-        """Return whether modules compute from the residual stream itself, and no gradient needs more than that."""
+        """Return whether modules compute from the residual stream itself, and no gradient by a mask needs more."""
         terms = self._terms[joint]
-        return terms.alike and not terms.added and not self._slopes
+        return terms.alike and not terms.added and not self._by_mask
 
     def read(self, joint: Joint, x: Tensor, module: Module) -> tuple[Tensor, ...]:
         """Return the (rows, positions, features) that modules compute from the inputs of their readers.
@@ -187,8 +187,8 @@ class EdgePass:
 
     def _set_terms(self, lacking: Tensor, dtype: torch.dtype) -> None:
         """Split (rows, pairs) of what is lacking by modules, and find the writers that any reader takes."""
-        self._slopes = torch.is_grad_enabled() and (lacking.requires_grad or self._constants.requires_grad)
-        needed = torch.full((len(self._decoder.writers),), self._slopes, device=lacking.device)
+        self._by_mask = torch.is_grad_enabled() and lacking.requires_grad
+        needed = torch.full((len(self._decoder.writers),), self._by_mask, device=lacking.device)
         for joint in self._joints:
             own = self._lacking[joint] = lacking[:, joint.pairs].view(len(lacking), -1, joint.before)
             terms = self._terms[joint] = terms_of(own, dtype)

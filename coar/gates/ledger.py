@@ -44,10 +44,15 @@ class Projection(NamedTuple):
             y = y[..., self.order]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def descend(self, slopes: Tensor) -> Tensor:
-        """Return the (rows, positions, readers, width) gradient by the inputs, from that by the outputs."""
+    def descend(self, slopes: Tensor, *, alike: bool) -> Tensor:
+        """Return the gradient by the inputs, from that by the (rows, positions, outputs).
+
+        It has shape (rows, positions, readers, width), with one reader for all if they take the same input.
+        """
         if self.order is not None:
             slopes = slopes[..., self.order.argsort()]
+        if alike:
+            return (slopes @ self.weight.flatten(0, 1))[:, :, None]
         return torch.einsum("btrs,rsd->btrd", slopes.reshape(*slopes.shape[:2], *self.weight.shape[:2]), self.weight)
 
 
@@ -77,11 +82,17 @@ class Module(NamedTuple):
         parts = torch.split(normed, [len(projection.weight) for projection in self.projections], 2)
         return tuple(projection(part) for projection, part in zip(self.projections, parts, strict=True))
 
-    def descend(self, slopes: Sequence[Tensor]) -> Tensor:
-        """Return the (rows, positions, readers, width) gradient by the normed inputs, from those by the results."""
+    def descend(self, slopes: Sequence[Tensor], *, alike: bool) -> Tensor:
+        """Return the (rows, positions, readers, width) gradient by the normed inputs, from those by the results.
+
+        If all readers take the same input, there is one reader.
+        """
         if not self.projections:
             return slopes[0][:, :, None]
-        parts = [projection.descend(part) for projection, part in zip(self.projections, slopes, strict=True)]
+        pairs = zip(self.projections, slopes, strict=True)
+        parts = [projection.descend(part, alike=alike) for projection, part in pairs]
+        if alike:
+            return torch.stack(parts).sum(0)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
@@ -325,14 +336,16 @@ class _Read(torch.autograd.Function):
         by_start = torch.zeros_like(start)
         by_lacking = torch.zeros_like(lacking, dtype=_wide(lacking.dtype))
         for rows, positions, kept in ledger.chunks(readers, alike=False):
+            alike = kept or terms.alike
+            together = kept or (terms.alike and not ctx.needs_input_grad[2])
             with _exactly(start):
-                if kept or terms.alike:
-                    taken = start[rows, positions, None].expand(-1, -1, readers, -1)
+                if alike:
+                    taken = start[rows, positions, None].expand(-1, -1, 1 if together else readers, -1)
                 else:
                     taken = ledger.taken(start, terms, rows, positions)
             taken = taken.detach().requires_grad_()
             with ctx.precision():
-                slopes = module.descend([gradient[rows, positions] for gradient in gradients])
+                slopes = module.descend([gradient[rows, positions] for gradient in gradients], alike=together)
                 if module.norm is not None:
                     with torch.enable_grad():
                         normed = module.norm(taken)
@@ -342,7 +355,7 @@ class _Read(torch.autograd.Function):
                 with _exactly(start):
                     if ctx.needs_input_grad[2]:
                         ledger.descend_lacking(slopes, rows, positions, by_lacking)
-                    if not terms.alike:
+                    if not alike:
                         ledger.descend_entries(slopes, rows, positions, terms)
         return torch.zeros(1, device=start.device), by_start, by_lacking.to(lacking.dtype), *[None] * 4
 
