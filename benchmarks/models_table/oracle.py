@@ -114,16 +114,22 @@ class Oracle:
             return reading(functional_call(self.model, weights, args, kwargs), rows)
 
     def _weights(self, keep: Tensor) -> dict[str, Tensor]:
-        changed: dict[str, Tensor] = {}
+        places: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
         for i in self.in_weights:
             row = self.rows[i]
             name, axis, start, size = row.site, row.axis, row.position, row.size
             if row.side == "expert":
                 stacks = [key for key in STACKED if key in self.model.get_submodule(row.site)._parameters]
                 name, axis, start, size = f"{row.site}.{stacks[0]}", 0, row.position // row.size, 1
+            places.setdefault((name, axis), []).append((i, start, size))
+        changed: dict[str, Tensor] = {}
+        for (name, axis), parts in places.items():
             weight = changed.get(name, self.model.get_parameter(name))
-            at = (torch.arange(start, start + size),)
-            gate = keep.new_ones(weight.shape[axis]).index_put(at, keep[i].expand(size))
+            rows, at = [], []
+            for i, start, size in parts:
+                rows += [i] * size
+                at += range(start, start + size)
+            gate = keep.new_ones(weight.shape[axis]).index_put((torch.tensor(at),), keep[rows])
             changed[name] = weight * gate.to(weight.dtype).view([-1 if a == axis else 1 for a in range(weight.ndim)])
         return changed
 
