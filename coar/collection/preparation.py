@@ -119,7 +119,8 @@ def prepare(study: Study, place: Path | Address, model: nn.Module, order: RunReq
         first = study.examples.subset(_with_sources(study, range(_checked(study))))
         findings.conclude("examples", changed_examples(study.examples))
         check_passes(findings, model, study.model, study.output, first, batch_size=batches.masks)
-        findings.conclude("logits", probabilities_read(model, study.output, first))
+        read = probabilities_read(model, study.output, first, batch_size=batches.masks)
+        findings.conclude("logits", read)
         if order.gradients or study.ablation.needs_gradients:
             check_gradients(findings, study, model, batch_size=batches.gradients)
         run = _create(study, place, model, fingerprint, order, batches.masks, first, findings)

@@ -2,8 +2,10 @@
 
 import logging
 import random
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -26,6 +28,7 @@ from coar.preflight.findings import Findings
 from coar.preflight.tracing import calls_in, in_words, rounding_of, where_they_part
 
 log = logging.getLogger(__name__)
+CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 TRACED = 4  # examples of the passes that find a module
 PAIRS = 10  # of passes, until two of them differ
 ALLOWED = 1e-3  # difference of two passes, relative to the spread over examples
@@ -290,8 +293,9 @@ def _unlike_original(model: nn.Module, original: nn.Module, output: Output, few:
 
 @contextmanager
 def _as_it_is(model: nn.Module) -> Iterator[None]:
-    """Give a model's modules back their attributes, and its buffers their numbers."""
+    """Give a model's modules back their attributes, containers in these what they held, and buffers their numbers."""
     attributes = [(module, dict(vars(module))) for module in model.modules()]
+    containers = _containers([before for _, before in attributes])
     buffers = [(one, one.clone()) for one in model.buffers() if is_dense(one)]
     try:
         yield
@@ -299,9 +303,26 @@ def _as_it_is(model: nn.Module) -> Iterator[None]:
         for module, before in attributes:
             vars(module).clear()
             vars(module).update(before)
+        for container, held in containers:
+            container.clear()
+            (container.extend if isinstance(container, (list, deque)) else container.update)(held)
         with torch.no_grad():
             for buffer, numbers in buffers:
                 buffer.copy_(numbers)
+
+
+def _containers(values: list[Any]) -> list[tuple[Any, Any]]:
+    """Return all lists, dictionaries, sets and deques that values hold, also inside each other, and copies of them."""
+    found: dict[int, tuple[Any, Any]] = {}
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if type(value) in CONTAINERS and id(value) not in found:
+            found[id(value)] = value, copy(value)
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, tuple):
+            waiting += value
+    return [kept for number, kept in found.items() if number not in {id(value) for value in values}]
 
 
 def _address(tensor: Tensor) -> int | None:

@@ -14,24 +14,27 @@ SUM = 1e-3  # distance from 1 of the sum of a row of probabilities
 ANSWERS = 8  # examples that are read, and numbers from which on answers between 0 and 1 alone are probabilities
 
 
-def probabilities_read(model: nn.Module, output: Output, examples: Examples) -> str:
+def probabilities_read(model: nn.Module, output: Output, examples: Examples, *, batch_size: int | None = None) -> str:
     """Return in words that a model returns probabilities where an output reads logits, or "".
 
     Args:
         model: A copy made by `device_copy`.
         output: The scalar read per example.
         examples: A few examples.
+        batch_size: Most examples per pass.
     """
     if output.reads_logits_of is None or (isinstance(output, BinaryMargin) and 0 < output.threshold < 1):
         return ""
-    runner = ModelRunner(model, output)
-    inputs = runner.load(examples, 0, min(ANSWERS, len(examples))).batches[0][0]
-    with torch.inference_mode(), full_float32():
-        result = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    try:
-        logits = find_logits(result).float()
-    except OutputError:  # an output of one's own may read something else
-        return ""
+    block = ModelRunner(model, output, batch_size=batch_size).load(examples, 0, len(examples))
+    parts = []
+    for inputs, _ in block.batches:
+        with torch.inference_mode(), full_float32():
+            result = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+        try:
+            parts.append(find_logits(result).float())
+        except OutputError:  # an output of one's own may read something else
+            return ""
+    logits = torch.cat(parts)
     if not logits.numel() or bool((logits < 0).any()) or not bool((logits <= 1).all()):
         return ""
     if output.reads_logits_of == "classes":
