@@ -13,8 +13,8 @@ from benchmarks.models_table.subjects import Subject, by_state_dict, numbers
 
 TOO_LARGE = ("regnet_y_128gf", "vit_h_14")  # more than 600 million weights
 SIDES = {"inception_v3": 96, "maxvit_t": 224, "alexnet": 64}  # 32 otherwise
-DEEP = "efficientnet"  # models that amplify roundings with random weights: in float64, and with small residual branches
-RESIDUAL = (0.05, 0.35)  # scales of the batch norm that ends a residual branch of these; zero is a common start
+DOUBLE = ("efficientnet", "vgg16_bn")  # models in float64: roundings are amplified, or move an activation past a kink
+RESIDUAL = (0.05, 0.35)  # scales at the end of EfficientNets' residual branches, where zero is a common start
 BOXES = torch.tensor([[2.0, 2.0, 40.0, 40.0], [10.0, 20.0, 60.0, 50.0]])
 
 
@@ -52,12 +52,10 @@ def _classifier(name: str, side: int) -> nn.Module:
     more: dict[str, Any] = {"image_size": side} if name.startswith("vit_") else {}
     more |= {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, weights=None, num_classes=10, **more)
-    if not name.startswith(DEEP):
-        return model
     for block in model.modules():
         if isinstance(block, (efficientnet.MBConv, efficientnet.FusedMBConv)) and block.use_res_connect:
             nn.init.uniform_(block.block[-1][1].weight, *RESIDUAL)
-    return model.double()
+    return model.double() if name.startswith(DOUBLE) else model
 
 
 def subjects() -> Iterator[Subject]:
@@ -77,5 +75,5 @@ def _dense(name: str, wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
 
 def _subject(name: str, make: Callable[[], nn.Module], side: int) -> Subject:
     plain = numbers(3, side, side)
-    double = (lambda seed: plain(seed).double()) if name.startswith(DEEP) else plain
+    double = (lambda seed: plain(seed).double()) if name.startswith(DOUBLE) else plain
     return Subject(name, "torchvision", make, double, by_state_dict)
