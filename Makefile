@@ -83,9 +83,9 @@ test: $(READY) ## Run the fast tests
 test-ffcv: setup-ffcv ## Run the tests of .beton files
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m ffcv
 
-test-browser: $(READY) ## Run the tests of the page in Chromium
+test-browser: $(READY) ## Run the fast tests of the page in Chromium
 	@$(BROWSER) || { echo "these tests need Chromium; on Debian: make browser-packages" >&2; exit 1; }
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "browser and not slow"
 
 test-quantised: $(READY) ## Run the tests of quantised models, in an environment of their own
 	UV_PROJECT_ENVIRONMENT=$(QUANTISED) $(UV) sync --locked --inexact --quiet --group quantised

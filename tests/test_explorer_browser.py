@@ -39,7 +39,7 @@ LAYERS = {"digits": "layer2.conv1", "cifar10": "layer2.0.conv1"}  # by pipeline:
 ERRORS_FIXED = pytest.mark.parametrize("place", ["digits"], indirect=True)
 
 
-@pytest.fixture(scope="module", params=LAYERS)
+@pytest.fixture(scope="module", params=["digits", pytest.param("cifar10", marks=pytest.mark.slow)])
 def place(tmp_path_factory, request):
     """A run of two layers of a net, edits of a class and of errors, and their page; read only."""
     request.getfixturevalue(request.param)  # trains the net, or skips where the data is missing
@@ -55,21 +55,8 @@ def place(tmp_path_factory, request):
     works("all", folder / "tiny.py", "--run", run, *out, "--masks", 60, *tasks)
     if request.param == "cifar10":  # a larger net: one edit, chosen without search
         pipeline = ("--pipeline", folder / "tiny.py")
-        works(
-            "edit",
-            run,
-            *pipeline,
-            *forget,
-            "--rule",
-            "welch",
-            "--harm",
-            100,
-            "--group-harm",
-            100,
-            "--constants",
-            "run",
-            *out,
-        )
+        harm = ("--rule", "welch", "--harm", 100, "--group-harm", 100, "--constants", "run")
+        works("edit", run, *pipeline, *forget, *harm, *out)
         works("report", run, *pipeline, *out[:2])
     return folder
 
