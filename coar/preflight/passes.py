@@ -155,24 +155,28 @@ def _amplified(model: nn.Module, output: Output, examples: Examples, batch_size:
 
     Deep networks may amplify roundings, and different batches round differently.
     """
-    inputs, targets = examples.block(0, len(examples))
-    near = Examples(inputs=with_one_rounding(inputs), targets=targets, positions=examples.positions)
-    change = np.abs(_output(model, output, near, batch_size) - passed)[np.isfinite(passed)]
+    change = np.abs(_output(model, output, rounded(examples), batch_size) - passed)[np.isfinite(passed)]
     largest = float(np.abs(passed[np.isfinite(passed)]).max())
     return float(np.nan_to_num(change).max()) / max(largest, SMALLEST)
+
+
+def rounded(examples: Examples) -> Examples:
+    """Return examples whose inputs, where they are fractions, are changed by one rounding up or down."""
+    inputs, targets = examples.block(0, len(examples))
+    return Examples(inputs=with_one_rounding(inputs), targets=targets, positions=examples.positions)
 
 
 def with_one_rounding(inputs: Inputs) -> Inputs:
     """Return inputs that, where they are fractions, are changed by one rounding up or down."""
     draw = torch.Generator().manual_seed(0)
 
-    def rounded(tensor: Tensor) -> Tensor:
+    def changed(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
         signs = torch.randint(2, tensor.shape, generator=draw).to(tensor) * 2 - 1
         return tensor * (1 + signs * torch.finfo(tensor.dtype).eps)
 
-    return {k: rounded(v) for k, v in inputs.items()} if isinstance(inputs, dict) else rounded(inputs)
+    return {k: changed(v) for k, v in inputs.items()} if isinstance(inputs, dict) else changed(inputs)
 
 
 def _rarely(model: nn.Module, output: Output, few: Examples) -> str:
@@ -272,8 +276,12 @@ def _reads_of_original(model: nn.Module, original: nn.Module, output: Output, fe
 def _unlike_original(model: nn.Module, original: nn.Module, output: Output, few: Examples) -> str:
     """Return in words how the outputs of the copy differ from those of the user's model in evaluation mode, or "".
 
-    Where the model itself does not run, such as one that is split over devices, nothing is compared.
+    Where the model itself does not run, such as one that is split over devices, nothing is compared; nor is one with
+    weights of a class of their own, such as quantised ones, which a pass may convert.
     """
+    if not all(map(is_dense, (*original.parameters(), *original.buffers()))):
+        log.info("the copy was not compared with the model itself, which has weights of a class of their own")
+        return ""
     expected = _whole(model, output, few)
     try:
         with _as_it_is(original):
