@@ -73,11 +73,9 @@ class Sampler(Settings):
         numbers = np.empty((len(raw), components), dtype=np.uint32)
         for start in range(0, components, STRATIFIED_TOGETHER):
             some = slice(start, min(start + STRATIFIED_TOGETHER, components))
-            order = np.argsort(np.ascontiguousarray(raw[:, some].T), axis=1, kind="stable")  # (components, masks)
-            strata = np.empty_like(order)
-            np.put_along_axis(strata, order, np.arange(len(raw))[None], axis=1)
+            strata = _ranks(raw[:, some]).astype(np.uint64)
             inside = raw[:, components + some.start : components + some.stop].astype(np.uint64)
-            numbers[:, some] = ((strata.T.astype(np.uint64) << np.uint64(32)) + inside) // np.uint64(len(raw))
+            numbers[:, some] = ((strata << np.uint64(32)) + inside) // np.uint64(len(raw))
         return self._mask(numbers, self.ablated_fraction)
 
     def _numbers(self, split: Split, indices: Iterable[int], count: int) -> np.ndarray:
@@ -116,6 +114,17 @@ class FixedSizeSampler(Sampler):
         masks = np.ones(numbers.shape, dtype=bool)
         np.put_along_axis(masks, np.argsort(numbers, axis=1, kind="stable")[:, :count], False, axis=1)
         return masks
+
+
+def _ranks(numbers: np.ndarray) -> np.ndarray:
+    """Return the rank of each number in its column, the first of equal ones lower; for few rows, faster than a sort."""
+    ranks = np.zeros(numbers.shape, dtype=np.uint32)
+    for later in range(len(numbers)):
+        for earlier in range(later):
+            above = numbers[earlier] <= numbers[later]
+            ranks[later] += above
+            ranks[earlier] += ~above
+    return ranks
 
 
 SAMPLERS: dict[str, type[Sampler]] = {cls.__name__: cls for cls in (BernoulliSampler, FixedSizeSampler)}

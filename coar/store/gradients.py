@@ -124,8 +124,8 @@ class MaskGradients:
         at = {group: i for i, group in enumerate(range(self.mask_groups) if groups is None else groups)}
         d, counting = self.run.n_components, number not in self._kept
         masks = np.empty((self.rounds[number], len(at), d), dtype=bool)
-        kept = np.empty((self.mask_groups, d), dtype=np.uint8)
-        for group in range(self.mask_groups) if counting else at:
+        kept = np.zeros((self.mask_groups, d), dtype=np.uint8)
+        for group in sorted({*at, *range(min(self.mask_groups, self.run.n_examples))}) if counting else at:
             own = self.run.sampler.stratified("gradient", range(first + group, last, self.mask_groups), d)
             kept[group] = own.sum(0, dtype=np.uint8)  # a round has at most 32
             if group in at:
@@ -135,7 +135,10 @@ class MaskGradients:
         return masks
 
     def kept(self, number: int) -> np.ndarray:
-        """Return (mask groups, components) uint8 numbers of a round's mask gradients that keep each component."""
+        """Return (mask groups, components) uint8 numbers of a round's mask gradients that keep each component.
+
+        A group without examples has zeros.
+        """
         if number not in self._kept:
             self.masks(number, ())
         return self._kept[number]
