@@ -8,10 +8,11 @@ import torch
 
 from coar.regression.informed import learning
 from coar.regression.informed import rows as rows_module
-from coar.regression.informed.learning import conjugate_gradients, learn, relearn
+from coar.regression.informed.learning import learn, relearn
 from coar.regression.informed.rows import Rows, group_order, sum_of_squares
 from coar.regression.informed.shared_model import weighted_sum
 from coar.regression.informed.site_gains import gains_by_site, moments_by_round
+from coar.regression.informed.solving import System, conjugate_gradients
 from tests.synthetic import FRACTION, pairwise
 
 FOLDS, GRADIENTS_COUNT, MASK_GROUPS = 4, 8, 5  # mask gradients of each fold
@@ -82,6 +83,38 @@ def test_conjugate_gradients_keep_the_shape_and_take_any_preconditioner():
 
 def test_conjugate_gradients_of_nothing_are_nothing():
     assert not conjugate_gradients(lambda x: 2 * x, torch.zeros(4), torch.ones(4)).any()
+
+
+@pytest.mark.parametrize(("examples", "components"), [(40, 6), (3, 200)])  # fewer unknowns than outputs, and more
+def test_a_system_is_solved_as_by_its_matrix(examples, components):
+    rng = torch.Generator().manual_seed(0)
+    masks = [torch.rand(8, examples, components, generator=rng) > FRACTION for _ in range(2)]
+    outputs = [torch.randn(8, examples, generator=rng) for _ in range(2)]
+    rows = Rows.of(masks, outputs, torch.arange(examples), folds=2, kept=KEPT)
+    gradients = torch.randn(2, examples, components, generator=rng)
+    units = torch.rand(components, generator=rng) + 0.5
+
+    def matrix_of(weights):
+        """(outputs, components) by hand, in the order of blocks: what each unknown predicts."""
+        whole = torch.stack(masks).transpose(1, 2).float()  # (folds, examples, rows, components)
+        centred = whole - whole.mean((0, 2))[None, :, None]
+        table = centred * weights[:, :, None]
+        return torch.cat([table[block.fold, block.examples].flatten(0, 1) for block in rows.blocks])
+
+    matrix = matrix_of(gradients).double()
+    system = System(
+        rows,
+        rows.outputs(),
+        weights=lambda fold, x: gradients[fold] * x,
+        transposed=lambda fold, values: (gradients[fold] * values).sum(0),
+        scale=matrix.square().sum(0).float(),
+        units=units,
+    )
+    y, solve = torch.cat([part.flatten() for part in rows.outputs()]).double(), system.solver()
+    assert (len(y) < components) == (components == 200)
+    for penalty in (10.0, 1.0, 0.1, 3.0):
+        exact = torch.linalg.solve(matrix.T @ matrix + penalty * torch.diag(units).double(), matrix.T @ y)
+        assert float((solve(penalty) - exact).norm() / exact.norm()) < 5e-3
 
 
 def test_predictions_are_centred_masks_times_the_weights_of_their_fold(problem):

@@ -14,13 +14,13 @@ from torch import Tensor
 from coar.regression.informed.rows import Rows, subtract, sum_of_squares
 from coar.regression.informed.shared_model import Curvature, SharedModel, unit, weighted_sum
 from coar.regression.informed.site_gains import SiteMoments, by_site, gains_by_site, members_of, moments_by_round
+from coar.regression.informed.solving import System
 
 GAIN_PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1)  # in units of each column's own sum of squares
 STRUCTURE_PENALTIES = (100.0, 30.0, 10.0, 3.0)  # in units of the mean column's sum of squares
 RANK = 20  # directions in which examples differ, at most
 BANDS = ((0, 1), (1, 6))  # of the leading directions of a site's curvature; a gain each
 EXAMPLES_PER_DIRECTION = 8
-TOLERANCE, STEPS = 1e-3, 100  # of conjugate gradients: relative size of the residual, and iterations
 
 
 @dataclass(frozen=True)
@@ -225,25 +225,17 @@ def gains(trial: Trial, gradients: Tensor) -> Refinement:
     rows = trial.rows
     squares = torch.stack([torch.stack([own.square().sum(0) for own in end]).mean(0) for end in gradients])
     scale = squares * rows.variance() * rows.count()  # (2, components)
-    right, adjoint = torch.zeros_like(scale), rows.adjoint(trial.left)
-    for fold in range(rows.shape[0]):
-        for end, own in enumerate(gradients[:, fold]):
-            right[end] += (own * adjoint[fold]).sum(0)
-    del adjoint
+    solve = System(
+        rows,
+        trial.left,
+        weights=lambda fold, gain: weighted_sum(gain, gradients[:, fold]),
+        transposed=lambda fold, values: torch.stack([(own * values).sum(0) for own in gradients[:, fold]]),
+        scale=scale,
+        units=scale + 1e-6 * scale.mean() + 1e-30,
+    ).solver()
 
     def refine(penalty: float) -> Trial:
-        ridge = penalty * scale + 1e-6 * scale.mean() + 1e-30
-
-        def normal(gain: Tensor) -> Tensor:
-            image = ridge * gain
-            for fold in rows.folds():
-                own = gradients[:, fold]
-                through = rows.gram(fold, weighted_sum(gain, own))
-                for end, values in enumerate(own):
-                    image[end] += (values * through).sum(0)
-            return image
-
-        more, model = conjugate_gradients(normal, right, 1 / (scale + ridge)), trial.model
+        more, model = solve(penalty), trial.model
         gain = torch.cat([model.gain[:2] + more, model.gain[2:]])
         refined = replace(model, gain=gain, stages=(*model.stages, ("gains", penalty)))
         return trial.changed(refined, weighted_sum(more, gradients))
@@ -257,22 +249,20 @@ def structure(trial: Trial, gradients: Tensor) -> Refinement:
     column = trial.model.weights(gradients).square().mean((0, 1)).sqrt()  # (components,)
     size = (places**2).mean(0).sum(0)  # (rank,)
     scale = size[:, None] * rows.count() * rows.variance() * column**2  # (rank, components)
-    right = torch.einsum("fnr,fnd->rd", places, rows.adjoint(trial.left)) * column
+    solve = System(
+        rows,
+        trial.left,
+        weights=lambda fold, common: places[fold] @ (common * column),
+        transposed=lambda fold, values: (places[fold].T @ values) * column,
+        scale=scale,
+        units=scale.mean() + 1e-30,
+    ).solver()
 
     def refine(penalty: float) -> Trial:
         model = trial.model
         if not model.rank:
             return trial
-        ridge = penalty * scale.mean() + 1e-30
-
-        def normal(common: Tensor) -> Tensor:
-            image, weights = ridge * common, common * column
-            for fold in rows.folds():
-                own = places[fold]
-                image += (own.T @ rows.gram(fold, own @ weights)) * column
-            return image
-
-        more = conjugate_gradients(normal, right, 1 / (scale + ridge)) * column
+        more = solve(penalty) * column
         refined = replace(model, structure=model.structure + more, stages=(*model.stages, ("structure", penalty)))
         return trial.changed(refined, places @ more)
 
@@ -284,22 +274,3 @@ STAGES: tuple[tuple[Stage, tuple[float, ...]], ...] = (
     (gains, GAIN_PENALTIES),
     (structure, STRUCTURE_PENALTIES),
 )
-
-
-def conjugate_gradients(normal: Callable[[Tensor], Tensor], right: Tensor, inverse: Tensor) -> Tensor:
-    """Solve `normal(x) = right` for a positive definite `normal`, preconditioned by the diagonal `inverse`."""
-    x = torch.zeros_like(right)
-    residual = right.clone()
-    step = inverse * residual
-    size = first = float((residual * step).sum())
-    for _ in range(STEPS):
-        if size <= TOLERANCE**2 * first:
-            break
-        image = normal(step)
-        length = size / float((step * image).sum())
-        x += length * step
-        residual -= length * image
-        steep = inverse * residual
-        size, before = float((residual * steep).sum()), size
-        step = steep + size / before * step
-    return x

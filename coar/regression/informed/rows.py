@@ -1,6 +1,6 @@
 """Outputs under masks, example by example, as one linear operator on weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 
@@ -127,16 +127,31 @@ class Rows:
         """Return the outputs of each block."""
         return [block.outputs for block in self.blocks]
 
+    def predictions(self, weights: Callable[[int], Tensor]) -> list[Tensor]:
+        """Map each fold's (examples, components) weights to (groups, members, rows) predictions of each block."""
+        found: dict[int, Tensor] = {}
+        for fold in self.folds():
+            own = weights(fold)
+            for number, block in enumerate(self.blocks):
+                if block.fold == fold:
+                    found[number] = block.by_group(own[block.examples]) @ block.design().mT
+        return [found[number] for number in range(len(self.blocks))]
+
     def predict(self, weight: Tensor) -> list[Tensor]:
         """Map (folds, examples, components) weights to (groups, members, rows) predictions of each block."""
-        return [block.by_group(weight[block.fold, block.examples]) @ block.design().mT for block in self.blocks]
+        return self.predictions(lambda fold: weight[fold])
+
+    def adjoint_of(self, fold: int, values: Sequence[Tensor]) -> Tensor:
+        """Return the (examples, components) sums of one fold: the transpose of its predictions."""
+        out = torch.zeros(self.shape[1:])
+        for block, value in zip(self.blocks, values, strict=True):
+            if block.fold == fold:
+                block.by_group(out[block.examples]).baddbmm_(value, block.design())
+        return out
 
     def adjoint(self, values: Sequence[Tensor]) -> Tensor:
         """Apply the transpose of `predict`."""
-        out = torch.zeros(self.shape)
-        for block, value in zip(self.blocks, values, strict=True):
-            block.by_group(out[block.fold, block.examples]).baddbmm_(value, block.design())
-        return out
+        return torch.stack([self.adjoint_of(fold, values) for fold in range(self.shape[0])])
 
     def gram(self, fold: int, weight: Tensor) -> Tensor:
         """Apply `predict` and its transpose to the (examples, components) weights of one fold."""
