@@ -5,6 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
+
+import coar
+from coar.errors import SettingsError
 
 SCRIPT = """
 import json, re, sys
@@ -82,3 +87,19 @@ def test_a_memory_limit_holds_for_gates_on_edges(tmp_path):
     one, limited, free = json.loads(run.stdout)  # MiB
     assert limited - one < 400  # each pass that is not freed at once adds to it: 960 with a cycle of references
     assert free - limited > 400
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="free memory is read from /proc")
+def test_a_model_larger_than_memory_is_refused_before_it_is_copied(tmp_path):
+    """Its weights are an empty file of 1 TiB, mapped into memory, of which nothing is read."""
+    rows, columns = 2**20, 2**18
+    with (tmp_path / "weights").open("wb") as file:
+        file.truncate(4 * rows * columns)
+    model = nn.Linear(columns, rows, bias=False, device="meta")
+    mapped = torch.from_file(str(tmp_path / "weights"), shared=True, size=rows * columns)
+    model.weight = nn.Parameter(mapped.view(rows, columns))
+    examples = coar.Examples(inputs=torch.ones(2, columns), targets=torch.zeros(2, dtype=torch.int64))
+    study = coar.Study(model=model, examples=examples, components=coar.neurons(model), ablation=coar.ZeroActivation())
+    with pytest.raises(SettingsError, match=r"a copy of Linear takes 1.02e\+03 GiB on cpu, where [\d.]+ GiB are free"):
+        coar.collect(study, tmp_path / "r.zarr", masks=2, device="cpu", progress=False)
+    assert not (tmp_path / "r.zarr").exists()

@@ -1,17 +1,19 @@
 """Copies of models on a device, in evaluation mode, in the memory format that works on the examples."""
 
 import sys
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as trees
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from coar.components.layers import is_dense
 from coar.equivalence import Kind, compare, difference, fall_back, rounding
-from coar.errors import CoarError, ExamplesError, WeightsError
+from coar.errors import CoarError, ExamplesError, SettingsError, WeightsError
 from coar.examples import Examples, call_model, device_of
-from coar.forward.devices import full_float32
+from coar.forward.devices import free_bytes, full_float32
 from coar.gates.layouts import know_layouts
 from coar.inputs import Inputs, described
 from coar.model_copy import independent_copy
@@ -36,9 +38,11 @@ def device_copy(model: nn.Module, device: torch.device, examples: Examples | Non
 
     Raises:
         WeightsError: When a part of the model cannot be copied, or is no Python module.
+        SettingsError: When a copy takes more memory than is free.
         ExamplesError: When the model fails on the examples.
     """
     _check_python(model)
+    _check_memory(model, device)
     copy = independent_copy(model)
     if any(held.device != device for held in (*copy.parameters(), *copy.buffers())):  # quantised models refuse `to`
         # the class's own `to`: one that was set on the instance, as accelerate does, is bound to the user's model
@@ -65,6 +69,29 @@ def _check_python(model: nn.Module) -> None:
                 f"{name} is a {type(module).__name__} of TorchScript, and gates need Python modules; give the module "
                 f"that it was scripted or traced from, with the same weights"
             )
+
+
+def _check_memory(model: nn.Module, device: torch.device) -> None:
+    """Raise `SettingsError` when a copy is larger than what is free, before the system ends the process."""
+    needed = Counter[torch.device]()
+    for held in {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values():
+        needed[held.device] += _bytes_of(held)
+    del needed[torch.device("meta")]  # offloaded weights, which are not copied
+    needed[device] = sum(needed.values())
+    for place, size in needed.items():
+        free = free_bytes(place)
+        if free is not None and size > free:
+            raise SettingsError(
+                f"a copy of {type(model).__name__} takes {size / 2**30:.3g} GiB on {place}, where {free / 2**30:.3g} "
+                f"GiB are free; load the model in bfloat16, end other programs, or use a larger machine"
+            )
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """Return the bytes of a tensor, or of those that it wraps, as quantised ones do."""
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(_bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
 
 
 def _gather(copy: nn.Module) -> None:

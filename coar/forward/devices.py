@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,18 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that are free on a device, or in this process's share of the machine; None if not known."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo")}
+    if device.type != "cpu" or "MemAvailable" not in found:
+        return None
+    most, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    own = int(most[0]) - int(used[0]) if most and used and most[0].isdigit() else found["MemAvailable"]
+    return min(found["MemAvailable"], own)
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Keep products, convolutions and recurrent layers on CUDA from rounding float32 to TF32; restore the settings."""
@@ -56,3 +69,10 @@ def full_float32() -> Iterator[None]:
     finally:
         for kind, precision in zip(kinds, before, strict=True):
             kind.fp32_precision = precision
+
+
+def _lines(file: str) -> list[str]:
+    try:
+        return Path(file).read_text().split("\n")[:-1]
+    except OSError:
+        return []

@@ -1,12 +1,12 @@
 """The memory of a fit: its limit, and the way of computing that stays within it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from coar.errors import RegressionError
+from coar.forward.devices import free_bytes
 from coar.forward.memory_limit import bytes_of, readable
 from coar.store.fits import chunk_rows
 from coar.store.gradients import MASK_GROUPS, next_rounds
@@ -14,6 +14,7 @@ from coar.store.run import Run
 
 Way = Literal["decomposed", "gram", "packed"]
 FREE_SHARE = 0.5  # of the free memory that a fit may take without a stated limit
+UNKNOWN_FREE = 4 * 2**30  # bytes taken for free where the system does not say
 WORDS: dict[Way, str] = {
     "decomposed": "from one decomposition of the masks",
     "gram": "by conjugate gradients, from the masks' Gram matrix in float32",
@@ -84,25 +85,16 @@ class FitPlan:
         )
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes that are free on a device, or in this process's share of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo")}
-    free = found.get("MemAvailable", 4 * 2**30)
-    most, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if most and used and most[0].isdigit():
-        free = min(free, int(most[0]) - int(used[0]))
-    return free
-
-
 def limit_of(memory_limit: int | str | None, device: torch.device) -> int:
     """Return the most bytes that a fit may take: those that are given, or half of the free ones.
 
     Raises:
         SettingsError: When the limit is not a size above 0.
     """
-    return bytes_of(memory_limit) if memory_limit is not None else int(FREE_SHARE * free_bytes(device))
+    if memory_limit is not None:
+        return bytes_of(memory_limit)
+    free = free_bytes(device)
+    return int(FREE_SHARE * (UNKNOWN_FREE if free is None else free))
 
 
 def plan_fit(
@@ -228,10 +220,3 @@ def _learned_bytes(examples: int, gradients: int) -> int:
 def _more(size: int) -> str:
     """Return a size that is a little larger, as a memory limit may be given."""
     return readable(1.1 * size).replace(" ", "")
-
-
-def _lines(file: str) -> list[str]:
-    try:
-        return Path(file).read_text().split("\n")[:-1]
-    except OSError:
-        return []

@@ -8,8 +8,10 @@ import pytest
 
 import coar
 from coar.errors import StorageError
+from coar.store.fits import fit_names
 from coar.store.integrity import repair, verify
 from tests.faults.helpers import collect, differing, files, fill, mount, resize, study, whole
+from tests.synthetic import fit, make
 
 ASKED = {"masks": 140, "test_masks": 20, "mask_block": 4}  # 120 units, each a file, and a file takes 4 kB at least
 UNITS = 40 * 3
@@ -67,6 +69,29 @@ def test_disk_full_in_an_extension(disk, reference, pages):
     collect(study(), path, **ASKED)
     assert differing(files(path), files(reference.path)) == ["zarr.json"]  # which says that it was extended
     assert verify(coar.Run.open(path)) == []
+
+
+def test_disk_full_in_mid_fit(disk):
+    """Five blocks of examples, of 17 MB each, where two fit; then there is room."""
+    resize(disk, "150m")
+    components, examples = 20_000, 420
+    effects = np.random.default_rng(0).standard_normal((50, examples))
+    run = make(disk / "r.zarr", lambda x: x[:, :50] @ effects, components=components, masks=40, blocks=(40, examples))
+    expected = fit(run, method="ridge", name="before").weights()
+    used = sum(file.stat().st_blocks * 512 for file in disk.rglob("*"))
+    resize(disk, f"{used // 1024 + 45_000}k")
+    with pytest.raises(StorageError, match=r"the disk is full.*run the same command again to continue"):
+        fit(run, method="ridge", name="cut")
+    assert fit_names(coar.Run.open(run.path)) == ["before"]
+    np.testing.assert_array_equal(coar.load(run.path, "before").weights(), expected)
+    folder = run.path / "attributions" / "cut"
+    assert not list(folder.rglob("*.partial"))
+    stored = {file: file.stat().st_mtime_ns for file in folder.glob("weight/c/[01]/0")}
+    assert len(stored) == 2
+    assert not (folder / "weight/c/4/0").exists()
+    resize(disk, "250m")
+    np.testing.assert_array_equal(fit(run, method="ridge", name="cut").weights(), expected)
+    assert {file: file.stat().st_mtime_ns for file in stored} == stored
 
 
 CREATING = '{"attributes": {"coar": {"format": 1, "state": "creating"}}, "zarr_format": 3, "node_type": "group"}'
