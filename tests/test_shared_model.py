@@ -133,13 +133,15 @@ def test_predictions_are_centred_masks_times_the_weights_of_their_fold(problem):
 
 
 @pytest.mark.parametrize("members", [range(N), range(N - 3)])  # groups of equal sizes, and of two sizes
-@pytest.mark.parametrize("limits", [{}, {"BLOCK_NUMBERS": 2 * GRADIENTS_COUNT * D}, {"designs": False}])
+@pytest.mark.parametrize(
+    "limits", [{}, {"BLOCK_NUMBERS": 2 * GRADIENTS_COUNT * D}, {"designs": False, "TILE_NUMBERS": 200}]
+)
 def test_blocks_of_any_size_give_the_same(members, limits, monkeypatch):
     masks, outputs, _, _ = parts()
     order = group_order(torch.tensor(members) % MASK_GROUPS)
     plain, weight = rows_of(masks, outputs, order), torch.randn(FOLDS, len(members), D)
-    if "BLOCK_NUMBERS" in limits:
-        monkeypatch.setattr(rows_module, "BLOCK_NUMBERS", limits["BLOCK_NUMBERS"])
+    for name in {"BLOCK_NUMBERS", "TILE_NUMBERS"} & limits.keys():
+        monkeypatch.setattr(rows_module, name, limits[name])
     cut = rows_of(masks, outputs, order, designs=limits.get("designs", True))
     assert (cut.blocks[0].centred is None) == ("designs" in limits)
     assert (len(cut.blocks) > len(plain.blocks)) == ("BLOCK_NUMBERS" in limits)

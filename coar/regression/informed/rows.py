@@ -10,6 +10,7 @@ from torch import Tensor
 from coar.store.gradients import deal
 
 BLOCK_NUMBERS = 16 * 2**20  # entries of a block's design, at most, where a block has several mask groups or rounds
+TILE_NUMBERS = 2**17  # entries of a design that are made together, which a processor's cache holds
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,32 @@ class RowBlock:
     def design(self) -> Tensor:
         """Return the (groups, rows, components) masks less their mean, as the outputs are less theirs."""
         return self.masks.float() - self.mean[:, None] if self.centred is None else self.centred
+
+    def predict(self, weights: Tensor) -> Tensor:
+        """Map the block's (examples, components) weights to (groups, members, rows) predictions."""
+        out, own = torch.zeros_like(self.outputs), self.by_group(weights)
+        for some, tile in self._tiles():
+            out.baddbmm_(own[..., some], tile.mT)
+        return out
+
+    def add_adjoint(self, values: Tensor, out: Tensor) -> None:
+        """Add the transpose of `predict` of (groups, members, rows) values to (examples, components) ones."""
+        own = self.by_group(out)
+        for some, tile in self._tiles():
+            own[..., some].baddbmm_(values, tile)
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield components, and the design of these; each is valid until the next."""
+        if self.centred is not None:
+            yield slice(None), self.centred
+            return
+        groups, rows, components = self.masks.shape
+        step = min(max(TILE_NUMBERS // (groups * rows), 1), components)
+        space = torch.empty(groups, rows, step)
+        for start in range(0, components, step):
+            some = slice(start, min(start + step, components))
+            tile = space[..., : some.stop - start].copy_(self.masks[..., some])
+            yield some, tile.sub_(self.mean[:, None, some])
 
     def by_group(self, values: Tensor) -> Tensor:
         """Return (..., examples, columns) values of the block's examples as (..., groups, members, columns)."""
@@ -77,7 +104,7 @@ class Rows:
             groups: (examples,) mask group of each example; examples of one group are adjacent (see `group_order`).
             folds: Number of folds.
             kept: Share of the components that a mask keeps.
-            designs: Keep designs in float32; otherwise they are made again for every product.
+            designs: Keep designs in float32; otherwise every product makes them again, a part at a time.
         """
         sizes, components = [len(part) for part in masks], masks[0].shape[2]
         joined = _joined(sizes, folds, max(BLOCK_NUMBERS // components, 1))
@@ -134,7 +161,7 @@ class Rows:
             own = weights(fold)
             for number, block in enumerate(self.blocks):
                 if block.fold == fold:
-                    found[number] = block.by_group(own[block.examples]) @ block.design().mT
+                    found[number] = block.predict(own[block.examples])
         return [found[number] for number in range(len(self.blocks))]
 
     def predict(self, weight: Tensor) -> list[Tensor]:
@@ -146,7 +173,7 @@ class Rows:
         out = torch.zeros(self.shape[1:])
         for block, value in zip(self.blocks, values, strict=True):
             if block.fold == fold:
-                block.by_group(out[block.examples]).baddbmm_(value, block.design())
+                block.add_adjoint(value, out[block.examples])
         return out
 
     def adjoint(self, values: Sequence[Tensor]) -> Tensor:
@@ -158,8 +185,7 @@ class Rows:
         out = torch.zeros(self.shape[1:])
         for block in self.blocks:
             if block.fold == fold:
-                design, own = block.design(), block.by_group(weight[block.examples])
-                block.by_group(out[block.examples]).baddbmm_(own @ design.mT, design)
+                block.add_adjoint(block.predict(weight[block.examples]), out[block.examples])
         return out
 
     def residual(self, weight: Tensor) -> list[Tensor]:
