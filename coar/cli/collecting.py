@@ -172,6 +172,9 @@ def plan(
     device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="float32, bf16, or auto.")] = "float32",
     batch_size: Annotated[int | None, typer.Option(help="Most examples per forward pass.")] = None,
+    round_gradients: Annotated[
+        bool, typer.Option("--round-gradients", help="Store mask gradients in half the bytes.")
+    ] = False,
 ) -> None:
     """Time a few passes, make a small pilot run, and print the estimated cost of a run."""
     from coar.collection.cost import estimate
@@ -188,7 +191,7 @@ def plan(
         workers=workers,
         device=device,
         precision=precision,
-        execution=Execution(batch_size=batch_size),
+        execution=Execution(batch_size=batch_size, round_gradients=round_gradients),
     )
     for heading, words in describe_estimate(found).items():
         typer.echo(f"{heading:16} {words}")
