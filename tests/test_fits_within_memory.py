@@ -217,3 +217,44 @@ def test_an_informed_fit_learns_from_as_many_examples_as_fit():
         RegressionError, match=r"informed on 458,752 components .* give memory_limit='[\d.]+GiB' or more"
     ):
         planned("informed", 0, 458_752, GIB, gradients=64)
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+import coar
+from coar.regression.fitting import fit
+from coar.regression.memory import plan_of
+from coar.store.gradients import MaskGradients
+from tests.synthetic import make
+
+def kilobytes(field):
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
+
+torch.set_num_threads(1)
+path, components, examples = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+run = make(path, lambda x: x[:, :examples], components=components, masks=2, blocks=(2, examples))
+stored, rng = MaskGradients(run), np.random.default_rng(0)
+stored.extend(64)
+for unit in stored.missing_units():
+    ends = rng.standard_normal((2, examples, components), dtype=np.float32)
+    stored.write_unit(unit, *ends, rng.standard_normal((stored.rounds[unit.round], examples), dtype=np.float32))
+del ends
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+before = kilobytes("VmRSS")
+fit(run, method="informed", masks=0, memory_limit="4GiB", device="cpu", progress=False)
+plan = plan_of(run, "informed", 0, gradients=64, memory_limit="4GiB", device=torch.device("cpu"))
+print(plan.needed / 1024, kilobytes("VmHWM") - before, plan.held)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize(("components", "examples"), [(9_216, 128), (60_000, 16)])
+def test_an_informed_fit_takes_what_its_plan_says(tmp_path, components, examples):
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / "r.zarr"), str(components), str(examples)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    planned_bytes, taken = map(float, done.stdout.split()[:2])
+    assert 0.75 < planned_bytes / taken < 1.25

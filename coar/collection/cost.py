@@ -167,6 +167,7 @@ def estimate(
         limit=max(limit_of(None, device_of_fit), LEAST_LIMIT),
         device=device_of_fit,
         gradients=gradients,
+        sites=len(study.components.sites()),
     )
     return Estimate(
         seconds_per_mask=per_mask,

@@ -29,10 +29,13 @@ HELD_SHARE = 0.25  # of the limit that packed masks may take; more are read from
 VECTORS = 14  # float32 numbers per component and example, in addition to the basis
 SPARSE_VECTORS = 36  # the same of the lasso
 PASSES = {"ridge": 30, "ols": 30, "lasso": 600}  # products with the Gram matrix, roughly
-READING = 2**28  # bytes of what is read together for one decomposition, or from mask gradients
+READING = 2**28  # bytes of what is read together for one decomposition
 FIXED = 64 * 2**20  # bytes that every fit takes: reading, writing, and small tables
 TABLES = 600  # bytes per component of what an informed fit learns
 LEARNING_BYTES = 260  # per component and example that an informed fit learns from
+MOST_SITES = 200  # with gains of their own in an informed fit; more are joined, each with the ones before it
+TABLE_NUMBERS = 8 * 2**20  # entries of tables of gains, at most, where several rounds or mask groups are together
+GAINS, SPREADS = 4, 6  # of a site: both ends and two bands of curvature; and spreads of gains that are tried
 LEAST_LEARNING, MOST_LEARNING = 16, 16 * 2**20  # examples to learn from, and examples times components
 
 
@@ -107,6 +110,7 @@ def plan_fit(
     limit: int,
     device: torch.device,
     gradients: int = 0,
+    sites: int = 1,
 ) -> FitPlan:
     """Choose how to fit within a limit.
 
@@ -121,12 +125,13 @@ def plan_fit(
         limit: Most bytes.
         device: Where to compute the products.
         gradients: Number of mask gradients.
+        sites: Number of sites, which have gains of their own in an informed fit.
 
     Raises:
         RegressionError: When no way fits the limit.
     """
     if method == "informed":
-        learning, needed = _learning(masks, components, examples, gradients, limit)
+        learning, needed = _learning(masks, components, examples, gradients, sites, limit)
         designs = 4 * min(learning, MASK_GROUPS) * gradients * components
         held = needed + designs <= limit
         needed += designs * held
@@ -169,6 +174,7 @@ def plan_of(
         limit=limit_of(memory_limit, device),
         device=device,
         gradients=gradients,
+        sites=len(run.components.sites()) if method == "informed" else 1,
     )
 
 
@@ -192,12 +198,14 @@ def _decomposed_bytes(method: str, masks: int, components: int, chunk: int) -> i
     return FIXED + 48 * masks**2 + 28 * masks * components + block
 
 
-def _learning(masks: int, components: int, examples: int, gradients: int, limit: int) -> tuple[int, int]:
+def _learning(masks: int, components: int, examples: int, gradients: int, sites: int, limit: int) -> tuple[int, int]:
     """Return how many examples an informed fit learns from, and its bytes at the peak without masks in float32."""
-    counts = MASK_GROUPS * len(next_rounds(0, gradients))  # bytes per component of the counts of kept components
-    fixed = FIXED + READING + (counts + TABLES) * components
+    rounds = len(next_rounds(0, gradients))
+    gains = SPREADS * (GAINS * min(sites, MOST_SITES)) ** 2  # entries of a round's tables, of which there are four
+    tables = 32 * gains * min(max(TABLE_NUMBERS // gains, 1), rounds)
+    fixed = FIXED + tables + (MASK_GROUPS * rounds + TABLES) * components
     if masks >= 2:
-        fixed += 48 * min(masks, components) ** 2 + (32 * masks * components if masks <= components else 0)
+        fixed += READING + 48 * min(masks, components) ** 2 + (32 * masks * components if masks <= components else 0)
     wanted = min(max(MOST_LEARNING // components, 64), examples)
     many = wanted
     while many > LEAST_LEARNING and fixed + _learned_bytes(many, gradients) * components > limit:

@@ -13,13 +13,13 @@ from coar.regression.informed.learning import learn, relearn
 from coar.regression.informed.quality import PriorQuality, judge
 from coar.regression.informed.rows import Rows, group_order
 from coar.regression.informed.shared_model import SharedModel
+from coar.regression.memory import MOST_SITES
 from coar.store.gradients import MaskGradients, deal
 from coar.store.run import Run
 
 MIN_GRADIENTS = 8
 FOLDS, HALVES = 4, 2  # that rounds of mask gradients are dealt into, to learn and to judge
 MEANS_NUMBERS = 4 * 2**20  # entries of means that are made together, at most
-MOST_SITES = 200  # more are joined, each with the ones before it in the table
 COLUMN_FLOOR = 1e-2  # of the mean column: what a mask may correct where gradients saw nothing
 
 

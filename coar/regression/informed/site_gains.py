@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from coar.regression.informed.rows import RowBlock, Rows
+from coar.regression.memory import TABLE_NUMBERS
 
 SPREADS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # standard deviations of a site's gains round the common ones that are tried
 FLOOR = 1e-9  # ridge on the common gains, in units of each feature's own sum of squares
-TABLE_NUMBERS = 8 * 2**20  # entries of a table of predictions, at most, where it has several mask groups
 
 
 def gains_by_site(moments: "Sequence[SiteMoments]", features: int) -> Tensor:
