@@ -1,20 +1,21 @@
 """Growth of the time and memory of fitting with the number of components and of masks, beside the products' floor.
 
     python -m benchmarks.fit_growth                       # all parts; alone on the machine
-    python -m benchmarks.fit_growth --parts components    # one part
+    python -m benchmarks.fit_growth --parts lasso ols     # some parts
+    python -m benchmarks.fit_growth --largest 22720       # without larger sizes
     python -m benchmarks.fit_growth --scale 0.1           # a quick test
     python -m benchmarks.fit_growth --keep runs/growth    # results as they come; a stopped benchmark goes on
 
-`components` fits generated runs of 2,304, 9,216, 22,720 and 82,944 components, the sizes of published setups, under a
-stated memory limit. Ridge and lasso have the same masks and examples at each size, so that the exponent of time in
-components is that of the method. Least squares needs more masks than components: it has 1.5 times as many. Beside each
-is its floor: the seconds of two products of the size of masks x components x examples in float32, times the products
-that the fit made, and the bytes of packed masks that they read.
+`ridge`, `lasso` and `ols` fit generated runs of 2,304, 9,216, 22,720 and 82,944 components, the sizes of published
+setups, under a stated memory limit. Ridge and lasso have the same masks and examples at each size, so that the exponent
+of time in components is that of the method. Least squares needs more masks than components: it has 1.5 times as many.
+Beside each is its floor: the seconds of two products of the size of masks x components x examples in float32, times the
+products that the fit made, and the bytes of packed masks that they read.
 
 `informed` fits 64 mask gradients of generated runs, without masks, at the same sizes and at 458,752 components.
 
-`masks` fits the first 5,000, 10,000, 20,000 and 40,000 masks of a run of 2,304 components, by one decomposition and
-under a limit that excludes it. It prints the line of time on masks.
+`masks` fits the first 500, 2,000 and 8,000 masks of a run of 9,216 components by ridge, under a limit that excludes the
+decomposition. It prints the line of time on masks, and the range of memory.
 
 Every fit has a process of its own; memory is the peak above that after the imports. Times are CPU seconds.
 """
@@ -39,12 +40,13 @@ from coar.regression.iterative import operators
 from coar.regression.memory import TILE_BYTES
 
 SIZES, LARGEST = (2_304, 9_216, 22_720, 82_944), 458_752
-MASKS, EXAMPLES = 4_000, 32
+MASKS, EXAMPLES = 2_000, 16
 FEW_MASKS, FEW = 1_000, 4  # of the lasso, whose paths take hundreds of products
 GRADIENTS, LEARNED = 64, 16  # mask gradients, and examples, of informed fits
 SITES = 24
+PARTS = ("ridge", "lasso", "ols", "informed", "masks")
 LIMIT, LARGE_LIMIT = "1GiB", "4GiB"
-OF_MASKS, NARROW = (5_000, 10_000, 20_000, 40_000), 300
+OF_MASKS, SMALL_LIMIT = (500, 2_000, 8_000), "512MiB"
 
 
 def floor(masks: int, components: int, examples: int) -> dict[str, float]:
@@ -109,10 +111,10 @@ def apart(function: Any, *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def make(path: Path, masks: int, components: int, examples: int, gradients: int) -> None:
+def make(path: Path, masks: int, components: int, examples: int, gradients: int, sites: int = SITES) -> None:
     """Generate a run with masks, or with mask gradients."""
     torch.set_num_threads(1)
-    run = generate(path, masks, components, examples, sites=min(SITES, components))
+    run = generate(path, masks, components, examples, sites=min(sites, components))
     if gradients:
         add_gradients(run, gradients)
 
@@ -124,10 +126,13 @@ class Bench:
         folder: Where runs are generated, one at a time.
         kept: The file; fits that it has are not made again.
         scale: Factor of all sizes.
+        largest: The largest number of components.
     """
 
-    def __init__(self, folder: Path, kept: Path, scale: float) -> None:
+    def __init__(self, folder: Path, kept: Path, scale: float, largest: int) -> None:
         self._folder, self._kept, self._scale = folder, kept, scale
+        self.sizes = [self.size(size) for size in SIZES if size <= largest]
+        self.beyond = [self.size(LARGEST)] if largest >= LARGEST else []
         self.found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
 
     def size(self, number: int) -> int:
@@ -154,36 +159,37 @@ class Bench:
             shutil.rmtree(path)
         return [self.found[key] for key in keys]
 
-    def components(self) -> None:
-        """Fit by masks at every number of components."""
-        found: dict[str, list[dict[str, Any]]] = {"ridge": [], "lasso": [], "ols": []}
-        for size in SIZES:
-            d = self.size(size)
-            found["ridge"] += self.fits((self.size(MASKS), d, EXAMPLES), 0, [("ridge", LIMIT, None)])
-            found["lasso"] += self.fits((self.size(FEW_MASKS), d, FEW), 0, [("lasso", LIMIT, None)])
-            if size <= SIZES[2]:
-                found["ols"] += self.fits((3 * d // 2, d, FEW), 0, [("ols", LIMIT, None)])
-        for method, results in found.items():
-            exponent(method, results)
+    def ridge(self) -> None:
+        """Fit by ridge at every number of components."""
+        wanted = [("ridge", LIMIT, None)]
+        exponent("ridge", [r for d in self.sizes for r in self.fits((self.size(MASKS), d, EXAMPLES), 0, wanted)])
+
+    def lasso(self) -> None:
+        """Fit by lasso at every number of components."""
+        wanted = [("lasso", LIMIT, None)]
+        exponent("lasso", [r for d in self.sizes for r in self.fits((self.size(FEW_MASKS), d, FEW), 0, wanted)])
+
+    def ols(self) -> None:
+        """Fit by least squares at every number of components, on 1.5 times as many masks."""
+        wanted = [("ols", LIMIT, None)]
+        exponent("ols", [r for d in self.sizes for r in self.fits((3 * d // 2, d, FEW), 0, wanted)])
 
     def informed(self) -> None:
         """Fit mask gradients at every number of components."""
-        wanted = [(size, LIMIT) for size in SIZES[:3]] + [(SIZES[3], LARGE_LIMIT), (LARGEST, LARGE_LIMIT)]
         results = []
-        for size, limit in wanted:
-            results += self.fits((32, self.size(size), LEARNED), GRADIENTS, [("informed", limit, 0)])
+        for d in (*self.sizes, *self.beyond):
+            limit = LARGE_LIMIT if d >= self.size(SIZES[3]) else LIMIT
+            results += self.fits((32, d, LEARNED), GRADIENTS, [("informed", limit, 0)])
         exponent("informed", results)
 
     def masks(self) -> None:
         """Fit increasing numbers of masks of one run."""
         sizes = [self.size(masks) for masks in OF_MASKS]
-        wanted = [("ridge", limit, masks) for limit in (None, "512MiB") for masks in sizes]
-        results = self.fits((sizes[-1], self.size(SIZES[0]), self.size(NARROW)), 0, wanted)
-        for limit in (None, "512MiB"):
-            own = [result for result in results if result["limit"] == limit]
-            more, once = np.polyfit(sizes, [result["seconds"] for result in own], 1)
-            print(f"ridge, limit {limit}: {once:.2f} s + {1000 * more:.3f} s per 1,000 masks; ", end="")
-            print(f"{min(r['gib'] for r in own):.2f} to {max(r['gib'] for r in own):.2f} GiB")
+        wanted = [("ridge", SMALL_LIMIT, masks) for masks in sizes]
+        results = self.fits((sizes[-1], self.size(SIZES[1]), EXAMPLES), 0, wanted)
+        more, once = np.polyfit(sizes, [result["seconds"] for result in results], 1)
+        print(f"ridge, limit {SMALL_LIMIT}: {once:.2f} s + {1000 * more:.3f} s per 1,000 masks; ", end="")
+        print(f"{min(r['gib'] for r in results):.2f} to {max(r['gib'] for r in results):.2f} GiB")
 
 
 def line(result: dict[str, Any]) -> str:
@@ -202,6 +208,8 @@ def line(result: dict[str, Any]) -> str:
 def exponent(method: str, results: list[dict[str, Any]]) -> None:
     """Print the slope of log time on log components."""
     sizes, seconds = (np.log([pick(r) for r in results]) for pick in (lambda r: r["shape"][1], lambda r: r["seconds"]))
+    if len(sizes) < 2:
+        return
     slopes = np.diff(seconds) / np.diff(sizes)
     print(f"{method}: exponents of time in components {', '.join(f'{slope:.2f}' for slope in slopes)}; ", end="")
     print(f"over all {np.polyfit(sizes, seconds, 1)[0]:.2f}")
@@ -210,14 +218,15 @@ def exponent(method: str, results: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run the parts that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=["components", "informed", "masks"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--largest", type=int, default=LARGEST, help="largest number of components")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all sizes: less than 1 for a quick test")
     parser.add_argument("--keep", type=Path, default=None, help="folder for results and runs; temporary by default")
     arguments = parser.parse_args()
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="coar-fit-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        bench = Bench(folder, folder / "results.json", arguments.scale)
+        bench = Bench(folder, folder / "results.json", arguments.scale, arguments.largest)
         for part in arguments.parts:
             getattr(bench, part)()
     finally:
