@@ -23,7 +23,8 @@ ARRAYS = ("gradient_kept", "gradient_ablated")
 
 def size_of(run: coar.Run) -> int:
     """Return the bytes of the stored mean gradients."""
-    return sum(file.stat().st_size for name in ARRAYS for file in (Path(str(run.path)) / name).rglob("c/*"))
+    files = [file for name in ARRAYS for file in (Path(str(run.path)) / name / "c").rglob("*")]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def main() -> None:
