@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import ArrayLike
 from sphinx.application import Sphinx
 from sphinx.util import logging
+from sphinx.util.typing import stringify_annotation
 
 ROOT = Path(__file__).parents[1]
 NEEDED = {  # files without which a tutorial is not executed
@@ -20,6 +22,7 @@ NEEDED = {  # files without which a tutorial is not executed
     "tutorials/language_model.md": ROOT / "data/smollm2",
 }
 ABSENT = [page for page, place in NEEDED.items() if not place.exists()]
+ARRAY_LIKE = stringify_annotation(ArrayLike, "smart")
 API = "api"  # the page that gets the docstrings of all public names
 
 sys.path.insert(0, str(ROOT))
@@ -46,9 +49,12 @@ nb_execution_excludepatterns = ABSENT
 nb_merge_streams = True
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
+autodoc_default_options = {"exclude-members": "model_config"}
 napoleon_use_ivar = True
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["notebooks.css"]
 html_title = f"coar {release}"
 
 
@@ -72,10 +78,18 @@ def escape_bars(app: Sphinx, what: str, name: str, found: object, options: objec
     lines[:] = [line.replace("|", r"\|") for line in lines]
 
 
+def name_arrays(app: Sphinx, *signature: object) -> None:  # noqa: ARG001
+    """Write the name of `ArrayLike` in the types of arguments, where Sphinx wrote what it stands for."""
+    for types in app.env.current_document.autodoc_annotations.values():
+        for argument, found in types.items():
+            types[argument] = found.replace(ARRAY_LIKE, "~numpy.typing.ArrayLike")
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the page of the API."""
     app.connect("source-read", add_docstrings)
     app.connect("autodoc-process-docstring", escape_bars)
+    app.connect("autodoc-process-signature", name_arrays, priority=600)  # after Sphinx has noted the types
     for page in ABSENT:
         logging.getLogger(__name__).info("%s is not executed: %s does not exist", page, NEEDED[page])
     return {"parallel_read_safe": True}

@@ -244,7 +244,7 @@ class Edit:
         added = added_parameters(unwrapped(model), edited)
         if added and any(hasattr(module, "from_pretrained") for module in edited.modules()):
             log.warning(
-                "the edited %s has %d more biases than its configuration creates, such as %s, and from_pretrained "
+                "the edited %s has more biases than its configuration creates (%d, such as %s), and from_pretrained "
                 "leaves them out; save it with edit.save_pretrained(model, folder, examples)",
                 type(edited).__name__,
                 len(added),
