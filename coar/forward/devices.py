@@ -51,9 +51,11 @@ def free_bytes(device: torch.device) -> int | None:
     found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo")}
     if device.type != "cpu" or "MemAvailable" not in found:
         return None
-    most, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    own = int(most[0]) - int(used[0]) if most and used and most[0].isdigit() else found["MemAvailable"]
-    return min(found["MemAvailable"], own)
+    most, used, kinds = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current", "stat"))
+    if not (most and used and most[0].isdigit()):
+        return found["MemAvailable"]
+    cached = sum(int(line.split()[1]) for line in kinds if line.split()[0] in ("active_file", "inactive_file"))
+    return min(found["MemAvailable"], int(most[0]) - int(used[0]) + cached)  # files are dropped when memory is needed
 
 
 @contextmanager
