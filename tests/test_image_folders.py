@@ -13,10 +13,10 @@ NAMES = ("cat/day/1.png", "cat/night/2.PNG", "dog/day/3.jpg", "dog/night/4.png")
 
 
 def write(folder, names=NAMES, mode="RGB"):
-    """Pictures of 6 by 4 pixels, each of one grey that its number gives."""
+    """Pictures of 6 by 4 pixels, each of one colour, or one grey, that its number gives."""
     for i, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new(mode, (6, 4), 40 * i if mode == "L" else (40 * i,) * 3).save(folder / name)
+        Image.new(mode, (6, 4), 40 * i if mode == "L" else (40 * i, 20 * i, 10 * i)).save(folder / name)
     (folder / "notes.txt").write_text("no picture")
     return folder
 
@@ -33,7 +33,8 @@ def test_classes_and_groups_are_subfolders(tmp_path):
     }
     inputs, targets = found.block(1, 4)
     assert inputs.shape == (3, 3, 4, 6)
-    np.testing.assert_allclose(inputs.mean((1, 2, 3)) * 255, [40, 80, 120], atol=1.5)
+    colours = np.outer([1, 2, 3], [40, 20, 10])
+    np.testing.assert_allclose(inputs.mean((2, 3)) * 255, colours, atol=2)  # a JPEG among them
     assert targets.tolist() == [0, 1, 1]
     torch.testing.assert_close(found.subset([3]).block(0, 1)[0], found.block(3, 4)[0])
 
