@@ -107,7 +107,7 @@ function sizesPart(judged) {
     const own = rows.filter((row) => row.method === method).sort((a, b) => a.edges - b.edges);
     return { type: "scatter", mode: "lines+markers", name: inert(method), x: own.map((row) => row.edges), y: own.map((row) => row.kl), line: { color, dash }, marker: { color, symbol, size: 9 } };
   });
-  const layout = { xaxis: axis("edges of the circuit", { type: "log" }), yaxis: axis("held-out KL divergence (nats)", { type: "log" }), showlegend: true };
+  const layout = { xaxis: axis("edges of the circuit", { type: "log" }), yaxis: axis("held-out KL divergence (nats)", { type: "log", dtick: "D2" }), showlegend: true };
   return card("How faithful", chart("Divergence by the number of edges", traces, layout, { height: 340, caption: "Divergence of the circuit's next token from the model's, on prompts that no step has seen; lower is better." }),
     plainTable(judged, "Judged circuits"));
 }
@@ -151,7 +151,7 @@ function lensesView(panel, argument) {
     const interval = { type: "data", symmetric: false, array: own.map((row) => row.high - row.kl), arrayminus: own.map((row) => row.kl - row.low), color };
     return { type: "scatter", mode: "lines+markers", name: inert(kind), x: own.map((row) => row.layer), y: own.map((row) => row.kl), error_y: interval, line: { color, dash }, marker: { color, symbol, size: 7 } };
   });
-  panel.append(card("How far from the model", chart("Divergence of lenses by layer", traces, { xaxis: axis("before layer", { zeroline: false }), yaxis: axis("KL(model || lens) in nats", { type: "log" }), showlegend: true },
+  panel.append(card("How far from the model", chart("Divergence of lenses by layer", traces, { xaxis: axis("before layer", { zeroline: false }), yaxis: axis("KL(model || lens) in nats", { type: "log", dtick: "D2" }), showlegend: true },
     { height: 340, caption: `On held-out texts, with 95 % intervals over texts; lower is better. From ${file}.` })));
 }
 
@@ -171,7 +171,7 @@ function readingPart(readings, kind, chosen) {
     hovertemplate: "before layer %{y}<br>%{customdata}<extra></extra>",
   };
   const layout = { xaxis: axis("token read", { showgrid: false, tickvals: positions, ticktext: positions.map((position) => short(given.get(position))), tickangle: -45 }), yaxis: axis("before layer", { type: "category", showgrid: false }) };
-  const drawn = chart("Most probable next tokens", [heat], layout, { height: 22 * layers.length + 110, caption: "Colour: probability of the most probable next token, which is in the cell. The last row is the model itself." });
+  const drawn = chart("Most probable next tokens", [heat], layout, { height: 22 * layers.length + 110, caption: "Colour: probability of the most probable next token, which is in the cell. The top row is the model itself." });
   drawn.firstChild.style.minWidth = `${62 * positions.length + 140}px`;
   const wide = make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Most probable next tokens, by layer" }, drawn);
   return card("What each layer predicts", make("div", { class: "tools" }, choice("Lens", Object.keys(readings).map((one) => [one, one]), kind, chosen)), wide);
