@@ -26,12 +26,20 @@ def draw_sizes(ax: "Axes | None", table: "pd.DataFrame") -> "Axes":
         ax: Where to draw; None for a new figure.
         table: Columns `method`, `edges` and `kl`.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axes = axes_or_new(ax, width=6.5, height=4.5)
     methods = list(dict.fromkeys(table["method"]))
     for colour, method in zip(colours(len(methods)), methods, strict=True):
         ordered = table[table["method"] == method].sort_values("edges")
         axes.plot(ordered["edges"], ordered["kl"], marker="o", color=colour, label=str(method))
     axes.set(xlabel="edges of the circuit", ylabel="held-out KL divergence (nats)", xscale="log", yscale="log")
+    sizes = sorted(set(table["edges"]))
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False)
     return tidy(axes)
 
