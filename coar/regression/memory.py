@@ -8,6 +8,8 @@ import torch
 from coar.errors import RegressionError
 from coar.forward.devices import free_bytes
 from coar.forward.memory_limit import bytes_of, readable
+from coar.regression.informed.learning import FEATURES
+from coar.regression.informed.site_gains import table_bytes
 from coar.store.fits import chunk_rows
 from coar.store.gradients import MASK_GROUPS, next_rounds
 from coar.store.run import Run
@@ -33,9 +35,6 @@ READING = 2**28  # bytes of what is read together for one decomposition
 FIXED = 64 * 2**20  # bytes that every fit takes: reading, writing, and small tables
 TABLES = 600  # bytes per component of what an informed fit learns
 LEARNING_BYTES = 260  # per component and example that an informed fit learns from
-MOST_SITES = 200  # with gains of their own in an informed fit; more are joined, each with the ones before it
-TABLE_NUMBERS = 8 * 2**20  # entries of tables of gains, at most, where several rounds or mask groups are together
-GAINS, SPREADS = 4, 6  # of a site: both ends and two bands of curvature; and spreads of gains that are tried
 LEAST_LEARNING, MOST_LEARNING = 16, 16 * 2**20  # examples to learn from, and examples times components
 
 
@@ -201,9 +200,7 @@ def _decomposed_bytes(method: str, masks: int, components: int, chunk: int) -> i
 def _learning(masks: int, components: int, examples: int, gradients: int, sites: int, limit: int) -> tuple[int, int]:
     """Return how many examples an informed fit learns from, and its bytes at the peak without masks in float32."""
     rounds = len(next_rounds(0, gradients))
-    gains = SPREADS * (GAINS * min(sites, MOST_SITES)) ** 2  # entries of a round's tables, of which there are four
-    tables = 32 * gains * min(max(TABLE_NUMBERS // gains, 1), rounds)
-    fixed = FIXED + tables + (MASK_GROUPS * rounds + TABLES) * components
+    fixed = FIXED + table_bytes(sites, FEATURES, rounds) + (MASK_GROUPS * rounds + TABLES) * components
     if masks >= 2:
         fixed += READING + 48 * min(masks, components) ** 2 + (32 * masks * components if masks <= components else 0)
     wanted = min(max(MOST_LEARNING // components, 64), examples)

@@ -20,6 +20,7 @@ GAIN_PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1)  # in units of each column's own sum
 STRUCTURE_PENALTIES = (100.0, 30.0, 10.0, 3.0)  # in units of the mean column's sum of squares
 RANK = 20  # directions in which examples differ, at most
 BANDS = ((0, 1), (1, 6))  # of the leading directions of a site's curvature; a gain each
+FEATURES = 2 + len(BANDS)  # of a component, each with a gain: both ends of the path, and the bands, at most
 EXAMPLES_PER_DIRECTION = 8
 
 

@@ -13,7 +13,7 @@ from coar.regression.informed.learning import learn, relearn
 from coar.regression.informed.quality import PriorQuality, judge
 from coar.regression.informed.rows import Rows, group_order
 from coar.regression.informed.shared_model import SharedModel
-from coar.regression.memory import MOST_SITES
+from coar.regression.informed.site_gains import MOST_SITES
 from coar.store.gradients import MaskGradients, deal
 from coar.store.run import Run
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from coar.regression.informed.rows import RowBlock, Rows
-from coar.regression.memory import TABLE_NUMBERS
 
 SPREADS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # standard deviations of a site's gains round the common ones that are tried
+MOST_SITES = 200  # with gains of their own; more are joined, each with the ones before it in the table
+TABLE_NUMBERS = 8 * 2**20  # entries of a table, at most, where several rounds or mask groups are together
 FLOOR = 1e-9  # ridge on the common gains, in units of each feature's own sum of squares
 
 
@@ -34,6 +35,12 @@ def gains_by_site(moments: "Sequence[SiteMoments]", features: int) -> Tensor:
         errors += left_out.errors(whole.minus(left_out).gains(features, SPREADS)).sum(0)
     best = SPREADS[int(errors.argmin())]
     return whole.gains(features, (best,))[0].view(features, -1)
+
+
+def table_bytes(sites: int, features: int, rounds: int) -> int:
+    """Return the bytes of the tables that `gains_by_site` has at once, which are four of float64."""
+    of_round = len(SPREADS) * (features * min(sites, MOST_SITES)) ** 2
+    return 4 * 8 * of_round * min(max(TABLE_NUMBERS // of_round, 1), rounds)
 
 
 def by_site(values: Tensor, sites: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from coar.regression.informed.rows import Rows
-from coar.regression.iterative.krylov import Lanczos
+from coar.regression.krylov import Lanczos
 
 TOLERANCE, STEPS = 1e-3, 100  # relative size of the residual, and iterations
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from coar.errors import RegressionError
-from coar.regression.iterative.krylov import Lanczos, Ritz, conjugate_gradients
 from coar.regression.iterative.operators import GramOperator, HeldGram, PackedGram, operator_of
+from coar.regression.krylov import Lanczos, Ritz, conjugate_gradients
 from coar.regression.lasso import MARGIN, SparseFit, solve_sparse
 from coar.regression.memory import BASIS, FitPlan
 from coar.regression.ridge import PENALTIES, LinearFit
