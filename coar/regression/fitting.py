@@ -17,10 +17,11 @@ from coar.forward.memory_limit import readable
 from coar.progress import progress_bar
 from coar.regression.distributed.cluster import ClusterFit
 from coar.regression.distributed.partial_sums import PartialSums
+from coar.regression.fit_plan import FitPlan
 from coar.regression.informed.fit import Informed
 from coar.regression.iterative.solver import Iterative, IterativeSparse
 from coar.regression.lasso import Design, Sparse
-from coar.regression.memory import FitPlan, plan_of
+from coar.regression.memory import plan_of
 from coar.regression.ridge import FromMoments, FromOutputs
 from coar.regression.sums import FitBlock, Gram, Solution, Solver, Streamed, Sums, takes_moments
 from coar.renamed import new_arguments_only
@@ -317,7 +318,7 @@ def solver_of(run: Run, rows: np.ndarray, rounds: int, *, plan: FitPlan, gram: G
         RegressionError: When the masks or the mask gradients do not support the fit.
     """
     if plan.method == "informed":
-        return Informed.of(run, rows, rounds, learning=plan.learning, designs=plan.held, gram=gram)
+        return Informed.of(run, rows, rounds, plan, gram=gram)
     if plan.way != "decomposed":
         if plan.method == "lasso":
             return IterativeSparse.of(run, rows, plan)

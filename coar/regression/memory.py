@@ -1,27 +1,19 @@
 """The memory of a fit: its limit, and the way of computing that stays within it."""
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 
 from coar.errors import RegressionError
 from coar.forward.devices import free_bytes
 from coar.forward.memory_limit import bytes_of, readable
+from coar.regression.fit_plan import FitPlan, Way
 from coar.regression.informed.learning import FEATURES
 from coar.regression.informed.site_gains import table_bytes
 from coar.store.fits import chunk_rows
 from coar.store.gradients import MASK_GROUPS, next_rounds
 from coar.store.run import Run
 
-Way = Literal["decomposed", "gram", "packed"]
 FREE_SHARE = 0.5  # of the free memory that a fit may take without a stated limit
 UNKNOWN_FREE = 4 * 2**30  # bytes taken for free where the system does not say
-WORDS: dict[Way, str] = {
-    "decomposed": "from one decomposition of the masks",
-    "gram": "by conjugate gradients, from the masks' Gram matrix in float32",
-    "packed": "by conjugate gradients, from masks of one bit per component",
-}
 BASIS = 32  # vectors that the Lanczos process keeps per example, at most
 LEAST_BASIS = 8
 MOST_TOGETHER = 512  # examples that are solved together, at most; more do not make products faster
@@ -36,55 +28,6 @@ FIXED = 64 * 2**20  # bytes that every fit takes: reading, writing, and small ta
 TABLES = 600  # bytes per component of what an informed fit learns
 LEARNING_BYTES = 260  # per component and example that an informed fit learns from
 LEAST_LEARNING, MOST_LEARNING = 16, 16 * 2**20  # examples to learn from, and examples times components
-
-
-@dataclass(frozen=True)
-class FitPlan:
-    """How a fit computes.
-
-    Attributes:
-        method: `ridge`, `ols`, `lasso` or `informed`.
-        way: `decomposed`: all examples share one decomposition, or one Gram matrix in float64; `gram` and `packed`:
-            examples are solved together by conjugate gradients, with the masks' Gram matrix in float32 or with packed
-            masks.
-        device: Where the products are computed.
-        limit: Most bytes that the fit may take.
-        needed: Bytes that it is expected to take at its peak, above those of the process before.
-        together: Examples that are solved together, a multiple of those in a chunk, or all.
-        tile: Rows of masks that are unpacked together; 0 where none are.
-        basis: Vectors that the Lanczos process keeps per example; 0 where there is none.
-        held: Whether packed masks stay in memory, or for an informed fit the masks of mask gradients in float32.
-        learning: Examples that an informed fit learns from, at most; 0 for other methods.
-    """
-
-    method: str
-    way: Way
-    device: torch.device
-    limit: int
-    needed: int
-    together: int
-    tile: int = 0
-    basis: int = 0
-    held: bool = False
-    learning: int = 0
-
-    @property
-    def key(self) -> str:
-        """What two plans have in common that give the same numbers, but for rounding."""
-        return f"{self.way}-{self.learning}"
-
-    def blocks(self, run: Run) -> list[slice]:
-        """Return the blocks of examples that are solved together; each fills whole chunks of a fit."""
-        n, step = run.n_examples, self.together
-        return [slice(start, min(start + step, n)) for start in range(0, n, step)]
-
-    def words(self, masks: int, components: int, examples: int) -> str:
-        """Return the plan as a line of text."""
-        return (
-            f"{self.method} on {masks:,} masks, {components:,} components and {examples:,} examples: "
-            f"{WORDS[self.way]} on {self.device}, {self.together:,} examples at a time, about "
-            f"{readable(self.needed)} of at most {readable(self.limit)}"
-        )
 
 
 def limit_of(memory_limit: int | str | None, device: torch.device) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from coar.cluster import TRIES, RayCluster, unwrap
 from coar.errors import EngineError
-from coar.regression.memory import FitPlan
+from coar.regression.fit_plan import FitPlan
 from coar.regression.sums import FitBlock, Gram, Moments, Solver, dealt_rows, moments_of, panels, takes_moments
 from coar.store.fits import write_block
 from coar.store.records import FitLearned

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coar.regression.fit_plan import FitPlan
 from coar.regression.informed.correction import Correction
 from coar.regression.informed.prior import Prior, PriorWeights, learn_prior, learning_examples
 from coar.regression.ridge import LinearFit
@@ -39,24 +40,21 @@ class Informed:
     known: PriorWeights | None
 
     @classmethod
-    def of(
-        cls, run: Run, rows: np.ndarray, rounds: int, *, learning: int, designs: bool, gram: Gram | None = None
-    ) -> Self:
+    def of(cls, run: Run, rows: np.ndarray, rounds: int, plan: FitPlan, *, gram: Gram | None = None) -> Self:
         """Learn from mask gradients and, where there are any, masks.
 
         Args:
             run: A complete run.
             rows: Row numbers of the training masks to use; may be empty.
             rounds: How many rounds of mask gradients to use.
-            learning: Examples to learn from, at most.
-            designs: Whether memory suffices to keep masks in float32.
+            plan: How to compute.
             gram: The sums over these masks; only where there are more of them than components.
 
         Raises:
             RegressionError: When there are too few mask gradients, or all are zero.
         """
-        examples = learning_examples(run, learning)
-        prior, found = learn_prior(run, rounds, examples, designs=designs)
+        examples = learning_examples(run, plan.learning)
+        prior, found = learn_prior(run, rounds, examples, designs=plan.held)
         correction = Correction.of(FitBlock(run, rows, examples), prior, found, gram=gram) if len(rows) >= 2 else None
         return cls(prior, correction, found if examples.step == 1 else None)
 

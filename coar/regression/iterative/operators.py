@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coar.errors import RegressionError
-from coar.regression.memory import FitPlan
+from coar.regression.fit_plan import FitPlan
 from coar.regression.sums import Moments
 from coar.store.run import Run, pack
 

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from coar.errors import RegressionError
+from coar.regression.fit_plan import FitPlan
 from coar.regression.iterative.operators import GramOperator, HeldGram, PackedGram, operator_of
 from coar.regression.krylov import Lanczos, Ritz, conjugate_gradients
 from coar.regression.lasso import MARGIN, SparseFit, solve_sparse
-from coar.regression.memory import BASIS, FitPlan
 from coar.regression.ridge import PENALTIES, LinearFit
 from coar.regression.sums import FitBlock, Moments
 from coar.store.records import FitLearned
 from coar.store.run import Run
 
-PROBE_STEPS = 96  # of the Lanczos processes of random signs
+PROBE_STEPS, PROBE_CHECK = 96, 32  # of the Lanczos processes of random signs, and those between checks
 ROUNDING = 1e-4  # share of a variance below which a difference of two is not trusted
 RESOLVED = 0.02  # what a solution may leave of its right-hand side where a penalty is compared with others
 PROBE_NUMBERS, LEAST_PROBES, MOST_PROBES = 2**18, 8, 128  # components x random signs, and columns of them
@@ -69,7 +69,7 @@ class Traces:
             process = Lanczos(design.masks.kernel_times, start - start.mean(0), min(PROBE_STEPS, rank))
         while not process.full:
             process.step()
-            if process.steps % BASIS == 0 and (process.ritz().left(grid) <= RESOLVED).all():
+            if process.steps % PROBE_CHECK == 0 and (process.ritz().left(grid) <= RESOLVED).all():
                 break
         ritz = process.ritz()
         values = ritz.values[..., None]
