@@ -1,6 +1,7 @@
 """Fits whose decomposition would exceed a memory limit: as near as rounding to those that one decomposition gives."""
 
 import logging
+import math
 import signal
 import subprocess
 import sys
@@ -12,13 +13,13 @@ import torch
 
 import coar
 from coar.errors import RegressionError, SettingsError
+from coar.regression import memory
 from coar.regression.memory import plan_fit
 from coar.store.fits import BegunFit, rows_of_chunk
 from coar.store.records import FitRequest
 from tests.synthetic import FRACTION, design, fit, linear, make, weights
 
 D, N = 300, 12
-SMALL = "100MB"  # less than a decomposition takes, and enough for conjugate gradients
 STEP = 10 ** (1 / 8)  # of the grid of penalties
 WIDE, MANY = 20_000, 420  # a fit of several chunks
 
@@ -40,9 +41,16 @@ def wide(tmp_path_factory):
     )
 
 
+def iterative_fit(run, **options):
+    """Fit as if a decomposition never fitted into memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "_decomposed_bytes", lambda *sizes: math.inf)
+        return fit(run, **options)
+
+
 def pair(run, method, masks):
     usual = fit(run, method=method, masks=masks, name=f"{method}-{masks}")
-    return usual, fit(run, method=method, masks=masks, name=f"{method}-{masks}-small", memory_limit=SMALL)
+    return usual, iterative_fit(run, method=method, masks=masks, name=f"{method}-{masks}-small")
 
 
 @pytest.mark.parametrize("masks", [80, 280, 310, 900])
@@ -74,7 +82,7 @@ def test_other_methods_are_those_of_the_gram_matrix(run, method, masks):
 
 @pytest.mark.parametrize("masks", [250, 900])
 def test_weights_solve_the_ridge_equations(run, masks):
-    found = fit(run, method="ridge", masks=masks, name=f"equations-{masks}", memory_limit=SMALL)
+    found = iterative_fit(run, method="ridge", masks=masks, name=f"equations-{masks}")
     x, y = (part[:masks] for part in design(run))
     x, y = x - x.mean(0), y - y.mean(0)
     for i in range(N):
@@ -87,23 +95,23 @@ def test_a_component_that_no_mask_ablates_has_no_weight(run, tmp_path):
     never = design(rare)[0].all(0)
     assert 0 < never.sum() < D
     for method in ("ridge", "lasso"):
-        found = fit(rare, method=method, memory_limit=SMALL)
+        found = iterative_fit(rare, method=method)
         assert np.abs(found.weights()[:, never]).max() < 1e-6
     assert not fit(rare, method="ridge").standard_errors()[:, never].any()
     with pytest.raises(RegressionError, match=r"masks that vary \d+ components"):
-        fit(rare, method="ols", memory_limit=SMALL)
+        iterative_fit(rare, method="ols")
 
 
 def test_least_squares_on_hardly_more_masks_than_components_is_refused(run):
     with pytest.raises(RegressionError, match=r"303 masks are so few .* collect 450 or more, or use ridge"):
-        fit(run, method="ols", masks=303, memory_limit=SMALL)
+        iterative_fit(run, method="ols", masks=303)
 
 
 def test_masks_that_are_all_alike_are_refused(tmp_path):
     alike = make(tmp_path / "r.zarr", linear(weights(N, D)), components=D, masks=30, ablated_fraction=1e-9)
     for method in ("ridge", "lasso"):
         with pytest.raises(RegressionError, match="30 masks are all alike"):
-            fit(alike, method=method, memory_limit=SMALL)
+            iterative_fit(alike, method=method)
 
 
 @pytest.mark.parametrize("method", ["ridge", "lasso"])
@@ -257,4 +265,54 @@ def test_an_informed_fit_takes_what_its_plan_says(tmp_path, components, examples
     command = [sys.executable, "-c", MEASURED, str(tmp_path / "r.zarr"), str(components), str(examples)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     planned_bytes, taken = map(float, done.stdout.split()[:2])
+    assert 0.75 < planned_bytes / taken < 1.25
+
+
+SHARED = """
+import sys
+from pathlib import Path
+import torch
+import coar
+from coar.regression.fitting import fit
+from coar.regression.memory import plan_of
+
+def kilobytes(field):
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
+
+torch.set_num_threads(1)
+run, method = coar.Run.open(sys.argv[1]), sys.argv[2]
+plan = plan_of(run, method, len(run.plan), memory_limit="8GiB", device=torch.device("cpu"))
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+before = kilobytes("VmRSS")
+fit(run, method=method, memory_limit="8GiB", device="cpu", progress=False)
+print(plan.needed / 1024, kilobytes("VmHWM") - before, plan.way)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize(
+    ("method", "masks", "components", "examples"),
+    [
+        ("ridge", 1_000, 9_216, 64),
+        ("ridge", 6_000, 3_000, 16),
+        ("ridge", 4_000, 2_304, 1_000),
+        ("ridge", 150, 2_000, 1_000),
+        ("ols", 3_456, 2_304, 4),
+        ("lasso", 1_000, 2_304, 4),
+        ("lasso", 5_000, 1_500, 64),
+    ],
+)
+def test_a_fit_from_one_decomposition_takes_what_its_plan_says(tmp_path, method, masks, components, examples):
+    made = make(
+        tmp_path / "r.zarr",
+        linear(weights(examples, components) / np.sqrt(components), noise=0.3),
+        components=components,
+        masks=masks,
+        blocks=(256, examples),
+    )
+    command = [sys.executable, "-c", SHARED, str(made.path), method]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    planned_bytes, taken = map(float, done.stdout.split()[:2])
+    assert done.stdout.split()[2] == "decomposed"
     assert 0.75 < planned_bytes / taken < 1.25

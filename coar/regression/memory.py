@@ -8,6 +8,7 @@ from coar.forward.memory_limit import bytes_of, readable
 from coar.regression.fit_plan import FitPlan, Way
 from coar.regression.informed.learning import FEATURES
 from coar.regression.informed.site_gains import table_bytes
+from coar.regression.sums import BATCH, examples_per_reading, takes_moments
 from coar.store.fits import chunk_rows
 from coar.store.gradients import MASK_GROUPS, next_rounds
 from coar.store.run import Run
@@ -18,10 +19,15 @@ BASIS = 32  # vectors that the Lanczos process keeps per example, at most
 LEAST_BASIS = 8
 MOST_TOGETHER = 512  # examples that are solved together, at most; more do not make products faster
 TILE_BYTES = 32 * 2**20  # of unpacked masks
+FEW, FEW_TILE_BYTES = 32, 8 * 2**20  # the same for fewer examples than that, whose products read more than they compute
 LEAST_TILE, MOST_TILE = 16, 4096  # rows of unpacked masks
 HELD_SHARE = 0.25  # of the limit that packed masks may take; more are read from the run for every product
 VECTORS = 14  # float32 numbers per component and example, in addition to the basis
 SPARSE_VECTORS = 36  # the same of the lasso
+DECOMPOSED_VECTORS, OF_RANK = 11, 13  # the same of a fit from one decomposition, and for each of its eigenvalues
+DECOMPOSED_SPARSE_VECTORS = 52
+KEPT_BYTES = 5  # per mask and component of a batch, of memory that the allocator keeps when the batch is freed
+STARTED = 32 * 2**20  # bytes that the first fit of a process takes: threads, and libraries that start
 PASSES = {"ridge": 30, "ols": 30, "lasso": 600}  # products with the Gram matrix, roughly
 READING = 2**28  # bytes of what is read together for one decomposition
 FIXED = 64 * 2**20  # bytes that every fit takes: reading, writing, and small tables
@@ -78,11 +84,12 @@ def plan_fit(
         held = needed + designs <= limit
         needed += designs * held
         return FitPlan(method, "decomposed", device, limit, needed, chunk, held=held, learning=learning)
-    needed = _decomposed_bytes(method, masks, components, chunk)
+    needed = _decomposed_bytes(method, masks, components, examples, chunk)
     if needed <= limit and device.type == "cpu":
         return FitPlan(method, "decomposed", device, limit, needed, chunk)
     vectors, bases = (SPARSE_VECTORS, (0,)) if method == "lasso" else (VECTORS, (BASIS, BASIS // 2, LEAST_BASIS))
-    tile = min(max(TILE_BYTES // (4 * components), LEAST_TILE), MOST_TILE)
+    tile_bytes = FEW_TILE_BYTES if examples < FEW else TILE_BYTES
+    tile = min(max(tile_bytes // (4 * components), LEAST_TILE), MOST_TILE)
     packed = masks * components // 8
     held = packed <= HELD_SHARE * limit
     common = FIXED + 8 * tile * components
@@ -97,6 +104,7 @@ def plan_fit(
                 own = held and way == "packed"
                 return FitPlan(method, way, device, limit, needed, together, tile=tile, basis=basis, held=own)
     least = common + chunk * (4 * components * (bases[-1] + vectors) + 4 * MOST_TILE)
+    least = min(least, needed) if device.type == "cpu" else least
     raise RegressionError(
         f"{method} on {components:,} components takes at least {readable(least)} for one block of {chunk} examples, "
         f"and the limit is {readable(limit)}; give memory_limit={_more(least)!r} or more"
@@ -129,15 +137,25 @@ def _ways(method: str, masks: int, components: int, examples: int) -> list[Way]:
     return ["gram", "packed"] if gram < passes * 4 * masks * components * examples else ["packed", "gram"]
 
 
-def _decomposed_bytes(method: str, masks: int, components: int, chunk: int) -> int:
-    """Return the peak of memory of a fit from one decomposition."""
-    batch = 2 * 4 * min(masks, 4096) * (components + 1)
-    block = 4 * components * chunk * (SPARSE_VECTORS if method == "lasso" else 6) + READING
-    if method == "lasso":
-        return FIXED + 28 * components**2 + batch + block
-    if masks > components:
-        return FIXED + 48 * components**2 + batch + block
-    return FIXED + 48 * masks**2 + 28 * masks * components + block
+def _decomposed_bytes(method: str, masks: int, components: int, examples: int, chunk: int) -> int:
+    """Return the peak of memory of a fit from one decomposition, or for the lasso from one Gram matrix.
+
+    The peak is in one of three phases: reading, decomposing, or solving for a block of examples. Each counts the arrays
+    that are alive at once, 8 bytes for a number.
+    """
+    d, many = components, min(examples_per_reading(components, chunk), examples)
+    block = 4 * chunk * (DECOMPOSED_VECTORS * d + OF_RANK * min(masks, d))
+    block = 4 * chunk * DECOMPOSED_SPARSE_VECTORS * d if method == "lasso" else block
+    if not takes_moments(method, masks, components):
+        decomposing = max(32 * masks**2 + 4 * masks * d, 24 * masks**2 + 28 * masks * d)
+        solving = 8 * masks**2 + 16 * masks * d + block
+        return STARTED + max(decomposing, solving)
+    rows, batches = min(masks, BATCH), 2 if masks > BATCH else 1
+    matrices, moments, kept = 20 if method == "lasso" else 40, 8 * d * many, KEPT_BYTES * rows * d
+    reading = rows * (batches * 4 * (d + many) + (12 if batches == 2 else 8) * d) + 12 * d**2 + moments
+    decomposing = matrices * d**2 + moments + kept
+    solving = (20 if method == "lasso" else 16) * d**2 + moments + kept + block
+    return STARTED + max(reading, decomposing, solving)
 
 
 def _learning(masks: int, components: int, examples: int, gradients: int, sites: int, limit: int) -> tuple[int, int]:

@@ -194,7 +194,7 @@ class Streamed:
 
     def __init__(self, run: Run, rows: np.ndarray, step: int) -> None:
         self._run, self._rows, self._step = run, rows, step
-        self._many = max(MOMENT_BYTES // (8 * run.n_components) // step, 1) * step  # examples per reading
+        self._many = examples_per_reading(run.n_components, step)
         self._gram: Gram | None = None
         self._moments: Moments | None = None
         self._held = slice(0, 0)
@@ -215,6 +215,11 @@ class Streamed:
         sums = accumulate(self._run, self._rows, self._held, gram=self._gram, step=self._step)
         self._gram, self._moments = sums
         return sums
+
+
+def examples_per_reading(components: int, step: int) -> int:
+    """Return how many examples one reading of the masks serves: whole blocks of `step`, within `MOMENT_BYTES`."""
+    return max(MOMENT_BYTES // (8 * components) // step, 1) * step
 
 
 def moments_of(run: Run, rows: np.ndarray, examples: slice) -> Moments:
