@@ -37,7 +37,8 @@ import torch
 import coar
 from benchmarks.fit import add_gradients, forget_peak, generate, memory_gib
 from coar.regression.iterative import operators
-from coar.regression.memory import TILE_BYTES
+from coar.regression.memory import FEW as FEW_EXAMPLES
+from coar.regression.memory import FEW_TILE_BYTES, TILE_BYTES
 
 SIZES, LARGEST = (2_304, 9_216, 22_720, 82_944), 458_752
 MASKS, EXAMPLES = 2_000, 16
@@ -50,14 +51,14 @@ OF_MASKS, SMALL_LIMIT = (500, 2_000, 8_000), "512MiB"
 
 
 def floor(masks: int, components: int, examples: int) -> dict[str, float]:
-    """Return GFLOP/s of the bare products, and ns per entry of unpacking, for tiles as the fit makes them."""
-    rows = min(max(TILE_BYTES // (4 * components), 16), 4096, masks)
-    tile, values = torch.rand(rows, components), torch.rand(components, examples)
-    image, out = tile @ values, torch.zeros(components, examples)
+    """Return GFLOP/s of the bare products for tiles as the fit makes them."""
+    rows = min(max((FEW_TILE_BYTES if examples < FEW_EXAMPLES else TILE_BYTES) // (4 * components), 16), 4096, masks)
+    tile, values = torch.rand(rows, components), torch.rand(examples, components)
+    image, out = values @ tile.T, torch.zeros(examples, components)
     start = time.process_time()
     for _ in range(3):
-        torch.mm(tile, values, out=image)
-        out.addmm_(tile.T, image)
+        torch.mm(values, tile.T, out=image)
+        out.addmm_(image, tile)
     taken = (time.process_time() - start) / 3
     return {"gflops": 4 * rows * components * examples / taken / 1e9}
 

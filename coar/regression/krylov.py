@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+REFINED = 1e-4  # share of a right-hand side that a correction in float32 leaves
 TINY = 1e-5  # share of the largest step below which a process ends: the basis is complete
 
 
@@ -166,3 +167,51 @@ def conjugate_gradients(
         along = left + (now / square.clamp_min(1e-300)).to(right.dtype) * along
         square = now
     return start, square.sqrt() / size
+
+
+def refined(
+    times: Callable[[Tensor], Tensor],
+    right: Tensor,
+    penalty: Tensor,
+    *,
+    start: Tensor,
+    tolerance: float,
+    steps: int,
+) -> tuple[Tensor, Tensor]:
+    """Solve as `conjugate_gradients` does, in float64 with most products in float32.
+
+    What a solution leaves is computed in float64, and the correction for it in float32, in turn (iterative refinement,
+    Wilkinson 1963). Products in float32 take a third of the time.
+
+    Args:
+        times: The product with G, in the type of its argument.
+        right: (components, columns) float64 right-hand sides b.
+        penalty: (columns,) penalties.
+        start: (components, columns) float64 values to start from.
+        tolerance: As for `conjugate_gradients`.
+        steps: Most steps of one correction.
+
+    Returns:
+        As `conjugate_gradients`.
+    """
+    size = right.norm(dim=0).clamp_min(1e-300)
+    left = right - times(start) - penalty * start
+    share = left.norm(dim=0) / size
+    while (worst := float(share.max())) > tolerance:
+        inner = max(tolerance / worst / 2, REFINED)
+        unit = left.norm(dim=0).clamp_min(1e-300)
+        correction, _ = conjugate_gradients(
+            times,
+            (left / unit).float(),
+            penalty,
+            start=torch.zeros_like(left, dtype=torch.float32),
+            tolerance=inner,
+            steps=steps,
+        )
+        nearer = start + correction * unit
+        rest = right - times(nearer) - penalty * nearer
+        now = rest.norm(dim=0) / size
+        if not float(now.max()) < worst / 2:  # float32 is too coarse for this matrix
+            return conjugate_gradients(times, right, penalty, start=start, tolerance=tolerance, steps=steps)
+        start, left, share = nearer, rest, now
+    return start, share

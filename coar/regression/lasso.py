@@ -51,7 +51,7 @@ class Design:
     def image(self, values: Tensor) -> Tensor:
         """Return the covariance matrix times (components, columns) values, in their type."""
         matrix = self.single if values.dtype == torch.float32 else self.covariance
-        return matrix @ values
+        return (values.T.contiguous() @ matrix).T.contiguous()  # it is symmetric, and few columns are slow on a CPU
 
     @classmethod
     def of(cls, gram: Gram) -> "Design":

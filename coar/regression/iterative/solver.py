@@ -14,7 +14,7 @@ from torch import Tensor
 from coar.errors import RegressionError
 from coar.regression.fit_plan import FitPlan
 from coar.regression.iterative.operators import GramOperator, HeldGram, PackedGram, operator_of
-from coar.regression.krylov import Lanczos, Ritz, conjugate_gradients
+from coar.regression.krylov import Lanczos, Ritz, conjugate_gradients, refined
 from coar.regression.lasso import MARGIN, SparseFit, solve_sparse
 from coar.regression.ridge import PENALTIES, LinearFit
 from coar.regression.sums import FitBlock, Moments
@@ -157,17 +157,12 @@ class Iterative:
         moments = design.moments(block.examples)
         right = moments.centred(design.total)
         choice, residual, weight, left = self._by_lanczos(design, right, moments)
-        exact = self.method == "ols"  # without a penalty, small eigenvalues magnify what is left
-        tolerance = EXACT if exact else TOLERANCE
-        if exact or (left > tolerance).any():
-            kind = torch.float64 if exact else torch.float32
+        penalty = self.traces.grid[choice]
+        if self.method == "ols":  # without a penalty, small eigenvalues magnify what is left
+            weight, left = refined(design.times, right, penalty, start=weight.double(), tolerance=EXACT, steps=STEPS)
+        elif (left > TOLERANCE).any():
             weight, left = conjugate_gradients(
-                design.times,
-                right.to(kind),
-                self.traces.grid[choice],
-                start=weight.to(kind),
-                tolerance=tolerance,
-                steps=STEPS,
+                design.times, right.float(), penalty, start=weight, tolerance=TOLERANCE, steps=STEPS
             )
         self._check(left, block)
         return self._fit(design, moments, residual, choice, weight.float())
