@@ -13,7 +13,6 @@ from coar.errors import AblationError, IncompleteRunError, SettingsError
 from coar.evaluation import evaluate
 from coar.forward.batches import ExampleBlock
 from coar.forward.copies import device_copy
-from coar.forward.devices import choose_device
 from coar.forward.malloc import memory_kept
 from coar.forward.runner import FastRunner
 from coar.progress import progress_bar
@@ -254,7 +253,7 @@ def _store(
     known = fit_record(run, name)
     if known is not None and known.answers(record):
         return Attributions.open(run, name)
-    model = device_copy(study.model, choose_device(device), study.examples)
+    model = device_copy(study.model, device, study.examples)
     worker = fast_runner(study, run, model, batch_size=batch_size)
     with run.lock(), memory_kept():
         if name == "mask_gradient":

@@ -240,6 +240,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next((held.device for held in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """Return the devices of parameters and buffers, in their order; weights that are not in memory have none."""
+    return list(dict.fromkeys(held.device for held in (*model.parameters(), *model.buffers()) if not held.is_meta))
+
+
 def call_model(model: nn.Module, inputs: Inputs) -> Any:
     """Run the model on inputs moved to its device: a tensor as the first argument, a dict by name."""
     device = device_of(model)

@@ -12,7 +12,6 @@ activations, of which a filter has one per position:
 """
 
 import time
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from coar.attributions import Attributions
 from coar.baselines import store_added
 from coar.errors import AblationError, ExamplesError, SettingsError, install_hint
 from coar.examples import Examples
+from coar.forward.copies import plain_copy
 from coar.forward.devices import batch_size_on, choose_device
 from coar.store.run import Run
 from coar.study import Study
@@ -207,7 +207,7 @@ class CaptumReader:
         if any(component.side == "parameter" for component in study.components):
             raise AblationError("parameter slices have no activation to attribute to; use conv_filters or neurons")
         self.device = choose_device(device)
-        self.model = deepcopy(study.model).to(self.device).eval().requires_grad_(False)
+        self.model = plain_copy(study.model, self.device).eval().requires_grad_(False)
         for module in self.model.modules():
             if hasattr(module, "inplace"):
                 setattr(module, "inplace", False)  # noqa: B010

@@ -22,7 +22,6 @@ from coar.collection.preparation import BatchSettings, RunRequest, prepare
 from coar.components.table import Component, Components
 from coar.errors import MismatchError, RunError, SettingsError, StorageError, WeightsError
 from coar.forward.copies import device_copy
-from coar.forward.devices import choose_device
 from coar.forward.malloc import memory_kept
 from coar.outputs.classification import CorrectClassMargin
 from coar.progress import progress_bar
@@ -435,7 +434,7 @@ def _fitting(study: Study, examples: int, kept: np.ndarray) -> Study:
 def _of_study(place: Path | Address, study: Study, device: str) -> Run:
     """Create a run of a study without masks, or open it again."""
     execution = Execution()
-    model = device_copy(study.model, choose_device(device), study.examples)
+    model = device_copy(study.model, device, study.examples)
     order = RunRequest(
         requested={},
         gradients=0,

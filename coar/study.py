@@ -13,13 +13,13 @@ from coar.ablation.zero import ZeroWeight
 from coar.components.layers import unwrapped
 from coar.components.membership import check_components
 from coar.components.table import Components
-from coar.errors import SettingsError, WeightsError
+from coar.errors import SettingsError
 from coar.examples import Examples
 from coar.model_code import model_code
 from coar.outputs.base import Output
 from coar.outputs.classification import CorrectClassMargin
 from coar.sampling import BernoulliSampler, Sampler
-from coar.weights import weights_fingerprint
+from coar.weights import check_in_memory, weights_fingerprint
 
 CHECKS = (  # see docs/checks.md
     *("examples", "original", "random", "batch", "logits", "gates", "calls", "rows", "gradients", "repeats"),
@@ -70,12 +70,7 @@ class Study:
             raise SettingsError(f"accept is {self.accept!r}; give a tuple of names of checks, of {', '.join(CHECKS)}")
         object.__setattr__(self, "model", unwrapped(self.model))
         check_components(self.model, self.components)
-        missing = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
-        if missing:
-            raise WeightsError(
-                f"{len(missing)} weights are not in memory but offloaded, or were never loaded, such as "
-                f"{missing[0]!r}; a study needs all of them: load the whole model onto one device"
-            )
+        check_in_memory(self.model)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint of this study: settings as values, data and weights as SHA-256 hashes."""

@@ -92,6 +92,16 @@ def read_pickle(file: Path, *, remedy: str, mapped: bool = False) -> Any:
         ) from None
 
 
+def check_in_memory(model: nn.Module) -> None:
+    """Raise `WeightsError` when weights of a model are offloaded, or were never loaded."""
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise WeightsError(
+            f"{len(missing)} weights are not in memory but offloaded, or were never loaded, such as {missing[0]!r}; "
+            f"all of them are needed: load the whole model, onto one device or over several that hold it"
+        )
+
+
 def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write the model's state dict as safetensors, completely or not at all.
 

@@ -8,6 +8,7 @@
     export COAR_LANGUAGE_MODEL_PROMPTS=/path/to/file     # optional: a prompt a line, or a prompt, a tab and an answer
     export COAR_LANGUAGE_MODEL_COMPONENTS=heads          # optional: heads or neurons instead of all
     export COAR_LANGUAGE_MODEL_DTYPE=bfloat16            # optional: half of float32's memory
+    export COAR_LANGUAGE_MODEL_DEVICES=auto              # optional: split a model that is larger than one GPU
 
 Other pipelines take the model and its tokenizer from here. Without COAR_LANGUAGE_MODEL the model is
 SmolLM2-135M-Instruct (Allal et al. 2025, Apache-2.0): 30 layers, 9 heads and 3 groups of keys and values, 46,350 heads
@@ -16,7 +17,8 @@ minute, to a folder of 0.5 GB under data/smollm2.
 
 Every fourth prompt is studied, the next gives the means, the third is for choosing edits, the fourth for judging. With
 answers the output is the margin of the answer's first token, and without answers the mean margin of all next tokens.
-Without a file the prompts are those of `facts.jsonl`. The whole model is on one device.
+Without a file the prompts are those of `facts.jsonl`. The model is on one device. With COAR_LANGUAGE_MODEL_DEVICES=auto
+accelerate, which it needs, splits it over all GPUs, and with `--device auto` it is studied there.
 """
 
 import importlib.util
@@ -69,10 +71,13 @@ SOURCE = hub.Source(
 
 
 def model() -> nn.Module:
-    """Return the model that COAR_LANGUAGE_MODEL names, or SmolLM2-135M, in the type of COAR_LANGUAGE_MODEL_DTYPE."""
-    dtype = _dtype()
+    """Return the model that COAR_LANGUAGE_MODEL names, or SmolLM2-135M, in the type of COAR_LANGUAGE_MODEL_DTYPE.
+
+    With COAR_LANGUAGE_MODEL_DEVICES=auto it is split over all GPUs.
+    """
+    dtype, devices = _dtype(), _devices()
     _provide()
-    return model_of(SOURCE, dtype=dtype)
+    return model_of(SOURCE, dtype=dtype, devices=devices)
 
 
 def tokenizer() -> Any:
@@ -81,9 +86,12 @@ def tokenizer() -> Any:
     return SOURCE.load(AutoTokenizer)
 
 
-def model_of(source: hub.Source, *, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return a causal language model without a cache of keys and values; raise `PipelineError` if it lacks words."""
-    net, words = source.model(AutoModelForCausalLM, dtype=dtype), len(source.load(AutoTokenizer))
+def model_of(source: hub.Source, *, dtype: torch.dtype = torch.float32, devices: str | None = None) -> nn.Module:
+    """Return a causal language model without a cache of keys and values; raise `PipelineError` if it lacks words.
+
+    With `devices`, it is transformers' `device_map`.
+    """
+    net, words = source.model(AutoModelForCausalLM, dtype=dtype, device_map=devices), len(source.load(AutoTokenizer))
     if words > net.config.vocab_size:
         raise source.unusable(f"the tokenizer has {words} words where the model has {net.config.vocab_size}")
     net.config.use_cache = False
@@ -145,6 +153,26 @@ def _dtype() -> torch.dtype:
     if name not in DTYPES:
         raise coar.errors.SettingsError(f"COAR_LANGUAGE_MODEL_DTYPE is {name!r}; choose one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _devices() -> str | None:
+    """Return transformers' `device_map` that COAR_LANGUAGE_MODEL_DEVICES names; None for one device.
+
+    Raises:
+        PipelineError: When accelerate, which splits the model, is not installed.
+        SettingsError: When the variable is not `auto`.
+    """
+    name = os.environ.get("COAR_LANGUAGE_MODEL_DEVICES")
+    if name not in (None, "auto"):
+        raise coar.errors.SettingsError(
+            f"COAR_LANGUAGE_MODEL_DEVICES is {name!r}; choose auto, or unset it for one device"
+        )
+    if name and importlib.util.find_spec("accelerate") is None:
+        raise coar.errors.PipelineError(
+            "COAR_LANGUAGE_MODEL_DEVICES=auto splits the model by accelerate, which is not installed; install it with: "
+            "pip install accelerate; or unset the variable for a model on one device"
+        )
+    return name
 
 
 def prompts(file: Path) -> tuple[list[str], list[str]]:

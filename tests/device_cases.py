@@ -11,9 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import coar
+from coar.errors import ComponentError, SettingsError
+from coar.examples import devices_of
+from coar.forward.copies import device_copy
 from tests import contract
 
 CASES: dict[str, Callable[[str, Path], dict[str, np.ndarray]]] = {}
@@ -144,6 +148,157 @@ def a_model_that_accelerate_has_split(device, folder):
     return collected(study, folder, device)[1]
 
 
+def split(model, places, main):
+    """The model after accelerate has put its parts where `places` says; all else runs on the main device."""
+    from accelerate import dispatch_model
+
+    def placed(path, module):
+        if path in places or not any(place.startswith(f"{path}.") or not path for place in places):
+            return {path: places.get(path, main)}
+        children = [(f"{path}.{name}".strip("."), child) for name, child in module.named_children()]
+        return {key: place for child in children for key, place in placed(*child).items()}
+
+    made = dispatch_model(model, placed("", model), main_device=main, force_hooks=True)
+    assert devices_of(device_copy(made, "auto")) == devices_of(made) != devices_of(device_copy(made, "cpu"))
+    return made
+
+
+def split_pictures(ablation, device, places):
+    """A study of pictures, on the CPU or with a model that stays split, and the device to give."""
+    made = pictures(ablation)
+    if device == "cpu":
+        return made, device
+    split(made.model, places(device), "cpu")
+    return made, "auto"
+
+
+def every_other(device):
+    return {"bare": device, "norm": device, "last": device}
+
+
+for label, make in ABLATIONS.items():
+
+    def stays_split(device, folder, make=make):
+        study, place = split_pictures(make(), device, every_other)
+        run, found = collected(study, folder, place)
+        for compute_baseline in (coar.leave_one_out, coar.mask_gradient):
+            found[compute_baseline.__name__] = compute_baseline(study, run, device=place, progress=False).weights()
+        return found
+
+    CASES[f"a split model with {label}"] = stays_split
+
+
+@case
+def a_batch_norm_apart_from_its_convolution(device, folder):
+    study, place = split_pictures(
+        coar.Mean(calibration=CALIBRATION), device, lambda other: {"bare": other, "hidden": other}
+    )
+    return collected(study, folder, place)[1]
+
+
+@case
+def texts_in_a_split_model(device, folder):
+    from tests import tiny
+
+    plain = tiny.model("gpt2")
+    model = plain if device == "cpu" else split(plain, {"body.wpe": device, "body.h": device}, "cpu")
+    inputs = {"x": tiny.inputs("gpt2")}
+    calibration = coar.Examples(inputs={"x": tiny.inputs("gpt2", seed=5)}, targets=torch.arange(5))
+    study = coar.Study(
+        model=model,
+        examples=coar.Examples(inputs=inputs, targets=torch.arange(5)),
+        components=coar.attention_heads(plain)
+        + coar.mlp_neurons(plain)
+        + coar.modules(plain, ["body.h.0.mlp", "body.h.1.mlp"], axis=-1, size=24),
+        ablation=coar.PositionMean(calibration=calibration),
+    )
+    place = device if device == "cpu" else "auto"
+    run, found = collected(study, folder, place)
+    return found | {"effects": coar.leave_one_out(study, run, device=place, progress=False).weights()}
+
+
+@case
+def experts_in_a_split_model(device, folder):
+    from tests import architectures
+
+    architecture = architectures.ARCHITECTURES["GPT-OSS"]
+    plain, x = architecture.make(), architecture.inputs(4)
+    plain.body.set_experts_implementation("eager")  # others count tokens with a kernel that only some devices have
+    model = plain if device == "cpu" else split(plain, {"body.model.layers.1": device}, "cpu")
+    examples = coar.Examples(inputs=x, targets=torch.zeros(len(x), dtype=torch.int64))
+    study = coar.Study(
+        model=model, examples=examples, components=coar.experts(plain), ablation=coar.Mean(calibration=examples)
+    )
+    return collected(study, folder, device if device == "cpu" else "auto")[1]
+
+
+def check_memory(device, folder):
+    """The part of a split model on the CPU is an empty file of 1 TiB, mapped into memory, of which nothing is read."""
+    from accelerate import dispatch_model
+
+    rows, columns = 2**20, 2**18
+    with (folder / "weights").open("wb") as file:
+        file.truncate(4 * rows * columns)
+    model = torch.nn.Sequential(torch.nn.Linear(columns, rows, bias=False, device="meta"), torch.nn.Linear(1, 1))
+    mapped = torch.from_file(str(folder / "weights"), shared=True, size=rows * columns)
+    model[0].weight = torch.nn.Parameter(mapped.view(rows, columns), requires_grad=False)
+    dispatch_model(model, {"0": "cpu", "1": device}, main_device="cpu", force_hooks=True)
+    for place in ("auto", "cpu"):
+        with pytest.raises(SettingsError, match=r"a copy of Sequential takes 1.02e\+03 GiB on cpu") as caught:
+            device_copy(model, place)
+        assert ("device='auto'" in str(caught.value)) == (place == "cpu")
+
+
+@case
+def what_needs_one_device(device, folder):
+    """Lenses gather the model, a compiled model falls back, and edges are refused; memory is counted by device."""
+    from tests import edge_oracle
+    from tests.test_lenses import texts as lens_texts
+
+    model, place = edge_oracle.build("llama"), device if device == "cpu" else "auto"
+    if device != "cpu":
+        split(model, {"model.layers.1": device}, "cpu")
+        with pytest.raises(ComponentError, match=r"split over cpu, \S+, and edges are found and gated on one device"):
+            coar.edges(model)
+        check_memory(device, folder)
+    made = coar.lens(model, lens_texts(), "logit", device=place, progress=False)
+    study, place = split_pictures(coar.ZeroWeight(), device, every_other)
+    compiled = coar.Execution(compile=device != "cpu")
+    found = collected(study, folder, place, gradients=0, execution=compiled)[1]
+    return found | {"lens": made.summary(lens_texts(seed=3)).select_dtypes("number").to_numpy(float)}
+
+
+@case
+def a_page_of_a_split_model(device, folder):
+    from coar.explorer.activations import compute
+
+    study, place = split_pictures(coar.ZeroWeight(), device, every_other)
+    run, _ = collected(study, folder, place, gradients=0)
+    made = compute(study, np.arange(4), run.facts.batch_norms, device=place)
+    return {"values": made.exciting.values}
+
+
+@case
+def edits_of_a_split_model(device, folder):
+    study, place = split_pictures(coar.Mean(calibration=CALIBRATION), device, every_other)
+    return edits_of(study, place, folder)
+
+
+@case
+def between_two_devices_of_a_kind(device, folder):
+    """Passes without gradients, which torch's engine runs on the first one of a backend in Python alone."""
+    found = {}
+    for label in ("zero", "mean", "resample"):
+        made = pictures(ABLATIONS[label]())
+        if device != "cpu":
+            split(made.model, every_other(torch.device(device, 1)), torch.device(device, 0))
+        place = device if device == "cpu" else "auto"
+        run, own = collected(made, folder / label, place, gradients=0)
+        own["effects"] = coar.leave_one_out(made, run, device=place, progress=False).weights()
+        found |= {f"{label} {name}": values for name, values in own.items()}
+    return found
+
+
 @case
 def edges(device, folder):
     from tests.test_circuits import study_of as circuit_study
@@ -164,7 +319,10 @@ def edges_with_other_examples(device, folder):
 
 @case
 def edits(device, folder):
-    study = pictures(coar.Mean(calibration=CALIBRATION))
+    return edits_of(pictures(coar.Mean(calibration=CALIBRATION)), device, folder)
+
+
+def edits_of(study, device, folder):
     run, found = collected(study, folder, device, masks=60, gradients=0)
     attributions = coar.fit(run, progress=False)
     goal = coar.EditGoal(targets="label != 1", references="label == 1", direction="decrease")

@@ -1,8 +1,9 @@
-"""A device in Python that has no silent transfers: its tensors compute on the CPU, and refuse tensors of the CPU.
+"""Two devices in Python that have no silent transfers: their tensors compute on the CPU, and refuse tensors elsewhere.
 
-torch calls the device `second`. It holds real numbers, so results can be compared with those of the CPU. What fails on
-it is what fails on a GPU: an operation on tensors of both devices, and `.numpy()` of a tensor that has not been moved.
-This module registers the device for the whole process, so the cases run in a process of their own:
+torch calls them `second:0` and `second:1`. They hold real numbers, so results can be compared with those of the CPU.
+What fails on them is what fails on GPUs: an operation on tensors of several devices, and `.numpy()` of a tensor that
+has not been moved. torch runs backward passes on the first one alone, since it counts one device of such a backend.
+This module registers the devices for the whole process, so the cases run in a process of their own:
 `python -m tests.second_device CASE CASE ...` prints a line of JSON for each case of `device_cases.py`: its name, "" if
 the second device gives the CPU's numbers or else the reason, and the seconds of CPU time on both.
 """
@@ -11,6 +12,7 @@ import json
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +37,22 @@ class Backend:
 
     is_initialized = is_available = staticmethod(lambda: True)
     current_device = staticmethod(lambda: 0)
-    device_count = staticmethod(lambda: 1)
+    device_count = staticmethod(lambda: 2)
     _is_in_bad_fork = staticmethod(lambda: False)
     manual_seed_all = staticmethod(lambda seed: None)
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
 
 
 _setup_privateuseone_for_python_backend(NAME, Backend())
-DEVICE = torch.device(NAME, 0)
 
 
 class There(torch.Tensor):
-    """A tensor on the second device; `raw` has its numbers, on the CPU."""
+    """A tensor on a second device, of this index; `raw` has its numbers, on the CPU."""
 
     raw: torch.Tensor
 
     @staticmethod
-    def __new__(cls, raw, requires_grad=False):
+    def __new__(cls, raw, index=0, requires_grad=False):
         return torch.Tensor._make_wrapper_subclass(
             cls,
             raw.shape,
@@ -59,11 +60,11 @@ class There(torch.Tensor):
             storage_offset=raw.storage_offset(),
             dtype=raw.dtype,
             layout=raw.layout,
-            device=DEVICE,
+            device=torch.device(NAME, index),
             requires_grad=requires_grad,
         )
 
-    def __init__(self, raw, requires_grad=False):
+    def __init__(self, raw, index=0, requires_grad=False):
         self.raw = raw
 
     def __repr__(self):
@@ -75,11 +76,11 @@ class There(torch.Tensor):
         if function is torch.Tensor.tolist:
             return args[0].cpu().tolist()
         if function is torch.Tensor.new_tensor:
-            return torch.tensor(args[1], **{"dtype": args[0].dtype, **(kwargs or {})}).to(DEVICE)
+            return torch.tensor(args[1], **{"dtype": args[0].dtype, **(kwargs or {})}).to(args[0].device)
         if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             lists = any(isinstance(part, list) for part in index)
-            index = tuple(torch.tensor(part).to(DEVICE) if isinstance(part, list) else part for part in index)
+            index = tuple(torch.tensor(part).to(args[0].device) if isinstance(part, list) else part for part in index)
             args = (args[0], index if lists else args[1], *args[2:])
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
@@ -93,9 +94,12 @@ class There(torch.Tensor):
 
 def compute(function, args: Any, kwargs: Any) -> Any:
     """Run an operation on the numbers, after a check that all tensors are on this device."""
+    target = kwargs.get("device")
+    places = [tensor.device.index for tensor in leaves(args, kwargs) if isinstance(tensor, There)]
+    index = (torch.device(target).index or 0) if target is not None else places[0]
     if function not in TRANSFERS:
         check(function, args, kwargs)
-    target = kwargs.get("device")
+    made_at = partial(There, index=index)
     raw_args, raw_kwargs = tree_map_only(There, lambda tensor: tensor.raw, (args, kwargs))
     if target is not None:
         raw_kwargs = {**raw_kwargs, "device": torch.device("cpu")}
@@ -117,19 +121,25 @@ def compute(function, args: Any, kwargs: Any) -> Any:
     viewed = [at for at, given in enumerate(function._schema.arguments) if given.alias_info is not None]
     if viewed and isinstance(args[viewed[0]], There):  # a view is an inference tensor if its base is one
         with torch.inference_mode(args[viewed[0]].is_inference()):
-            return tree_map_only(torch.Tensor, There, made)
-    return tree_map_only(torch.Tensor, There, made)
+            return tree_map_only(torch.Tensor, made_at, made)
+    return tree_map_only(torch.Tensor, made_at, made)
 
 
 def check(function, args, kwargs):
     """Raise torch's error for tensors on two devices; numbers that torch has made tensors of are no tensors."""
-    found = []
-    tree_map_only(torch.Tensor, found.append, (args, kwargs))
+    found = leaves(args, kwargs)
     if function in INDEXING and isinstance(args[0], There):
         found = [tensor for tensor in found if tensor.dtype not in (torch.int64, torch.bool)]
-    here = [tensor for tensor in found if not isinstance(tensor, There) and tensor.ndim > 0]
-    if here:
-        raise RuntimeError(f"Expected all tensors to be on the same device, but {function} got {NAME} and cpu")
+    places = {str(tensor.device) for tensor in found if isinstance(tensor, There) or tensor.ndim > 0}
+    if len(places) > 1:
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {function} got {sorted(places)}")
+
+
+def leaves(args, kwargs):
+    """All tensors among the arguments of an operation."""
+    found = []
+    tree_map_only(torch.Tensor, found.append, (args, kwargs))
+    return found
 
 
 def made_on_device(function, *args, **kwargs):
@@ -143,8 +153,8 @@ class MadeThere(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if function in MOVED and torch.device(kwargs.get("device") or "cpu").type == NAME:
-            kwargs.pop("device")
-            return function(*args, **kwargs).to(DEVICE)
+            device = kwargs.pop("device")
+            return function(*args, **kwargs).to(device)
         return function(*args, **kwargs)
 
 

@@ -66,10 +66,29 @@ def test_weights_may_be_in_bfloat16_and_components_of_one_kind(own, monkeypatch)
     assert len(study.components) == 8
 
 
+def test_a_model_may_be_split_over_all_devices(own, tmp_path, monkeypatch):
+    """Where there is one, all of the model is there."""
+    (own / "prompts.txt").write_text(ANSWERED)
+    plain = coar.collect(language_model.study(), tmp_path / "p.zarr", masks=4, progress=False)
+    monkeypatch.setenv("COAR_LANGUAGE_MODEL_DEVICES", "auto")
+    study = language_model.study()
+    split = coar.collect(study, tmp_path / "s.zarr", masks=4, progress=False)
+    assert split.fingerprint == plain.fingerprint
+    np.testing.assert_allclose(split.array("outputs")[:], plain.array("outputs")[:], atol=1e-5)
+
+
+def test_a_split_needs_accelerate(own, monkeypatch):
+    monkeypatch.setenv("COAR_LANGUAGE_MODEL_DEVICES", "auto")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(PipelineError, match="splits the model by accelerate, which is not installed; install it with"):
+        language_model.model()
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
         ("PROMPTS", "missing.txt", "cannot read the prompts missing.txt"),
+        ("DEVICES", "cuda:1", "COAR_LANGUAGE_MODEL_DEVICES is 'cuda:1'; choose auto, or unset it for one device"),
         ("DTYPE", "int8", "COAR_LANGUAGE_MODEL_DTYPE is 'int8'; choose one of float32, bfloat16"),
         ("COMPONENTS", "edges", "COAR_LANGUAGE_MODEL_COMPONENTS is 'edges'; choose one of all, heads, neurons"),
     ],

@@ -9,7 +9,7 @@ import pytest
 
 from tests.device_cases import CASES
 
-FAST = ("a run with mean", "baselines")
+FAST = ("a run with mean", "baselines", "a split model with mean")
 
 
 def failures(names):

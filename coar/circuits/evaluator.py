@@ -14,9 +14,9 @@ from torch import Tensor
 from coar.ablation.calibration import activation_moments
 from coar.circuits.graph import EdgeGraph
 from coar.errors import AblationError, ExamplesError, OutputError
-from coar.examples import Examples, call_model
+from coar.examples import Examples, call_model, device_of
 from coar.forward.copies import device_copy
-from coar.forward.devices import choose_device, full_float32
+from coar.forward.devices import full_float32
 from coar.forward.execution_plan import Precision
 from coar.forward.logit_positions import LogitPositions
 from coar.gates.gates import Gates
@@ -98,8 +98,8 @@ class CircuitEvaluator:
             )
         self.study, self.passes = study, 0
         self.graph = EdgeGraph(study.model, study.components)
-        self.device = choose_device(device)
-        self._model = device_copy(study.model, self.device, study.examples)
+        self._model = device_copy(study.model, device, study.examples)
+        self.device = device_of(self._model)
         self._precision, self._batch_size = precision, batch_size
         self._positions = LogitPositions(self._model, study.components, study.output)
         self._sources = study.ablation.sources(study.examples)

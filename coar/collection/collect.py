@@ -101,9 +101,9 @@ def collect(
         tolerance=execution.precision_tolerance,
         round_gradients=execution.round_gradients,
     )
-    target = choose_device(device)
+    choose_device(device)  # raises before the run is created
     with _hold(place, among, order) as lock, memory_kept():
-        model = device_copy(study.model, target, study.examples)
+        model = device_copy(study.model, device, study.examples)
         batches = BatchSettings.choose(study, model, execution, gradients=bool(gradients))
         if lock.alone:
             run = prepare(study, place, model, order, batches)

@@ -18,7 +18,6 @@ from coar.collection.preparation import fast_runner
 from coar.collection.quality import FIRST_GRADIENTS, FIRST_MASKS, VALIDATION_MASKS, RunQuality, quality_of
 from coar.errors import AblationError, SettingsError
 from coar.forward.copies import device_copy
-from coar.forward.devices import choose_device
 from coar.forward.malloc import memory_kept
 from coar.preflight.findings import Findings
 from coar.preflight.gradients import check_gradients
@@ -67,7 +66,7 @@ class Estimate:
 def has_gradients(study: Study, *, device: str = "auto") -> bool:
     """Return whether mask gradients exist: parameter slices have no gate to differentiate by, some outputs detach."""
     try:
-        check_gradients(Findings(study.accept), study, device_copy(study.model, choose_device(device), study.examples))
+        check_gradients(Findings(study.accept), study, device_copy(study.model, device, study.examples))
     except AblationError as error:
         log.info("without mask gradients: %s", error)
         return False
@@ -77,9 +76,7 @@ def has_gradients(study: Study, *, device: str = "auto") -> bool:
 @memory_kept()
 def measure(study: Study, run: Run, *, device: str = "auto", batch_size: int | None = None) -> tuple[float, float]:
     """Return the seconds of one mask and one mask gradient over all examples; the latter is NaN without gradients."""
-    worker = fast_runner(
-        study, run, device_copy(study.model, choose_device(device), study.examples), batch_size=batch_size
-    )
+    worker = fast_runner(study, run, device_copy(study.model, device, study.examples), batch_size=batch_size)
     examples = min(run.blocks[1], len(study.examples))
     block = worker.load(study.examples, 0, examples)
     scale = len(study.examples) / examples
@@ -130,7 +127,7 @@ def estimate(
             f"or mask gradients, and one worker or more"
         )
     if gradients:
-        check_gradients(Findings(study.accept), study, device_copy(study.model, choose_device(device), study.examples))
+        check_gradients(Findings(study.accept), study, device_copy(study.model, device, study.examples))
     n, d = len(study.examples), len(study.components)
     few = np.unique(np.linspace(0, n - 1, min(n, PILOT_EXAMPLES)).astype(int))
     small = dataclasses.replace(study, examples=study.examples.subset(few))

@@ -18,7 +18,6 @@ from coar.collection.preparation import BatchSettings, check_same, tuned, unit_r
 from coar.collection.units import Stage, UnitProgress, gradient_stage, interrupts, mask_stage
 from coar.errors import EngineError
 from coar.forward.copies import device_copy
-from coar.forward.devices import choose_device
 from coar.forward.malloc import memory_kept
 from coar.progress import WORKER_LOST
 from coar.store.gradients import AnyUnit
@@ -70,7 +69,7 @@ class RayWorker:
         study = job.study()
         run = Run.open(job.run)
         check_same(run, study.fingerprint(), "auto")
-        model = device_copy(study.model, choose_device(job.device), study.examples)
+        model = device_copy(study.model, job.device, study.examples)
         batches = BatchSettings.choose(study, model, job.execution, gradients=job.gradients)
         self._study, self._run, self._batches = study, run, batches
         self._runner = unit_runner(study, run, model, batches)

@@ -110,8 +110,8 @@ def find_decoder(model: nn.Module, *, causal: bool = True) -> Decoder:
         causal: Whether a model whose tokens see later ones is refused.
 
     Raises:
-        ComponentError: When the model is an encoder, has an encoder, or its residual stream is not such a sum; the
-            message names the module.
+        ComponentError: When the model is an encoder, has an encoder, is on several devices, or its residual stream is
+            not such a sum; the message names the module.
     """
     model = unwrapped(model)
     _check_kind(model)
@@ -137,6 +137,12 @@ class _Layer:
 
 
 def _check_kind(model: nn.Module) -> None:
+    places = dict.fromkeys(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    if len(places) > 1:
+        raise ComponentError(
+            f"{type(model).__name__} is split over {', '.join(map(str, places))}, and edges are found and gated on one "
+            f"device; load the model onto one, without device_map, or use attention_heads and modules"
+        )
     configs = [getattr(module, "config", None) for module in model.modules()]
     if any(getattr(config, "is_encoder_decoder", False) is True for config in configs):
         raise ComponentError(

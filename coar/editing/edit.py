@@ -22,7 +22,6 @@ from coar.editing.goal import EditGoal
 from coar.errors import EditError, SettingsError, StorageError, WeightsError
 from coar.examples import Examples
 from coar.forward.copies import device_copy
-from coar.forward.devices import choose_device
 from coar.forward.model_runner import ModelRunner
 from coar.gates.batch_norms import following_batch_norms
 from coar.gates.folding import Constant, added_parameters, check_permanent, fold
@@ -191,7 +190,7 @@ class Edit:
             raise EditError(f"{names!r} was given; name one or more different components in a list")
         rows = [study.components.index(name) for name in names]
         chosen = ablation or study.ablation
-        copy = device_copy(study.model, choose_device(device), study.examples)
+        copy = device_copy(study.model, device, study.examples)
         runner = ModelRunner(copy, study.output)
         constants = chosen.replacements(copy, study.components, batch_size=runner.batch_size)
         few = runner.load(study.examples, 0, min(CHECKED, len(study.examples)))

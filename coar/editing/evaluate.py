@@ -18,7 +18,6 @@ from coar.errors import AblationError, GoalError
 from coar.examples import Examples
 from coar.forward.batches import ExampleBlock
 from coar.forward.copies import device_copy
-from coar.forward.devices import choose_device
 from coar.forward.execution_plan import ExecutionPlan, Precision
 from coar.forward.runner import FastRunner, ReferenceRunner
 from coar.inputs import Inputs
@@ -62,7 +61,7 @@ class GatedEvaluator:
         self._batch_norms = attributions.origin.batch_norms
         self._accepted = attributions.origin.accepted_checks
         self._gradients_checked = False
-        self._model = device_copy(model, choose_device(device), examples)
+        self._model = device_copy(model, device, examples)
         self._plan = ExecutionPlan(precision=precision, batch_size=batch_size)
         self._largest, self._smooth = margin_pair(output or CorrectClassMargin())
         self._runners: dict[tuple[Output, bytes], FastRunner] = {}

@@ -15,7 +15,6 @@ from coar.editing.intervals import change_interval, mean_interval, share_interva
 from coar.errors import GoalError
 from coar.examples import Examples
 from coar.forward.copies import device_copy
-from coar.forward.devices import choose_device
 from coar.forward.model_runner import ModelRunner
 from coar.forward.runner import FastRunner
 from coar.outputs.base import Output
@@ -63,7 +62,7 @@ def effect_curve(
     for row, count in enumerate(counts):
         gates[row, rows[:count]] = np.broadcast_to(kept, rows.shape)[:count]
     replacements = torch.tensor(attributions.origin.constants if constants is None else constants, dtype=torch.float32)
-    copy = device_copy(model, choose_device(device), examples)
+    copy = device_copy(model, device, examples)
     largest, _ = margin_pair(output or CorrectClassMargin())
     runner = FastRunner(
         copy, attributions.components, replacements, largest, batch_norms=attributions.origin.batch_norms
@@ -169,9 +168,7 @@ def judgement(goal: EditGoal, metadata: Columns, before: np.ndarray, after: np.n
 
 def margins(model: nn.Module, examples: Examples, *, device: str = "auto", output: Output | None = None) -> np.ndarray:
     """Return (examples,) margins of the correct answer, by default the class, against the runner-up logit."""
-    runner = ModelRunner(
-        device_copy(model, choose_device(device), examples), margin_pair(output or CorrectClassMargin())[0]
-    )
+    runner = ModelRunner(device_copy(model, device, examples), margin_pair(output or CorrectClassMargin())[0])
     step = runner.batch_size
     blocks = (runner.load(examples, start, start + step) for start in range(0, len(examples), step))
     return np.concatenate([runner.base_output(block) for block in blocks])

@@ -17,9 +17,9 @@ from coar.components.layers import unwrapped
 from coar.editing.goal import EditGoal
 from coar.editing.intervals import change_interval, mean_interval, share_interval
 from coar.errors import EditError, ExamplesError, GoalError
-from coar.examples import Examples, call_model
+from coar.examples import Examples, call_model, device_of
 from coar.forward.copies import device_copy
-from coar.forward.devices import batch_size_on, choose_device
+from coar.forward.devices import batch_size_on
 from coar.model_copy import independent_copy
 from coar.outputs.base import find_logits
 
@@ -171,12 +171,12 @@ def _numbers(labels: np.ndarray, column: np.ndarray) -> np.ndarray:
 
 def _features(model: nn.Module, examples: Examples, device: str) -> tuple[str, np.ndarray]:
     """Return the path of the layer that returns the logits, and its (examples, features) inputs."""
-    copy = device_copy(model, choose_device(device), examples)
+    copy = device_copy(model, device, examples)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     for name, module in copy.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda _, given, result, name=name: seen.update({name: (given[0], result)}))
-    step = batch_size_on(choose_device(device))
+    step = batch_size_on(device_of(copy))
     parts, layer = [], None
     for start in range(0, len(examples), step):
         with torch.no_grad():

@@ -13,9 +13,8 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from coar.components.table import Component, Components
-from coar.examples import call_model
+from coar.examples import call_model, device_of
 from coar.forward.copies import device_copy
-from coar.forward.devices import choose_device
 from coar.outputs.base import find_logits
 from coar.outputs.classification import ClassLogit, CorrectClassMargin, CrossEntropy
 from coar.study import Study
@@ -109,8 +108,7 @@ def compute(study: Study, rows: np.ndarray, batch_norms: dict[str, str], *, devi
     Raises:
         SettingsError: When there is no such device.
     """
-    place = choose_device(device)
-    net = device_copy(study.model, place)
+    net = device_copy(study.model, device)
     examples, components = study.examples.subset(rows), study.components
     found = Exciting.none(len(components))
     margin, logits, margins = study.output.hard_and_smooth(), [], []
@@ -122,7 +120,7 @@ def compute(study: Study, rows: np.ndarray, batch_norms: dict[str, str], *, devi
             if isinstance(study.output, CLASSIFIERS):
                 logits.append(find_logits(result).float().cpu())
             if margin is not None:
-                margins.append(margin[0].read(result, targets.to(place)).cpu())
+                margins.append(margin[0].read(result, targets.to(device_of(net))).cpu())
             there = inputs.get("attention_mask") if isinstance(inputs, dict) else None
             for chosen, activations in recorded.items():
                 block = _of_block([components[row] for row in chosen], activations.float(), there, start)

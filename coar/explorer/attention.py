@@ -13,7 +13,6 @@ from coar.components.table import Components
 from coar.examples import Examples, call_model
 from coar.explorer.packing import shares
 from coar.forward.copies import device_copy
-from coar.forward.devices import choose_device
 from coar.study import Study
 
 TEXTS, TOKENS = 8, 48  # whose patterns are on a page, at most
@@ -67,8 +66,7 @@ def attention_patterns(study: Study, rows: np.ndarray, *, device: str = "auto") 
     inputs = study.examples.block(int(rows[0]), int(rows[0]) + 1)[0]
     if not len(heads) or not isinstance(inputs, dict) or "input_ids" not in inputs:
         return None
-    place = choose_device(device)
-    net = device_copy(study.model, place)
+    net = device_copy(study.model, device)
     for module in net.modules():
         choose: Any = getattr(module, "set_attn_implementation", None)
         if choose is not None:

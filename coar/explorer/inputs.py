@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from coar.examples import call_model
+from coar.examples import call_model, device_of
 from coar.explorer.activations import CELLS, SIDE
 from coar.forward.copies import device_copy
-from coar.forward.devices import choose_device
 from coar.outputs.base import RelativeOutput
 from coar.study import Study
 
@@ -37,13 +36,12 @@ def input_maps(study: Study, rows: np.ndarray, notes: list[str], *, device: str 
     """
     if isinstance(study.output, RelativeOutput):
         return None
-    place = choose_device(device)
-    net = device_copy(study.model, place)
+    net = device_copy(study.model, device)
     examples, found = study.examples.subset(rows), []
     for start in range(0, len(examples), BATCH):
         inputs, targets = examples.block(start, start + BATCH)
         try:
-            made = _of_block(study, net, inputs, targets.to(place))
+            made = _of_block(study, net, inputs, targets.to(device_of(net)))
         except (NotImplementedError, RuntimeError) as error:  # torch's errors for operations without a derivative
             notes.append(f"No maps of inputs: the output has no gradient by them ({str(error).splitlines()[0]}).")
             return None

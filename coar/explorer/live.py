@@ -17,13 +17,13 @@ from coar.editing.edit import Edit, edit_of
 from coar.editing.evaluate import columns
 from coar.editing.judge import margins
 from coar.errors import EditError, SettingsError
+from coar.examples import device_of
 from coar.explorer.activations import activations_of
 from coar.explorer.edits import edits_of
 from coar.explorer.packing import floats, plain, table
 from coar.explorer.part import Part
 from coar.explorer.source import Source
 from coar.forward.copies import device_copy
-from coar.forward.devices import choose_device
 from coar.report import write_edit
 from coar.store.run import Run
 
@@ -60,7 +60,7 @@ class LiveModel:
             )
         self._run, self._source, self._attributions, self._part = run, source, attributions, part
         self._folder, self._device = folder, device
-        self._runner = fast_runner(study, run, device_copy(study.model, choose_device(device), study.examples))
+        self._runner = fast_runner(study, run, device_copy(study.model, device, study.examples))
         self._examples = (
             study.examples if len(part.examples) == part.n_examples else study.examples.subset(part.examples)
         )
@@ -149,7 +149,7 @@ class LiveModel:
 
     @cached_property
     def _model(self) -> nn.Module:
-        return device_copy(self._source.study.model, choose_device(self._device), self._source.study.examples)
+        return device_copy(self._source.study.model, self._device, self._source.study.examples)
 
     def read(self, components: list[int], text: str) -> dict[str, Any]:
         """Return the tokens of a text, and the activation of one component at each of them.
@@ -162,7 +162,7 @@ class LiveModel:
             raise SettingsError(f"{len(rows)} components were given to read a text; give one")
         tokens = self._tokens(text)
         with self._lock:
-            given = {name: value.to(choose_device(self._device)) for name, value in tokens.items()}
+            given = {name: value.to(device_of(self._model)) for name, value in tokens.items()}
             component = self._attributions.components[int(rows[0])]
             values = activations_of(self._model, component, self._run.facts.batch_norms, given)
         return {"words": self._words(tokens["input_ids"][0]), "values": floats(values)}

@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,42 +13,38 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from coar.components.layers import is_dense
 from coar.equivalence import Kind, compare, difference, fall_back, rounding
 from coar.errors import CoarError, ExamplesError, SettingsError, WeightsError
-from coar.examples import Examples, call_model, device_of
-from coar.forward.devices import free_bytes, full_float32
+from coar.examples import Examples, call_model, device_of, devices_of
+from coar.forward.devices import choose_device, free_bytes, full_float32
 from coar.gates.layouts import know_layouts
 from coar.inputs import Inputs, described
 from coar.model_copy import independent_copy
+from coar.weights import check_in_memory
 
 TRIED = 2  # examples that a copy runs on
 ACTIVATIONS, GELU_BY_TANH = "transformers.activations", ("NewGELUActivation", "FastGELUActivation")
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)  # which have a memory format
 
 
-def device_copy(model: nn.Module, device: torch.device, examples: Examples | None = None) -> nn.Module:
+def device_copy(model: nn.Module, device: str | torch.device, examples: Examples | None = None) -> nn.Module:
     """Return a copy of a model on the device, in evaluation mode; the user's model does not change.
 
     In the copy, one kernel of torch replaces activations that are written as several elementwise steps, and torch's
-    encoder does not convert padded texts to nested tensors, which have no shape for gates. A model that accelerate has
-    split over devices is gathered on one. Convolutions are in
+    encoder does not convert padded texts to nested tensors, which have no shape for gates. Convolutions are in
     channels-last if the model then runs and returns the same. Gates on the copy know where modules hold examples.
 
     Args:
         model: The model.
-        device: Where the copy is.
+        device: Where the copy is, or a name for `choose_device`. With `auto`, a model that accelerate has split over
+            devices stays split: each weight of the copy is where it is in the model, and accelerate's hooks move the
+            activations. With any other device such a model is gathered there.
         examples: Examples, of which the first few pass through the copy; without them the memory format is not changed.
 
     Raises:
-        WeightsError: When a part of the model cannot be copied, or is no Python module.
-        SettingsError: When a copy takes more memory than is free.
+        WeightsError: When a part of the model cannot be copied, is not in memory, or is no Python module.
+        SettingsError: When there is no such device, or a copy takes more memory than is free.
         ExamplesError: When the model fails on the examples.
     """
-    _check_python(model)
-    _check_memory(model, device)
-    copy = independent_copy(model)
-    if any(held.device != device for held in (*copy.parameters(), *copy.buffers())):  # quantised models refuse `to`
-        # the class's own `to`: one that was set on the instance, as accelerate does, is bound to the user's model
-        copy = type(copy).to(copy, device)
-    _gather(copy)
+    copy = plain_copy(model, device)
     copy.eval().requires_grad_(False)
     if rounding(copy) <= torch.finfo(torch.float32).eps:  # models of lower precision round between the steps
         _fuse_activations(copy)
@@ -58,6 +55,38 @@ def device_copy(model: nn.Module, device: torch.device, examples: Examples | Non
         _use_channels_last(copy, inputs, _first_pass(copy, inputs))
         know_layouts(copy, examples)
     return copy
+
+
+def plain_copy(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """Return a copy of a model on the device without any other change.
+
+    Args:
+        model: The model.
+        device: As for `device_copy`.
+
+    Raises:
+        WeightsError: When a part of the model cannot be copied, is not in memory, or is no Python module.
+        SettingsError: When there is no such device, or a copy takes more memory than is free.
+    """
+    _check_python(model)
+    check_in_memory(model)
+    stays = device == "auto" and is_split(model)
+    place = choose_device(device) if isinstance(device, str) else device
+    _check_memory(model, None if stays else place)
+    copy = independent_copy(model)
+    if stays:
+        _return_results(copy)
+        return copy
+    if any(held.device != place for held in (*copy.parameters(), *copy.buffers())):  # quantised models refuse `to`
+        # the class's own `to`: one that was set on the instance, as accelerate does, is bound to the user's model
+        copy = type(copy).to(copy, place)
+    _gather(copy)
+    return copy
+
+
+def is_split(model: nn.Module) -> bool:
+    """Return whether accelerate has split a model over devices, between which its hooks move activations."""
+    return len(devices_of(model)) > 1 and any(True for _ in _aligned(model))
 
 
 def _check_python(model: nn.Module) -> None:
@@ -71,19 +100,26 @@ def _check_python(model: nn.Module) -> None:
             )
 
 
-def _check_memory(model: nn.Module, device: torch.device) -> None:
-    """Raise `SettingsError` when a copy is larger than what is free, before the system ends the process."""
+def _check_memory(model: nn.Module, device: torch.device | None) -> None:
+    """Raise `SettingsError` when a copy is larger than what is free, before the system ends the process.
+
+    Args:
+        model: The model.
+        device: Where the copy is; None where each weight stays where it is.
+    """
     needed = Counter[torch.device]()
     for held in {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values():
         needed[held.device] += _bytes_of(held)
-    del needed[torch.device("meta")]  # offloaded weights, which are not copied
-    needed[device] = sum(needed.values())
+    split = len(needed) > 1
+    if device is not None:
+        needed[device] = sum(needed.values())
     for place, size in needed.items():
         free = free_bytes(place)
         if free is not None and size > free:
+            stay = "leave the split model where it is with device='auto', " if split and place == device else ""
             raise SettingsError(
                 f"a copy of {type(model).__name__} takes {size / 2**30:.3g} GiB on {place}, where {free / 2**30:.3g} "
-                f"GiB are free; load the model in bfloat16, end other programs, or use a larger machine"
+                f"GiB are free; {stay}load the model in bfloat16, end other programs, or use a larger machine"
             )
 
 
@@ -94,15 +130,28 @@ def _bytes_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _gather(copy: nn.Module) -> None:
-    """Remove the hooks by which accelerate moves data between devices, since the copy is on one."""
+def _aligned(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """Yield the modules that accelerate has given a hook that moves data to their device, and the hooks."""
     hooks = sys.modules.get("accelerate.hooks")  # models that accelerate has split have imported it
     if hooks is None:
         return
-    for module in copy.modules():
+    for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         if isinstance(hook, hooks.AlignDevicesHook) and not hook.offload:
-            hooks.remove_hook_from_module(module)
+            yield module, hook
+
+
+def _gather(copy: nn.Module) -> None:
+    """Remove the hooks by which accelerate moves data between devices, since the copy is on one."""
+    for module, _ in list(_aligned(copy)):
+        sys.modules["accelerate.hooks"].remove_hook_from_module(module)
+
+
+def _return_results(copy: nn.Module) -> None:
+    """Let a split model return its results on the device of its inputs, as accelerate does unless told otherwise."""
+    for module, hook in _aligned(copy):
+        if module is copy:
+            hook.io_same_device = True
 
 
 def has_channels_last(model: nn.Module) -> bool:
@@ -135,6 +184,12 @@ def _first_pass(model: nn.Module, inputs: Inputs) -> list[Tensor]:
             f"{type(model).__name__} fails on the first examples, {described(inputs)}: {type(error).__name__}: "
             f"{first[0] if first else 'no message'}; {_remedy(model, inputs, error)}"
         ) from error
+    if result and is_split(model) and result[0].device != device_of(model):
+        raise SettingsError(
+            f"{type(model).__name__} is split over {', '.join(map(str, devices_of(model)))}, takes inputs on "
+            f"{device_of(model)} and returns a result on {result[0].device}; split it with accelerate's dispatch_model "
+            f"or from_pretrained(device_map=...), or give device='cpu' or 'cuda', where it is gathered"
+        )
     pairs = zip(trees.tree_leaves(given), trees.tree_leaves(inputs), strict=True)
     if any(difference(own.cpu(), now.cpu()) for now, own in pairs):
         fall_back("a pass on the inputs themselves", "the model writes into them")
@@ -223,7 +278,8 @@ def _fuse_activations(model: nn.Module) -> None:
     """Replace transformers' GELU by tanh, written in elementwise steps, unless it has hooks."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            kind, hooked = type(child), child._forward_hooks or child._forward_pre_hooks
+            kind = type(child)
+            hooked = child._forward_hooks or child._forward_pre_hooks or hasattr(child, "_hf_hook")
             if kind.__module__ == ACTIVATIONS and kind.__name__ in GELU_BY_TANH and not hooked:
                 setattr(parent, name, nn.GELU(approximate="tanh"))
 

@@ -11,8 +11,8 @@ from coar.components.decoder import find_decoder
 from coar.components.layers import unwrapped
 from coar.errors import ComponentError
 from coar.examples import call_model, device_of
+from coar.forward.copies import plain_copy
 from coar.inputs import Inputs
-from coar.model_copy import independent_copy
 from coar.outputs.base import find_logits
 
 
@@ -21,7 +21,7 @@ class CutDecoder:
 
     Args:
         model: The model.
-        device: Where the copy is; by default where the model is.
+        device: Where the copy is, on one device; by default that of the model's first weight.
 
     Attributes:
         model: The copy, in evaluation mode.
@@ -31,14 +31,14 @@ class CutDecoder:
 
     Raises:
         ComponentError: When the model is not a decoder-only transformer.
+        SettingsError: When the copy takes more memory than is free on the device.
     """
 
     def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
-        decoder = find_decoder(model)
+        self.device = device or device_of(model)
+        self.model = plain_copy(unwrapped(model), self.device).eval().requires_grad_(False)
+        decoder = find_decoder(self.model)
         self.layers, self.width = decoder.layers, decoder.width
-        copy = independent_copy(unwrapped(model))
-        self.device = device or device_of(copy)
-        self.model = type(copy).to(copy, self.device).eval().requires_grad_(False)
         for module in self.model.modules():
             with suppress(AttributeError):
                 module.config.use_cache = False  # type: ignore[union-attr]

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from coar.equivalence import fall_back
 from coar.errors import SettingsError
-from coar.examples import device_of
+from coar.examples import device_of, devices_of
 from coar.forward.devices import batch_size_on
 from coar.forward.model_runner import ModelRunner
 from coar.forward.runner import FastRunner, ReferenceRunner
@@ -50,7 +50,8 @@ def batch_sizes(study: Study, model: nn.Module, *, memory_limit: int | str | Non
         study: What is examined.
         model: A copy made by `device_copy`.
         memory_limit: Most memory for activations, in bytes or as text such as `4GiB`; by default 80 % of the free
-            memory of a CUDA device, and no limit elsewhere. The default batch size of the device bounds both sizes too.
+            memory of a CUDA device, the one with the least of several, and no limit elsewhere. The default batch size
+            of the device bounds both sizes too.
         gradients: Whether to measure mask gradients.
 
     Raises:
@@ -60,8 +61,8 @@ def batch_sizes(study: Study, model: nn.Module, *, memory_limit: int | str | Non
     most = batch_size_on(device)
     if memory_limit is not None:
         limit = bytes_of(memory_limit)
-    elif device.type == "cuda":
-        limit = int(FREE_SHARE * torch.cuda.mem_get_info(device)[0])
+    elif devices := _cuda_devices(model):
+        limit = int(FREE_SHARE * min(torch.cuda.mem_get_info(one)[0] for one in devices))
     else:
         return (most, most)
     by_masks = _rows_within(limit, mask_bytes(study, model), "forward pass")
@@ -125,7 +126,7 @@ def within_memory(runner: FastRunner, examples: int, run: Callable[[FastRunner],
             fall_back(f"a batch of {rows} rows", f"{runner.device} is out of memory", level=logging.WARNING)
         # outside the handler, which would keep the tensors of the failed pass alive
         runner = runner.with_plan(replace(runner.plan, batch_size=rows // 2))
-        if runner.device.type == "cuda":
+        if _cuda_devices(runner.model):
             torch.cuda.empty_cache()
 
 
@@ -142,9 +143,9 @@ def _rows_within(limit: int, needed: float, noun: str) -> int:
 def mask_bytes(study: Study, model: nn.Module) -> float:
     """Return the bytes that one example takes in a forward pass.
 
-    On CUDA this is the peak of allocated memory. Elsewhere it is the largest sum of the inputs and outputs of a module
-    without children, so intermediate results in a larger module's own code are not counted. Where the activations of
-    resample sources are held, the sum over all modules is added.
+    On CUDA this is the peak of allocated memory, the largest of several devices. Elsewhere it is the largest sum of the
+    inputs and outputs of a module without children, so intermediate results in a larger module's own code are not
+    counted. Where the activations of resample sources are held, the sum over all modules is added.
     """
     components = study.components
     held = study.ablation.sources(study.examples) is not None
@@ -153,15 +154,15 @@ def mask_bytes(study: Study, model: nn.Module) -> float:
     reference = ReferenceRunner(
         model, components, zeros, study.output, sources=study.ablation.sources, batch_size=MEASURED
     )
-    everything = np.ones((1, len(components)), dtype=bool)
+    everything, devices = np.ones((1, len(components)), dtype=bool), _cuda_devices(model)
 
     def used(rows: int) -> float:
-        if runner.device.type == "cuda" and held:
+        if devices and held:
             block = reference.load(study.examples, 0, rows)
-            return _peak(reference.device, lambda: reference.outputs(block, everything))
+            return _peak(devices, lambda: reference.outputs(block, everything))
         block = runner.load(study.examples, 0, rows)
-        if runner.device.type == "cuda":
-            return _peak(runner.device, lambda: runner.base_output(block))
+        if devices:
+            return _peak(devices, lambda: runner.base_output(block))
         with _module_sizes(model) as sizes:
             runner.base_output(block)
         return max(sizes, default=0.0) + sum(sizes) * held
@@ -172,7 +173,8 @@ def mask_bytes(study: Study, model: nn.Module) -> float:
 def gradient_bytes(study: Study, model: nn.Module) -> float:
     """Return the bytes that one example takes in a forward and backward pass.
 
-    On CUDA this is the peak of allocated memory, elsewhere the size of the tensors saved for the backward pass.
+    On CUDA this is the peak of allocated memory, the largest of several devices; elsewhere the size of the tensors
+    saved for the backward pass.
 
     Raises:
         AblationError: When components or output have no gradient.
@@ -183,8 +185,8 @@ def gradient_bytes(study: Study, model: nn.Module) -> float:
 
     def used(rows: int) -> float:
         block = reference.load(study.examples, 0, rows)
-        if reference.device.type == "cuda":
-            return _peak(reference.device, lambda: reference.full_model_gradients(block))
+        if devices := _cuda_devices(model):
+            return _peak(devices, lambda: reference.full_model_gradients(block))
         saved: dict[int, int] = {}  # bytes by the address of a storage
 
         def keep(tensor: Tensor) -> Tensor:
@@ -216,12 +218,19 @@ def _per_row(used: Callable[[int], float], examples: int) -> float:
     return (used(rows) - used(rows // 2)) / (rows - rows // 2)
 
 
-def _peak(device: torch.device, run: Callable[[], object]) -> float:
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    return [device for device in devices_of(model) if device.type == "cuda"]
+
+
+def _peak(devices: Sequence[torch.device], run: Callable[[], object]) -> float:
+    """Return the bytes that a function allocates on the device where it allocates most."""
     run()  # the first pass also allocates workspaces
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    before = [torch.cuda.memory_allocated(device) for device in devices]
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
     run()
-    return float(torch.cuda.max_memory_allocated(device) - before)
+    pairs = zip(devices, before, strict=True)
+    return float(max(torch.cuda.max_memory_allocated(device) - held for device, held in pairs))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coar.components.table import Components
 from coar.equivalence import Fallback, fall_back
 from coar.errors import AblationError, SettingsError
-from coar.examples import device_of, rows_of
+from coar.examples import device_of, devices_of, rows_of
 from coar.forward.batches import ExampleBlock
 from coar.forward.execution_plan import ExecutionPlan
 from coar.forward.length_bucketing import LengthBucketing
@@ -131,7 +131,8 @@ class FastRunner(GatedRunner):
         Masks are boolean, or gates between 0, ablated, and 1, kept.
 
         Raises:
-            AblationError: When the plan compiles the model, but resample sources or edges need hooks.
+            AblationError: When the plan compiles the model, but resample sources or edges need hooks, or the model is
+                on several devices.
         """
         keeps = torch.from_numpy(masks).to(self.device)
         out = torch.empty(len(masks), block.size, device=self.device)
@@ -172,6 +173,8 @@ class FastRunner(GatedRunner):
             raise AblationError(
                 "resampling and edges need gates in hooks, and a compiled model needs gates in the weights"
             )
+        if len(devices_of(self.model)) > 1:
+            raise AblationError("the model is split over several devices, and a compiled model is on one")
         for buffer in self._weight_gates(block).buffers():
             torch._dynamo.mark_static_address(buffer)  # otherwise CUDA graphs copy the weights on every forward pass
         mode = "reduce-overhead" if self.device.type == "cuda" else None  # that is, CUDA graphs

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from coar.components.layers import output_channels
 from coar.components.table import Components
 from coar.equivalence import Kind, compare, fall_back
-from coar.examples import device_of
+from coar.examples import device_of, devices_of
 from coar.gates.folding import fold
 from coar.gates.gates import Gates
 from coar.gates.weight import reads_own_weight
@@ -118,7 +118,8 @@ def _candidates(model: nn.Module, components: Components, run: Callable[[nn.Modu
 
     def fits(site: str, name: str) -> bool:
         layer, norm = model.get_submodule(site), model.get_submodule(name)
-        return output_channels(layer) == len(norm.running_mean)  # type: ignore[arg-type]
+        together = devices_of(layer) == devices_of(norm)
+        return together and output_channels(layer) == len(norm.running_mean)  # type: ignore[arg-type]
 
     def match(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def compare(_module: nn.Module, args: tuple[Any, ...]) -> None:

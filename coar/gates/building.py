@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from coar.components.layers import input_channels, output_channels
 from coar.components.table import Components, Side
 from coar.errors import AblationError
+from coar.examples import devices_of
 from coar.gates.channels import Channels
 from coar.gates.gate import Gate
 
@@ -38,7 +39,8 @@ class GateRequest:
     Attributes:
         model: The model.
         components: The components that a mask refers to.
-        replacements: (components.width,) or (positions, components.width) constants, on the model's device.
+        replacements: (components.width,) or (positions, components.width) constants, on the device of the model's
+            inputs.
         batch_norms: Path of the batch norm to fold into a site's weights, by path of the site.
         use_hooks: Whether every component is gated by forward hooks.
         resample: Whether ablated components take the activations of other examples.
@@ -63,7 +65,7 @@ class GateRequest:
         return self.model.get_submodule(self.batch_norms[gated.site]) if gated.site in self.batch_norms else None
 
     def channels(self, gated: GatedSite, side: Side) -> Channels:
-        """Map the channels on one tensor side of a module to components and constants.
+        """Map the channels on one tensor side of a module to components and constants, on the module's device.
 
         Raises:
             AblationError: When two components overlap.
@@ -74,10 +76,13 @@ class GateRequest:
                 raise AblationError(
                     f"{self.components[rows[1]].name!r} overlaps another component of the table; leave one out"
                 )
-            return Channels.of_module(self.components, rows[0], self.replacements)
-        layer = self.model.get_submodule(gated.site)
-        length = input_channels(layer) if side == "input" else output_channels(layer)
-        return Channels.of(length, self.components, rows, self.replacements)
+            found = Channels.of_module(self.components, rows[0], self.replacements)
+        else:
+            layer = self.model.get_submodule(gated.site)
+            length = input_channels(layer) if side == "input" else output_channels(layer)
+            found = Channels.of(length, self.components, rows, self.replacements)
+        places = devices_of(self.model.get_submodule(gated.site))
+        return found.on(places[0]) if places else found
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The component of each channel of a layer, and the constant that replaces it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import numpy as np
@@ -68,6 +68,10 @@ class Channels:
         size = components[indices[0]].size
         every = cls.of(experts * size, components, indices, values)
         return replace(every, mask_index=every.mask_index[::size], taken=every.taken[::size])
+
+    def on(self, device: torch.device) -> Self:
+        """Return the same channels on a device."""
+        return type(self)(*(getattr(self, part.name).to(device) for part in fields(self)))
 
     @classmethod
     def _at(cls, mask_index: Tensor, taken: Tensor, constant_index: Tensor, values: Tensor) -> Self:

@@ -260,7 +260,7 @@ def edge_gate(model: nn.Module, components: Components, replacements: Tensor, *,
         resample: Whether ablated edges carry the writer's output for another example.
 
     Raises:
-        ComponentError: When components are of another model, or overlap.
+        ComponentError: When components are of another model, or overlap, or the model is on several devices.
     """
     decoder = find_decoder(model, causal=False)  # a table of its edges exists
     index = torch.tensor(component_of_pairs(decoder, components), device=replacements.device)

@@ -105,7 +105,7 @@ class ExpertGate(Hooked):
             return y
         lost = weights.new_zeros(len(weights), self._experts + 1)
         lost = lost.scatter_add(1, experts.clamp(max=self._experts), weights * (1 - kept))[:, :-1]
-        return y + lost.to(y.dtype) @ self._constants.to(y.dtype)
+        return y + lost.to(y) @ self._constants.to(y)
 
     def _change(self, y: Tensor, keep: Tensor) -> Tensor:
         """Return the (tokens, chosen) masks of the chosen experts y; experts without a component are kept."""
@@ -119,7 +119,8 @@ def check_weighted(mixture: Callable[..., Tensor], site: str, routes: Routing) -
     few = Routing(*(part[:CHECKED] for part in routes))
     with torch.no_grad():
         expected = mixture(*few)
-        found = (few.returned(mixture) * few.weights[..., None]).sum(1)
+        returned = few.returned(mixture)
+        found = (returned * few.weights[..., None].to(returned.device)).sum(1)
     if found.shape != expected.shape:
         raise _not_weighted(site, f"shapes {tuple(found.shape)} and {tuple(expected.shape)}")
     compared = compare(expected, found, Kind.REFORMULATED, precision=torch.finfo(expected.dtype).eps)

@@ -205,7 +205,8 @@ def _fold_outputs(
         kept = torch.where(torch.from_numpy(strengths == 1).to(at.device), 0, _scaled(bias[at], 1 - strengths))
         bias[at] = kept + constants
     elif batch_norm is not None:
-        owners.model.get_submodule(batch_norm).running_mean[at] -= constants  # type: ignore[operator, index]
+        mean: Tensor = owners.model.get_submodule(batch_norm).running_mean  # type: ignore[assignment]
+        mean[at.to(mean.device)] -= constants.to(mean.device)
 
 
 def _check_response(layer: nn.Module, site: str, side: Literal["output", "input"], *, partial: bool) -> None:

@@ -83,8 +83,8 @@ class Gates:
         self._length, self._dtype = len(components), replacements.dtype
         self._stack = ExitStack()
         channels = [one for gate in self._gates for one in gate.channels]
-        self._masks = _ChannelIndex([one.mask_index for one in channels])
-        self._constants = _ChannelIndex([one.constant_index for one in channels])
+        self._masks = _ChannelIndex([one.mask_index for one in channels], request.replacements.device)
+        self._constants = _ChannelIndex([one.constant_index for one in channels], request.replacements.device)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -181,10 +181,11 @@ class _ChannelIndex:
 
     Args:
         entries: (channels,) positions for each part; the last position stands for channels without a component.
+        device: Where masks and constants are given.
     """
 
-    def __init__(self, entries: Sequence[Tensor]) -> None:
-        self._index = torch.cat(list(entries))
+    def __init__(self, entries: Sequence[Tensor], device: torch.device) -> None:
+        self._index = torch.cat([part.to(device) for part in entries])
         self._sizes = [len(part) for part in entries]
 
     def spread(self, values: Tensor, rest: int) -> tuple[Tensor, ...]:

@@ -129,18 +129,18 @@ class Hooked(Gate):
         self._seen = True
         if self._keep is None:
             return y
-        point, channels = self.point, self._keep.shape[-1]
+        point, channels, keeps = self.point, self._keep.shape[-1], self._keep.to(y.device)
         if point.side != "module" and (y.ndim == 0 or y.shape[point.axis] != channels):
             raise AblationError(
                 f"the {point.side} of {point.site!r} has shape {tuple(y.shape)}; {channels} channels were expected on "
                 f"axis {point.axis}: give inputs with a batch axis"
             )
-        by_row = self._keep.ndim > 1
+        by_row = keeps.ndim > 1
         if point.layout == USUAL or not (by_row or (self.always_arranged and not point.layout.interleaved)):
-            return self._change(y, self._per_entry(self._keep, y) if by_row else self._keep)
-        entries = y.shape[point.layout.axis] // len(self._keep) if by_row else 1
+            return self._change(y, self._per_entry(keeps, y) if by_row else keeps)
+        entries = y.shape[point.layout.axis] // len(keeps) if by_row else 1
         arranged = point.layout.arranged(y, max(entries, 1))
-        changed = self._change(arranged, self._per_entry(self._keep, arranged) if by_row else self._keep)
+        changed = self._change(arranged, self._per_entry(keeps, arranged) if by_row else keeps)
         return point.layout.restored(changed, max(entries, 1))
 
     @abstractmethod
@@ -201,7 +201,8 @@ class HookGate(Hooked):
 
     def _change(self, y: Tensor, keep: Tensor) -> Tensor:
         out = self._result_memory(y) if keep.ndim == 1 else None
-        return blend(y, keep, self._ablated, self._offset, self.point.axis, out)
+        offset = None if self._offset is None else self._offset.to(y.device)
+        return blend(y, keep, self._ablated.to(y.device), offset, self.point.axis, out)
 
 
 class ModuleGate(Hooked):
@@ -225,7 +226,7 @@ class ModuleGate(Hooked):
         if self._constants is None:
             return y * mask
         check_features(y, self.point.site, self.point.axis, len(self._constants))
-        return torch.lerp(self._constants.to(y.dtype).view(along(self.point.axis, y)), y, mask)
+        return torch.lerp(self._constants.to(y).view(along(self.point.axis, y)), y, mask)
 
 
 def check_features(y: Tensor, site: str, axis: int, features: int) -> None:

@@ -39,7 +39,7 @@ class PositionGate(Hooked):
                 f"padding everywhere"
             )
         constants = self._constants[:length] if positions_axis == 1 else self._constants[:length].T
-        return torch.lerp(constants.to(y.dtype)[None], y, self._broadcast(keep, y), out=self._result_memory(y))
+        return torch.lerp(constants.to(y)[None], y, self._broadcast(keep, y), out=self._result_memory(y))
 
 
 def no_positions(site: str, seen: str) -> AblationError:

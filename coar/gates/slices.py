@@ -44,7 +44,7 @@ class SliceGate(Gate):
         (keep,) = keeps
         if keep.ndim != 1:
             raise AblationError("a parameter slice cannot have one mask per row of the batch; give one mask instead")
-        torch.mul(self._kept, keep.to(self._kept.dtype).view(self._shape), out=self._live)
+        torch.mul(self._kept, keep.to(self._kept).view(self._shape), out=self._live)
 
     def confirm(self) -> None:
         """Nothing to confirm: whatever reads the parameter reads the zeros."""

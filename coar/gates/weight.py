@@ -109,16 +109,16 @@ class LayerGate(Gate):
             raise AblationError("one mask per row needs Gates(..., use_hooks=True); give one mask instead")
         source, weight = self._weight, self._buffers["weight"]
         for keep, shape in zip(keeps, self._shapes, strict=True):
-            source = torch.mul(source, keep.to(weight.dtype).view(shape), out=weight)
+            source = torch.mul(source, keep.to(weight).view(shape), out=weight)
         if "bias" in self._buffers:
             self._set_bias(self._buffers["bias"].copy_(self.kept), keeps)
 
     def _set_bias(self, bias: Tensor, keeps: Sequence[Tensor]) -> None:
         if self._moving is not None and self._inputs is not None:
-            constants = (1 - keeps[-1].to(bias.dtype)) * self._inputs.replacement.to(bias.dtype)
+            constants = (1 - keeps[-1].to(bias)) * self._inputs.replacement.to(bias)
             bias.addmv_(self._moving.T if is_conv1d(self.layer) else self._moving, constants)
         if self._outputs is not None:
-            keep = keeps[0].to(bias.dtype)
+            keep = keeps[0].to(bias)
             bias.mul_(keep).addcmul_(self.ablated, 1 - keep)
 
     def confirm(self) -> None:

@@ -19,7 +19,6 @@ from coar.editing.goal import EditGoal
 from coar.errors import BoundError, EditError, GoalError, SettingsError
 from coar.examples import Examples
 from coar.forward.copies import device_copy
-from coar.forward.devices import choose_device
 from coar.forward.malloc import memory_kept
 from coar.forward.model_runner import ModelRunner
 from coar.outputs.tokens import TokenLogProbability, TokenMargin
@@ -136,7 +135,7 @@ class FactEditor:
     def __init__(self, study: Study, texts: Examples, *, device: str = "auto", progress: bool = True) -> None:
         _check_enough(len(texts), ENOUGH_TEXTS, "texts")
         self._study, self._device, self._progress = study, device, progress
-        model = device_copy(study.model, choose_device(device), study.examples)
+        model = device_copy(study.model, device, study.examples)
         constants = study.ablation.replacements(model, study.components, batch_size=TEXTS_PER_PASS)
         if constants.ndim > 1 or bool(constants.isnan().any()):
             raise EditError(
@@ -286,7 +285,7 @@ class FactEditor:
         """Return what the edited model makes of all examples, beside the model as it is."""
         import pandas as pd
 
-        device, own = choose_device(self._device), self._study.examples
+        device, own = self._device, self._study.examples
         model = unwrapped(self._study.model)
         plain, edited = (device_copy(each, device, own) for each in (model, made.apply(model)))
         rows = []
