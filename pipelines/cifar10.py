@@ -7,6 +7,13 @@
 Images and weights come from the folder that COAR_DATA names (`cifar10_subset.npz` with `test_images`, `test_labels`,
 `train_images` and `train_labels`, and `cifar10_resnet20.safetensors`). Without that variable they are fetched to
 data/cifar10: the images by torchvision, the weights from Yerlan Idelbayev's pytorch_resnet_cifar10 (BSD-2-Clause).
+
+    export COAR_CIFAR10_PUBLISHED_WEIGHTS=/path/to/state_dict.pt
+    coar import cifar.pt --setup cifar10 --pipeline pipelines/cifar10.py
+
+The attributions that Shah et al. (2024) publish are of another net, of nine convolutions of 256 filters, on all test
+images. Its file holds a pickled module, which is not read here: load it where you trust it, with the authors' code, and
+save its state dict.
 """
 
 import os
@@ -24,6 +31,8 @@ from torchvision.datasets.utils import download_url
 import coar
 from pipelines import studies
 
+Colours = tuple[float, float, float]
+
 MASKS = 4_000
 TEST_MASKS = 512
 TEST_FRACTIONS = (0.05, 0.20)
@@ -32,6 +41,8 @@ FOLDER = Path("data/cifar10")
 WEIGHTS = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models"
 FILES = {20: "resnet20-12fca82f.th", 44: "resnet44-014dd654.th"}  # by number of layers
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PUBLISHED = "COAR_CIFAR10_PUBLISHED_WEIGHTS"
+PUBLISHED_MEAN, PUBLISHED_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 STUDIED, CALIBRATION = 256, 500
 CHOOSING = slice(CALIBRATION, 3_000)  # of the training pictures
 
@@ -75,6 +86,28 @@ class CifarResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
+class OneStage(nn.Module):
+    """The net of the published attributions (Shah et al. 2024): a convolution and four blocks, all of one width.
+
+    No block halves the picture, so shortcuts are identities. Means over 8 x 8 pixels are the features of the last
+    layer. Blocks have a second name, `block0` to `block3`, as in the state dict of the published net.
+    """
+
+    def __init__(self, width: int = 256, blocks: int = 4, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer = nn.Sequential(*[Block(width, width, 1) for _ in range(blocks)])
+        for number, block in enumerate(self.layer):
+            setattr(self, f"block{number}", block)
+        self.linear = nn.Linear(16 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (rows, 3, 32, 32) pictures to (rows, classes) logits."""
+        x = self.layer(functional.relu(self.bn1(self.conv1(x))))
+        return self.linear(functional.avg_pool2d(x, 8).flatten(1))
+
+
 @cache
 def images() -> dict[str, np.ndarray]:
     """Return `test_images`, `train_images` (n, 32, 32, 3) uint8 and their labels."""
@@ -100,18 +133,18 @@ def read_subset(file: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def examples(name: str, rows: slice) -> coar.Examples:
+def examples(name: str, rows: slice, mean: Colours = MEAN, std: Colours = STD) -> coar.Examples:
     """Return rows of the `train` or `test` set, normalised as the weights expect."""
     labels = images()[f"{name}_labels"][rows]
     numbers = np.arange(len(images()[f"{name}_labels"]))[rows]
-    inputs = normalised(images()[f"{name}_images"][rows])
+    inputs = normalised(images()[f"{name}_images"][rows], mean, std)
     return coar.Examples(inputs=inputs, targets=torch.from_numpy(labels).long(), metadata={"id": numbers})
 
 
-def normalised(pictures: np.ndarray) -> Tensor:
+def normalised(pictures: np.ndarray, mean: Colours = MEAN, std: Colours = STD) -> Tensor:
     """Turn (n, 32, 32, 3) bytes into (n, 3, 32, 32) inputs as the weights expect them."""
     scaled = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
-    return (scaled - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    return (scaled - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
 def model(layers: int = 20) -> nn.Module:
@@ -138,6 +171,29 @@ def study(*, ablation: str = "mean", ablated_fraction: float = 0.10, seed: int =
         ablation=ablation,
         ablated_fraction=ablated_fraction,
         seed=seed,
+    )
+
+
+def published() -> coar.Study:
+    """Define the study of the published attributions, of all test pictures in the order of CIFAR-10's file.
+
+    Raises:
+        PipelineError: When COAR_CIFAR10_PUBLISHED_WEIGHTS names no state dict of the published net.
+    """
+    file = os.environ.get(PUBLISHED)
+    if not file:
+        raise coar.errors.PipelineError(
+            f"the published attributions of CIFAR-10 are of a net whose weights are not fetched; set {PUBLISHED} to "
+            f"its state dict, as .pt or safetensors"
+        )
+    net = coar.load_weights(OneStage(), file).eval()
+    return coar.Study(
+        model=net,
+        examples=examples("test", slice(None), PUBLISHED_MEAN, PUBLISHED_STD),
+        components=coar.conv_filters(net),
+        output=coar.CorrectClassMargin(against="largest"),
+        ablation=coar.ZeroWeight(),
+        sampler=coar.BernoulliSampler(ablated_fraction=0.10),
     )
 
 

@@ -15,8 +15,17 @@ from typer.testing import CliRunner
 
 import coar
 from coar.cli.common import app
-from coar.errors import EditError, IncompleteRunError, MismatchError, RunError, SettingsError, WeightsError
+from coar.errors import (
+    EditError,
+    IncompleteRunError,
+    MismatchError,
+    PipelineError,
+    RunError,
+    SettingsError,
+    WeightsError,
+)
 from coar.published import SETUPS, resnet_rows, vit_rows
+from pipelines import cifar10
 from tests import oracles
 from tests.nets import OneStage
 
@@ -178,6 +187,82 @@ def test_a_file_comes_back_equal(written, tmp_path):
 def test_setups_without_a_model_have_the_components_of_the_published_models(name, make, find):
     with torch.device("meta"):
         assert SETUPS[name].components() == find(make())
+
+
+def one_stage(state, kept, pixels):
+    """The logits of the authors' net by functions of torch, with the rows of the file that are not kept zeroed."""
+    mean, std = torch.tensor([125.307, 122.961, 113.8575]), torch.tensor([51.5865, 50.847, 51.255])
+    x = ((torch.from_numpy(pixels) - mean) / std).permute(0, 3, 1, 2)
+    masks = iter(torch.from_numpy(kept).view(9, 256, 1, 1, 1))
+
+    def convolved(x, path, number):
+        y = torch.conv2d(x, state[f"{path}conv{number}.weight"] * next(masks), padding=1)
+        norm = [state[f"{path}bn{number}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+        return nn.functional.batch_norm(y, *norm, eps=1e-5)
+
+    x = convolved(x, "", 1).relu()
+    for path in (f"layer.{block}." for block in range(4)):
+        x = (x + convolved(convolved(x, path, 1).relu(), path, 2)).relu()
+    means = x.view(len(x), 256, 4, 8, 4, 8).mean((3, 5))  # of 8 x 8 pixels
+    return means.flatten(1) @ state["linear.weight"].T + state["linear.bias"]
+
+
+def one_stage_state():
+    """Random numbers under the names of the authors' state dict, in which each block has two."""
+    generator, state = torch.Generator().manual_seed(0), {}
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    for path, number, before in (("", 1, 3), *((f"layer.{i}.", n, 256) for i in range(4) for n in (1, 2))):
+        norm, centred = f"{path}bn{number}.", {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+        state[f"{path}conv{number}.weight"] = random(256, before, 3, 3) * (2 / 9 / before) ** 0.5
+        state |= {f"{norm}{name}": centre + 0.1 * random(256).abs() for name, centre in centred.items()}
+        state[f"{norm}num_batches_tracked"] = torch.tensor(7)
+    state |= {name.replace("layer.", "block"): value for name, value in state.items()}
+    return state | {"linear.weight": random(10, 4_096) / 64, "linear.bias": random(10)}
+
+
+def test_the_pipeline_of_cifar10_has_the_published_net_and_the_order_of_its_file(tmp_path, monkeypatch):
+    """With two pictures of noise, and attributions of seven filters, in different layers, by torch alone."""
+    random, state, rows = np.random.default_rng(0), one_stage_state(), [3, 255, 300, 900, 1_400, 1_800, 2_303]
+    pixels, labels = random.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8), np.array([4, 7])
+    pictures = {"test_images": pixels, "test_labels": labels, "train_images": pixels, "train_labels": labels}
+    np.savez(tmp_path / "cifar10_subset.npz", **pictures)
+    torch.save(state, tmp_path / "weights.pt")
+
+    def margins(kept):
+        return oracles.read_outputs(one_stage(state, kept, pixels), labels, "largest")
+
+    def without(*chosen):
+        kept = np.ones(2_304, bool)
+        kept[list(chosen)] = False
+        return kept
+
+    plain, weight = margins(without()), np.zeros((2_304, 2))
+    for row in rows:
+        weight[row] = plain - margins(without(row))
+    content = {"weight": torch.from_numpy(weight).float(), "bias": torch.from_numpy(plain - weight.sum(0)).float()}
+    saved(tmp_path / "a.pt", content)
+    monkeypatch.setenv("COAR_DATA", str(tmp_path))
+    cifar10.images.cache_clear()
+    with pytest.raises(PipelineError, match="set COAR_CIFAR10_PUBLISHED_WEIGHTS to its state dict"):
+        cifar10.published()
+    monkeypatch.setenv("COAR_CIFAR10_PUBLISHED_WEIGHTS", str(tmp_path / "weights.pt"))
+    study, setup = cifar10.published(), replace(SETUPS["cifar10"], examples=2)
+    cifar10.images.cache_clear()
+    run = coar.import_published(tmp_path / "a.pt", tmp_path / "r.zarr", setup=setup, study=study, progress=False)
+    run = coar.collect(study, run.path, test_masks=2, device="cpu", progress=False)
+    places, masks = setup.places(study.components), run.plan.masks(run.sampler, run.n_components, 0, 2)
+    in_file = np.empty_like(masks)
+    in_file[:, places] = masks
+    expected = np.stack([margins(kept) for kept in in_file])
+    np.testing.assert_allclose(run.array("outputs")[:], expected, atol=1e-3 * np.abs(expected).max())
+    held_out = np.stack([without(*rows[:2]), without(*rows[2:4]), without(*rows[4:])])
+    predicted, true = coar.load(run.path).predict(held_out[:, places]), np.stack([margins(kept) for kept in held_out])
+    assert np.corrcoef((predicted - plain).ravel(), (true - plain).ravel())[0, 1] > 0.9
+    other = coar.load(run.path).predict(np.roll(held_out, 1, 1)[:, places])
+    np.testing.assert_allclose(other, np.broadcast_to(plain, other.shape), atol=1e-4)  # the neighbours have weight 0
 
 
 def tiny_setup(**changes):
