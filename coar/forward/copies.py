@@ -72,7 +72,7 @@ def plain_copy(model: nn.Module, device: str | torch.device) -> nn.Module:
     check_in_memory(model)
     stays = device == "auto" and is_split(model)
     place = choose_device(device) if isinstance(device, str) else device
-    _check_memory(model, None if stays else place)
+    _check_memory(model, None if stays else place, may_stay=isinstance(device, str) and is_split(model))
     copy = independent_copy(model)
     if stays:
         _return_results(copy)
@@ -100,23 +100,23 @@ def _check_python(model: nn.Module) -> None:
             )
 
 
-def _check_memory(model: nn.Module, device: torch.device | None) -> None:
+def _check_memory(model: nn.Module, device: torch.device | None, *, may_stay: bool) -> None:
     """Raise `SettingsError` when a copy is larger than what is free, before the system ends the process.
 
     Args:
         model: The model.
         device: Where the copy is; None where each weight stays where it is.
+        may_stay: Whether the copy could stay where the model is.
     """
     needed = Counter[torch.device]()
     for held in {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values():
         needed[held.device] += _bytes_of(held)
-    split = len(needed) > 1
     if device is not None:
         needed[device] = sum(needed.values())
     for place, size in needed.items():
         free = free_bytes(place)
         if free is not None and size > free:
-            stay = "leave the split model where it is with device='auto', " if split and place == device else ""
+            stay = "leave the split model where it is with device='auto', " if may_stay and place == device else ""
             raise SettingsError(
                 f"a copy of {type(model).__name__} takes {size / 2**30:.3g} GiB on {place}, where {free / 2**30:.3g} "
                 f"GiB are free; {stay}load the model in bfloat16, end other programs, or use a larger machine"
