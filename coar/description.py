@@ -48,6 +48,7 @@ def describe_estimate(estimate: "Estimate") -> dict[str, str]:
     words = {
         "one mask": f"{estimate.seconds_per_mask:.3g} s over all examples",
         "one gradient": gradient_pass,
+        "preparation": f"{estimate.seconds_to_prepare:.3g} s on each worker",
         "passes": f"{estimate.passes:,.0f}",
         "time": f"{estimate.hours:.3g} h on all workers",
         "disk": f"{estimate.disk_bytes / 2**20:,.0f} MiB, with one fit",

@@ -85,9 +85,10 @@ def collect_until(
         if correlation is not None and now.correlation >= correlation:
             return run, f"reached {now.correlation:.3f}, and {correlation} was requested"
         if before is None and gradients:
-            per_mask, per_gradient = measure(
+            per_mask, per_gradient, _ = measure(
                 study,
                 run,
+                gradients=True,
                 device=options.get("device", "auto"),
                 batch_size=options.get("execution", DEFAULTS).batch_size,
             )

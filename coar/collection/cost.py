@@ -8,13 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from coar.collection.collect import collect
+from coar.collection.collect import blocks_of, collect
 from coar.collection.execution import DEFAULTS, Execution
-from coar.collection.preparation import fast_runner
+from coar.collection.preparation import BatchSettings, RunRequest, fast_runner, prepare
 from coar.collection.quality import FIRST_GRADIENTS, FIRST_MASKS, VALIDATION_MASKS, RunQuality, quality_of
 from coar.errors import AblationError, SettingsError
 from coar.forward.copies import device_copy
@@ -26,6 +27,7 @@ from coar.regression.memory import limit_of, plan_fit
 from coar.renamed import new_arguments_only
 from coar.store.fits import fit_names, rows_of_chunk
 from coar.store.gradients import ARRAYS, MaskGradients, next_rounds
+from coar.store.lock import write_lock
 from coar.store.run import Run
 from coar.study import Study
 
@@ -44,6 +46,7 @@ class Estimate:
 
     Attributes:
         seconds_per_mask, seconds_per_gradient: For all examples, on one worker; the second is NaN without gradients.
+        seconds_to_prepare: To copy and check the model, to compute constants and to read the examples, on each worker.
         passes: Forward passes over all examples, a mask gradient counted by its measured time.
         hours: On all workers.
         disk_bytes: Size of the run with one fit.
@@ -55,12 +58,27 @@ class Estimate:
 
     seconds_per_mask: float
     seconds_per_gradient: float
+    seconds_to_prepare: float
     passes: float
     hours: float
     disk_bytes: float
     fit_bytes: float
     pilot: RunQuality | None = None
     passes_per_hundredth: float = math.nan
+
+
+class PassSeconds(NamedTuple):
+    """Seconds over all examples of a study.
+
+    Attributes:
+        mask: One mask.
+        gradient: One mask gradient; NaN if they are not measured.
+        load: Reading the examples.
+    """
+
+    mask: float
+    gradient: float
+    load: float
 
 
 def has_gradients(study: Study, *, device: str = "auto") -> bool:
@@ -74,20 +92,63 @@ def has_gradients(study: Study, *, device: str = "auto") -> bool:
 
 
 @memory_kept()
-def measure(study: Study, run: Run, *, device: str = "auto", batch_size: int | None = None) -> tuple[float, float]:
-    """Return the seconds of one mask and one mask gradient over all examples; the latter is NaN without gradients."""
+def measure(
+    study: Study, run: Run, *, gradients: bool, device: str = "auto", batch_size: int | None = None
+) -> PassSeconds:
+    """Return the seconds of passes over all examples, from timed passes over a block of them.
+
+    Args:
+        study: The study.
+        run: A run of it, or of some of its examples.
+        gradients: Whether to measure mask gradients.
+        device: Where to compute.
+        batch_size: Most examples per forward pass.
+    """
     worker = fast_runner(study, run, device_copy(study.model, device, study.examples), batch_size=batch_size)
     examples = min(run.blocks[1], len(study.examples))
+    scale, start = len(study.examples) / examples, time.perf_counter()
     block = worker.load(study.examples, 0, examples)
-    scale = len(study.examples) / examples
+    load = (time.perf_counter() - start) * scale
     masks = run.sampler.masks("train", range(TIMED_MASKS), run.n_components)
     seconds = _timed(lambda: worker.outputs(block, masks)) / TIMED_MASKS * scale
-    if not has_gradients(study, device=device):
-        return seconds, math.nan
+    if not gradients:
+        return PassSeconds(seconds, math.nan, load)
     mask_groups = np.arange(examples) % TIMED_GRADIENTS
     keeps = run.sampler.masks("gradient", range(TIMED_GRADIENTS**2), run.n_components)
     keeps = keeps.reshape(TIMED_GRADIENTS, TIMED_GRADIENTS, -1)
-    return seconds, _timed(lambda: worker.mask_gradients(block, keeps, mask_groups)) / TIMED_GRADIENTS * scale
+    taken = _timed(lambda: worker.mask_gradients(block, keeps, mask_groups)) / TIMED_GRADIENTS * scale
+    return PassSeconds(seconds, taken, load)
+
+
+@memory_kept()
+def prepare_timed(
+    study: Study, place: Path, *, gradients: bool, device: str, precision: str, execution: Execution
+) -> float:
+    """Create a run with validation masks and perhaps the first mask gradients; return the seconds without its passes.
+
+    Args:
+        study: The study.
+        place: A path that does not exist yet.
+        gradients: Whether the run has mask gradients, which are checked first.
+        device: Where to compute.
+        precision: `float32`, `bf16` or `auto`.
+        execution: Batches and memory.
+    """
+    start = time.perf_counter()
+    model = device_copy(study.model, device, study.examples)
+    batches = BatchSettings.choose(study, model, execution, gradients=gradients)
+    order = RunRequest(
+        requested={("validation", study.sampler.ablated_fraction): VALIDATION_MASKS},
+        gradients=FIRST_GRADIENTS if gradients else 0,
+        blocks=blocks_of(VALIDATION_MASKS, len(study.examples), execution.mask_block, execution.example_block),
+        memory_limit=execution.memory_limit,
+        precision=precision,
+        tolerance=execution.precision_tolerance,
+        round_gradients=execution.round_gradients,
+    )
+    with write_lock(place):
+        prepare(study, place, model, order, batches)
+    return time.perf_counter() - start
 
 
 @new_arguments_only
@@ -131,19 +192,23 @@ def estimate(
     n, d = len(study.examples), len(study.components)
     few = np.unique(np.linspace(0, n - 1, min(n, PILOT_EXAMPLES)).astype(int))
     small = dataclasses.replace(study, examples=study.examples.subset(few))
-    differentiable, half = has_gradients(study, device=device), FIRST_MASKS // 2
+    differentiable, half = bool(gradients) or has_gradients(study, device=device), FIRST_MASKS // 2
+    how: dict[str, Any] = {"device": device, "precision": precision, "execution": execution}
     with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "pilot.zarr"
+        preparation = prepare_timed(small, place, gradients=bool(gradients), **how)
         run = collect(
             small,
-            Path(folder) / "pilot.zarr",
+            place,
             gradients=FIRST_GRADIENTS if differentiable else 0,
             masks=0 if differentiable else FIRST_MASKS,
             validation_masks=VALIDATION_MASKS,
-            device=device,
-            precision=precision,
-            execution=execution,
+            **how,
         )
-        per_mask, per_gradient = measure(study, run, device=device, batch_size=execution.batch_size)
+        batch_size = execution.batch_size
+        per_mask, per_gradient, load = measure(
+            study, run, gradients=differentiable, device=device, batch_size=batch_size
+        )
         before = (
             None if differentiable else quality_of(fit(run, masks=half, name="half", progress=False), 0, half, None)
         )
@@ -154,6 +219,7 @@ def estimate(
             run, Path(folder), examples=n, rows=masks + test_masks, rounds=len(next_rounds(0, gradients))
         )
     seconds = per_mask * (masks + test_masks) + (per_gradient * gradients if gradients else 0.0)
+    unablated = per_mask if masks + test_masks else 0.0
     method, device_of_fit = ("informed" if gradients else "ridge"), torch.device("cpu")
     memory = plan_fit(
         method,
@@ -169,8 +235,9 @@ def estimate(
     return Estimate(
         seconds_per_mask=per_mask,
         seconds_per_gradient=per_gradient,
+        seconds_to_prepare=preparation + load,
         passes=seconds / per_mask,
-        hours=seconds / workers / 3600,
+        hours=(preparation + load + (seconds + unablated) / workers) / 3600,
         disk_bytes=disk,
         fit_bytes=float(memory.needed),
         pilot=pilot,
