@@ -22,6 +22,7 @@ from typing import get_args
 
 import numpy as np
 import pandas as pd
+import torch
 
 import coar
 from benchmarks import passes_report
@@ -129,7 +130,8 @@ def informed(run: Run, subject: Subject, judge: Judge) -> list[dict[str, object]
         gradients, counts = MaskGradients(run).means(range(rounds), slice(None))
         kept, ablated = np.where(counts > 0, gradients, gradients[::-1])
         mean = (gradients * counts).sum(0) / counts.sum(0)
-        by_kept, by_ablated = learn_prior(run, rounds)[0].shared.placing.numpy()
+        prior, _ = learn_prior(run, rounds, slice(0, run.n_examples), torch.device("cpu"))
+        by_kept, by_ablated = prior.shared.placing.numpy()
         learned = by_kept * kept + by_ablated * ablated
         for name, weights in (("mean gradient", mean), ("trapezoid", (kept + ablated) / 2), ("learned ends", learned)):
             rows.append({"method": name, "gradients": mask_gradients, "masks": 0, "r": judge(weights)})

@@ -321,6 +321,21 @@ def edges_with_other_examples(device, folder):
 
 
 @case
+def informed_fits_without_masks(device, folder):
+    from tests.synthetic import add_gradients, arrays, fit, make, pairwise
+
+    found = {}
+    for examples, components in ((60, 32), (12, 500)):  # fewer unknowns than outputs, and more
+        truth = pairwise(examples, components)
+        path = folder / f"{device}-{components}.zarr"
+        run = make(path, truth.outputs, components=components, masks=2, blocks=(2, examples))
+        fitted = fit(add_gradients(run, truth, 64), method="informed", masks=0, device=device)
+        found |= {f"{name} of {components}": values for name, values in arrays(fitted).items()}
+        found[f"quality of {components}"] = np.array([fitted.fit.prior_quality.error])
+    return found
+
+
+@case
 def edits(device, folder):
     return edits_of(pictures(coar.Mean(calibration=CALIBRATION)), device, folder)
 

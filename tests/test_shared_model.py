@@ -9,10 +9,11 @@ import torch
 from coar.regression.informed import learning
 from coar.regression.informed import rows as rows_module
 from coar.regression.informed.learning import learn, relearn
+from coar.regression.informed.quality import judge
 from coar.regression.informed.rows import Rows, group_order, sum_of_squares
 from coar.regression.informed.shared_model import weighted_sum
 from coar.regression.informed.site_gains import gains_by_site, moments_by_round
-from coar.regression.informed.solving import System, conjugate_gradients
+from coar.regression.informed.solving import System, conjugate_gradients, predictions, solver_of
 from tests.synthetic import FRACTION, pairwise
 
 FOLDS, GRADIENTS_COUNT, MASK_GROUPS = 4, 8, 5  # mask gradients of each fold
@@ -86,35 +87,43 @@ def test_conjugate_gradients_of_nothing_are_nothing():
 
 
 @pytest.mark.parametrize(("examples", "components"), [(40, 6), (3, 200)])  # fewer unknowns than outputs, and more
-def test_a_system_is_solved_as_by_its_matrix(examples, components):
+def test_systems_are_solved_side_by_side_as_by_their_matrices(examples, components):
+    """Three systems of the same rows, each with its own map from unknowns to weights; one does not see fold 1."""
     rng = torch.Generator().manual_seed(0)
     masks = [torch.rand(8, examples, components, generator=rng) > FRACTION for _ in range(2)]
     outputs = [torch.randn(8, examples, generator=rng) for _ in range(2)]
     rows = Rows.of(masks, outputs, torch.arange(examples), folds=2, kept=KEPT)
-    gradients = torch.randn(2, examples, components, generator=rng)
-    units = torch.rand(components, generator=rng) + 0.5
-
-    def matrix_of(weights):
-        """(outputs, components) by hand, in the order of blocks: what each unknown predicts."""
-        whole = torch.stack(masks).transpose(1, 2).float()  # (folds, examples, rows, components)
-        centred = whole - whole.mean((0, 2))[None, :, None]
-        table = centred * weights[:, :, None]
-        return torch.cat([table[block.fold, block.examples].flatten(0, 1) for block in rows.blocks])
-
-    matrix = matrix_of(gradients).double()
-    system = System(
-        rows,
-        rows.outputs(),
-        weights=lambda fold, x: gradients[fold] * x,
-        transposed=lambda fold, values: (gradients[fold] * values).sum(0),
-        scale=matrix.square().sum(0).float(),
-        units=units,
-    )
-    y, solve = torch.cat([part.flatten() for part in rows.outputs()]).double(), system.solver()
-    assert (len(y) < components) == (components == 200)
-    for penalty in (10.0, 1.0, 0.1, 3.0):
-        exact = torch.linalg.solve(matrix.T @ matrix + penalty * torch.diag(units).double(), matrix.T @ y)
-        assert float((solve(penalty) - exact).norm() / exact.norm()) < 5e-3
+    whole = torch.stack(masks).transpose(1, 2).double()  # (folds, examples, rows, components)
+    centred = whole - whole.mean((0, 2))[None, :, None]
+    systems, matrices = [], []
+    for folds in ([0, 1], [0], [0, 1]):
+        gradients = torch.randn(2, examples, components, generator=rng)
+        matrix = (centred * gradients[:, :, None]).flatten(1, 2)  # (folds, outputs, components)
+        matrices.append(matrix)
+        systems.append(
+            System(
+                rows,
+                folds,
+                rows.outputs(),
+                weights=lambda fold, some, x, own=gradients: own[fold][:, some] * x,
+                transposed=lambda fold, some, values, own=gradients: (own[fold][:, some] * values).sum(0),
+                scale=matrix[folds].square().sum((0, 1)).float(),
+                units=torch.rand(components, generator=rng) + 0.5,
+            )
+        )
+    y, solve = torch.stack(outputs).mT.flatten(1).double(), solver_of(systems)  # (folds, outputs)
+    assert (y.numel() < components) == (components == 200)
+    for penalty, which in ((10.0, [0, 1]), (1.0, [0, 1, 2]), (0.1, [1]), (3.0, [2, 0])):
+        found = solve(penalty, which)
+        for i, own, explained in zip(which, found, predictions([systems[i] for i in which], found), strict=True):
+            folds, matrix = systems[i].folds, matrices[i][systems[i].folds].flatten(0, 1)
+            ridge = penalty * torch.diag(systems[i].units).double()
+            exact = torch.linalg.solve(matrix.T @ matrix + ridge, matrix.T @ y[folds].flatten())
+            assert float((own - exact).norm() / exact.norm()) < 5e-3
+            for block, part in zip(rows.blocks, explained, strict=True):
+                size = block.outputs[0].numel()
+                expected = (matrices[i][block.fold] @ own.double()).view(examples, size)[block.examples]
+                torch.testing.assert_close(part.flatten(1).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_predictions_are_centred_masks_times_the_weights_of_their_fold(problem):
@@ -132,20 +141,36 @@ def test_predictions_are_centred_masks_times_the_weights_of_their_fold(problem):
     assert sorted(seen) == [(fold, number) for fold in range(FOLDS) for number in range(N)]
 
 
+def adjoint(rows, values):
+    """(folds, examples, components) sums, tile by tile."""
+    found = torch.zeros(rows.shape)
+    for tile in rows.tiles(rows.folds()):
+        for fold in rows.folds():
+            found[fold, :, tile.some] = tile.adjoint(fold, values)
+    return found
+
+
 @pytest.mark.parametrize("members", [range(N), range(N - 3)])  # groups of equal sizes, and of two sizes
-@pytest.mark.parametrize(
-    "limits", [{}, {"BLOCK_NUMBERS": 2 * GRADIENTS_COUNT * D}, {"designs": False, "TILE_NUMBERS": 200}]
-)
-def test_blocks_of_any_size_give_the_same(members, limits, monkeypatch):
-    masks, outputs, _, _ = parts()
+@pytest.mark.parametrize("least", [1, 5])
+def test_tiles_of_any_size_give_the_same(members, least, monkeypatch):
+    masks, outputs, gradients, own = parts()
     order = group_order(torch.tensor(members) % MASK_GROUPS)
     plain, weight = rows_of(masks, outputs, order), torch.randn(FOLDS, len(members), D)
-    for name in {"BLOCK_NUMBERS", "TILE_NUMBERS"} & limits.keys():
-        monkeypatch.setattr(rows_module, name, limits[name])
-    cut = rows_of(masks, outputs, order, designs=limits.get("designs", True))
-    assert (cut.blocks[0].centred is None) == ("designs" in limits)
-    assert (len(cut.blocks) > len(plain.blocks)) == ("BLOCK_NUMBERS" in limits)
-    torch.testing.assert_close(cut.adjoint(cut.residual(weight)), plain.adjoint(plain.residual(weight)))
+    monkeypatch.setattr(rows_module, "TILE_NUMBERS", 1)
+    monkeypatch.setattr(rows_module, "LEAST_TILE", least)
+    cut = rows_of(masks, outputs, order)
+    assert [tile.some.stop - tile.some.start for tile in plain.tiles([0])] == [D]
+    assert [tile.some.stop - tile.some.start for tile in cut.tiles([0])] == [least] * (D // least) + [1] * (D % least)
+    torch.testing.assert_close(adjoint(cut, cut.residual(weight)), adjoint(plain, plain.residual(weight)))
+    gradients = left_out(gradients, own, outputs)[:, :, : len(members)]
+    for sites in (SITES, torch.arange(D) % 4):  # components of a site in a row, and apart
+        (one, trials), (other, cut_trials) = (learn(rows, gradients, sites) for rows in (plain, cut))
+        torch.testing.assert_close(one.weights(gradients), other.weights(gradients), rtol=1e-3, atol=1e-3)
+        qualities = [
+            judge(made, relearn(one, rows.dealt(2), gradients[:, :2]))
+            for made, rows in ((trials, plain), (cut_trials, cut))
+        ]
+        assert qualities[0].error == pytest.approx(qualities[1].error, rel=0.01)
 
 
 def test_adjoint_is_the_transpose_of_predict(problem):
@@ -154,26 +179,23 @@ def test_adjoint_is_the_transpose_of_predict(problem):
         weight = torch.randn(FOLDS, N, D, dtype=torch.float32)
         values = [torch.randn_like(block.outputs) for block in rows.blocks]
         forward = sum(float((a * b).sum()) for a, b in zip(rows.predict(weight), values, strict=True))
-        assert forward == pytest.approx(float((weight * rows.adjoint(values)).sum()), rel=1e-4, abs=1e-2)
+        assert forward == pytest.approx(float((weight * adjoint(rows, values)).sum()), rel=1e-4, abs=1e-2)
 
 
-def test_gram_is_predict_and_its_transpose(problem):
+def test_a_tile_has_the_folds_that_were_asked_for(problem):
     rows, _ = problem
-    weight = torch.randn(FOLDS, N, D)
-    expected = rows.adjoint(rows.predict(weight))
-    for fold in range(FOLDS):
-        torch.testing.assert_close(rows.gram(fold, weight[fold]), expected[fold], rtol=1e-4, atol=1e-4)
+    for tile in rows.tiles([1, 2]):
+        assert list(tile.designs) == [i for i, block in enumerate(rows.blocks) if block.fold in (1, 2)]
+    assert not list(replace(rows, blocks=()).tiles([0]))
 
 
-def test_split_deals_every_row_once(problem):
+def test_rows_without_a_fold_are_all_others(problem):
     rows, _ = problem
     for fold in range(FOLDS):
-        others, held = rows.split(fold)
-        assert held.folds() == [fold]
+        others = rows.without(fold)
         assert set(others.folds()) == set(range(FOLDS)) - {fold}
-        assert len(others.blocks) + len(held.blocks) == len(rows.blocks)
-        assert held.count() + others.count() == pytest.approx(rows.count())
-    assert rows.count() == FOLDS * GRADIENTS_COUNT
+        assert others.count() == (FOLDS - 1) * GRADIENTS_COUNT
+    assert rows.without(None).count() == rows.count() == FOLDS * GRADIENTS_COUNT
 
 
 def test_rows_are_dealt_round_by_round(problem):
@@ -196,10 +218,9 @@ def test_residuals_have_no_mean(problem):
 def test_trials_hold_what_their_weights_leave(problem):
     rows, gradients = problem
     for trial in learn(rows, gradients, SITES)[1]:
-        weights = trial.model.weights(gradients)
-        for part, left in ((trial.rows, trial.left), (trial.held, trial.held_left)):
-            for one, other in zip(part.residual(weights), left, strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        residual = rows.residual(trial.model.weights(gradients))
+        for one, other in zip(residual, trial.left, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_learned_weights_predict_rows_that_were_not_learned_from(problem):
@@ -234,18 +255,18 @@ def test_the_same_stages_again_give_the_same_weights(problem):
         assert torch.equal(one.model.weights(gradients), other.model.weights(gradients))
 
 
-def test_trials_hold_the_rows_of_their_fold(problem):
+def test_trials_hold_out_their_fold(problem):
     rows, gradients = problem
-    trials = learn(rows, gradients, SITES)[1]
-    assert [trial.held.folds() for trial in trials] == [[fold] for fold in range(FOLDS)]
-    assert [trial.rows.folds() for trial in trials] == [
-        [other for other in range(FOLDS) if other != fold] for fold in range(FOLDS)
-    ]
+    for fold, trial in enumerate(learn(rows, gradients, SITES)[1]):
+        assert trial.seen().folds() == [other for other in range(FOLDS) if other != fold]
+        assert [block.fold for block, _ in trial.held_out()] == [fold] * (len(rows.blocks) // FOLDS)
+        left = [part for block, part in zip(rows.blocks, trial.left, strict=True) if block.fold == fold]
+        assert trial.error() == pytest.approx(sum_of_squares(left))
 
 
 def start_of(rows, gradients):
     """What is learned first from all rows."""
-    return learning._Start.of(rows, gradients, SITES).trial(rows, replace(rows, blocks=()))
+    return learning._Start.of(rows, gradients, SITES).trial(rows, None)
 
 
 def test_curves_are_unit_directions_of_each_site_that_hold_most_of_its_curvature(problem):

@@ -31,7 +31,7 @@ class FitPlan:
         together: Examples that are solved together, a multiple of those in a chunk, or all.
         tile: Rows of masks that are unpacked together; 0 where none are.
         basis: Vectors that the Lanczos process keeps per example; 0 where there is none.
-        held: Whether packed masks stay in memory, or for an informed fit the masks of mask gradients in float32.
+        held: Whether packed masks stay in memory.
         learning: Examples that an informed fit learns from, at most; 0 for other methods.
     """
 

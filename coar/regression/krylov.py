@@ -18,11 +18,10 @@ REFINED = 1e-4  # share of a right-hand side that a correction in float32 leaves
 TINY = 1e-5  # share of the largest step below which a process ends: the basis is complete
 
 
-class Lanczos:
-    """Lanczos processes of several columns, each with its own basis.
+class LanczosBasis:
+    """Bases of Lanczos processes of several columns, each extended by its last vector's product with its matrix.
 
     Args:
-        times: The product of the matrix with (components, columns) values.
         start: (components, columns) float32 right-hand sides.
         most: Vectors of a basis, at most.
 
@@ -31,8 +30,7 @@ class Lanczos:
         steps: Vectors of a basis so far.
     """
 
-    def __init__(self, times: Callable[[Tensor], Tensor], start: Tensor, most: int) -> None:
-        self._times = times
+    def __init__(self, start: Tensor, most: int) -> None:
         self.norm = start.double().norm(dim=0)
         self._basis = start.new_empty(most + 1, *start.shape)
         self._basis[0] = start / self.norm.clamp_min(1e-300).to(start.dtype)
@@ -46,10 +44,14 @@ class Lanczos:
         """Whether the bases have as many vectors as they may."""
         return self.steps >= self._most
 
-    def step(self) -> None:
-        """Add a vector to every basis."""
+    @property
+    def last(self) -> Tensor:
+        """(components, columns) last vector of every basis, whose product with the matrix extends it."""
+        return self._basis[self.steps]
+
+    def extend(self, ahead: Tensor) -> None:
+        """Add a vector to every basis, from the product of the matrix with the last ones, which is overwritten."""
         at, basis = self.steps, self._basis
-        ahead = self._times(basis[at])
         along = (ahead.double() * basis[at]).sum(0)
         for _ in range(2):
             for i in range(at + 1):
@@ -82,6 +84,24 @@ class Lanczos:
         for i, factors in enumerate(coefficients.T):
             out.addcmul_(self._basis[i], factors.to(out.dtype))
         return out
+
+
+class Lanczos(LanczosBasis):
+    """Lanczos processes of one matrix.
+
+    Args:
+        times: The product of the matrix with (components, columns) values.
+        start: (components, columns) float32 right-hand sides.
+        most: Vectors of a basis, at most.
+    """
+
+    def __init__(self, times: Callable[[Tensor], Tensor], start: Tensor, most: int) -> None:
+        super().__init__(start, most)
+        self._times = times
+
+    def step(self) -> None:
+        """Add a vector to every basis."""
+        self.extend(self._times(self.last))
 
 
 @dataclass(frozen=True)

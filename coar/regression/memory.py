@@ -80,10 +80,7 @@ def plan_fit(
     """
     if method == "informed":
         learning, needed = _learning(masks, components, examples, gradients, sites, limit)
-        designs = 4 * min(learning, MASK_GROUPS) * gradients * components
-        held = needed + designs <= limit
-        needed += designs * held
-        return FitPlan(method, "decomposed", device, limit, needed, chunk, held=held, learning=learning)
+        return FitPlan(method, "decomposed", device, limit, needed, chunk, learning=learning)
     needed = _decomposed_bytes(method, masks, components, examples, chunk)
     if needed <= limit and device.type == "cpu":
         return FitPlan(method, "decomposed", device, limit, needed, chunk)
@@ -159,7 +156,7 @@ def _decomposed_bytes(method: str, masks: int, components: int, examples: int, c
 
 
 def _learning(masks: int, components: int, examples: int, gradients: int, sites: int, limit: int) -> tuple[int, int]:
-    """Return how many examples an informed fit learns from, and its bytes at the peak without masks in float32."""
+    """Return how many examples an informed fit learns from, and its bytes at the peak."""
     rounds = len(next_rounds(0, gradients))
     fixed = FIXED + table_bytes(sites, FEATURES, rounds) + (MASK_GROUPS * rounds + TABLES) * components
     if masks >= 2:

@@ -54,7 +54,7 @@ class Informed:
             RegressionError: When there are too few mask gradients, or all are zero.
         """
         examples = learning_examples(run, plan.learning)
-        prior, found = learn_prior(run, rounds, examples, designs=plan.held)
+        prior, found = learn_prior(run, rounds, examples, plan.device)
         correction = Correction.of(FitBlock(run, rows, examples), prior, found, gram=gram) if len(rows) >= 2 else None
         return cls(prior, correction, found if examples.step == 1 else None)
 

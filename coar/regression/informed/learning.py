@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from coar.regression.informed.rows import Rows, subtract, sum_of_squares
+from coar.regression.informed.rows import RowBlock, Rows, subtract, sum_of_squares
 from coar.regression.informed.shared_model import Curvature, SharedModel, unit, weighted_sum
 from coar.regression.informed.site_gains import SiteMoments, by_site, gains_by_site, members_of, moments_by_round
-from coar.regression.informed.solving import System
+from coar.regression.informed.solving import System, predictions, solver_of
 
 GAIN_PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1)  # in units of each column's own sum of squares
 STRUCTURE_PENALTIES = (100.0, 30.0, 10.0, 3.0)  # in units of the mean column's sum of squares
@@ -26,44 +26,41 @@ EXAMPLES_PER_DIRECTION = 8
 
 @dataclass(frozen=True)
 class Trial:
-    """A model learned from the rows of some folds, with what it leaves of their outputs and of those of other folds.
+    """A model learned from the rows of all folds but one, or of all, with what it leaves of all outputs.
 
     Attributes:
         model: The model.
-        rows: The rows that it is learned from.
-        held: The rows that it has not seen.
+        rows: All rows.
+        held: The fold that it has not seen; None where it has seen all.
         places: (folds, examples, rank) places of the examples.
-        left: Residuals of `rows`.
-        held_left: Residuals of `held`.
+        left: Residuals of all rows, block by block.
     """
 
     model: SharedModel
     rows: Rows
-    held: Rows
+    held: int | None
     places: Tensor
     left: Sequence[Tensor]
-    held_left: Sequence[Tensor]
+
+    def seen(self) -> Rows:
+        """Return the rows that the model is learned from."""
+        return self.rows.without(self.held)
+
+    def held_out(self) -> list[tuple[RowBlock, Tensor]]:
+        """Return the blocks of rows that the model has not seen, each with its residuals."""
+        return [pair for pair in zip(self.rows.blocks, self.left, strict=True) if pair[0].fold == self.held]
 
     def error(self) -> float:
         """Return the sum of squared residuals of the rows that the model has not seen."""
-        return sum_of_squares(self.held_left)
-
-    def changed(self, model: SharedModel, more: Tensor) -> "Trial":
-        """Return the trial with a model whose (folds, examples, components) weights are larger by `more`."""
-        return replace(
-            self,
-            model=model,
-            left=subtract(self.left, self.rows.predict(more)),
-            held_left=subtract(self.held_left, self.held.predict(more)),
-        )
+        return sum_of_squares([left for _, left in self.held_out()])
 
     def renewed(self, model: SharedModel, weights: Tensor) -> "Trial":
         """Return the trial with a model that gives these (folds, examples, components) weights."""
-        return replace(self, model=model, left=self.rows.residual(weights), held_left=self.held.residual(weights))
+        return replace(self, model=model, left=self.rows.residual(weights))
 
 
-Refinement = Callable[[float], Trial]  # a trial's refinement with a penalty
-Stage = Callable[[Trial, Tensor], Refinement]  # prepares the refinement of a trial, given the gradients
+Refinement = Callable[[float, Sequence[int]], list[Trial]]  # refines some of the trials with a penalty
+Stage = Callable[[Sequence[Trial], Tensor], Refinement]  # prepares the refinement of trials, given the gradients
 
 
 def learn(rows: Rows, gradients: Tensor, sites: Tensor) -> tuple[SharedModel, list[Trial]]:
@@ -79,39 +76,33 @@ def learn(rows: Rows, gradients: Tensor, sites: Tensor) -> tuple[SharedModel, li
         The model; and for each fold the trial that is learned without its rows.
     """
     start = _Start.of(rows, gradients, sites)
-    trials = [start.trial(*rows.split(fold)) for fold in range(rows.shape[0])]
-    final = start.trial(rows, replace(rows, blocks=()))
+    trials = [start.trial(rows, fold) for fold in (*range(rows.shape[0]), None)]
     del start  # its features take as much memory as the gradients
     for stage, penalties in STAGES:
-        trials, penalty = _best(trials, stage, penalties, gradients)
-        if penalty is not None:
-            final = stage(final, gradients)(penalty)
-    return final.model, trials
+        trials = _best(trials, stage, penalties, gradients)
+    return trials[-1].model, trials[:-1]
 
 
 def relearn(model: SharedModel, rows: Rows, gradients: Tensor) -> list[Trial]:
     """Return for each fold a trial without its rows that goes through the same stages as a model."""
-    start, penalties, found = _Start.of(rows, gradients, model.curvature.sites), dict(model.stages), []
-    for fold in range(rows.shape[0]):
-        trial = start.trial(*rows.split(fold))
-        for stage, _ in STAGES:
-            if stage.__name__ in penalties:
-                trial = stage(trial, gradients)(penalties[stage.__name__])
-        found.append(trial)
-    return found
+    start, penalties = _Start.of(rows, gradients, model.curvature.sites), dict(model.stages)
+    trials = [start.trial(rows, fold) for fold in range(rows.shape[0])]
+    for stage, _ in STAGES:
+        if stage.__name__ in penalties:
+            trials = stage(trials, gradients)(penalties[stage.__name__], range(len(trials)))
+    return trials
 
 
-def _best(
-    trials: list[Trial], stage: Stage, penalties: tuple[float, ...], gradients: Tensor
-) -> tuple[list[Trial], float | None]:
-    """Refine the folds' trials with ever weaker penalties until two in turn predict held-out rows no better.
+def _best(trials: list[Trial], stage: Stage, penalties: tuple[float, ...], gradients: Tensor) -> list[Trial]:
+    """Refine trials with ever weaker penalties until two in turn predict held-out rows no better.
 
-    Return the best trials and their penalty, or the given ones and None when no penalty helps.
+    Return the trials refined with the best penalty, or the given ones when no penalty helps. The last trial has seen
+    all rows, so it is refined with the best penalty alone.
     """
-    refinements = [stage(trial, gradients) for trial in trials]
-    best, chosen, least, failures = trials, None, sum(trial.error() for trial in trials), 0
+    refine, last = stage(trials, gradients), len(trials) - 1
+    best, chosen, least, failures = trials, None, sum(trial.error() for trial in trials[:last]), 0
     for penalty in penalties:
-        refined = [refinement(penalty) for refinement in refinements]
+        refined = refine(penalty, range(last))
         now = sum(trial.error() for trial in refined)
         if now < least:
             best, chosen, least, failures = refined, penalty, now, 0
@@ -119,7 +110,7 @@ def _best(
             break
         else:
             failures = 1
-    return best, chosen
+    return trials if chosen is None else [*best, *refine(chosen, [last])]
 
 
 @dataclass(frozen=True)
@@ -146,13 +137,13 @@ class _Start:
         products, squares = (by_site((mean[0] * end).sum(0), sites) for end in (mean[1], mean[0]))
         ratio = products / squares.clamp_min(1e-30)
         curvature = Curvature(sites, ratio, _curves(mean[1] - ratio * mean[0], sites))
-        features = [*gradients, *curvature.along(gradients, _bands(len(curvature.curves), len(sites)))]
+        features = [*gradients, *curvature.along(gradients, _bands(curvature.curves))]
         return cls(gradients, mean, curvature, features, moments_by_round(rows, features, sites))
 
-    def trial(self, rows: Rows, held: Rows) -> Trial:
-        """Learn gains by site from rows, for both ends and for the curvature's leading directions."""
+    def trial(self, rows: Rows, held: int | None) -> Trial:
+        """Learn gains by site from all folds but one, for both ends and for the curvature's leading directions."""
         sites, curvature = self.curvature.sites, self.curvature
-        moments = [self.moments[number] for number in rows.rounds()]
+        moments = [self.moments[number] for number in rows.without(held).rounds()]
         ends = 2 * (int(sites.max()) + 1)
         placing = gains_by_site([part.leading(ends) for part in moments], 2)[:, sites].float()
         rank = min(RANK, rows.shape[1] // EXAMPLES_PER_DIRECTION)
@@ -160,14 +151,14 @@ class _Start:
         gain = gains_by_site(moments, len(self.features))[:, sites].float()
         of_bands = [next(i for i, (_, last) in enumerate(BANDS) if n < last) for n in range(len(curvature.curves))]
         every = gain[[0, 1, *(2 + band for band in of_bands)]]
-        model = SharedModel(placing, curvature, every, directions, torch.zeros(rank, rows.shape[2]))
-        trial = Trial(model, rows, held, model.places(self.gradients), (), ())
+        model = SharedModel(placing, curvature, every, directions, every.new_zeros(rank, rows.shape[2]))
+        trial = Trial(model, rows, held, model.places(self.gradients), ())
         return trial.renewed(model, weighted_sum(gain, self.features))
 
 
-def _bands(directions: int, components: int) -> Tensor:
+def _bands(curves: Tensor) -> Tensor:
     """Return (bands, directions, components) ones for the directions of each band that there are."""
-    bands = torch.zeros(sum(first < directions for first, _ in BANDS), directions, components)
+    bands = curves.new_zeros(sum(first < len(curves) for first, _ in BANDS), *curves.shape)
     for band, (first, last) in zip(bands, BANDS, strict=False):
         band[first:last] = 1
     return bands
@@ -176,8 +167,8 @@ def _bands(directions: int, components: int) -> Tensor:
 def _curves(curvature: Tensor, sites: Tensor) -> Tensor:
     """Return (directions, components) leading directions of each site's (examples, components) curvature."""
     most = min(BANDS[-1][1], len(curvature) // EXAMPLES_PER_DIRECTION)
-    curves = torch.zeros(most, curvature.shape[1])
-    for group in members_of(sites):
+    curves = curvature.new_zeros(most, curvature.shape[1])
+    for group in members_of(sites).values():
         curves[:, group] = _leading(unit(curvature[:, group]), most)
     return curves
 
@@ -191,23 +182,20 @@ def _leading(rows: Tensor, count: int) -> Tensor:
     there = values > 1e-9 * values[:1].clamp_min(1e-30)
     if wide:
         vectors = table.T @ (vectors * values.clamp_min(1e-30).rsqrt())
-    leading = torch.zeros(count, table.shape[1])
+    leading = rows.new_zeros(count, rows.shape[1])
     leading[: len(there)] = (vectors * there).T
     return leading
 
 
-def smoothing(trial: Trial, gradients: Tensor) -> Refinement:
+def smoothing(trials: Sequence[Trial], gradients: Tensor) -> Refinement:
     """Average the gradients of examples near each other, in place of curves, which do so by site."""
+    mean = gradients.mean(1)
 
-    def refine(_: float) -> Trial:
+    def refined(trial: Trial) -> Trial:
         model, sites = trial.model, trial.model.curvature.sites
-        if not model.rank:
-            return trial
-        mean = gradients.mean(1)
-        places = model.places(mean)
-        common = torch.linalg.lstsq(places.expand(2, *places.shape), mean).solution  # (2, rank, components)
+        common = torch.linalg.pinv(model.places(mean)) @ mean  # (2, rank, components)
         features = [*gradients, *(trial.places @ one for one in common)]
-        moments = moments_by_round(trial.rows, features, sites)
+        moments = moments_by_round(trial.seen(), features, sites)
         gain = gains_by_site(list(moments.values()), len(features))[:, sites].float()
         smoothed = replace(
             model,
@@ -218,54 +206,74 @@ def smoothing(trial: Trial, gradients: Tensor) -> Refinement:
         )
         return trial.renewed(smoothed, weighted_sum(gain, features))
 
-    return refine
+    return lambda _, which: [refined(trials[i]) if trials[i].model.rank else trials[i] for i in which]
 
 
-def gains(trial: Trial, gradients: Tensor) -> Refinement:
+def gains(trials: Sequence[Trial], gradients: Tensor) -> Refinement:
     """Correct the gains component by component, by ridge on what the model leaves."""
-    rows = trial.rows
     squares = torch.stack([torch.stack([own.square().sum(0) for own in end]).mean(0) for end in gradients])
-    scale = squares * rows.variance() * rows.count()  # (2, components)
-    solve = System(
-        rows,
-        trial.left,
-        weights=lambda fold, gain: weighted_sum(gain, gradients[:, fold]),
-        transposed=lambda fold, values: torch.stack([(own * values).sum(0) for own in gradients[:, fold]]),
-        scale=scale,
-        units=scale + 1e-6 * scale.mean() + 1e-30,
-    ).solver()
 
-    def refine(penalty: float) -> Trial:
-        more, model = solve(penalty), trial.model
-        gain = torch.cat([model.gain[:2] + more, model.gain[2:]])
-        refined = replace(model, gain=gain, stages=(*model.stages, ("gains", penalty)))
-        return trial.changed(refined, weighted_sum(more, gradients))
+    def system(trial: Trial) -> System:
+        seen = trial.seen()
+        scale = squares * seen.variance() * seen.count()  # (2, components)
+        return System(
+            trial.rows,
+            seen.folds(),
+            trial.left,
+            weights=lambda fold, some, gain: weighted_sum(gain, gradients[:, fold, :, some]),
+            transposed=lambda fold, some, values: (gradients[:, fold, :, some] * values).sum(1),
+            scale=scale,
+            units=scale + 1e-6 * scale.mean() + 1e-30,
+        )
 
-    return refine
+    def changed(number: int, more: Tensor) -> SharedModel:
+        model = trials[number].model
+        return replace(model, gain=torch.cat([model.gain[:2] + more, model.gain[2:]]))
+
+    return _by_ridge("gains", trials, [system(trial) for trial in trials], changed)
 
 
-def structure(trial: Trial, gradients: Tensor) -> Refinement:
+def structure(trials: Sequence[Trial], gradients: Tensor) -> Refinement:
     """Add what examples have in common, by ridge on what the model leaves; large weights may change more."""
-    rows, places = trial.rows, trial.places
-    column = trial.model.weights(gradients).square().mean((0, 1)).sqrt()  # (components,)
-    size = (places**2).mean(0).sum(0)  # (rank,)
-    scale = size[:, None] * rows.count() * rows.variance() * column**2  # (rank, components)
-    solve = System(
-        rows,
-        trial.left,
-        weights=lambda fold, common: places[fold] @ (common * column),
-        transposed=lambda fold, values: (places[fold].T @ values) * column,
-        scale=scale,
-        units=scale.mean() + 1e-30,
-    ).solver()
+    if not trials[0].model.rank:
+        return lambda _, which: [trials[i] for i in which]
+    columns = [trial.model.weights(gradients).square().mean((0, 1)).sqrt() for trial in trials]  # (components,)
 
-    def refine(penalty: float) -> Trial:
-        model = trial.model
-        if not model.rank:
-            return trial
-        more = solve(penalty) * column
-        refined = replace(model, structure=model.structure + more, stages=(*model.stages, ("structure", penalty)))
-        return trial.changed(refined, places @ more)
+    def system(trial: Trial, column: Tensor) -> System:
+        places, seen = trial.places, trial.seen()
+        size = (places**2).mean(0).sum(0)  # (rank,)
+        scale = size[:, None] * seen.count() * seen.variance() * column**2  # (rank, components)
+        return System(
+            trial.rows,
+            seen.folds(),
+            trial.left,
+            weights=lambda fold, some, common: places[fold] @ (common * column[some]),
+            transposed=lambda fold, some, values: (places[fold].T @ values) * column[some],
+            scale=scale,
+            units=(scale.mean() + 1e-30).expand_as(scale),
+        )
+
+    def changed(number: int, more: Tensor) -> SharedModel:
+        model = trials[number].model
+        return replace(model, structure=model.structure + more * columns[number])
+
+    return _by_ridge("structure", trials, [system(*pair) for pair in zip(trials, columns, strict=True)], changed)
+
+
+def _by_ridge(
+    name: str, trials: Sequence[Trial], systems: Sequence[System], changed: Callable[[int, Tensor], SharedModel]
+) -> Refinement:
+    """Return the refinement of each trial's model by the unknowns of its system, which say what to add to it."""
+    solve = solver_of(systems)
+
+    def refine(penalty: float, which: Sequence[int]) -> list[Trial]:
+        found, refined = solve(penalty, which), []
+        predicted = predictions([systems[i] for i in which], found)
+        for i, more, explained in zip(which, found, predicted, strict=True):
+            trial = trials[i]
+            model = replace(changed(i, more), stages=(*trial.model.stages, (name, penalty)))
+            refined.append(replace(trial, model=model, left=subtract(trial.left, explained)))
+        return refined
 
     return refine
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -32,12 +33,14 @@ class Prior:
         kept: (mask groups, components) uint8 counts, for each round, of the mask gradients that keep each component.
         column: (components,) root mean square of the weights over examples, relative to the mean component's.
         quality: How good the weights are.
+        device: Where gradients become weights; all tensors here, and the results, are on the CPU.
     """
 
     shared: SharedModel
     kept: tuple[np.ndarray, ...]
     column: Tensor
     quality: PriorQuality
+    device: torch.device
 
     def mask_gradients(self, run: Run) -> MaskGradients:
         """Return the mask gradients of the run, with the counts that are known here."""
@@ -47,10 +50,12 @@ class Prior:
         """Read the mask gradients of examples and return what they give."""
         rounds = len(self.kept)
         sums, counts = mask_gradients.sums([range(rounds)], examples)[0], mask_gradients.counts(range(rounds), examples)
+        means = _means(*(torch.from_numpy(table).to(self.device) for table in (sums, counts)))
         outputs = torch.from_numpy(mask_gradients.outputs(rounds, examples))
         spread = _spread(outputs)
-        weights = self.shared.weights(_means(sums, counts) / spread[:, None]) * spread[:, None]
-        return PriorWeights(weights, spread, outputs.double().mean(0))
+        scale = spread[:, None].to(self.device)
+        weights = self.shared.to(self.device).weights(means / scale) * scale
+        return PriorWeights(weights.cpu(), spread, outputs.double().mean(0))
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class _Sample:
     """What is read of a run to learn from, its examples ordered by mask group.
 
     Attributes:
-        rows: The outputs, dealt into `FOLDS` folds.
+        rows: The outputs, dealt into `FOLDS` folds, where they are computed with, as are `sums` and `counts`.
         order: (examples,) numbers of the examples among those that are read.
         groups: (examples,) their mask groups.
         spread: (examples,) standard deviations of their outputs.
@@ -91,11 +96,11 @@ class _Sample:
     groups: Tensor
     spread: Tensor
     mean: Tensor
-    sums: np.ndarray
-    counts: np.ndarray
+    sums: Tensor
+    counts: Tensor
 
     @classmethod
-    def read(cls, mask_gradients: MaskGradients, rounds: int, examples: slice, *, designs: bool) -> "_Sample":
+    def read(cls, mask_gradients: MaskGradients, rounds: int, examples: slice, device: torch.device) -> "_Sample":
         run = mask_gradients.run
         present, places = np.unique(mask_gradients.group_of(examples), return_inverse=True)
         groups = torch.from_numpy(places)
@@ -103,9 +108,9 @@ class _Sample:
         outputs = torch.from_numpy(mask_gradients.outputs(rounds, examples))[:, order]
         spread = _spread(outputs)
         sizes = mask_gradients.rounds[:rounds]
-        parts = torch.split((outputs - outputs.mean(0)) / spread, list(sizes))
+        parts = torch.split(((outputs - outputs.mean(0)) / spread).to(device), list(sizes))
         masks = [torch.from_numpy(mask_gradients.masks(i, present.tolist())) for i in range(rounds)]
-        rows = Rows.of(masks, parts, groups[order], folds=FOLDS, kept=1 - run.sampler.ablated_fraction, designs=designs)
+        rows = Rows.of(masks, parts, groups[order], folds=FOLDS, kept=1 - run.sampler.ablated_fraction)
         del masks
         folds = deal(sizes, FOLDS)
         sums = mask_gradients.sums(folds, examples)
@@ -115,11 +120,12 @@ class _Sample:
         kept = np.stack([mask_gradients.kept_in(fold, present) for fold in folds])
         total = np.array([sum(sizes[i] for i in fold) for fold in folds], np.float32)
         counts = np.stack([kept, total[:, None, None] - kept], axis=1)
-        return cls(rows, order, groups[order], spread, outputs.double().mean(0), sums, counts)
+        tables = (torch.from_numpy(table).to(device) for table in (sums, counts))
+        return cls(rows, order, groups[order], spread, outputs.double().mean(0), *tables)
 
     def left_out(self, folds: int) -> Tensor:
         """Return (2, folds, examples, components) mean gradients of all folds but one, in units of the spread."""
-        found = torch.empty(2, folds, *self.sums.shape[2:])
+        found = self.sums.new_empty(2, folds, *self.sums.shape[2:])
         for fold in range(folds):
             others = [i for i in range(FOLDS) if i % folds != fold]
             self._means_of(others, found[:, fold])
@@ -127,32 +133,32 @@ class _Sample:
 
     def whole(self) -> Tensor:
         """Return (2, examples, components) mean gradients of all folds, in units of the spread."""
-        found = torch.empty(2, *self.sums.shape[2:])
+        found = self.sums.new_empty(2, *self.sums.shape[2:])
         self._means_of(range(FOLDS), found)
         return found
 
     def _means_of(self, folds: Sequence[int], out: Tensor) -> None:
         """Write (2, examples, components) mean gradients of some folds, in units of the spread, a few examples each."""
         step = max(MEANS_NUMBERS // self.sums.shape[-1], 1)
-        counts = self.counts[list(folds)].sum(0)
+        counts = reduce(torch.add, (self.counts[i] for i in folds))
+        groups, spread = self.groups.to(out.device), self.spread.to(out.device)
         for start in range(0, len(self.order), step):
             some = slice(start, start + step)
-            sums = self.sums[list(folds), :, some].sum(0)
-            means = _means(sums, counts[:, self.groups[some].numpy()])
-            torch.div(means, self.spread[some, None], out=out[:, some])
+            means = _means(reduce(torch.add, (self.sums[i, :, some] for i in folds)), counts[:, groups[some]])
+            out[:, some] = means.div_(spread[some, None])
 
 
-def learn_prior(run: Run, rounds: int, examples: slice, *, designs: bool) -> tuple[Prior, PriorWeights]:
+def learn_prior(run: Run, rounds: int, examples: slice, device: torch.device) -> tuple[Prior, PriorWeights]:
     """Learn what examples share.
 
     Args:
         run: A run with mask gradients.
         rounds: How many of their rounds to use.
         examples: The examples to learn from, see `learning_examples`.
-        designs: Whether memory suffices to keep masks in float32.
+        device: Where to compute.
 
     Returns:
-        The prior, and what it gives for these examples.
+        The prior, and what it gives for these examples, both on the CPU.
 
     Raises:
         RegressionError: When there are too few mask gradients, or all are zero.
@@ -165,7 +171,7 @@ def learn_prior(run: Run, rounds: int, examples: slice, *, designs: bool) -> tup
             f"an informed fit needs at least {least} mask gradients and would use {count} of the "
             f"{mask_gradients.count} in {run.path}; use more, or collect more with --gradients, 64 or so"
         )
-    sample = _Sample.read(mask_gradients, rounds, examples, designs=designs)
+    sample = _Sample.read(mask_gradients, rounds, examples, device)
     whole = sample.whole()
     if not whole.any():
         raise RegressionError(
@@ -176,14 +182,15 @@ def learn_prior(run: Run, rounds: int, examples: slice, *, designs: bool) -> tup
     sites = torch.tensor([numbers[component.site] for component in run.components])
     if len(numbers) > MOST_SITES:
         sites = sites * MOST_SITES // len(numbers)
-    shared, trials = learn(sample.rows, sample.left_out(FOLDS), sites)
-    weights = shared.weights(whole)
+    shared, trials = learn(sample.rows, sample.left_out(FOLDS), sites.to(device))
+    weights = shared.weights(whole).cpu()
     column = weights.square().mean(0).sqrt()
     column = (column / column.mean().clamp_min(1e-30)).clamp_min(COLUMN_FLOOR)
     halves = relearn(shared, sample.rows.dealt(HALVES), sample.left_out(HALVES))
     kept = tuple(mask_gradients.kept(i) for i in range(rounds))
     found = PriorWeights(weights * sample.spread[:, None], sample.spread, sample.mean)
-    return Prior(shared, kept, column, judge(trials, halves)), found[torch.argsort(sample.order)]
+    prior = Prior(shared.to(torch.device("cpu")), kept, column, judge(trials, halves), device)
+    return prior, found[torch.argsort(sample.order)]
 
 
 def learning_examples(run: Run, most: int) -> slice:
@@ -192,10 +199,10 @@ def learning_examples(run: Run, most: int) -> slice:
     return slice(0, run.n_examples, step if step % 2 else step + 1)
 
 
-def _means(sums: np.ndarray, counts: np.ndarray) -> Tensor:
+def _means(sums: Tensor, counts: Tensor) -> Tensor:
     """Turn (2, examples, components) sums and counts into means; an end without any has the mean of the other."""
-    means = sums / np.maximum(counts, 1)
-    return torch.from_numpy(np.where(counts > 0, means, means[::-1]))
+    means = sums / counts.clamp_min(1)
+    return torch.where(counts > 0, means, means.flip(0))
 
 
 def _spread(outputs: Tensor) -> Tensor:

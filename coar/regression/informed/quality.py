@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coar.regression.informed.learning import Trial
-from coar.regression.informed.rows import sum_of_squares
+from coar.regression.informed.rows import RowBlock, sum_of_squares
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def judge(trials: Sequence[Trial], halves: Sequence[Trial]) -> PriorQuality:
 
 def _explained(trials: Sequence[Trial]) -> float:
     """Return the share of the outputs' variance that weights explain in rows that they never saw."""
-    total = sum(sum_of_squares(trial.held.outputs()) for trial in trials)
+    total = sum(sum_of_squares([block.outputs for block, _ in trial.held_out()]) for trial in trials)
     return 1 - sum(trial.error() for trial in trials) / total
 
 
@@ -60,23 +60,26 @@ def _pairs(trial: Trial) -> Tensor:
     The product of two rows' residuals with the product of their centred masks has the product of the errors for its
     mean, free of the residuals' own variance, so sums over pairs of independent rows estimate the squared errors.
     """
-    held, found = trial.held, []
-    deviation = math.sqrt(held.variance())
-    parts = list(zip(held.blocks, trial.held_left, strict=True))
-    for start in sorted({block.examples.start for block in held.blocks}):  # blocks of the same mask groups
-        own = [(block, left) for block, left in parts if block.examples.start == start]
-        total, alone, squares, counts = torch.zeros(()), torch.zeros(()), torch.zeros(()), []
-        for block, left in own:
-            # Rows of one round share out ablations, so masks are centred by the share that any mask keeps.
-            offset, design = (block.mean - held.kept)[:, None], block.design()
-            for rows in block.rounds.values():
-                part = left[..., rows]
-                adjoint = (part @ design[:, rows] + part.sum(2, keepdim=True) * offset) / deviation
-                total = total + adjoint  # (groups, members, components)
-                alone = alone + adjoint.square().sum((1, 2))
-                counts.append(part.shape[2])
-            squares = squares + block.outputs.square().sum((1, 2))
+    rows, held, found = trial.rows, trial.held_out(), []
+    for start in sorted({block.examples.start for block, _ in held}):
+        own = [(block, left) for block, left in held if block.examples.start == start]  # of the same mask groups
+        squares = torch.stack([block.outputs.square().sum((1, 2)) for block, _ in own]).sum(0)
+        counts = [part.stop - part.start for block, _ in own for part in block.rounds.values()]
         pairs = sum(counts) ** 2 - sum(count**2 for count in counts)
-        error = (total.square().sum((1, 2)) - alone) * sum(counts) / max(pairs, 1)
-        found.append(torch.stack([squares, error], dim=1))
+        tiles = range(len(own[0][0].masks))
+        products = torch.stack([_products(own, tile, rows.kept) for tile in tiles]).sum(0)
+        found.append(torch.stack([squares, products / rows.variance() * sum(counts) / max(pairs, 1)], dim=1))
     return torch.cat(found)
+
+
+def _products(own: Sequence[tuple[RowBlock, Tensor]], tile: int, kept: float) -> Tensor:
+    """Return (mask groups,) sums over a tile's components of products of residuals times masks of two rounds."""
+    rounds = []
+    for block, left in own:
+        # Rows of one round share out ablations, so masks are centred by the share that any mask keeps.
+        offset, design = block.mean[:, None, block.components(tile)] - kept, block.design(tile)
+        for rows in block.rounds.values():
+            part = left[..., rows]
+            rounds.append(part @ design[:, rows] + part.sum(2, keepdim=True) * offset)  # (groups, members, components)
+    alone = torch.stack([adjoint.square().sum((1, 2)) for adjoint in rounds]).sum(0)
+    return torch.stack(rounds).sum(0).square().sum((1, 2)) - alone

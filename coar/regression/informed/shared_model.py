@@ -45,8 +45,8 @@ class Curvature:
             gain: (sums, directions, components) factors on the curvature along each direction.
         """
         curvature = gradients[1] - self.ratio * gradients[0]
-        out = torch.zeros(len(gain), *curvature.shape)
-        for group in members_of(self.sites):
+        out = curvature.new_zeros(len(gain), *curvature.shape)
+        for group in members_of(self.sites).values():
             curves = self.curves[:, group]
             along = curvature[..., group] @ curves.T  # (..., directions)
             for number, factors in enumerate(gain):
@@ -73,6 +73,15 @@ class SharedModel:
     directions: Tensor
     structure: Tensor
     stages: tuple[tuple[str, float], ...] = ()
+
+    def to(self, device: torch.device) -> "SharedModel":
+        """Return the model on a device."""
+        sites, ratio, curves = (
+            own.to(device) for own in (self.curvature.sites, self.curvature.ratio, self.curvature.curves)
+        )
+        gain, directions, structure = (own.to(device) for own in (self.gain, self.directions, self.structure))
+        curvature = Curvature(sites, ratio, curves)
+        return SharedModel(self.placing.to(device), curvature, gain, directions, structure, self.stages)
 
     @property
     def rank(self) -> int:

@@ -29,7 +29,7 @@ def gains_by_site(moments: "Sequence[SiteMoments]", features: int) -> Tensor:
     if len(moments) < 2:
         return whole.gains(features, SPREADS[:1])[0].view(features, -1)
     together = max(TABLE_NUMBERS // (len(SPREADS) * whole.gram.numel()), 1)  # rounds left out at a time
-    errors = torch.zeros(len(SPREADS), dtype=torch.float64)
+    errors = whole.square.new_zeros(len(SPREADS))
     for start in range(0, len(moments), together):
         left_out = SiteMoments.stacked(moments[start : start + together])
         errors += left_out.errors(whole.minus(left_out).gains(features, SPREADS)).sum(0)
@@ -45,17 +45,17 @@ def table_bytes(sites: int, features: int, rounds: int) -> int:
 
 def by_site(values: Tensor, sites: Tensor) -> Tensor:
     """Replace (..., components) values by their sums over the components of each site."""
-    sums = torch.zeros(*values.shape[:-1], int(sites.max()) + 1).index_add_(-1, sites, values)
+    sums = values.new_zeros(*values.shape[:-1], int(sites.max()) + 1).index_add_(-1, sites, values)
     return sums[..., sites]
 
 
-def members_of(sites: Tensor) -> list[Tensor | slice]:
+def members_of(sites: Tensor) -> dict[int, Tensor | slice]:
     """Return the numbers of the components of each site; a slice, which copies nothing, where they are in a row."""
-    found: list[Tensor | slice] = []
-    for site in range(int(sites.max()) + 1):
+    found, sites = dict[int, Tensor | slice](), sites.cpu()
+    for site in sorted(set(sites.tolist())):
         group = (sites == site).nonzero()[:, 0]
         first, last = int(group[0]), int(group[-1])
-        found.append(slice(first, last + 1) if last - first + 1 == len(group) else group)
+        found[site] = slice(first, last + 1) if last - first + 1 == len(group) else group
     return found
 
 
@@ -106,14 +106,15 @@ class SiteMoments:
 
         This is the mean of the posterior where outputs have the residual variance of the common gains alone.
         """
-        common = torch.eye(features, dtype=torch.float64).repeat_interleave(self.moment.shape[-1] // features, dim=0)
+        sites = self.moment.shape[-1] // features
+        common = torch.eye(features, dtype=torch.float64, device=self.gram.device).repeat_interleave(sites, dim=0)
         image = self.gram @ common  # (..., factors, features)
         gram, moment = common.T @ image, self.moment @ common
         floor = torch.diag_embed((FLOOR * gram.diagonal(dim1=-2, dim2=-1)).clamp_min(1e-30))
         shared = torch.linalg.solve(gram + floor, moment[..., None]).mT @ common.T  # (..., 1, factors)
         noise = (self.errors(shared) / self.count.clamp_min(1)[..., None]).clamp_min(1e-30)
         # A gain is small or large by what it takes for its feature to vary as much as the outputs.
-        precision = torch.tensor(spreads, dtype=torch.float64) ** -2
+        precision = self.gram.new_tensor(spreads) ** -2
         scale = noise * precision / self.square.clamp_min(1e-30)[..., None]  # (..., spreads)
         ridge = (gram + floor).diagonal(dim1=-2, dim2=-1) @ common.T
         deviations = self.gram[..., None, :, :] + torch.diag_embed(scale[..., None] * ridge[..., None, :])
@@ -134,28 +135,33 @@ def moments_by_round(rows: Rows, features: Sequence[Tensor], sites: Tensor) -> d
         features: (folds, examples, components) each, whose weighted sum is to be the weights.
         sites: (components,) number of each component's site.
     """
-    members, found = members_of(sites), dict[int, list[SiteMoments]]()
+    first, found = rows.blocks[0], dict[int, list[SiteMoments]]()
+    members = [members_of(sites[first.components(tile)]) for tile in range(len(first.masks))]
     for block in rows.blocks:
-        for number, part in _moments_of(block, features, members):
+        for number, part in _moments_of(block, features, members, int(sites.max()) + 1):
             found.setdefault(number, []).append(part)
     return {number: SiteMoments.stacked(found[number]).total() for number in sorted(found)}
 
 
 def _moments_of(
-    block: RowBlock, features: Sequence[Tensor], members: list[Tensor | slice]
+    block: RowBlock, features: Sequence[Tensor], members: Sequence[dict[int, Tensor | slice]], sites: int
 ) -> Iterator[tuple[int, SiteMoments]]:
     """Yield moments of each round from the table of what each factor predicts, some mask groups at a time."""
-    factors, design = len(features) * len(members), block.design()
-    groups = max(TABLE_NUMBERS // (factors * block.outputs[0].numel()), 1)
-    for start in range(0, len(design), groups):
-        some = slice(start, start + groups)
-        x, y = design[some], block.outputs[some]
-        own = (block.by_group(feature[block.fold, block.examples])[some] for feature in features)
-        stacked = torch.cat(list(own), dim=1)  # (groups, features x members, components)
-        table = torch.stack([stacked[..., group] @ x[..., group].mT for group in members])
-        table = table.view(len(members), len(x), len(features), *y.shape[1:]).permute(2, 0, 1, 3, 4)
+    y, factors = block.outputs, len(features) * sites
+    step = max(TABLE_NUMBERS // (factors * y[0].numel()), 1)
+    for start in range(0, len(y), step):
+        some = slice(start, start + step)
+        outputs = y[some]
+        table = y.new_zeros(sites, len(outputs), len(features) * y.shape[1], y.shape[2])
+        for tile, groups in enumerate(members):
+            design = block.design(tile, some)
+            at = (block.fold, block.examples, block.components(tile))
+            own = torch.cat([block.by_group(feature[at])[some] for feature in features], dim=1)
+            for site, group in groups.items():
+                table[site].baddbmm_(own[..., group], design[..., group].mT)
+        table = table.view(sites, len(outputs), len(features), *y.shape[1:]).permute(2, 0, 1, 3, 4)
         for number, rows in block.rounds.items():
             predicted = table[..., rows].reshape(factors, -1).double()  # (features x sites, outputs)
-            outputs = y[..., rows].flatten().double()
-            count = torch.tensor(len(outputs), dtype=torch.float64)
-            yield number, SiteMoments(predicted @ predicted.T, predicted @ outputs, outputs @ outputs, count)
+            seen = outputs[..., rows].flatten().double()
+            count = seen.new_tensor(len(seen))
+            yield number, SiteMoments(predicted @ predicted.T, predicted @ seen, seen @ seen, count)

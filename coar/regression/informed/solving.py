@@ -4,92 +4,140 @@ With A for the map from unknowns to outputs y, and S for the units of the penalt
 
     (A'A + penalty S)^-1 A' y = S^-1 A' (A S^-1 A' + penalty)^-1 y.
 
-Where outputs are fewer than unknowns, the second system is solved, by one Lanczos process for all penalties. Otherwise
-conjugate gradients solve the first one, at each penalty.
+Where outputs are fewer than unknowns, the second system is solved, by one Lanczos process for all penalties. A product
+with A S^-1 A' is a sum over components, so each tile of masks is made once for it, and serves the processes of all
+systems, which go side by side. Otherwise conjugate gradients solve the first system, at each penalty.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from coar.regression.informed.rows import Rows
-from coar.regression.krylov import Lanczos
+from coar.regression.informed.rows import Rows, Tile
+from coar.regression.krylov import LanczosBasis
 
 TOLERANCE, STEPS = 1e-3, 100  # relative size of the residual, and iterations
 
 
 @dataclass(frozen=True)
 class System:
-    """Outputs that weights explain, and the unknowns that weights are linear in.
+    """Outputs that weights explain, and unknowns that weights are linear in, those of a component in its own alone.
 
     Attributes:
-        rows: Which outputs, and their masks.
-        left: The outputs, block by block.
-        weights: (examples, components) weights of a fold from unknowns.
-        transposed: Unknowns from (examples, components) values of a fold: the transpose of `weights`.
-        scale: The diagonal of A'A, in the shape of the unknowns.
-        units: S, in the shape of the unknowns, or one number.
+        rows: All rows.
+        folds: The folds whose outputs are explained.
+        left: The outputs of all rows, block by block.
+        weights: (examples, components) weights of a fold and some components, from the unknowns of these.
+        transposed: The transpose of `weights`: from (examples, components) values of a fold and some components.
+        scale: The diagonal of A'A, in the shape of the unknowns, whose last axis is components.
+        units: S, in the same shape.
     """
 
     rows: Rows
+    folds: Collection[int]
     left: Sequence[Tensor]
-    weights: Callable[[int, Tensor], Tensor]
-    transposed: Callable[[int, Tensor], Tensor]
+    weights: Callable[[int, slice, Tensor], Tensor]
+    transposed: Callable[[int, slice, Tensor], Tensor]
     scale: Tensor
     units: Tensor
 
-    def solver(self) -> Callable[[float], Tensor]:
-        """Return the map from a penalty to the unknowns; it is fastest for penalties in descending order."""
-        fewer = sum(values.numel() for values in self.left) < self.scale.numel()
-        return self._by_outputs() if fewer else self._by_unknowns()
+    def outputs(self) -> Tensor:
+        """Return all outputs as one vector, zeros for folds that are not explained."""
+        parts = zip(self.rows.blocks, self.left, strict=True)
+        return torch.cat([(part if block.fold in self.folds else part * 0).flatten() for block, part in parts])
 
-    def _by_unknowns(self) -> Callable[[float], Tensor]:
-        right = self._adjoint(self.left)
+    def predict(self, tile: Tile, unknowns: Tensor, folds: Collection[int], out: Sequence[Tensor]) -> None:
+        """Add what the unknowns of a tile predict in some folds."""
+        for fold in folds:
+            tile.predict(fold, self.weights(fold, tile.some, unknowns), out)
 
-        def solve(penalty: float) -> Tensor:
-            ridge = penalty * self.units
+    def adjoint(self, tile: Tile, values: Sequence[Tensor]) -> Tensor:
+        """Return A' values, for the unknowns of a tile."""
+        of_folds = (self.transposed(fold, tile.some, tile.adjoint(fold, values)) for fold in self.folds)
+        return reduce(torch.add, of_folds)
 
-            def normal(unknowns: Tensor) -> Tensor:
-                image = ridge * unknowns
-                for fold in self.rows.folds():
-                    image += self.transposed(fold, self.rows.gram(fold, self.weights(fold, unknowns)))
-                return image
 
-            return conjugate_gradients(normal, right, 1 / (self.scale + ridge))
+Solver = Callable[[float, Sequence[int]], list[Tensor]]  # from a penalty, the unknowns of some of the systems
 
-        return solve
 
-    def _by_outputs(self) -> Callable[[float], Tensor]:
-        shapes = [values.shape for values in self.left]
-        sizes = [values.numel() for values in self.left]
+def solver_of(systems: Sequence[System]) -> Solver:
+    """Return the solver of systems of the same rows; it is fastest for penalties in descending order."""
+    fewer = sum(part.numel() for part in systems[0].left) < systems[0].scale.numel()
+    return _by_outputs(systems) if fewer else _by_unknowns(systems)
 
-        def unknowns_of(values: Tensor) -> Tensor:
-            parts = [part.view(shape) for part, shape in zip(torch.split(values, sizes), shapes, strict=True)]
-            return self._adjoint(parts) / self.units
 
-        def times(values: Tensor) -> Tensor:
-            unknowns = unknowns_of(values[:, 0])
-            return _column(self.rows.predictions(lambda fold: self.weights(fold, unknowns)))
+def predictions(systems: Sequence[System], unknowns: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return what the unknowns of each system predict in all rows, block by block."""
+    rows = systems[0].rows
+    found = [[torch.zeros_like(part) for part in rows.outputs()] for _ in systems]
+    for tile in rows.tiles(rows.folds()):
+        for system, own, out in zip(systems, unknowns, found, strict=True):
+            system.predict(tile, own[..., tile.some], rows.folds(), out)
+    return found
 
-        process = Lanczos(times, _column(self.left), min(STEPS, sum(sizes)))
 
-        def solve(penalty: float) -> Tensor:
-            at = torch.tensor([penalty], dtype=torch.float64)
-            while not process.full:
-                if process.steps and float(process.ritz().left(at)) <= TOLERANCE:
-                    break
-                process.step()
-            return unknowns_of(process.combine(process.ritz().solution(at)[0])[:, 0])
+def _by_unknowns(systems: Sequence[System]) -> Solver:
+    def solve(penalty: float, which: Sequence[int]) -> list[Tensor]:
+        return [_solved(systems[i], penalty) for i in which]
 
-        return solve
+    return solve
 
-    def _adjoint(self, values: Sequence[Tensor]) -> Tensor:
-        found = torch.zeros_like(self.scale)
-        for fold in self.rows.folds():
-            found += self.transposed(fold, self.rows.adjoint_of(fold, values))
+
+def _solved(system: System, penalty: float) -> Tensor:
+    ridge, rows = penalty * system.units, system.rows
+
+    def normal(unknowns: Tensor) -> Tensor:
+        predicted = [torch.zeros_like(part) for part in system.left]
+        for tile in rows.tiles(system.folds):
+            system.predict(tile, unknowns[..., tile.some], system.folds, predicted)
+        return _adjoints([system], [predicted])[0] + ridge * unknowns
+
+    return conjugate_gradients(normal, _adjoints([system], [system.left])[0], 1 / (system.scale + ridge))
+
+
+def _by_outputs(systems: Sequence[System]) -> Solver:
+    rows, everyone = systems[0].rows, range(len(systems))
+    starts = [system.outputs()[:, None] for system in systems]
+    processes = [LanczosBasis(start, min(STEPS, len(start))) for start in starts]
+
+    def times(behind: Sequence[int]) -> list[Tensor]:
+        given = [rows.parts(processes[i].last[:, 0]) for i in behind]
+        found = [torch.zeros_like(processes[i].last) for i in behind]
+        out = [rows.parts(image[:, 0]) for image in found]
+        for tile in rows.tiles(rows.folds()):
+            for i, values, image in zip(behind, given, out, strict=True):
+                system = systems[i]
+                unknowns = system.adjoint(tile, values) / system.units[..., tile.some]
+                system.predict(tile, unknowns, system.folds, image)
         return found
+
+    def solve(penalty: float, which: Sequence[int]) -> list[Tensor]:
+        at = torch.tensor([penalty], dtype=torch.float64, device=starts[0].device)
+        while behind := [i for i in everyone if not _solves(processes[i], at)]:
+            for i, image in zip(behind, times(behind), strict=True):
+                processes[i].extend(image)
+        chosen = [systems[i] for i in which]
+        values = [processes[i].combine(processes[i].ritz().solution(at)[0])[:, 0] for i in which]
+        found = _adjoints(chosen, [rows.parts(own) for own in values])
+        return [own / system.units for own, system in zip(found, chosen, strict=True)]
+
+    return solve
+
+
+def _solves(process: LanczosBasis, at: Tensor) -> bool:
+    return process.full or (process.steps > 0 and float(process.ritz().left(at)) <= TOLERANCE)
+
+
+def _adjoints(systems: Sequence[System], values: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return A' values of each system."""
+    found = [torch.empty_like(system.scale) for system in systems]
+    for tile in systems[0].rows.tiles({fold for system in systems for fold in system.folds}):
+        for system, own, out in zip(systems, values, found, strict=True):
+            out[..., tile.some] = system.adjoint(tile, own)
+    return found
 
 
 def conjugate_gradients(normal: Callable[[Tensor], Tensor], right: Tensor, inverse: Tensor) -> Tensor:
@@ -109,8 +157,3 @@ def conjugate_gradients(normal: Callable[[Tensor], Tensor], right: Tensor, inver
         size, before = float((residual * steep).sum()), size
         step = steep + size / before * step
     return x
-
-
-def _column(values: Sequence[Tensor]) -> Tensor:
-    """Return the entries of all blocks as one column."""
-    return torch.cat([part.flatten() for part in values])[:, None]
