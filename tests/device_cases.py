@@ -330,8 +330,8 @@ def informed_fits_without_masks(device, folder):
         path = folder / f"{device}-{components}.zarr"
         run = make(path, truth.outputs, components=components, masks=2, blocks=(2, examples))
         fitted = fit(add_gradients(run, truth, 64), method="informed", masks=0, device=device)
-        found |= {f"{name} of {components}": values for name, values in arrays(fitted).items()}
-        found[f"quality of {components}"] = np.array([fitted.fit.prior_quality.error])
+        found |= {f"{name} of {components} components": values for name, values in arrays(fitted).items()}
+        found[f"quality of {components} components"] = np.array([fitted.fit.prior_quality.error])
     return found
 
 

@@ -131,7 +131,7 @@ def test_predictions_are_centred_masks_times_the_weights_of_their_fold(problem):
     weight = torch.randn(FOLDS, N, D)
     masks = parts()[0]
     seen = []
-    for block, found in zip(rows.blocks, rows.predict(weight), strict=True):
+    for block, found in zip(rows.blocks, rows.predict(weight.__getitem__), strict=True):
         for place, number in enumerate(range(N)[block.examples]):
             group = int(ORDER[number]) % MASK_GROUPS
             centred = masks[block.fold, :, group] - masks[:, :, group].reshape(-1, D).mean(0)
@@ -161,7 +161,9 @@ def test_tiles_of_any_size_give_the_same(members, least, monkeypatch):
     cut = rows_of(masks, outputs, order)
     assert [tile.some.stop - tile.some.start for tile in plain.tiles([0])] == [D]
     assert [tile.some.stop - tile.some.start for tile in cut.tiles([0])] == [least] * (D // least) + [1] * (D % least)
-    torch.testing.assert_close(adjoint(cut, cut.residual(weight)), adjoint(plain, plain.residual(weight)))
+    torch.testing.assert_close(
+        adjoint(cut, cut.residual(weight.__getitem__)), adjoint(plain, plain.residual(weight.__getitem__))
+    )
     gradients = left_out(gradients, own, outputs)[:, :, : len(members)]
     for sites in (SITES, torch.arange(D) % 4):  # components of a site in a row, and apart
         (one, trials), (other, cut_trials) = (learn(rows, gradients, sites) for rows in (plain, cut))
@@ -178,7 +180,7 @@ def test_adjoint_is_the_transpose_of_predict(problem):
     for _ in range(5):
         weight = torch.randn(FOLDS, N, D, dtype=torch.float32)
         values = [torch.randn_like(block.outputs) for block in rows.blocks]
-        forward = sum(float((a * b).sum()) for a, b in zip(rows.predict(weight), values, strict=True))
+        forward = sum(float((a * b).sum()) for a, b in zip(rows.predict(weight.__getitem__), values, strict=True))
         assert forward == pytest.approx(float((weight * adjoint(rows, values)).sum()), rel=1e-4, abs=1e-2)
 
 
@@ -208,9 +210,9 @@ def test_rows_are_dealt_round_by_round(problem):
 def test_residuals_have_no_mean(problem):
     """Outputs are less their means over all folds, and so are the masks: else each weight's error has a share of it."""
     rows, gradients = problem
-    weight = learn(rows, gradients, SITES)[0].weights(gradients).mean(0, keepdim=True).expand(FOLDS, N, D)
+    weight = learn(rows, gradients, SITES)[0].weights(gradients).mean(0)
     sums = torch.zeros(N)
-    for block, part in zip(rows.blocks, rows.residual(weight), strict=True):
+    for block, part in zip(rows.blocks, rows.residual(lambda _: weight), strict=True):
         sums[block.examples] += part.sum(2).flatten()
     assert float(sums.abs().max()) < 1e-3
 
@@ -218,7 +220,7 @@ def test_residuals_have_no_mean(problem):
 def test_trials_hold_what_their_weights_leave(problem):
     rows, gradients = problem
     for trial in learn(rows, gradients, SITES)[1]:
-        residual = rows.residual(trial.model.weights(gradients))
+        residual = rows.residual(trial.model.weights(gradients).__getitem__)
         for one, other in zip(residual, trial.left, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
@@ -229,7 +231,7 @@ def test_learned_weights_predict_rows_that_were_not_learned_from(problem):
     left = sum(trial.error() for trial in learn(rows, gradients, SITES)[1])
     truth, (_, outputs, _, _) = pairwise(N, D), parts()
     best = torch.tensor(truth.best() / outputs.reshape(-1, N).std(0, ddof=1)[:, None], dtype=torch.float32)[ORDER]
-    least = sum_of_squares(rows.residual(best.expand(FOLDS, N, D)))
+    least = sum_of_squares(rows.residual(lambda _: best))
     assert least < left < least + 0.1 * total
 
 
@@ -297,9 +299,9 @@ def test_a_curve_helps_where_few_mask_gradients_show_what_examples_share():
     gradients = torch.tensor(ends / spread, dtype=torch.float32)[:, :, ORDER]
     moments = moments_by_round(rows, gradients, SITES)
     straight = gains_by_site(list(moments.values()), 2)[:, SITES].float()
-    without = sum_of_squares(rows.residual(weighted_sum(straight, gradients)))
+    without = sum_of_squares(rows.residual(weighted_sum(straight, gradients).__getitem__))
     curved = start_of(rows, gradients).model.weights(gradients)
-    assert sum_of_squares(rows.residual(curved)) < 0.9 * without
+    assert sum_of_squares(rows.residual(curved.__getitem__)) < 0.9 * without
 
 
 def test_gains_undo_whatever_factor_a_site_has(problem):

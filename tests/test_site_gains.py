@@ -34,7 +34,9 @@ def problem(gains, noise, rounds=ROUNDS, seed=0):
 
 def apart(rows, features):
     """Ordinary least squares, each site for itself, row by row and component by component."""
-    design = torch.cat([torch.cat(block.masks, 2)[0].double() - block.mean[0].double() for block in rows.blocks]).numpy()
+    design = torch.cat(
+        [torch.cat(block.masks, 2)[0].double() - block.mean[0].double() for block in rows.blocks]
+    ).numpy()
     outputs = torch.cat([block.outputs[0].T for block in rows.blocks])
     table, y = [], []
     for row in range(len(design)):

@@ -54,8 +54,8 @@ class Trial:
         """Return the sum of squared residuals of the rows that the model has not seen."""
         return sum_of_squares([left for _, left in self.held_out()])
 
-    def renewed(self, model: SharedModel, weights: Tensor) -> "Trial":
-        """Return the trial with a model that gives these (folds, examples, components) weights."""
+    def renewed(self, model: SharedModel, weights: Callable[[int], Tensor]) -> "Trial":
+        """Return the trial with a model that gives these (examples, components) weights of each fold."""
         return replace(self, model=model, left=self.rows.residual(weights))
 
 
@@ -153,7 +153,7 @@ class _Start:
         every = gain[[0, 1, *(2 + band for band in of_bands)]]
         model = SharedModel(placing, curvature, every, directions, every.new_zeros(rank, rows.shape[2]))
         trial = Trial(model, rows, held, model.places(self.gradients), ())
-        return trial.renewed(model, weighted_sum(gain, self.features))
+        return trial.renewed(model, lambda fold: weighted_sum(gain, [feature[fold] for feature in self.features]))
 
 
 def _bands(curves: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def smoothing(trials: Sequence[Trial], gradients: Tensor) -> Refinement:
             structure=weighted_sum(gain[2:], common),
             stages=(*model.stages, ("smoothing", 0.0)),
         )
-        return trial.renewed(smoothed, weighted_sum(gain, features))
+        return trial.renewed(smoothed, lambda fold: weighted_sum(gain, [feature[fold] for feature in features]))
 
     return lambda _, which: [refined(trials[i]) if trials[i].model.rank else trials[i] for i in which]
 
@@ -237,7 +237,12 @@ def structure(trials: Sequence[Trial], gradients: Tensor) -> Refinement:
     """Add what examples have in common, by ridge on what the model leaves; large weights may change more."""
     if not trials[0].model.rank:
         return lambda _, which: [trials[i] for i in which]
-    columns = [trial.model.weights(gradients).square().mean((0, 1)).sqrt() for trial in trials]  # (components,)
+
+    def column_of(trial: Trial) -> Tensor:
+        squares = [trial.model.weights(gradients[:, fold]).square().mean(0) for fold in trial.rows.folds()]
+        return torch.stack(squares).mean(0).sqrt()  # (components,)
+
+    columns = [column_of(trial) for trial in trials]
 
     def system(trial: Trial, column: Tensor) -> System:
         places, seen = trial.places, trial.seen()

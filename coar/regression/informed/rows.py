@@ -1,6 +1,6 @@
 """Outputs under masks, example by example, as one linear operator on weights."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 
@@ -177,17 +177,18 @@ class Rows:
             made = {i: self.blocks[i].design(number, space=space[i]) for i in chosen}
             yield Tile(self.blocks[0].components(number), self.blocks, made)
 
-    def predict(self, weight: Tensor) -> list[Tensor]:
-        """Map (folds, examples, components) weights to (groups, members, rows) predictions of each block."""
+    def predict(self, weights: Callable[[int], Tensor]) -> list[Tensor]:
+        """Map each fold's (examples, components) weights to (groups, members, rows) predictions of each block."""
         out = [torch.zeros_like(block.outputs) for block in self.blocks]
-        for tile in self.tiles(self.folds()):
-            for fold in self.folds():
-                tile.predict(fold, weight[fold, :, tile.some], out)
+        for fold in self.folds():
+            own = weights(fold)
+            for tile in self.tiles([fold]):
+                tile.predict(fold, own[:, tile.some], out)
         return out
 
-    def residual(self, weight: Tensor) -> list[Tensor]:
-        """Return what (folds, examples, components) weights leave of the outputs."""
-        return subtract(self.outputs(), self.predict(weight))
+    def residual(self, weights: Callable[[int], Tensor]) -> list[Tensor]:
+        """Return what each fold's (examples, components) weights leave of the outputs."""
+        return subtract(self.outputs(), self.predict(weights))
 
 
 def subtract(values: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:

@@ -109,14 +109,14 @@ class SiteMoments:
         sites = self.moment.shape[-1] // features
         common = torch.eye(features, dtype=torch.float64, device=self.gram.device).repeat_interleave(sites, dim=0)
         image = self.gram @ common  # (..., factors, features)
-        gram, moment = common.T @ image, self.moment @ common
+        gram, moment = common.T @ image, common.T @ self.moment[..., None]
         floor = torch.diag_embed((FLOOR * gram.diagonal(dim1=-2, dim2=-1)).clamp_min(1e-30))
-        shared = torch.linalg.solve(gram + floor, moment[..., None]).mT @ common.T  # (..., 1, factors)
+        shared = torch.linalg.solve(gram + floor, moment).mT @ common.T  # (..., 1, factors)
         noise = (self.errors(shared) / self.count.clamp_min(1)[..., None]).clamp_min(1e-30)
         # A gain is small or large by what it takes for its feature to vary as much as the outputs.
         precision = self.gram.new_tensor(spreads) ** -2
         scale = noise * precision / self.square.clamp_min(1e-30)[..., None]  # (..., spreads)
-        ridge = (gram + floor).diagonal(dim1=-2, dim2=-1) @ common.T
+        ridge = (gram + floor).diagonal(dim1=-2, dim2=-1).repeat_interleave(sites, dim=-1)
         deviations = self.gram[..., None, :, :] + torch.diag_embed(scale[..., None] * ridge[..., None, :])
         # Eliminating the deviations first leaves the common gains a small system of their own.
         right = torch.cat([image, self.moment[..., None]], dim=-1)[..., None, :, :]
