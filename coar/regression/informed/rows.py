@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import accumulate, groupby
 
 import torch
@@ -59,38 +60,6 @@ class RowBlock:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """The masks less their mean of some components, which all products with these components go through.
-
-    Attributes:
-        some: The components.
-        blocks: Blocks of rows.
-        designs: (groups, rows, components) of the blocks of some folds, by number.
-    """
-
-    some: slice
-    blocks: Sequence[RowBlock]
-    designs: dict[int, Tensor]
-
-    def predict(self, fold: int, weights: Tensor, out: Sequence[Tensor]) -> None:
-        """Add what (examples, components) weights of a fold predict to (groups, members, rows) sums of each block."""
-        for number, design in self.designs.items():
-            block = self.blocks[number]
-            if block.fold == fold:
-                out[number].baddbmm_(block.by_group(weights[block.examples]), design.mT)
-
-    def adjoint(self, fold: int, values: Sequence[Tensor]) -> Tensor:
-        """Return (examples, components) sums of a fold's values: the transpose of its predictions."""
-        examples = max(block.examples.stop for block in self.blocks)
-        found = values[0].new_zeros(examples, self.some.stop - self.some.start)
-        for number, design in self.designs.items():
-            block = self.blocks[number]
-            if block.fold == fold:
-                block.by_group(found[block.examples]).baddbmm_(values[number], design)
-        return found
-
-
-@dataclass(frozen=True)
 class Rows:
     """Rows of a set of examples, as one linear operator on their (folds, examples, components) weights.
 
@@ -120,7 +89,7 @@ class Rows:
         """
         device, sizes = outputs[0].device, [len(part) for part in masks]
         numbers, counts = torch.unique_consecutive(groups, return_counts=True)
-        mean = torch.stack([part.sum(0) for part in masks]).sum(0) / sum(sizes)  # (mask groups, components)
+        mean = reduce(torch.add, (part.sum(0) for part in masks)) / sum(sizes)  # (mask groups, components)
         rows = sum(sizes) * len(numbers)
         step = max((TILE_NUMBERS if device.type == "cpu" else MORE_TILE_NUMBERS) // rows, LEAST_TILE)
         blocks = []
@@ -169,13 +138,13 @@ class Rows:
         parts = torch.split(values, [block.outputs.numel() for block in self.blocks])
         return [part.view_as(block.outputs) for part, block in zip(parts, self.blocks, strict=True)]
 
-    def tiles(self, folds: Collection[int]) -> Iterator[Tile]:
+    def tiles(self, folds: Collection[int]) -> "Iterator[Tile]":
         """Yield the masks of some folds tile by tile; a tile is valid until the next one is made."""
         chosen = [i for i, block in enumerate(self.blocks) if block.fold in folds]
         space = {i: torch.empty_like(self.blocks[i].masks[0], dtype=torch.float32) for i in chosen}
         for number in range(len(self.blocks[0].masks) if chosen else 0):
             made = {i: self.blocks[i].design(number, space=space[i]) for i in chosen}
-            yield Tile(self.blocks[0].components(number), self.blocks, made)
+            yield Tile(self, self.blocks[0].components(number), made)
 
     def predict(self, weights: Callable[[int], Tensor]) -> list[Tensor]:
         """Map each fold's (examples, components) weights to (groups, members, rows) predictions of each block."""
@@ -189,6 +158,37 @@ class Rows:
     def residual(self, weights: Callable[[int], Tensor]) -> list[Tensor]:
         """Return what each fold's (examples, components) weights leave of the outputs."""
         return subtract(self.outputs(), self.predict(weights))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The masks less their mean of some components, which all products with these components go through.
+
+    Attributes:
+        rows: The rows.
+        some: The components.
+        designs: (groups, rows, components) of the blocks of some folds, by their number.
+    """
+
+    rows: Rows
+    some: slice
+    designs: dict[int, Tensor]
+
+    def predict(self, fold: int, weights: Tensor, out: Sequence[Tensor]) -> None:
+        """Add what (examples, components) weights of a fold predict to (groups, members, rows) sums of each block."""
+        for number, design in self.designs.items():
+            block = self.rows.blocks[number]
+            if block.fold == fold:
+                out[number].baddbmm_(block.by_group(weights[block.examples]), design.mT)
+
+    def adjoint(self, fold: int, values: Sequence[Tensor]) -> Tensor:
+        """Return (examples, components) sums of a fold's values: the transpose of its predictions."""
+        found = values[0].new_zeros(self.rows.shape[1], self.some.stop - self.some.start)
+        for number, design in self.designs.items():
+            block = self.rows.blocks[number]
+            if block.fold == fold:
+                block.by_group(found[block.examples]).baddbmm_(values[number], design)
+        return found
 
 
 def subtract(values: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
