@@ -108,6 +108,17 @@ def texts_of_several_lengths(device, folder):
 
 
 @case
+def fits_of_masks(device, folder):
+    """On a device fits are iterative; on the CPU these come from a decomposition."""
+    run, _ = collected(pictures(coar.ZeroWeight()), folder, device, masks=60, gradients=16)
+    found = {}
+    for method in ("ridge", "lasso", "informed"):
+        fitted = coar.fit(run, method=method, device=device, memory_limit="4GiB", progress=False)
+        found |= {f"weights of {method}": fitted.weights(), f"intercepts of {method}": fitted.intercept}
+    return found
+
+
+@case
 def attention_heads_by_position(device, folder):
     from tests import tiny
 

@@ -8,7 +8,6 @@ products are then several times faster than with vectors in columns.
 """
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -63,8 +62,13 @@ class Masks:
         for number in range(len(self._parts)):
             yield from (tile for _, tile in self._unpacked(self._packed(number), dtype))
 
-    def kernel_times(self, values: Tensor) -> Tensor:
-        """Return the centred kernel matrix Xc Xc' (masks, masks) times (masks, columns) values."""
+    def kernel_times(self, values: Tensor, squares: Tensor | None = None) -> Tensor:
+        """Return the centred kernel matrix Xc S Xc' (masks, masks) times (masks, columns) values.
+
+        Args:
+            values: What is multiplied.
+            squares: (components,) the diagonal of S; by default ones.
+        """
         mean, vectors = (self.total / len(self)).to(values.dtype), values.T.contiguous()
         image = values.new_zeros(len(vectors), len(mean))
         start = 0
@@ -72,6 +76,8 @@ class Masks:
             image.addmm_(vectors[:, start : start + len(tile)], tile)
             start += len(tile)
         image.addr_(vectors.sum(1), mean, alpha=-1)
+        if squares is not None:
+            image *= squares.to(image.dtype)
         out = torch.cat([image @ tile.T for tile in self.tiles(values.dtype)], dim=1)
         return (out - out.mean(1, keepdim=True)).T.contiguous()
 
@@ -107,8 +113,12 @@ class Masks:
             yield part, space
 
 
-class GramOperator(Protocol):
+class GramOperator:
     """The centred masks of a fit: sums over them, and products with their Gram matrix.
+
+    Args:
+        masks: The masks.
+        device: Where they are.
 
     Attributes:
         total: (components,) float64 numbers of masks that keep each component.
@@ -117,36 +127,39 @@ class GramOperator(Protocol):
         masks: The masks.
     """
 
-    total: Tensor
-    count: int
-    device: torch.device
-    masks: Masks
-
-    def times(self, values: Tensor) -> Tensor:
-        """Return the centred Gram matrix times (components, columns) values."""
-        ...
-
-    def moments(self, examples: slice) -> Moments:
-        """Return the moments of a block of examples."""
-        ...
-
-
-class PackedGram:
-    """Products with the masks and their transpose, tile by tile.
-
-    Args:
-        masks: The masks.
-        device: Where they are.
-    """
-
     def __init__(self, masks: Masks, device: torch.device) -> None:
         self.masks, self.device, self.count = masks, device, len(masks)
         self.total = self.count - masks.total
-        self._mean = masks.total / self.count
 
     def times(self, values: Tensor) -> Tensor:
         """Return the centred Gram matrix times (components, columns) values."""
-        mean, vectors = self._mean.to(values.dtype), values.T.contiguous()
+        raise NotImplementedError
+
+    def kernel_times(self, values: Tensor) -> Tensor:
+        """Return the centred kernel matrix times (masks, columns) values."""
+        return self.masks.kernel_times(values)
+
+    def squares(self) -> Tensor:
+        """Return the (components,) diagonal of the centred Gram matrix."""
+        return self.total * (1 - self.total / self.count)
+
+    def moments(self, examples: slice, weights: Tensor | None = None) -> Moments:
+        """Return the moments of a block of examples.
+
+        Args:
+            examples: The examples.
+            weights: (examples, components) float32 weights, whose predictions are subtracted from the outputs, up to
+                a constant per example; by default nothing is.
+        """
+        return _moments(self.masks, examples, self.total, weights)
+
+
+class PackedGram(GramOperator):
+    """Products with the masks and their transpose, tile by tile; takes what `GramOperator` does."""
+
+    def times(self, values: Tensor) -> Tensor:
+        """Return the centred Gram matrix times (components, columns) values."""
+        mean, vectors = (self.masks.total / self.count).to(values.dtype), values.T.contiguous()
         out, sums = torch.zeros_like(vectors), torch.zeros_like(vectors[:, 0])
         offset = vectors @ mean
         for tile in self.masks.tiles(values.dtype):
@@ -155,12 +168,8 @@ class PackedGram:
             sums += image.sum(1)
         return out.addr_(sums, mean, alpha=-1).T.contiguous()
 
-    def moments(self, examples: slice) -> Moments:
-        """Return the moments of a block of examples."""
-        return _moments(self.masks, examples, self.total)
 
-
-class HeldGram:
+class HeldGram(GramOperator):
     """Products with the centred Gram matrix, held in float32.
 
     Args:
@@ -169,8 +178,7 @@ class HeldGram:
     """
 
     def __init__(self, masks: Masks, device: torch.device) -> None:
-        self.masks, self.device, self.count = masks, device, len(masks)
-        self.total = self.count - masks.total
+        super().__init__(masks, device)
         d = len(self.total)
         gram = torch.zeros(d, d, device=device)
         for tile in masks.tiles(torch.float32):
@@ -187,9 +195,33 @@ class HeldGram:
         parts = [self._gram[start : start + step] for start in range(0, len(self._gram), step)]
         return torch.cat([vectors @ part.to(values.dtype).T for part in parts], dim=1).T.contiguous()
 
-    def moments(self, examples: slice) -> Moments:
-        """Return the moments of a block of examples."""
-        return _moments(self.masks, examples, self.total)
+
+class Scaled(GramOperator):
+    """Products with the Gram matrix of centred masks whose columns are multiplied by factors: F Xc'Xc F.
+
+    `total` and `moments` are those of the masks themselves.
+
+    Args:
+        design: The masks.
+        factors: (components,) the diagonal of F.
+    """
+
+    def __init__(self, design: GramOperator, factors: Tensor) -> None:
+        super().__init__(design.masks, design.device)
+        self._design, self._factors = design, factors
+        self._narrow = factors.float()[:, None]
+
+    def times(self, values: Tensor) -> Tensor:
+        """Return the scaled Gram matrix times (components, columns) values."""
+        return self._design.times(values * self._narrow).mul_(self._narrow)
+
+    def kernel_times(self, values: Tensor) -> Tensor:
+        """Return the kernel matrix of the scaled columns times (masks, columns) values."""
+        return self.masks.kernel_times(values, self._factors.square())
+
+    def squares(self) -> Tensor:
+        """Return the (components,) diagonal of the scaled Gram matrix."""
+        return self._design.squares() * self._factors.square()
 
 
 def operator_of(run: Run, rows: np.ndarray, plan: FitPlan) -> PackedGram | HeldGram:
@@ -206,14 +238,15 @@ def operator_of(run: Run, rows: np.ndarray, plan: FitPlan) -> PackedGram | HeldG
     return (HeldGram if plan.way == "gram" else PackedGram)(masks, plan.device)
 
 
-def _moments(masks: Masks, examples: slice, total: Tensor) -> Moments:
+def _moments(masks: Masks, examples: slice, total: Tensor, weights: Tensor | None) -> Moments:
     product = squares = sums = shift = torch.empty(0)
     for tile, outputs in masks.with_outputs(examples):
+        left = outputs if weights is None else outputs + (weights @ tile.T).T  # y - Xw = y + Zw - the sum of w
         if not len(shift):
-            shift = outputs.mean(0)
+            shift = left.mean(0)
             sums = torch.zeros_like(shift, dtype=torch.float64)
             squares, product = sums.clone(), sums.new_zeros(len(shift), len(total))
-        y = outputs - shift
+        y = left - shift
         product += y.T @ tile
         sums += y.sum(0, dtype=torch.float64)
         squares += y.double().square().sum(0)

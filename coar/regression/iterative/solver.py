@@ -1,10 +1,9 @@
 """Ridge, least squares and the lasso by products with the masks' Gram matrix, without its decomposition.
 
 For ridge, generalised cross-validation takes the squared error of each example at every penalty from its Lanczos
-process, and the degrees of freedom from stochastic traces (Girard 1989), which all examples share.
+process, and the degrees of freedom from traces (see `traces`), which all examples share.
 """
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,102 +13,17 @@ from torch import Tensor
 from coar.errors import RegressionError
 from coar.regression.fit_plan import FitPlan
 from coar.regression.iterative.operators import GramOperator, HeldGram, PackedGram, operator_of
+from coar.regression.iterative.traces import Traces
 from coar.regression.krylov import Lanczos, Ritz, conjugate_gradients, refined
 from coar.regression.lasso import MARGIN, SparseFit, solve_sparse
-from coar.regression.ridge import PENALTIES, LinearFit
+from coar.regression.ridge import LinearFit
 from coar.regression.sums import FitBlock, Moments
 from coar.store.records import FitLearned
 from coar.store.run import Run
 
-PROBE_STEPS, PROBE_CHECK = 96, 32  # of the Lanczos processes of random signs, and those between checks
-ROUNDING = 1e-4  # share of a variance below which a difference of two is not trusted
-RESOLVED = 0.02  # what a solution may leave of its right-hand side where a penalty is compared with others
-PROBE_NUMBERS, LEAST_PROBES, MOST_PROBES = 2**18, 8, 128  # components x random signs, and columns of them
-ZERO = 1e-7  # share of the largest eigenvalue below which others count as zero
 CHECK = 4  # steps between checks
 TOLERANCE, EXACT = 1e-5, 1e-8  # length of what a solution leaves of the right-hand side, as a share
 STEPS, ACCEPTED = 1000, 1e-4  # of conjugate gradients after a full basis, and the share that they may leave
-
-
-@dataclass(frozen=True)
-class Traces:
-    """Sums over the eigenvalues L of the centred Gram matrix, at each penalty.
-
-    Attributes:
-        grid: (penalties,) penalties.
-        freedom: (penalties,) residual degrees of freedom: masks - 1 - the sum of L / (L + penalty); NaN for penalties
-            so small that the processes have not reached the eigenvalues that matter.
-        spread: (penalties,) sums of L / (L + penalty)^2.
-        largest: The largest eigenvalue, from below.
-        rank: Number of eigenvalues above zero.
-    """
-
-    grid: Tensor
-    freedom: Tensor
-    spread: Tensor
-    largest: float
-    rank: int
-
-    @classmethod
-    def of(cls, design: GramOperator, method: str) -> "Traces":
-        """Estimate the sums by Lanczos processes of random signs, in the smaller of the two spaces of Xc.
-
-        Raises:
-            RegressionError: When masks are so close to the number of components that least squares is all noise.
-        """
-        live = (design.total > 0) & (design.total < design.count)
-        number = int(live.sum())
-        rank = min(design.count - 1, number)
-        mean = float((design.total * (1 - design.total / design.count)).sum()) / rank
-        grid = (PENALTIES.new_zeros(1) if method == "ols" else PENALTIES * mean).to(design.device)
-        if design.count > number:
-            process = Lanczos(design.times, _signs(len(live), design.device) * live[:, None], min(PROBE_STEPS, number))
-        else:
-            start = _signs(design.count, design.device)
-            process = Lanczos(design.masks.kernel_times, start - start.mean(0), min(PROBE_STEPS, rank))
-        while not process.full:
-            process.step()
-            if process.steps % PROBE_CHECK == 0 and (process.ritz().left(grid) <= RESOLVED).all():
-                break
-        ritz = process.ritz()
-        values = ritz.values[..., None]
-        there = (values > ZERO * values.max()).double()
-        shrink = there / (values + grid).clamp_min(1e-300)
-        known = ritz.sums(torch.cat([there, values], dim=2)), grid.new_tensor([rank, rank * mean])
-        left_over, spread = (_controlled(ritz.sums(one), *known) for one in (grid * shrink, values * shrink**2))
-        freedom = design.count - 1 - rank + left_over
-        unresolved = (ritz.left(grid) > RESOLVED).any(0)
-        if method == "ols" and unresolved.any():
-            raise RegressionError(
-                f"{design.count} masks are so few for least squares on {number} components that its errors are all "
-                f"noise; collect {max(design.count, 3 * number // 2)} or more, or use ridge"
-            )
-        freedom[unresolved] = torch.nan
-        return cls(grid, freedom, spread, float(ritz.values.max()), rank)
-
-
-def _signs(size: int, device: torch.device) -> Tensor:
-    """Return (size, columns) random signs, the same on all devices; for small sizes a basis, which is exact."""
-    if size <= MOST_PROBES:
-        return torch.eye(size, device=device) * math.sqrt(size)
-    columns = min(max(PROBE_NUMBERS // size, LEAST_PROBES), MOST_PROBES)
-    signs = torch.randint(0, 2, (size, columns), generator=torch.Generator().manual_seed(0))
-    return (2.0 * signs - 1).to(device)
-
-
-def _controlled(sums: Tensor, beside: Tensor, known: Tensor) -> Tensor:
-    """Return the mean of (columns, penalties) sums, corrected by what sums of known means deviate from these.
-
-    Args:
-        sums: Unbiased estimates, one in each row.
-        beside: (columns, controls) estimates from the same random signs.
-        known: (controls,) their exact means.
-    """
-    scale = known.clamp_min(1e-300)
-    centred = (beside - beside.mean(0)) / scale
-    slope = torch.linalg.pinv(centred, rtol=1e-6) @ (sums - sums.mean(0))
-    corrected: Tensor = sums.mean(0) + ((known - beside.mean(0)) / scale) @ slope
-    return corrected
 
 
 @dataclass
@@ -164,14 +78,14 @@ class Iterative:
             weight, left = conjugate_gradients(
                 design.times, right.float(), penalty, start=weight, tolerance=TOLERANCE, steps=STEPS
             )
-        self._check(left, block)
+        require_converged(self.method, left, block)
         return self._fit(design, moments, residual, choice, weight.float())
 
     def _by_lanczos(
         self, design: GramOperator, right: Tensor, moments: Moments
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return each example's choice, its squared error, the weights, and what these leave of the moments."""
-        process, choice = Lanczos(design.times, right.float(), min(self.plan.basis, len(right))), torch.empty(0)
+        process, choice = Lanczos(design.times, right.float(), min(self.plan.basis, len(right))), right.new_empty(0)
         while True:
             process.step()
             if process.steps % CHECK and not process.full:
@@ -184,28 +98,9 @@ class Iterative:
 
     def _choose(self, ritz: Ritz, moments: Moments) -> tuple[Tensor, Tensor]:
         """Return (examples, penalties) squared errors, and the (examples,) penalties of the lowest scores."""
-        grid, values = self.traces.grid, ritz.values[..., None]
-        shrink = 1 / (values + grid).clamp_min(1e-300)
-        variation = moments.variation()[:, None]
-        residual = variation - ritz.sums(shrink + grid * shrink**2)
-        trusted = (ritz.left(grid) <= RESOLVED) & ~self.traces.freedom.isnan()
-        if moments.count - 1 == self.traces.rank:  # weights can explain all, so the difference may be all rounding
-            there = (values > ZERO * self.traces.largest).double()
-            direct = ritz.sums(there / values.clamp_min(1e-300) * (grid * shrink) ** 2)
-            rounded = residual <= ROUNDING * variation
-            residual = residual.where(~rounded, direct)
-            trusted &= ~rounded | (ritz.left(torch.zeros_like(grid[:1])) <= RESOLVED)
-        residual = residual.clamp_min(0)
+        residual, trusted = self.traces.errors(ritz, moments)
         score = residual / self.traces.freedom**2
         return residual, score.where(trusted, torch.inf).argmin(1)
-
-    def _check(self, left: Tensor, block: FitBlock) -> None:
-        worst = int(left.argmax())
-        if not float(left[worst]) <= ACCEPTED:
-            raise RegressionError(
-                f"{self.method} did not converge for example {block.examples.start + worst} on {len(block.rows)} masks "
-                f"({float(left[worst]):.1e} of its moments are left); collect more masks, or use ridge"
-            )
 
     def _fit(
         self, design: GramOperator, moments: Moments, residual: Tensor, choice: Tensor, weight: Tensor
@@ -219,6 +114,17 @@ class Iterative:
         penalty = self.traces.grid[choice]
         spread = torch.where(live, error[:, None], 0)
         return LinearFit(weight.cpu(), intercept.cpu(), spread.float().cpu(), penalty.cpu())
+
+
+def require_converged(method: str, left: Tensor, block: FitBlock) -> None:
+    """Raise `RegressionError` when solutions leave too much of their (examples,) right-hand sides, as shares."""
+    worst = int(left.argmax())
+    if not float(left[worst]) <= ACCEPTED:
+        number = range(block.run.n_examples)[block.examples][worst]
+        raise RegressionError(
+            f"{method} did not converge for example {number} on {len(block.rows)} masks "
+            f"({float(left[worst]):.1e} of its moments are left); collect more masks, or use ridge"
+        )
 
 
 @dataclass(frozen=True)
