@@ -242,8 +242,10 @@ def kilobytes(field):
     return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
 torch.set_num_threads(1)
-path, components, examples = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-run = make(path, lambda x: x[:, :examples], components=components, masks=2, blocks=(2, examples))
+path, components, examples, masks, limit = Path(sys.argv[1]), *map(int, sys.argv[2:5]), sys.argv[5]
+run = make(
+    path, lambda x: x[:, :examples], components=components, masks=max(masks, 2), blocks=(min(masks, 256) or 2, examples)
+)
 stored, rng = MaskGradients(run), np.random.default_rng(0)
 stored.extend(64)
 for unit in stored.missing_units():
@@ -252,19 +254,28 @@ for unit in stored.missing_units():
 del ends
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
 before = kilobytes("VmRSS")
-fit(run, method="informed", masks=0, memory_limit="4GiB", device="cpu", progress=False)
-plan = plan_of(run, "informed", 0, gradients=64, memory_limit="4GiB", device=torch.device("cpu"))
-print(plan.needed / 1024, kilobytes("VmHWM") - before)
+fit(run, method="informed", masks=masks, memory_limit=limit, device="cpu", progress=False)
+plan = plan_of(run, "informed", masks, gradients=64, memory_limit=limit, device=torch.device("cpu"))
+print(plan.needed / 1024, kilobytes("VmHWM") - before, plan.way)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-@pytest.mark.parametrize(("components", "examples"), [(9_216, 128), (60_000, 16)])
-def test_an_informed_fit_takes_what_its_plan_says(tmp_path, components, examples):
-    command = [sys.executable, "-c", MEASURED, str(tmp_path / "r.zarr"), str(components), str(examples)]
+@pytest.mark.parametrize(
+    ("components", "examples", "masks", "limit", "way"),
+    [
+        (9_216, 128, 0, "4GiB", "decomposed"),
+        (60_000, 16, 0, "4GiB", "decomposed"),
+        (22_720, 24, 1_000, "800MB", "packed"),
+    ],
+)
+def test_an_informed_fit_takes_what_its_plan_says(tmp_path, components, examples, masks, limit, way):
+    sizes = map(str, (components, examples, masks))
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / "r.zarr"), *sizes, limit]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    planned_bytes, taken = map(float, done.stdout.split())
+    planned_bytes, taken = map(float, done.stdout.split()[:2])
+    assert done.stdout.split()[2] == way
     assert 0.75 < planned_bytes / taken < 1.25
 
 

@@ -1,5 +1,6 @@
 """Informed fits against synthetic truths whose best linear model is known, and against ridge on real digits."""
 
+import logging
 import shutil
 from dataclasses import replace
 
@@ -154,10 +155,13 @@ def by_hand(run, prior, masks):
     return prior + more, best
 
 
+@pytest.mark.parametrize("limit", [None, "200MB"])  # from a decomposition, and without it
 @pytest.mark.parametrize("masks", [20, 32, 33, 100])
-def test_correction_by_masks_is_ridge_on_what_the_mask_gradients_leave(run, masks):
+def test_correction_by_masks_is_ridge_on_what_the_mask_gradients_leave(run, caplog, masks, limit):
+    caplog.set_level(logging.INFO, logger="coar")
     prior = fit(run, method="informed", masks=0, name="prior").weights().astype(float)
-    found = fit(run, method="informed", masks=masks, name=f"corrected-{masks}")
+    found = fit(run, method="informed", masks=masks, name=f"corrected-{masks}-{limit}", memory_limit=limit)
+    assert ("by conjugate gradients" in caplog.text) == (limit is not None)
     weights, penalty = by_hand(run, prior, masks)
     assert found.fit.mask_penalty == pytest.approx(penalty, rel=1e-3)
     np.testing.assert_allclose(found.weights(), weights, atol=1e-4)

@@ -33,6 +33,16 @@ def memory_kept() -> Iterator[None]:
             _count(libc, -1)
 
 
+def return_freed() -> None:
+    """Return memory that this process has freed, and that malloc keeps, to the system; nothing with other allocators.
+
+    Small blocks that are still in use would otherwise keep the whole heap below them.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
 def _glibc() -> ctypes.CDLL | None:
     """Return the C library if it is glibc and nothing configures its malloc."""
     chosen = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")

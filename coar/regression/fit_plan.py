@@ -33,6 +33,8 @@ class FitPlan:
         basis: Vectors that the Lanczos process keeps per example; 0 where there is none.
         held: Whether packed masks stay in memory.
         learning: Examples that an informed fit learns from, at most; 0 for other methods.
+        choosing: Examples whose Lanczos processes run together where an informed fit chooses its penalty; 0 where
+            there are none.
     """
 
     method: str
@@ -45,6 +47,7 @@ class FitPlan:
     basis: int = 0
     held: bool = False
     learning: int = 0
+    choosing: int = 0
 
     @property
     def key(self) -> str:
@@ -58,8 +61,9 @@ class FitPlan:
 
     def words(self, masks: int, components: int, examples: int) -> str:
         """Return the plan as a line of text."""
+        how = WORDS[self.way] if masks >= 2 else "from mask gradients alone"
         return (
             f"{self.method} on {masks:,} masks, {components:,} components and {examples:,} examples: "
-            f"{WORDS[self.way]} on {self.device}, {self.together:,} examples at a time, about "
+            f"{how} on {self.device}, {self.together:,} examples at a time, about "
             f"{readable(self.needed)} of at most {readable(self.limit)}"
         )

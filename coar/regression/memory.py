@@ -1,5 +1,8 @@
 """The memory of a fit: its limit, and the way of computing that stays within it."""
 
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
 import torch
 
 from coar.errors import RegressionError
@@ -8,6 +11,7 @@ from coar.forward.memory_limit import bytes_of, readable
 from coar.regression.fit_plan import FitPlan, Way
 from coar.regression.informed.learning import FEATURES
 from coar.regression.informed.site_gains import table_bytes
+from coar.regression.iterative.traces import probe_bytes
 from coar.regression.sums import BATCH, examples_per_reading, takes_moments
 from coar.store.fits import chunk_rows
 from coar.store.gradients import MASK_GROUPS, next_rounds
@@ -28,7 +32,9 @@ DECOMPOSED_VECTORS, OF_RANK = 11, 13  # the same of a fit from one decomposition
 DECOMPOSED_SPARSE_VECTORS = 52
 KEPT_BYTES = 5  # per mask and component of a batch, of memory that the allocator keeps when the batch is freed
 STARTED = 32 * 2**20  # bytes that the first fit of a process takes: threads, and libraries that start
-PASSES = {"ridge": 30, "ols": 30, "lasso": 600}  # products with the Gram matrix, roughly
+CORRECTION_VECTORS = 20  # the same of an informed fit's correction by masks
+CHOICE_BASIS = 96  # vectors that the Lanczos process keeps per example where the penalty of that correction is chosen
+PASSES = {"ridge": 30, "ols": 30, "lasso": 600, "informed": 60}  # products with the Gram matrix, roughly
 READING = 2**28  # bytes of what is read together for one decomposition
 FIXED = 64 * 2**20  # bytes that every fit takes: reading, writing, and small tables
 TABLES = 600  # bytes per component of what an informed fit learns
@@ -78,34 +84,180 @@ def plan_fit(
     Raises:
         RegressionError: When no way fits the limit.
     """
+    size = _Size(masks, components, examples, chunk)
     if method == "informed":
-        learning, needed = _learning(masks, components, examples, gradients, sites, limit)
-        return FitPlan(method, "decomposed", device, limit, needed, chunk, learning=learning)
+        return _Informed(size, gradients, sites).plan(limit, device)
     needed = _decomposed_bytes(method, masks, components, examples, chunk)
     if needed <= limit and device.type == "cpu":
         return FitPlan(method, "decomposed", device, limit, needed, chunk)
     vectors, bases = (SPARSE_VECTORS, (0,)) if method == "lasso" else (VECTORS, (BASIS, BASIS // 2, LEAST_BASIS))
-    tile_bytes = FEW_TILE_BYTES if examples < FEW else TILE_BYTES
-    tile = min(max(tile_bytes // (4 * components), LEAST_TILE), MOST_TILE)
-    packed = masks * components // 8
-    held = packed <= HELD_SHARE * limit
-    common = FIXED + 8 * tile * components
+    probes = probe_bytes(masks, components)
     for basis in bases:
-        each = 4 * components * (basis + vectors) + 4 * MOST_TILE
         for way in _ways(method, masks, components, examples):
-            fixed = common + (4 * components**2 if way == "gram" else packed * held)
-            if fixed + chunk * each <= limit:
-                many = min((limit - fixed) // each, max(MOST_TOGETHER, chunk), -(-examples // chunk) * chunk)
-                together = many // chunk * chunk
-                needed = int(fixed + min(together, examples) * each)
-                own = held and way == "packed"
-                return FitPlan(method, way, device, limit, needed, together, tile=tile, basis=basis, held=own)
-    least = common + chunk * (4 * components * (bases[-1] + vectors) + 4 * MOST_TILE)
+            found = size.iteration(way, limit, FIXED, vectors=basis + vectors, beside=probes)
+            if found is not None:
+                held, together, most = found.held, found.together, found.needed
+                return FitPlan(method, way, device, limit, most, together, tile=size.tile, basis=basis, held=held)
+    least = FIXED + size.least(vectors=bases[-1] + vectors, beside=probes)
     least = min(least, needed) if device.type == "cpu" else least
     raise RegressionError(
         f"{method} on {components:,} components takes at least {readable(least)} for one block of {chunk} examples, "
         f"and the limit is {readable(limit)}; give memory_limit={_more(least)!r} or more"
     )
+
+
+class _Iteration(NamedTuple):
+    """Blocks of examples that are solved by products with the masks.
+
+    Attributes:
+        held: Whether packed masks stay in memory.
+        together: Examples in a block.
+        room: Bytes that are left for blocks, or for what is beside them.
+        needed: Bytes at the peak.
+    """
+
+    held: bool
+    together: int
+    room: int
+    needed: int
+
+
+class _Size(NamedTuple):
+    """The numbers of masks, components, examples, and examples in a chunk of the fit."""
+
+    masks: int
+    components: int
+    examples: int
+    chunk: int
+
+    @property
+    def tile(self) -> int:
+        """Rows of masks that are unpacked together."""
+        tile_bytes = FEW_TILE_BYTES if self.examples < FEW else TILE_BYTES
+        return min(max(tile_bytes // (4 * self.components), LEAST_TILE), MOST_TILE)
+
+    def block_bytes(self, examples: int, vectors: int) -> int:
+        """Return the bytes of a block of examples with so many float32 numbers per component and example."""
+        return examples * (4 * self.components * vectors + 4 * MOST_TILE)
+
+    def iteration(self, way: Way, limit: int, taken: int, *, vectors: int, beside: int) -> _Iteration | None:
+        """Return the largest blocks that fit; None where one chunk does not.
+
+        Args:
+            way: `gram` or `packed`.
+            limit: Most bytes.
+            taken: Bytes of the limit that are taken already.
+            vectors: float32 numbers per component and example.
+            beside: Bytes that are taken while no block is.
+        """
+        fixed = taken + 8 * self.tile * self.components + (4 * self.components**2 if way == "gram" else 0)
+        packed = self.masks * self.components // 8
+        for held in (True, False) if way == "packed" and packed <= HELD_SHARE * limit else (False,):
+            room = limit - fixed - packed * held
+            many = room // self.block_bytes(1, vectors)
+            many = min(many, max(MOST_TOGETHER, self.chunk), -(-self.examples // self.chunk) * self.chunk)
+            together = many // self.chunk * self.chunk
+            if together > 0 and beside <= room:
+                needed = limit - room + max(self.block_bytes(min(together, self.examples), vectors), beside)
+                return _Iteration(held, together, room, needed)
+        return None
+
+    def least(self, *, vectors: int, beside: int) -> int:
+        """Return the least bytes, in addition to those taken already, for which `iteration` finds blocks."""
+        return 8 * self.tile * self.components + max(self.block_bytes(self.chunk, vectors), beside)
+
+
+@dataclass(frozen=True)
+class _Informed:
+    """The sizes of an informed fit.
+
+    Attributes:
+        size: Numbers of masks, components and examples.
+        gradients: Number of mask gradients.
+        sites: Number of sites, which have gains of their own.
+    """
+
+    size: _Size
+    gradients: int
+    sites: int
+
+    @property
+    def kept(self) -> int:
+        """Bytes of what is learned, and of what every fit takes."""
+        return FIXED + (MASK_GROUPS * len(next_rounds(0, self.gradients)) + TABLES) * self.size.components
+
+    def learning(self, examples: int) -> int:
+        """Return the bytes of learning from so many examples."""
+        rounds = len(next_rounds(0, self.gradients))
+        each = LEARNING_BYTES * examples + 2 * min(examples, MASK_GROUPS) * self.gradients
+        return self.kept + table_bytes(self.sites, FEATURES, rounds) + each * self.size.components
+
+    @property
+    def wanted(self) -> int:
+        """Examples to learn from, without a limit."""
+        return min(max(MOST_LEARNING // self.size.components, 64), self.size.examples)
+
+    @property
+    def fewest(self) -> int:
+        """Examples to learn from, at least."""
+        return min(LEAST_LEARNING, self.wanted)
+
+    def most(self, limit: int) -> int:
+        """Return the most examples whose learning fits a limit; the fewest where none does."""
+        fitting = (many for many in range(self.wanted, self.fewest, -1) if self.learning(many) <= limit)
+        return next(fitting, self.fewest)
+
+    def decomposed(self, limit: int, device: torch.device) -> tuple[FitPlan | None, int]:
+        """Return the plan that decomposes masks, if there are any; None where it exceeds the limit; and its bytes."""
+        masks, components = self.size.masks, self.size.components
+        taken = _correction_bytes(masks, components) if masks >= 2 else 0
+        many = self.most(limit - taken)
+        needed = taken + self.learning(many)
+        if needed > limit:
+            return None, needed
+        return FitPlan("informed", "decomposed", device, limit, needed, self.size.chunk, learning=many), needed
+
+    def iterative(self, limit: int, device: torch.device) -> tuple[FitPlan | None, int]:
+        """Return the plan of an iterative correction; None where none fits; and its bytes, or the least bytes.
+
+        The correction follows learning, and keeps the weights of the examples that were learned from.
+        """
+        size, components = self.size, self.size.components
+        each = size.block_bytes(1, CHOICE_BASIS + VECTORS)
+        beside = max(each, probe_bytes(size.masks, components))
+        for many in range(self.most(limit), self.fewest - 1, -1):
+            for way in _ways("informed", size.masks, components, size.examples):
+                taken = self.kept + 4 * many * components
+                found = size.iteration(way, limit, taken, vectors=CORRECTION_VECTORS, beside=beside)
+                if found is None or self.learning(many) > limit:
+                    continue
+                choosing = min(many, found.room // each)
+                correcting = max(found.needed, limit - found.room + choosing * each)
+                needed = max(self.learning(many), correcting)
+                plan = FitPlan("informed", way, device, limit, needed, found.together, tile=size.tile, held=found.held)
+                return replace(plan, basis=CHOICE_BASIS, learning=many, choosing=choosing), needed
+        correcting = self.kept + 4 * self.fewest * components
+        correcting += size.least(vectors=CORRECTION_VECTORS, beside=beside)
+        return None, max(self.learning(self.fewest), correcting)
+
+    def plan(self, limit: int, device: torch.device) -> FitPlan:
+        """Return the plan; raises as `plan_fit` does."""
+        masks, refused = self.size.masks, []
+        if masks < 2 or device.type == "cpu":
+            plan, needed = self.decomposed(limit, device)
+            refused.append(needed)
+            if plan is not None:
+                return plan
+        if masks >= 2:
+            plan, needed = self.iterative(limit, device)
+            refused.append(needed)
+            if plan is not None:
+                return plan
+        least = min(refused)
+        raise RegressionError(
+            f"informed on {self.size.components:,} components and {masks:,} masks takes at least {readable(least)}, "
+            f"and the limit is {readable(limit)}; give memory_limit={_more(least)!r} or more"
+        )
 
 
 def plan_of(
@@ -155,29 +307,9 @@ def _decomposed_bytes(method: str, masks: int, components: int, examples: int, c
     return STARTED + max(reading, decomposing, solving)
 
 
-def _learning(masks: int, components: int, examples: int, gradients: int, sites: int, limit: int) -> tuple[int, int]:
-    """Return how many examples an informed fit learns from, and its bytes at the peak."""
-    rounds = len(next_rounds(0, gradients))
-    fixed = FIXED + table_bytes(sites, FEATURES, rounds) + (MASK_GROUPS * rounds + TABLES) * components
-    if masks >= 2:
-        fixed += READING + 48 * min(masks, components) ** 2 + (32 * masks * components if masks <= components else 0)
-    wanted = min(max(MOST_LEARNING // components, 64), examples)
-    many = wanted
-    while many > LEAST_LEARNING and fixed + _learned_bytes(many, gradients) * components > limit:
-        many -= 1
-    needed = fixed + _learned_bytes(many, gradients) * components
-    if needed > limit:
-        raise RegressionError(
-            f"informed on {components:,} components and {masks:,} masks takes at least {readable(needed)}, and the "
-            f"limit is {readable(limit)}; give memory_limit={_more(needed)!r} or more"
-            + (", or fewer masks" if masks else "")
-        )
-    return many, needed
-
-
-def _learned_bytes(examples: int, gradients: int) -> int:
-    """Return the bytes per component that learning from so many examples takes."""
-    return LEARNING_BYTES * examples + 2 * min(examples, MASK_GROUPS) * gradients
+def _correction_bytes(masks: int, components: int) -> int:
+    """Return the bytes of the decomposition for the correction of an informed fit."""
+    return READING + 48 * min(masks, components) ** 2 + (32 * masks * components if masks <= components else 0)
 
 
 def _more(size: int) -> str:

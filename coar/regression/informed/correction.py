@@ -1,10 +1,12 @@
 """The correction of an informed fit: ridge on what the prior leaves of outputs, with one penalty for all examples.
 
-A penalty per example is too free when masks are far fewer than components: generalised cross-validation then takes
+Ridge is in units of the prior's columns: components whose weights are typically large may change more. A penalty per
+example is too free when masks are far fewer than components: generalised cross-validation then takes
 some examples' noise for signal. One penalty is chosen by the sum of its scores over the examples learned from.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,10 +15,33 @@ from coar.regression.informed.prior import Prior, PriorWeights
 from coar.regression.ridge import PENALTIES, Spectrum, decompose_gram, decompose_kernel
 from coar.regression.sums import FitBlock, Gram, batches
 
+LEAST_FREEDOM = 0.5  # share of masks that are residual degrees of freedom; with less, noise is compared with noise
+
+
+class Correction(Protocol):
+    """How masks correct the prior's weights."""
+
+    @property
+    def penalty(self) -> float:
+        """The ridge penalty, in units of the sum of squares of masks times columns."""
+        ...
+
+    def apply(self, block: FitBlock, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return corrected (examples, components) weights, and the masks' (examples,) mean outputs."""
+        ...
+
+    def unknown(self) -> Tensor:
+        """Return the (components,) share of the prior's squared error that the masks leave."""
+        ...
+
+    def mean_mask(self) -> Tensor:
+        """Return the (components,) share of masks that keep each component."""
+        ...
+
 
 @dataclass(frozen=True)
-class Correction:
-    """Ridge in units of the prior's columns: components whose weights are typically large may change more.
+class DecomposedCorrection:
+    """The correction from a decomposition of the masks.
 
     Attributes:
         column: (components,) float64 root mean squares of the prior's weights.
@@ -33,7 +58,9 @@ class Correction:
     penalty: float
 
     @classmethod
-    def of(cls, block: FitBlock, prior: Prior, found: PriorWeights, *, gram: Gram | None = None) -> "Correction":
+    def of(
+        cls, block: FitBlock, prior: Prior, found: PriorWeights, *, gram: Gram | None = None
+    ) -> "DecomposedCorrection":
         """Decompose the masks and choose the penalty.
 
         Args:
@@ -99,8 +126,30 @@ def _penalty(spectrum: Spectrum, scores: Tensor, variation: Tensor, spread: Tens
     grid = PENALTIES * spectrum.eigenvalues.mean()
     left_over = grid / (spectrum.eigenvalues[:, None] + grid)
     freedom = spectrum.count - 1 - (1 - left_over).sum(0)
-    loose = freedom >= spectrum.count / 2  # nearer to interpolation, cross-validation compares noise with noise
+    loose = loose_enough(freedom, spectrum.count)
     grid, left_over, freedom = grid[loose], left_over[:, loose], freedom[loose]
     residual = (variation[:, None] - scores.T**2 @ (1 - left_over**2)).clamp_min(0)
-    best = (residual / freedom**2 / spread.double()[:, None] ** 2).sum(0).argmin()
-    return float(grid[best])
+    return float(grid[penalty_scores(residual, freedom, spread).argmin()])
+
+
+def loose_enough(freedom: Tensor, count: int) -> Tensor:
+    """Return which penalties may be chosen: those far from interpolation, and always the largest.
+
+    Args:
+        freedom: (penalties,) residual degrees of freedom, of penalties in ascending order.
+        count: Number of masks.
+    """
+    loose = freedom >= LEAST_FREEDOM * count
+    loose[-1] = True  # with two masks no other one is
+    return loose
+
+
+def penalty_scores(residual: Tensor, freedom: Tensor, spread: Tensor) -> Tensor:
+    """Return the (penalties,) sums over examples of generalised cross-validation scores.
+
+    Args:
+        residual: (examples, penalties) sums of squared residuals.
+        freedom: (penalties,) residual degrees of freedom.
+        spread: (examples,) standard deviations of the outputs, the unit of each example's score.
+    """
+    return (residual / freedom**2 / spread.double()[:, None] ** 2).sum(0)

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coar.forward.malloc import return_freed
 from coar.regression.fit_plan import FitPlan
-from coar.regression.informed.correction import Correction
+from coar.regression.informed.correction import Correction, DecomposedCorrection
+from coar.regression.informed.iterative_correction import IterativeCorrection
 from coar.regression.informed.prior import Prior, PriorWeights, learn_prior, learning_examples
 from coar.regression.ridge import LinearFit
 from coar.regression.sums import FitBlock, Gram
@@ -55,7 +57,13 @@ class Informed:
         """
         examples = learning_examples(run, plan.learning)
         prior, found = learn_prior(run, rounds, examples, plan.device)
-        correction = Correction.of(FitBlock(run, rows, examples), prior, found, gram=gram) if len(rows) >= 2 else None
+        block = FitBlock(run, rows, examples)
+        correction: Correction | None = None
+        if len(rows) >= 2 and plan.way == "decomposed":
+            correction = DecomposedCorrection.of(block, prior, found, gram=gram)
+        elif len(rows) >= 2:
+            return_freed()  # what learning took, so that the peaks of the two do not add up
+            correction = IterativeCorrection.of(block, prior, found, plan)
         return cls(prior, correction, found if examples.step == 1 else None)
 
     def learned(self) -> FitLearned:
