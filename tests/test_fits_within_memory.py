@@ -129,6 +129,12 @@ def test_a_limit_too_small_for_one_block_names_one_that_is_large_enough(run, met
         fit(run, method=method, name="wrong", memory_limit="much")
 
 
+def test_a_device_without_float64_is_refused(run):
+    for name in ("mps", "mps:0"):
+        with pytest.raises(SettingsError, match=r"'mps.*' has no float64, .* device='cpu'"):
+            fit(run, method="ridge", name="nowhere", device=name)
+
+
 def interrupted(run, name, *, missing):
     """Turn a finished fit into one that was cut after some chunks; return the times of its files."""
     request = FitRequest(method="ridge", masks=40, ablated_fraction=FRACTION)

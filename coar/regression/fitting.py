@@ -74,15 +74,16 @@ def fit(
         memory_limit: Most memory that the fit may take, in bytes or as text such as `4GiB`; by default half of what is
             free. The plan that keeps it is logged. A fit that one decomposition of the masks would take beyond the
             limit is iterative. On a cluster it is the limit of each worker.
-        device: Where a fit computes: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. On a CUDA device `ridge`, `ols` and
-            `lasso` are always iterative, and `informed` learns from mask gradients there; on the CPU it corrects by
-            masks. A decomposition is on the CPU.
+        device: Where a fit computes: `auto`, `cpu`, `cuda` or `cuda:N`; `mps` has no float64. On a CUDA device `ridge`,
+            `ols` and `lasso` are always iterative, and `informed` learns from mask gradients there; on the CPU it
+            corrects by masks. A decomposition is on the CPU.
         progress: Show a progress bar.
 
     Returns:
         The attributions, read lazily from the run.
 
     Raises:
+        SettingsError: When there is no such method or device, or the device has no float64.
         IncompleteRunError: When units are missing, or the sums of a worker.
         EngineError: When the cluster cannot be reached, or its workers fail.
         RegressionError: When there are fewer than two masks, too few for least squares, or too few mask gradients; when
@@ -332,7 +333,13 @@ def solver_of(run: Run, rows: np.ndarray, rounds: int, *, plan: FitPlan, gram: G
 
 
 def fit_device(name: str) -> torch.device:
-    """Return the device of a fit; `auto` is CUDA where there is one, else the CPU."""
+    """Return the device of a fit; `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        SettingsError: When there is no such device, or it has no float64.
+    """
+    if name.partition(":")[0] == "mps":
+        raise SettingsError(f"device {name!r} has no float64, which fits need; give device='cpu' or device='auto'")
     if name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     return choose_device(name)
