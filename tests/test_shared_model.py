@@ -13,7 +13,7 @@ from coar.regression.informed.quality import judge
 from coar.regression.informed.rows import Rows, group_order, sum_of_squares
 from coar.regression.informed.shared_model import weighted_sum
 from coar.regression.informed.site_gains import gains_by_site, moments_by_round
-from coar.regression.informed.solving import System, conjugate_gradients, predictions, solver_of
+from coar.regression.informed.solving import System, predictions, solver_of
 from tests.synthetic import FRACTION, pairwise
 
 FOLDS, GRADIENTS_COUNT, MASK_GROUPS = 4, 8, 5  # mask gradients of each fold
@@ -61,29 +61,6 @@ def left_out(gradients, own, outputs):
 def problem():
     masks, outputs, gradients, own = parts()
     return rows_of(masks, outputs), left_out(gradients, own, outputs)
-
-
-@pytest.mark.parametrize("size", [1, 7, 60])
-@pytest.mark.parametrize("shift", [1.0, 1e-3])
-def test_conjugate_gradients_solve(size, shift):
-    factor = torch.randn(size, size + 3, dtype=torch.float64)
-    matrix = factor @ factor.T / size + shift * torch.eye(size, dtype=torch.float64)
-    right = torch.randn(size, dtype=torch.float64)
-    found = conjugate_gradients(lambda x: matrix @ x, right, 1 / matrix.diagonal())
-    expected = torch.linalg.solve(matrix, right)
-    assert float((found - expected).norm() / expected.norm()) < 1e-3
-
-
-def test_conjugate_gradients_keep_the_shape_and_take_any_preconditioner():
-    scale = torch.rand(3, 5) + 0.5
-    right = torch.randn(3, 5)
-    for inverse in (1 / scale, torch.ones(3, 5), torch.rand(3, 5) + 0.1):
-        found = conjugate_gradients(lambda x: scale * x, right, inverse)
-        torch.testing.assert_close(found, right / scale, rtol=1e-2, atol=5e-3)
-
-
-def test_conjugate_gradients_of_nothing_are_nothing():
-    assert not conjugate_gradients(lambda x: 2 * x, torch.zeros(4), torch.ones(4)).any()
 
 
 @pytest.mark.parametrize(("examples", "components"), [(40, 6), (3, 200)])  # fewer unknowns than outputs, and more

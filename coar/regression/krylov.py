@@ -151,52 +151,53 @@ class Ritz:
 def conjugate_gradients(
     times: Callable[[Tensor], Tensor],
     right: Tensor,
-    penalty: Tensor,
     *,
-    start: Tensor,
     tolerance: float,
     steps: int,
+    start: Tensor | None = None,
+    inverse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Solve (G + penalty) x = b for every column by conjugate gradients (Hestenes and Stiefel 1952).
+    """Solve A x = b for every column by conjugate gradients (Hestenes and Stiefel 1952).
 
     Args:
-        times: The product with G.
+        times: The product with a positive definite matrix A.
         right: (components, columns) right-hand sides b.
-        penalty: (columns,) penalties.
-        start: (components, columns) values to start from; they are changed in place.
         tolerance: Length of the residual, as a share of that of b, at which a column is solved.
         steps: Most steps.
+        start: (components, columns) values to start from, which are changed in place; by default zeros.
+        inverse: (components, columns) diagonal of a preconditioner P, near that of the inverse of A; the length of a
+            vector v is then the root of v' P v.
 
     Returns:
         The solutions, and the (columns,) lengths of what they leave of b, as shares.
     """
-    shift = penalty.to(right.dtype)
-    size = right.double().norm(dim=0).clamp_min(1e-300)
-    left = right - times(start) - shift * start
-    along = left.clone()
-    square = left.double().square().sum(0)
+
+    def steep(residual: Tensor) -> Tensor:
+        return residual if inverse is None else inverse * residual
+
+    size = (right.double() * steep(right)).sum(0).sqrt().clamp_min(1e-300)
+    x = torch.zeros_like(right) if start is None else start
+    left = right.clone() if start is None else right - times(start)
+    along = steep(left).clone()
+    square = (left.double() * along).sum(0)
     for _ in range(steps):
-        if (square.sqrt() <= tolerance * size).all():
+        solved = square.sqrt() <= tolerance * size
+        if solved.all():
             break
-        image = times(along) + shift * along
+        image = times(along)
         pace = square / (along.double() * image).sum(0).clamp_min(1e-300)
-        pace = torch.where(square.sqrt() <= tolerance * size, 0, pace).to(right.dtype)  # solved columns stay
-        start.addcmul_(along, pace)
+        pace = torch.where(solved, 0, pace).to(right.dtype)  # solved columns stay
+        x.addcmul_(along, pace)
         left.addcmul_(image, -pace)
-        now = left.double().square().sum(0)
-        along = left + (now / square.clamp_min(1e-300)).to(right.dtype) * along
+        down = steep(left)
+        now = (left.double() * down).sum(0)
+        along = down + (now / square.clamp_min(1e-300)).to(right.dtype) * along
         square = now
-    return start, square.sqrt() / size
+    return x, square.sqrt() / size
 
 
 def refined(
-    times: Callable[[Tensor], Tensor],
-    right: Tensor,
-    penalty: Tensor,
-    *,
-    start: Tensor,
-    tolerance: float,
-    steps: int,
+    times: Callable[[Tensor], Tensor], right: Tensor, *, start: Tensor, tolerance: float, steps: int
 ) -> tuple[Tensor, Tensor]:
     """Solve as `conjugate_gradients` does, in float64 with most products in float32.
 
@@ -204,9 +205,8 @@ def refined(
     Wilkinson 1963). Products in float32 take a third of the time.
 
     Args:
-        times: The product with G, in the type of its argument.
+        times: The product with A, in the type of its argument.
         right: (components, columns) float64 right-hand sides b.
-        penalty: (columns,) penalties.
         start: (components, columns) float64 values to start from.
         tolerance: As for `conjugate_gradients`.
         steps: Most steps of one correction.
@@ -215,23 +215,15 @@ def refined(
         As `conjugate_gradients`.
     """
     size = right.norm(dim=0).clamp_min(1e-300)
-    left = right - times(start) - penalty * start
+    left = right - times(start)
     share = left.norm(dim=0) / size
     while (worst := float(share.max())) > tolerance:
-        inner = max(tolerance / worst / 2, REFINED)
-        unit = left.norm(dim=0).clamp_min(1e-300)
-        correction, _ = conjugate_gradients(
-            times,
-            (left / unit).float(),
-            penalty,
-            start=torch.zeros_like(left, dtype=torch.float32),
-            tolerance=inner,
-            steps=steps,
-        )
+        unit, enough = left.norm(dim=0).clamp_min(1e-300), max(tolerance / worst / 2, REFINED)
+        correction, _ = conjugate_gradients(times, (left / unit).float(), tolerance=enough, steps=steps)
         nearer = start + correction * unit
-        rest = right - times(nearer) - penalty * nearer
+        rest = right - times(nearer)
         now = rest.norm(dim=0) / size
         if not float(now.max()) < worst / 2:  # float32 is too coarse for this matrix
-            return conjugate_gradients(times, right, penalty, start=start, tolerance=tolerance, steps=steps)
+            return conjugate_gradients(times, right, tolerance=tolerance, steps=steps, start=start)
         start, left, share = nearer, rest, now
     return start, share

@@ -93,10 +93,8 @@ class IterativeCorrection:
         design = self._design
         right, moments = _left_by(design, self.column, block.examples, weights)
         more, left = conjugate_gradients(
-            design.times,
+            lambda values: design.times(values) + self.penalty * values,
             right,
-            right.new_full((right.shape[1],), self.penalty),
-            start=torch.zeros_like(right),
             tolerance=TOLERANCE,
             steps=STEPS,
         )

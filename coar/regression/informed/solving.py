@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from coar.regression.informed.rows import Rows, Tile
-from coar.regression.krylov import LanczosBasis
+from coar.regression.krylov import LanczosBasis, conjugate_gradients
 
 TOLERANCE, STEPS = 1e-3, 100  # relative size of the residual, and iterations
 
@@ -95,7 +95,15 @@ def _solved(system: System, penalty: float) -> Tensor:
             system.predict(tile, unknowns[..., tile.some], system.folds, predicted)
         return _adjoints([system], [predicted])[0] + ridge * unknowns
 
-    return conjugate_gradients(normal, _adjoints([system], [system.left])[0], 1 / (system.scale + ridge))
+    right = _adjoints([system], [system.left])[0]
+    found, _ = conjugate_gradients(
+        lambda column: normal(column.view_as(right)).reshape(-1, 1),
+        right.reshape(-1, 1),
+        tolerance=TOLERANCE,
+        steps=STEPS,
+        inverse=(1 / (system.scale + ridge)).reshape(-1, 1),
+    )
+    return found.view_as(right)
 
 
 def _by_outputs(systems: Sequence[System]) -> Solver:
@@ -138,22 +146,3 @@ def _adjoints(systems: Sequence[System], values: Sequence[Sequence[Tensor]]) -> 
         for system, own, out in zip(systems, values, found, strict=True):
             out[..., tile.some] = system.adjoint(tile, own)
     return found
-
-
-def conjugate_gradients(normal: Callable[[Tensor], Tensor], right: Tensor, inverse: Tensor) -> Tensor:
-    """Solve `normal(x) = right` for a positive definite `normal`, preconditioned by the diagonal `inverse`."""
-    x = torch.zeros_like(right)
-    residual = right.clone()
-    step = inverse * residual
-    size = first = float((residual * step).sum())
-    for _ in range(STEPS):
-        if size <= TOLERANCE**2 * first:
-            break
-        image = normal(step)
-        length = size / float((step * image).sum())
-        x += length * step
-        residual -= length * image
-        steep = inverse * residual
-        size, before = float((residual * steep).sum()), size
-        step = steep + size / before * step
-    return x

@@ -71,12 +71,16 @@ class Iterative:
         moments = design.moments(block.examples)
         right = moments.centred(design.total)
         choice, residual, weight, left = self._by_lanczos(design, right, moments)
-        penalty = self.traces.grid[choice]
+        penalty = self.traces.grid[choice].float()
         if self.method == "ols":  # without a penalty, small eigenvalues magnify what is left
-            weight, left = refined(design.times, right, penalty, start=weight.double(), tolerance=EXACT, steps=STEPS)
+            weight, left = refined(design.times, right, start=weight.double(), tolerance=EXACT, steps=STEPS)
         elif (left > TOLERANCE).any():
             weight, left = conjugate_gradients(
-                design.times, right.float(), penalty, start=weight, tolerance=TOLERANCE, steps=STEPS
+                lambda values: design.times(values) + penalty * values,
+                right.float(),
+                start=weight,
+                tolerance=TOLERANCE,
+                steps=STEPS,
             )
         require_converged(self.method, left, block)
         return self._fit(design, moments, residual, choice, weight.float())
