@@ -79,10 +79,15 @@ def test_refinement_reaches_float64_with_most_products_in_float32():
 
 
 def test_refinement_goes_on_in_float64_where_float32_is_too_coarse():
-    matrix, right = system(60, 0.0)
-    values, vectors = torch.linalg.eigh(matrix)
-    matrix = (vectors * torch.logspace(-9, 0, len(values), dtype=torch.float64)) @ vectors.T
-    times, calls = counted(matrix)
-    _, left = refined(times, right, start=torch.zeros_like(right), tolerance=1e-6, steps=3000)
-    assert (left <= 1e-6).all()
-    assert calls[-1] == torch.float64
+    matrix, right = system(60, 0.01)
+    matrix = matrix / float(torch.linalg.eigvalsh(matrix)[-1])
+    calls = []
+
+    def times(values):
+        calls.append(values.dtype)
+        return values.clone() if values.dtype == torch.float32 else matrix @ values  # all is lost in float32
+
+    found, left = refined(times, right, start=torch.zeros_like(right), tolerance=1e-9, steps=3000)
+    assert (left <= 1e-9).all()
+    assert deviation(found, matrix, right) < 1e-6
+    assert calls.count(torch.float64) > 20 > calls.count(torch.float32)
