@@ -74,9 +74,8 @@ def fit(
         memory_limit: Most memory that the fit may take, in bytes or as text such as `4GiB`; by default half of what is
             free. The plan that keeps it is logged. A fit that one decomposition of the masks would take beyond the
             limit is iterative. On a cluster it is the limit of each worker.
-        device: Where a fit computes: `auto`, `cpu`, `cuda` or `cuda:N`; `mps` has no float64. On a CUDA device `ridge`,
-            `ols` and `lasso` are always iterative, and `informed` learns from mask gradients there; on the CPU it
-            corrects by masks. A decomposition is on the CPU.
+        device: Where a fit computes: `auto`, `cpu`, `cuda` or `cuda:N`; `mps` has no float64. On a CUDA device no fit
+            decomposes masks: `ridge`, `ols`, `lasso` and the correction of `informed` are iterative there.
         progress: Show a progress bar.
 
     Returns:
