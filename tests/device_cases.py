@@ -16,7 +16,7 @@ import torch
 
 import coar
 from coar.errors import ComponentError, SettingsError
-from coar.examples import devices_of
+from coar.examples import call_model, devices_of
 from coar.forward.copies import device_copy
 from tests import contract
 
@@ -296,6 +296,33 @@ def a_page_of_a_split_model(device, folder):
 def edits_of_a_split_model(device, folder):
     study, place = split_pictures(coar.Mean(calibration=CALIBRATION), device, every_other)
     return edits_of(study, place, folder)
+
+
+@case
+def an_edit_of_a_split_language_model_is_applied_and_undone(device, folder):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from tests import tiny
+
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": tiny.WORDS}
+    model = tiny.lively(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, use_cache=False)))
+    if device != "cpu":
+        split(model, {"transformer.h.1": device}, "cpu")
+    tokens = tiny.inputs("gpt2", 4)
+    examples = coar.token_examples({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+    study = coar.Study(
+        model=model,
+        examples=examples,
+        components=coar.attention_heads(model),
+        ablation=coar.Mean(calibration=examples),
+        output=coar.TokenMargin(),
+    )
+    names = study.components.names
+    edit = coar.Edit.of(study, [names[0], names[-1]], device=device if device == "cpu" else "auto").keep(model)
+    edited, found = edit.apply(model), {}
+    found["edited"] = call_model(edited, examples.inputs).logits.detach().cpu().numpy()
+    edit.undo(edited)
+    return found | {"undone": call_model(edited, examples.inputs).logits.detach().cpu().numpy()}
 
 
 @case

@@ -8,6 +8,7 @@ import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook
 from torch import nn
+from transformers import GPT2Model
 
 import coar
 from coar.errors import WeightsError
@@ -85,6 +86,23 @@ def test_a_split_model_stays_as_it_is_when_a_copy_of_it_is_made(tmp_path):
     copy = device_copy(model, torch.device("cpu"))
     assert [(name, type(module), id(module)) for name, module in model.named_modules()] == before
     assert not {id(module) for module in copy.modules()} & {identity for _, _, identity in before}
+
+
+def test_an_edit_of_a_split_model_is_saved(tmp_path):
+    plain, examples = tiny.model("gpt2"), coar.Examples(inputs=tiny.inputs("gpt2"), targets=torch.arange(5))
+    model = split(deepcopy(plain), tmp_path, "cpu")
+    study = coar.Study(
+        model=model, examples=examples, components=parts(model), ablation=coar.Mean(calibration=examples)
+    )
+    edit = coar.Edit.of(study, study.components.names[:2], device="cpu")
+    expected = oracles.forward(edit.apply(plain), examples.inputs)
+    edit.save_state_dict(model, tmp_path / "edited.safetensors", examples)
+    torch.testing.assert_close(
+        oracles.forward(coar.load_weights(deepcopy(plain), tmp_path / "edited.safetensors"), examples.inputs), expected
+    )
+    edit.save_pretrained(model, tmp_path / "edited", examples)
+    plain.body = GPT2Model.from_pretrained(tmp_path / "edited", attn_implementation="eager")
+    torch.testing.assert_close(oracles.forward(plain.eval(), examples.inputs), expected)
 
 
 class Uncopied(nn.Module):

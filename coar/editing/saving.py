@@ -16,7 +16,8 @@ from torch.utils import _pytree as trees
 
 from coar.equivalence import Kind, compare, fall_back, rounding
 from coar.errors import EditError, StorageError
-from coar.examples import Examples, call_model, device_of
+from coar.examples import Examples, call_model, device_of, devices_of
+from coar.forward.copies import plain_copy
 from coar.gates.folding import added_parameters
 from coar.model_copy import independent_copy
 from coar.weights import load_weights, save_weights, state_fingerprint
@@ -214,8 +215,9 @@ def _checked(
         cast("Any", loaded).set_attn_implementation(kernel)
     whole = loaded
     if path:
-        whole = independent_copy(edited)
-        whole.set_submodule(path, loaded.to(next(edited.parameters()).device))
+        place = device_of(edited) if len(devices_of(edited)) == 1 else device_of(loaded)
+        whole = plain_copy(edited, place)
+        whole.set_submodule(path, loaded.to(place))
     difference = _other_weights(model, loaded) or _other_outputs(edited, whole, examples)
     if difference:
         return difference
@@ -326,7 +328,8 @@ def _other_weights(written: nn.Module, loaded: nn.Module) -> str:
 def _other_outputs(edited: nn.Module, loaded: nn.Module, examples: Examples) -> str:
     """Return in words how the outputs of a loaded model differ from the edited model's; "" if they do not."""
     inputs = examples.block(0, min(CHECKED, len(examples)))[0]
-    loaded = loaded.to(device_of(edited))
+    if len(devices_of(edited)) == len(devices_of(loaded)) == 1:  # a split model may be larger than one device
+        loaded = loaded.to(device_of(edited))
     results = []
     for model in (edited, loaded):
         training = model.training
