@@ -28,14 +28,13 @@ LEAST_TILE, MOST_TILE = 16, 4096  # rows of unpacked masks
 HELD_SHARE = 0.25  # of the limit that packed masks may take; more are read from the run for every product
 VECTORS = 14  # float32 numbers per component and example, in addition to the basis
 SPARSE_VECTORS = 36  # the same of the lasso
+CORRECTION_VECTORS = 20  # the same of an informed fit's correction by masks
 DECOMPOSED_VECTORS, OF_RANK = 11, 13  # the same of a fit from one decomposition, and for each of its eigenvalues
-DECOMPOSED_SPARSE_VECTORS = 52
+DECOMPOSED_SPARSE_VECTORS = 52  # the same of the lasso from one Gram matrix
 KEPT_BYTES = 5  # per mask and component of a batch, of memory that the allocator keeps when the batch is freed
 STARTED = 32 * 2**20  # bytes that the first fit of a process takes: threads, and libraries that start
-CORRECTION_VECTORS = 20  # the same of an informed fit's correction by masks
 CHOICE_BASIS = 96  # vectors that the Lanczos process keeps per example where the penalty of that correction is chosen
 PASSES = {"ridge": 30, "ols": 30, "lasso": 600, "informed": 60}  # products with the Gram matrix, roughly
-READING = 2**28  # bytes of what is read together for one decomposition
 FIXED = 64 * 2**20  # bytes that every fit takes: reading, writing, and small tables
 TABLES = 600  # bytes per component of what an informed fit learns
 LEARNING_BYTES = 260  # per component and example that an informed fit learns from
@@ -209,19 +208,26 @@ class _Informed:
 
     def decomposed(self, limit: int, device: torch.device) -> tuple[FitPlan | None, int]:
         """Return the plan that decomposes masks, if there are any; None where it exceeds the limit; and its bytes."""
-        masks, components = self.size.masks, self.size.components
-        taken = _correction_bytes(masks, components) if masks >= 2 else 0
-        many = self.most(limit - taken)
-        needed = taken + self.learning(many)
+        many = self.most(limit)
+        while (needed := self._decomposing(many)) > limit and many > self.fewest:
+            many -= 1
         if needed > limit:
             return None, needed
         return FitPlan("informed", "decomposed", device, limit, needed, self.size.chunk, learning=many), needed
 
-    def iterative(self, limit: int, device: torch.device) -> tuple[FitPlan | None, int]:
-        """Return the plan of an iterative correction; None where none fits; and its bytes, or the least bytes.
+    def _decomposing(self, many: int) -> int:
+        """Return the bytes at the peak of a fit that learns from so many examples and decomposes masks.
 
         The correction follows learning, and keeps the weights of the examples that were learned from.
         """
+        size = self.size
+        if size.masks < 2:
+            return self.learning(many)
+        correcting = _correction_bytes(size.masks, size.components, max(many, size.chunk))
+        return max(self.learning(many), self.kept + 4 * many * size.components + correcting)
+
+    def iterative(self, limit: int, device: torch.device) -> tuple[FitPlan | None, int]:
+        """Return the plan of an iterative correction; None where none fits; and its bytes, or the least bytes."""
         size, components = self.size, self.size.components
         each = size.block_bytes(1, CHOICE_BASIS + VECTORS)
         beside = max(each, probe_bytes(size.masks, components))
@@ -299,17 +305,37 @@ def _decomposed_bytes(method: str, masks: int, components: int, examples: int, c
         decomposing = max(32 * masks**2 + 4 * masks * d, 24 * masks**2 + 28 * masks * d)
         solving = 8 * masks**2 + 16 * masks * d + block
         return STARTED + max(decomposing, solving)
-    rows, batches = min(masks, BATCH), 2 if masks > BATCH else 1
-    matrices, moments, kept = 20 if method == "lasso" else 40, 8 * d * many, KEPT_BYTES * rows * d
-    reading = rows * (batches * 4 * (d + many) + (12 if batches == 2 else 8) * d) + 12 * d**2 + moments
-    decomposing = matrices * d**2 + moments + kept
-    solving = (20 if method == "lasso" else 16) * d**2 + moments + kept + block
-    return STARTED + max(reading, decomposing, solving)
+    kept = 8 * d * many + KEPT_BYTES * min(masks, BATCH) * d
+    decomposing, solving = (20, 20) if method == "lasso" else (40, 16)
+    phases = _reading_bytes(masks, d, many), decomposing * d**2 + kept, solving * d**2 + kept + block
+    return STARTED + max(phases)
 
 
-def _correction_bytes(masks: int, components: int) -> int:
-    """Return the bytes of the decomposition for the correction of an informed fit."""
-    return READING + 48 * min(masks, components) ** 2 + (32 * masks * components if masks <= components else 0)
+def _correction_bytes(masks: int, components: int, examples: int) -> int:
+    """Return the peak of memory of the correction of an informed fit by one decomposition, phase by phase as above.
+
+    Args:
+        masks: Number of masks.
+        components: Number of components.
+        examples: Examples that are corrected together.
+    """
+    d, block = components, 4 * examples * (DECOMPOSED_VECTORS * components + OF_RANK * min(masks, components))
+    kept = (1 + KEPT_BYTES) * min(masks, BATCH) * d
+    if masks <= d:
+        decomposing = max(32 * masks**2 + 16 * masks * d, 24 * masks**2 + 32 * masks * d)
+        return kept + max(decomposing, 8 * masks**2 + 28 * masks * d + block)
+    return max(_reading_bytes(masks, d, 0), 56 * d**2 + kept, 48 * d**2 + kept + 8 * d * examples + block)
+
+
+def _reading_bytes(masks: int, components: int, examples: int) -> int:
+    """Return the bytes of adding up the Gram matrix and the moments of examples, of masks that are read in batches.
+
+    A batch is drawn, and compared with what is stored, while the one before it is added up.
+    """
+    both, later = min(masks, 2 * BATCH), min(max(masks - BATCH, 0), BATCH)
+    first = min(masks, BATCH) * (4 * (components + examples) + 8 * components)
+    batches = max(first, both * 4 * (components + examples) + later * 12 * components)
+    return batches + 12 * components**2 + 8 * components * examples
 
 
 def _more(size: int) -> str:

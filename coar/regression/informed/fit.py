@@ -59,11 +59,12 @@ class Informed:
         prior, found = learn_prior(run, rounds, examples, plan.device)
         block = FitBlock(run, rows, examples)
         correction: Correction | None = None
-        if len(rows) >= 2 and plan.way == "decomposed":
-            correction = DecomposedCorrection.of(block, prior, found, gram=gram)
-        elif len(rows) >= 2:
+        if len(rows) >= 2:
             return_freed()  # what learning took, so that the peaks of the two do not add up
-            correction = IterativeCorrection.of(block, prior, found, plan)
+            if plan.way == "decomposed":
+                correction = DecomposedCorrection.of(block, prior, found, gram=gram)
+            else:
+                correction = IterativeCorrection.of(block, prior, found, plan)
         return cls(prior, correction, found if examples.step == 1 else None)
 
     def learned(self) -> FitLearned:
