@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from coar.cli.common import (
+    EXECUTION,
     AddressOption,
     DeviceOption,
     EngineOption,
@@ -40,7 +41,9 @@ def fit(
     memory_limit: Annotated[
         str | None, typer.Option(help="Most memory, as in 4GiB [default: half of the free memory].")
     ] = None,
-    device: DeviceOption = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:N; mps has no float64.", rich_help_panel=EXECUTION)
+    ] = "auto",
 ) -> None:
     """Fit attributions to a collected run and write them into the run."""
     from coar.regression.fitting import fit as fit_run
