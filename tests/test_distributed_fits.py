@@ -15,7 +15,7 @@ import coar.store.copying
 from coar.cli.common import app
 from coar.cluster import RayCluster
 from coar.errors import IncompleteRunError, MismatchError, RegressionError, SettingsError
-from coar.regression import sums
+from coar.regression import memory, sums
 from coar.regression.fitting import METHODS, fit_share
 from coar.store import fits
 from coar.store.integrity import repair, verify
@@ -222,6 +222,10 @@ def test_fits_on_a_cluster(fresh, fresh_gradients):
             alike(shared, alone)
             assert shared.fit == alone.fit
             assert alone.fit.method == "informed"
+        patch.setattr(memory, "MOST_TOGETHER", 2)  # blocks without a decomposition
+        alone = coar.fit(fresh_gradients, name="small-alone", memory_limit="150MB", progress=False)
+        shared = coar.fit(fresh_gradients, name="small", memory_limit="150MB", cluster=cluster, progress=False)
+        alike(shared, alone)
         before = files(fresh.path)
         with pytest.raises(RegressionError, match="least squares needs at least 14 masks"):
             coar.fit(fresh, masks=D, method="ols", cluster=cluster, progress=False)

@@ -31,19 +31,23 @@ STEP = 10 ** (1 / 8)  # of the grid of penalties
 GRADIENTS = 32
 
 
-def run_of(path, components=D, examples=N, masks=900):
-    """A run whose mask gradients miss half of the effects, which differ between components by orders of magnitude."""
-    truth, rng = pairwise(examples, components, pairs=0.03), np.random.default_rng(5)
-    size = np.exp(1.2 * rng.standard_normal(components))
-    unseen = 0.5 * rng.standard_normal((examples, components)) * size
-    truth = replace(truth, effect=truth.effect * size, unseen=unseen)
-    run = make(path, truth.outputs, components=components, masks=masks, blocks=(64, examples))
-    return add_gradients(run, truth, GRADIENTS)
+def run_of(path, missed):
+    """A run whose mask gradients miss some of the effects, which differ between components by orders of magnitude."""
+    truth, rng = pairwise(N, D, pairs=0.03), np.random.default_rng(5)
+    size = np.exp(1.2 * rng.standard_normal(D))
+    truth = replace(truth, effect=truth.effect * size, unseen=missed * rng.standard_normal((N, D)) * size)
+    return add_gradients(make(path, truth.outputs, components=D, masks=900, blocks=(64, N)), truth, GRADIENTS)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return run_of(tmp_path_factory.mktemp("run") / "r.zarr")
+    return run_of(tmp_path_factory.mktemp("run") / "r.zarr", 0.5)
+
+
+@pytest.fixture(scope="module")
+def well_known(tmp_path_factory):
+    """A run whose mask gradients leave little, unless they are taken for those of other examples."""
+    return run_of(tmp_path_factory.mktemp("well-known") / "r.zarr", 0.03)
 
 
 def difference(one, other):
@@ -70,25 +74,27 @@ def test_it_is_that_of_the_decomposition(run, monkeypatch, caplog, masks, way):
     assert 0.99 < np.median(errors) < 1.01
 
 
-def test_penalty_and_weights_do_not_depend_on_how_many_examples_are_together(run, monkeypatch):
-    whole = fit(run, method="informed", masks=150, name="whole", memory_limit=SMALL)
+def test_penalty_and_weights_do_not_depend_on_how_many_examples_are_together(well_known, monkeypatch):
+    whole = fit(well_known, method="informed", masks=150, name="whole", memory_limit=SMALL)
     monkeypatch.setattr(fits, "CHUNK_BYTES", 7 * 4 * D)
     monkeypatch.setattr(memory, "MOST_TOGETHER", 7)
-    planned = replace(plan_of(run, "informed", 150, gradients=GRADIENTS, memory_limit=SMALL, device=CPU), choosing=3)
+    planned = replace(
+        plan_of(well_known, "informed", 150, gradients=GRADIENTS, memory_limit=SMALL, device=CPU), choosing=3
+    )
     assert (planned.together, planned.learning) == (7, N)
     monkeypatch.setattr("coar.regression.fitting.plan_of", lambda *_, **__: planned)
-    parts = fit(run, method="informed", masks=150, name="parts", memory_limit=SMALL)
+    parts = fit(well_known, method="informed", masks=150, name="parts", memory_limit=SMALL)
     assert parts.fit.mask_penalty == pytest.approx(whole.fit.mask_penalty, rel=1e-9)
     assert difference(parts, whole) < 1e-4
 
 
-def test_a_penalty_is_chosen_on_the_examples_that_were_learned_from(run, monkeypatch):
-    plan = plan_of(run, "informed", 100, gradients=GRADIENTS, memory_limit=SMALL, device=CPU)
+def test_a_penalty_is_chosen_on_the_examples_that_were_learned_from(well_known, monkeypatch):
+    plan = plan_of(well_known, "informed", 100, gradients=GRADIENTS, memory_limit=SMALL, device=CPU)
     few = replace(plan, learning=16)
     monkeypatch.setattr("coar.regression.fitting.plan_of", lambda *_, **__: few)
-    found = fit(run, method="informed", masks=100, name="few", memory_limit=SMALL)
+    found = fit(well_known, method="informed", masks=100, name="few", memory_limit=SMALL)
     monkeypatch.setattr("coar.regression.fitting.plan_of", lambda *_, **__: replace(few, way="decomposed"))
-    usual = fit(run, method="informed", masks=100, name="few-usual")
+    usual = fit(well_known, method="informed", masks=100, name="few-usual")
     assert found.fit.mask_penalty == pytest.approx(usual.fit.mask_penalty, rel=1e-6)
     assert difference(found, usual) < 1e-3
 
@@ -159,8 +165,10 @@ def test_the_named_limit_is_enough_at_published_sizes(masks, components):
     with pytest.raises(RegressionError) as caught:
         planned(masks, components, 50 * 2**20)
     enough = bytes_of(str(caught.value).split("memory_limit='")[1].split("'")[0])
-    for more in (1, 1.3, 2, 4):  # masks stay in memory only where that leaves room
+    for more in (1, 1.3, 2, 4):
         assert planned(masks, components, int(enough * more)).way == "packed"
+    quarter = int(memory.HELD_SHARE * enough * 8 / components)  # masks that may stay in memory, but leave too little
+    assert planned(quarter, components, enough).needed <= enough
 
 
 def test_what_is_sent_to_workers_holds_no_masks(run):

@@ -68,3 +68,27 @@ def test_what_the_environment_says_of_malloc_is_left_alone(name):
     """The value is what malloc comes to anyway, so passes go on as they do without keeping memory."""
     found = measured(**{name: "glibc.malloc.trim_threshold=131072" if name == "GLIBC_TUNABLES" else "131072"})
     assert found["kept"] > found["plain"] / 2
+
+
+RETURNED = """
+import resource
+from pathlib import Path
+from coar.forward.malloc import return_freed
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+blocks = [bytearray(64 * 2**10) for _ in range(4_000)]  # 250 MiB on the heap
+last = bytearray(64 * 2**10)  # the end of the heap stays in use
+del blocks
+before = resident()
+return_freed()
+print(before - resident(), len(last))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident pages are read as Linux counts them")
+def test_freed_blocks_below_one_in_use_are_returned():
+    clean = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "GLIBC_TUNABLES"}
+    done = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True, env=clean)
+    assert float(done.stdout.split()[0]) > 200
