@@ -11,7 +11,7 @@ from coar.forward.memory_limit import bytes_of, readable
 from coar.regression.fit_plan import FitPlan, Way
 from coar.regression.informed.learning import FEATURES
 from coar.regression.informed.site_gains import table_bytes
-from coar.regression.iterative.traces import probe_bytes
+from coar.regression.iterative.traces import LOOSE_NUMBERS, probe_bytes
 from coar.regression.sums import BATCH, examples_per_reading, takes_moments
 from coar.store.fits import chunk_rows
 from coar.store.gradients import MASK_GROUPS, next_rounds
@@ -34,6 +34,7 @@ DECOMPOSED_SPARSE_VECTORS = 52  # the same of the lasso from one Gram matrix
 KEPT_BYTES = 5  # per mask and component of a batch, of memory that the allocator keeps when the batch is freed
 STARTED = 32 * 2**20  # bytes that the first fit of a process takes: threads, and libraries that start
 CHOICE_BASIS = 96  # vectors that the Lanczos process keeps per example where the penalty of that correction is chosen
+FEWEST_CHOOSING = 8  # examples that are together there, if they fit; more where that takes no more than learning
 PASSES = {"ridge": 30, "ols": 30, "lasso": 600, "informed": 60}  # products with the Gram matrix, roughly
 FIXED = 64 * 2**20  # bytes that every fit takes: reading, writing, and small tables
 TABLES = 600  # bytes per component of what an informed fit learns
@@ -230,16 +231,16 @@ class _Informed:
         """Return the plan of an iterative correction; None where none fits; and its bytes, or the least bytes."""
         size, components = self.size, self.size.components
         each = size.block_bytes(1, CHOICE_BASIS + VECTORS)
-        beside = max(each, probe_bytes(size.masks, components))
+        beside = max(each, probe_bytes(size.masks, components, LOOSE_NUMBERS))
         for many in range(self.most(limit), self.fewest - 1, -1):
             for way in _ways("informed", size.masks, components, size.examples):
                 taken = self.kept + 4 * many * components
                 found = size.iteration(way, limit, taken, vectors=CORRECTION_VECTORS, beside=beside)
                 if found is None or self.learning(many) > limit:
                     continue
-                choosing = min(many, found.room // each)
-                correcting = max(found.needed, limit - found.room + choosing * each)
-                needed = max(self.learning(many), correcting)
+                needed, fixed = max(self.learning(many), found.needed), limit - found.room
+                choosing = min(max((needed - fixed) // each, FEWEST_CHOOSING), found.room // each, many)
+                needed = max(needed, fixed + choosing * each)
                 plan = FitPlan("informed", way, device, limit, needed, found.together, tile=size.tile, held=found.held)
                 return replace(plan, basis=CHOICE_BASIS, learning=many, choosing=choosing), needed
         correcting = self.kept + 4 * self.fewest * components

@@ -20,6 +20,7 @@ LOOSE_CHECK = 8  # steps between checks where small penalties are not considered
 ROUNDING = 1e-4  # share of a variance below which a difference of two is not trusted
 RESOLVED = 0.02  # what a solution may leave of its right-hand side where a penalty is compared with others
 PROBE_NUMBERS, LEAST_PROBES, MOST_PROBES = 2**18, 8, 128  # components x random signs, and columns of them
+LOOSE_NUMBERS = 2**16  # where the scores of many examples are added up, which have these traces in common
 ZERO = 1e-7  # share of the largest eigenvalue below which others count as zero
 
 
@@ -59,10 +60,12 @@ class Traces:
         rank = min(design.count - 1, number)
         mean = float(design.squares().sum()) / rank
         grid = (PENALTIES.new_zeros(1) if method == "ols" else PENALTIES * mean).to(design.device)
+        numbers = LOOSE_NUMBERS if least else PROBE_NUMBERS
         if design.count > number:
-            process = Lanczos(design.times, _signs(len(live), design.device) * live[:, None], min(PROBE_STEPS, number))
+            start = _signs(len(live), numbers, design.device) * live[:, None]
+            process = Lanczos(design.times, start, min(PROBE_STEPS, number))
         else:
-            start = _signs(design.count, design.device)
+            start = _signs(design.count, numbers, design.device)
             process = Lanczos(design.kernel_times, start - start.mean(0), min(PROBE_STEPS, rank))
         while True:
             process.step()
@@ -108,24 +111,23 @@ class Traces:
         return residual.clamp_min(0), trusted
 
 
-def _signs(size: int, device: torch.device) -> Tensor:
+def _signs(size: int, numbers: int, device: torch.device) -> Tensor:
     """Return (size, columns) random signs, the same on all devices; for small sizes a basis, which is exact."""
     if size <= MOST_PROBES:
         return torch.eye(size, device=device) * math.sqrt(size)
-    columns = _columns(size)
-    signs = torch.randint(0, 2, (size, columns), generator=torch.Generator().manual_seed(0))
+    signs = torch.randint(0, 2, (size, _columns(size, numbers)), generator=torch.Generator().manual_seed(0))
     return (2.0 * signs - 1).to(device)
 
 
-def _columns(size: int) -> int:
-    return min(max(PROBE_NUMBERS // size, LEAST_PROBES), MOST_PROBES)
+def _columns(size: int, numbers: int) -> int:
+    return min(max(numbers // size, LEAST_PROBES), MOST_PROBES)
 
 
-def probe_bytes(masks: int, components: int) -> int:
+def probe_bytes(masks: int, components: int, numbers: int = PROBE_NUMBERS) -> int:
     """Return the bytes that estimating the traces takes, at most, besides the masks."""
     size = min(masks, components)
     beside = 2 * components if masks <= components else 0  # images of the signs, in the other space
-    return 4 * _columns(size) * (size * (min(PROBE_STEPS, size) + 6) + beside)
+    return 4 * _columns(size, numbers) * (size * (min(PROBE_STEPS, size) + 6) + beside)
 
 
 def _controlled(sums: Tensor, beside: Tensor, known: Tensor) -> Tensor:
