@@ -1,13 +1,17 @@
 """Small runs without a model, whose outputs are a known function of the masks."""
 
+import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import zarr
 
 import coar
 from coar.components.table import Component, Components
+from coar.regression import memory
 from coar.store.gradients import MaskGradients
 from coar.store.plan import Plan
 from coar.store.records import PrecisionRecord, RunRecord
@@ -167,6 +171,21 @@ def design(run, split="train", ablated_fraction=None):
 
 def fit(run, **settings):
     return coar.fit(run, progress=False, **settings)
+
+
+@contextmanager
+def no_decomposition():
+    """Plan fits as if a decomposition never fitted into memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_decomposed_bytes", "_correction_bytes"):
+            patch.setattr(memory, name, lambda *sizes: math.inf)
+        yield
+
+
+def iterative_fit(run, **settings):
+    """Fit without a decomposition."""
+    with no_decomposition():
+        return fit(run, **settings)
 
 
 def arrays(attributions):

@@ -223,8 +223,8 @@ def test_fits_on_a_cluster(fresh, fresh_gradients):
             assert shared.fit == alone.fit
             assert alone.fit.method == "informed"
         patch.setattr(memory, "MOST_TOGETHER", 2)  # blocks without a decomposition
-        alone = coar.fit(fresh_gradients, name="small-alone", memory_limit="150MB", progress=False)
-        shared = coar.fit(fresh_gradients, name="small", memory_limit="150MB", cluster=cluster, progress=False)
+        alone = synthetic.iterative_fit(fresh_gradients, name="small-alone")
+        shared = synthetic.iterative_fit(fresh_gradients, name="small", cluster=cluster)
         alike(shared, alone)
         before = files(fresh.path)
         with pytest.raises(RegressionError, match="least squares needs at least 14 masks"):

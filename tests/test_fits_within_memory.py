@@ -1,7 +1,6 @@
 """Fits whose decomposition would exceed a memory limit: as near as rounding to those that one decomposition gives."""
 
 import logging
-import math
 import signal
 import subprocess
 import sys
@@ -13,11 +12,10 @@ import torch
 
 import coar
 from coar.errors import RegressionError, SettingsError
-from coar.regression import memory
 from coar.regression.memory import plan_fit
 from coar.store.fits import BegunFit, rows_of_chunk
 from coar.store.records import FitRequest
-from tests.synthetic import FRACTION, design, fit, linear, make, weights
+from tests.synthetic import FRACTION, design, fit, iterative_fit, linear, make, weights
 
 D, N = 300, 12
 STEP = 10 ** (1 / 8)  # of the grid of penalties
@@ -39,13 +37,6 @@ def wide(tmp_path_factory):
     return make(
         path, lambda x: x[:, :50] @ rng.standard_normal((50, MANY)), components=WIDE, masks=40, blocks=(40, MANY)
     )
-
-
-def iterative_fit(run, **options):
-    """Fit as if a decomposition never fitted into memory."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "_decomposed_bytes", lambda *sizes: math.inf)
-        return fit(run, **options)
 
 
 def pair(run, method, masks):

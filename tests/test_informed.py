@@ -14,7 +14,7 @@ from coar.regression.informed import learning
 from coar.regression.informed import prior as priors
 from coar.store import fits
 from coar.store.gradients import MaskGradients
-from tests.synthetic import FRACTION, Pairwise, add_gradients, fit, make, pairwise
+from tests.synthetic import FRACTION, Pairwise, add_gradients, fit, iterative_fit, make, pairwise
 
 KEPT = 1 - FRACTION
 VARIANCE = FRACTION * KEPT
@@ -155,13 +155,13 @@ def by_hand(run, prior, masks):
     return prior + more, best
 
 
-@pytest.mark.parametrize("limit", [None, "200MB"])  # from a decomposition, and without it
+@pytest.mark.parametrize("fitted", [fit, iterative_fit])  # from a decomposition, and without it
 @pytest.mark.parametrize("masks", [20, 32, 33, 100])
-def test_correction_by_masks_is_ridge_on_what_the_mask_gradients_leave(run, caplog, masks, limit):
+def test_correction_by_masks_is_ridge_on_what_the_mask_gradients_leave(run, caplog, masks, fitted):
     caplog.set_level(logging.INFO, logger="coar")
     prior = fit(run, method="informed", masks=0, name="prior").weights().astype(float)
-    found = fit(run, method="informed", masks=masks, name=f"corrected-{masks}-{limit}", memory_limit=limit)
-    assert ("by conjugate gradients" in caplog.text) == (limit is not None)
+    found = fitted(run, method="informed", masks=masks, name=f"corrected-{masks}-{fitted.__name__}")
+    assert ("by conjugate gradients" in caplog.text) == (fitted is iterative_fit)
     weights, penalty = by_hand(run, prior, masks)
     assert found.fit.mask_penalty == pytest.approx(penalty, rel=1e-3)
     np.testing.assert_allclose(found.weights(), weights, atol=1e-4)

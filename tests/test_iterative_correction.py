@@ -23,12 +23,12 @@ from coar.store import fits
 from coar.store.fits import BegunFit, rows_of_chunk
 from coar.store.gradients import MaskGradients
 from coar.store.records import FitRequest
-from tests.synthetic import FRACTION, add_gradients, fit, make, pairwise
+from tests.synthetic import FRACTION, add_gradients, fit, iterative_fit, make, no_decomposition, pairwise
 
 D, N = 200, 40
-SMALL = "150MB"  # less than a decomposition takes, and enough for conjugate gradients
 STEP = 10 ** (1 / 8)  # of the grid of penalties
 GRADIENTS = 32
+CPU, GIB = torch.device("cpu"), 2**30
 
 
 def run_of(path, missed):
@@ -50,6 +50,12 @@ def well_known(tmp_path_factory):
     return run_of(tmp_path_factory.mktemp("well-known") / "r.zarr", 0.03)
 
 
+def plan(run, masks):
+    """The plan of an informed fit without a decomposition."""
+    with no_decomposition():
+        return plan_of(run, "informed", masks, gradients=GRADIENTS, memory_limit=None, device=CPU)
+
+
 def difference(one, other):
     """The largest difference of weights, as a share of the example's largest."""
     return (np.abs(one.weights() - other.weights()) / np.abs(other.weights()).max(1, keepdims=True)).max()
@@ -62,7 +68,7 @@ def test_it_is_that_of_the_decomposition(run, monkeypatch, caplog, masks, way):
     monkeypatch.setattr(memory, "_ways", lambda *_: [way])
     usual = fit(run, method="informed", masks=masks, name=f"usual-{masks}-{way}")
     assert "from one decomposition of the masks" in caplog.text
-    found = fit(run, method="informed", masks=masks, name=f"small-{masks}-{way}", memory_limit=SMALL)
+    found = iterative_fit(run, method="informed", masks=masks, name=f"small-{masks}-{way}")
     words = {"packed": "from masks of one bit per component", "gram": "masks' Gram matrix in float32"}
     assert words[way] in caplog.text
     assert abs(np.log(found.fit.mask_penalty / usual.fit.mask_penalty)) < 1.01 * np.log(STEP)
@@ -75,24 +81,21 @@ def test_it_is_that_of_the_decomposition(run, monkeypatch, caplog, masks, way):
 
 
 def test_penalty_and_weights_do_not_depend_on_how_many_examples_are_together(well_known, monkeypatch):
-    whole = fit(well_known, method="informed", masks=150, name="whole", memory_limit=SMALL)
+    whole = iterative_fit(well_known, method="informed", masks=150, name="whole")
     monkeypatch.setattr(fits, "CHUNK_BYTES", 7 * 4 * D)
     monkeypatch.setattr(memory, "MOST_TOGETHER", 7)
-    planned = replace(
-        plan_of(well_known, "informed", 150, gradients=GRADIENTS, memory_limit=SMALL, device=CPU), choosing=3
-    )
+    planned = replace(plan(well_known, 150), choosing=3)
     assert (planned.together, planned.learning) == (7, N)
     monkeypatch.setattr("coar.regression.fitting.plan_of", lambda *_, **__: planned)
-    parts = fit(well_known, method="informed", masks=150, name="parts", memory_limit=SMALL)
+    parts = iterative_fit(well_known, method="informed", masks=150, name="parts")
     assert parts.fit.mask_penalty == pytest.approx(whole.fit.mask_penalty, rel=1e-9)
     assert difference(parts, whole) < 1e-4
 
 
 def test_a_penalty_is_chosen_on_the_examples_that_were_learned_from(well_known, monkeypatch):
-    plan = plan_of(well_known, "informed", 100, gradients=GRADIENTS, memory_limit=SMALL, device=CPU)
-    few = replace(plan, learning=16)
+    few = replace(plan(well_known, 100), learning=16)
     monkeypatch.setattr("coar.regression.fitting.plan_of", lambda *_, **__: few)
-    found = fit(well_known, method="informed", masks=100, name="few", memory_limit=SMALL)
+    found = iterative_fit(well_known, method="informed", masks=100, name="few")
     monkeypatch.setattr("coar.regression.fitting.plan_of", lambda *_, **__: replace(few, way="decomposed"))
     usual = fit(well_known, method="informed", masks=100, name="few-usual")
     assert found.fit.mask_penalty == pytest.approx(usual.fit.mask_penalty, rel=1e-6)
@@ -107,7 +110,7 @@ def test_components_that_no_mask_ablates_keep_the_weights_of_the_gradients(tmp_p
     never = run.masks_at(rows).all(0)
     assert 0 < never.sum() < 60
     prior = fit(run, method="informed", masks=0, name="prior")
-    found = fit(run, method="informed", memory_limit=SMALL)
+    found = iterative_fit(run, method="informed")
     np.testing.assert_array_equal(found.weights()[:, never], prior.weights()[:, never])
     np.testing.assert_allclose(found.standard_errors()[:, never], prior.standard_errors()[:, never], rtol=1e-6)
 
@@ -125,9 +128,6 @@ def test_the_equivalent_of_the_diagonal_is_near_the_diagonal(masks):
     assert found.sum() == pytest.approx(exact.sum(), rel=1e-9)
     assert np.abs(found - exact).max() < 0.06
     assert np.sqrt(np.mean((found - exact) ** 2)) < 0.1 * exact.std()
-
-
-CPU, GIB = torch.device("cpu"), 2**30
 
 
 def planned(masks, components, limit, examples=64, device="cpu"):
@@ -162,19 +162,19 @@ def test_a_limit_that_is_too_small_names_one_that_is_large_enough(run, masks):
 
 @pytest.mark.parametrize(("masks", "components"), [(2_000, 22_720), (100_000, 22_720), (3_000, 82_944)])
 def test_the_named_limit_is_enough_at_published_sizes(masks, components):
-    with pytest.raises(RegressionError) as caught:
-        planned(masks, components, 50 * 2**20)
-    enough = bytes_of(str(caught.value).split("memory_limit='")[1].split("'")[0])
-    for more in (1, 1.3, 2, 4):
-        assert planned(masks, components, int(enough * more)).way == "packed"
-    quarter = int(memory.HELD_SHARE * enough * 8 / components)  # masks that may stay in memory, but leave too little
-    assert planned(quarter, components, enough).needed <= enough
+    with no_decomposition():
+        with pytest.raises(RegressionError) as caught:
+            planned(masks, components, 50 * 2**20)
+        enough = bytes_of(str(caught.value).split("memory_limit='")[1].split("'")[0])
+        quarter = int(memory.HELD_SHARE * enough * 8 / components)  # may stay in memory, but leave too little of it
+        for more in (1, 1.3, 2, 4):
+            limit = int(enough * more)
+            assert all(planned(many, components, limit).needed <= limit for many in (masks, quarter))
 
 
 def test_what_is_sent_to_workers_holds_no_masks(run):
-    plan = plan_of(run, "informed", 900, gradients=GRADIENTS, memory_limit=SMALL, device=CPU)
     rows = run.plan.rows("train", FRACTION)
-    solver = solver_of(run, rows, len(MaskGradients(run).rounds), plan=plan)
+    solver = solver_of(run, rows, len(MaskGradients(run).rounds), plan=plan(run, 900))
     sent = len(pickle.dumps(solver.correction))
     assert sent < 10 * 8 * D
     assert sent < 900 * D / 8
@@ -183,16 +183,15 @@ def test_what_is_sent_to_workers_holds_no_masks(run):
 def test_an_interrupted_fit_goes_on(run, monkeypatch):
     monkeypatch.setattr(fits, "CHUNK_BYTES", 7 * 4 * D)
     monkeypatch.setattr(memory, "MOST_TOGETHER", 7)
-    whole = fit(run, method="informed", masks=150, name="cut", memory_limit=SMALL)
+    whole = iterative_fit(run, method="informed", masks=150, name="cut")
     values, errors = whole.weights(), whole.standard_errors()
     request = FitRequest(method="informed", masks=150, ablated_fraction=FRACTION, gradients=GRADIENTS)
-    plan = plan_of(run, "informed", 150, gradients=GRADIENTS, memory_limit=SMALL, device=CPU)
-    begun = BegunFit.of(run, "cut", ("weight", "intercept", "standard_error"), request, plan.key)
+    begun = BegunFit.of(run, "cut", ("weight", "intercept", "standard_error"), request, plan(run, 150).key)
     run.group["attributions/cut"].attrs["coar"] = {"state": "fitting", "begun": begun.key}
     folder = run.path / "attributions" / "cut"
     (folder / "weight/c/2/0").unlink()
     times = {file: file.stat().st_mtime_ns for file in folder.rglob("c/*") if file.is_file()}
-    again = fit(run, method="informed", masks=150, name="cut", memory_limit=SMALL)
+    again = iterative_fit(run, method="informed", masks=150, name="cut")
     np.testing.assert_array_equal(again.weights(), values)
     np.testing.assert_array_equal(again.standard_errors(), errors)
     made = {str(file.relative_to(folder)) for file, time in times.items() if file.stat().st_mtime_ns != time}
@@ -203,14 +202,15 @@ KILLED = """
 import sys, coar
 from coar.regression import memory
 from coar.store import fits
+from tests.synthetic import iterative_fit
 fits.CHUNK_BYTES, memory.MOST_TOGETHER = 4 * 200, 1  # one example in a block
-coar.fit(coar.Run.open(sys.argv[1]), method="informed", name="killed", memory_limit=sys.argv[2], progress=False)
+iterative_fit(coar.Run.open(sys.argv[1]), method="informed", name="killed")
 """
 
 
 @pytest.mark.slow
 def test_a_fit_that_is_killed_goes_on(run, monkeypatch):
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(run.path), SMALL])
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(run.path)])
     folder = run.path / "attributions" / "killed"
     while child.poll() is None and not (folder / "weight/c/3/0").exists():
         time.sleep(0.001)
@@ -221,7 +221,7 @@ def test_a_fit_that_is_killed_goes_on(run, monkeypatch):
     assert "killed" not in coar.Run.open(run.path).group["attributions"].attrs
     monkeypatch.setattr(fits, "CHUNK_BYTES", 4 * D)
     monkeypatch.setattr(memory, "MOST_TOGETHER", 1)
-    whole = fit(run, method="informed", name="whole-for-killed", memory_limit=SMALL)
-    found = fit(run, method="informed", name="killed", memory_limit=SMALL)
+    whole = iterative_fit(run, method="informed", name="whole-for-killed")
+    found = iterative_fit(run, method="informed", name="killed")
     np.testing.assert_array_equal(found.weights(), whole.weights())
     assert all(file.stat().st_mtime_ns == stamp for file, stamp in kept.items())
