@@ -51,6 +51,7 @@ SITES = 24
 PARTS = ("ridge", "lasso", "ols", "informed", "corrected", "masks")
 LIMIT, LARGE_LIMIT = "1GiB", "4GiB"
 HELD_LIMIT = "6GiB"  # of least squares at the largest size, whose masks of 1.3 GB stay in memory within it
+CORRECTED_LIMITS = ("256MiB", "512MiB", "512MiB", "1GiB")
 OF_MASKS, SMALL_LIMIT = (500, 2_000, 8_000), "512MiB"
 
 
@@ -195,8 +196,7 @@ class Bench:
     def corrected(self) -> None:
         """Fit mask gradients, corrected by masks, at every number of components."""
         results = []
-        for d in self.sizes:
-            limit = LIMIT if d >= self.size(SIZES[3]) else SMALL_LIMIT
+        for d, limit in zip(self.sizes, CORRECTED_LIMITS, strict=False):
             results += self.fits((self.size(MASKS), d, LEARNED), GRADIENTS, [("informed", limit, None)])
         exponent("corrected", results)
 
