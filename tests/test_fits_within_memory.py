@@ -12,12 +12,15 @@ import torch
 
 import coar
 from coar.errors import RegressionError, SettingsError
+from coar.regression import memory
+from coar.regression.iterative.operators import PackedGram
 from coar.regression.memory import plan_fit
 from coar.store.fits import BegunFit, rows_of_chunk
 from coar.store.records import FitRequest
 from tests.synthetic import FRACTION, design, fit, iterative_fit, linear, make, weights
 
 D, N = 300, 12
+FEW = 120  # masks, for which products with packed ones are less work than with the Gram matrix
 STEP = 10 ** (1 / 8)  # of the grid of penalties
 WIDE, MANY = 20_000, 420  # a fit of several chunks
 
@@ -69,6 +72,41 @@ def test_other_methods_are_those_of_the_gram_matrix(run, method, masks):
     assert (np.abs(iterative.weights() - usual.weights()) / largest.clip(1e-9)).max() < 1e-3
     np.testing.assert_allclose(iterative.intercept, usual.intercept, atol=2e-3)
     np.testing.assert_allclose(iterative.penalty, usual.penalty, rtol=1e-3, atol=1e-9)
+
+
+def lasso_with(run, monkeypatch, name, most):
+    """Fit the lasso on packed masks with working sets of so many components; also return the number of products."""
+    products, times = [], PackedGram.times
+
+    def counted(operator, values):
+        products.append(values.shape[1])
+        return times(operator, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "MOST_WORKING", most)
+        patch.setattr(PackedGram, "times", counted)
+        return iterative_fit(run, method="lasso", masks=FEW, name=name), len(products)
+
+
+def test_the_lasso_over_working_sets_is_that_over_all_components(run, monkeypatch):
+    usual = fit(run, method="lasso", masks=FEW, name="lasso-usual")
+    largest = np.abs(usual.weights()).max(1, keepdims=True).clip(1e-9)
+    counts = {}
+    for most in (300, 20, 1):
+        found, counts[most] = lasso_with(run, monkeypatch, f"lasso-{most}", most)
+        np.testing.assert_allclose(found.penalty, usual.penalty, rtol=1e-3)
+        assert (np.abs(found.weights() - usual.weights()) / largest).max() < 1e-3
+    assert counts[300] < counts[20] < counts[1]
+    assert counts[300] < N * 150  # most of them at the penalties of the paths, and not at the steps of their problems
+
+
+def test_the_lasso_leaves_out_no_component_that_has_a_weight(run, monkeypatch):
+    """The duality gap over all components, in float64, at the penalties that the fit chose."""
+    found, _ = lasso_with(run, monkeypatch, "lasso-gap", 300)
+    x, y = (part[:FEW] for part in design(run))
+    x, y = x - x.mean(0), y - y.mean(0)
+    slopes = np.abs(x.T @ (y - x @ found.weights().astype(float).T)) / len(x)  # (components, examples)
+    assert (slopes <= found.penalty * (1 + 1e-3) + 1e-9).all()
 
 
 @pytest.mark.parametrize("masks", [250, 900])

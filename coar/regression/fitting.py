@@ -19,7 +19,8 @@ from coar.regression.distributed.cluster import ClusterFit
 from coar.regression.distributed.partial_sums import PartialSums
 from coar.regression.fit_plan import FitPlan
 from coar.regression.informed.fit import Informed
-from coar.regression.iterative.solver import Iterative, IterativeSparse
+from coar.regression.iterative.solver import Iterative
+from coar.regression.iterative.sparse import IterativeSparse
 from coar.regression.lasso import Design, Sparse
 from coar.regression.memory import plan_of
 from coar.regression.ridge import FromMoments, FromOutputs

@@ -10,8 +10,9 @@ minimises generalised cross-validation with the number of nonzero weights as deg
 Tibshirani 2007).
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +31,36 @@ CHECK = 5  # steps between computations of the duality gap
 POWER_STEPS, MARGIN = 100, 1.02  # this many steps give the eigenvalues of masks to 1 %
 
 
-@dataclass(frozen=True)
-class Design:
+class Covariance(ABC):
+    """The covariance matrix of the masks, as a matrix or as an operator.
+
+    Attributes:
+        largest: Its largest eigenvalue, or up to 2 % more.
+        total: (components,) number of masks that keep each component.
+        count: Number of masks.
+    """
+
+    largest: float
+    total: Tensor
+    count: int
+
+    @abstractmethod
+    def image(self, values: Tensor) -> Tensor:
+        """Return the matrix times (components, columns) values, in their type."""
+
+    def minimise(
+        self, target: Tensor, *, penalty: Tensor, start: Tensor, tolerance: float, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Minimise as the function of this name does."""
+        return minimise(self, target, penalty=penalty, start=start, tolerance=tolerance, labels=labels)
+
+    def refined(self, target: Tensor, *, weight: Tensor, product: Tensor, penalty: Tensor) -> Tensor:
+        """Return the exact solution as the function of this name does."""
+        return refined(self, target, weight=weight, product=product, penalty=penalty)
+
+
+@dataclass
+class Design(Covariance):
     """Sums over the masks that the lasso uses.
 
     Attributes:
@@ -71,29 +100,6 @@ class Design:
         return cls(covariance, single, largest_eigenvalue(single), gram.total, gram.count)
 
 
-class Covariance(Protocol):
-    """The covariance matrix of the masks, as a matrix or as an operator."""
-
-    @property
-    def largest(self) -> float:
-        """Its largest eigenvalue, or up to 2 % more."""
-        ...
-
-    @property
-    def total(self) -> Tensor:
-        """(components,) numbers of masks that keep each component."""
-        ...
-
-    @property
-    def count(self) -> int:
-        """Number of masks."""
-        ...
-
-    def image(self, values: Tensor) -> Tensor:
-        """Return the matrix times (components, columns) values, in their type."""
-        ...
-
-
 @dataclass(frozen=True)
 class SparseFit:
     """One sparse linear model per example.
@@ -108,6 +114,12 @@ class SparseFit:
     weight: Tensor
     intercept: Tensor
     penalty: Tensor
+
+    @staticmethod
+    def joined(parts: "Sequence[SparseFit]") -> "SparseFit":
+        """Return the fit of the examples of several fits, on the CPU."""
+        columns = zip(*((part.weight, part.intercept, part.penalty) for part in parts), strict=True)
+        return SparseFit(*(torch.cat([part.cpu() for part in column]) for column in columns))
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,8 @@ def largest_eigenvalue(matrix: Tensor) -> float:
 
     If the result were still too small, steps would be too long, and the duality gap would not close.
     """
-    vector = torch.rand(len(matrix), dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
+    vector = torch.rand(len(matrix), dtype=matrix.dtype, generator=torch.Generator().manual_seed(0), device="cpu")
+    vector = vector.to(matrix.device)
     for _ in range(POWER_STEPS):
         vector = vector / vector.norm()
         vector = matrix @ vector
@@ -171,8 +184,8 @@ def solve(design: Covariance, product: Tensor, *, mean: Tensor, variation: Tenso
     target = (product / design.count / spread).where(spread > 0, 0)  # as if every output had a mean square of 1
     labels = torch.arange(first, first + len(mean))
     penalty, weight = follow(design, target, labels=labels)
-    weight, product = minimise(design, target, penalty=penalty, start=weight, tolerance=TOLERANCE, labels=labels)
-    weight = (refined(design, target, weight=weight, product=product, penalty=penalty) * spread).T
+    weight, product = design.minimise(target, penalty=penalty, start=weight, tolerance=TOLERANCE, labels=labels)
+    weight = (design.refined(target, weight=weight, product=product, penalty=penalty) * spread).T
     return SparseFit(weight, mean - weight @ (design.total / design.count), penalty * spread)
 
 
@@ -199,8 +212,8 @@ def follow(design: Covariance, target: Tensor, *, labels: Tensor) -> tuple[Tenso
     for share in PATH:
         at = share * highest[going]
         goal = single[:, going]
-        weight, product = minimise(
-            design, goal, penalty=at, start=weight, tolerance=PATH_TOLERANCE, labels=labels[going]
+        weight, product = design.minimise(
+            goal, penalty=at, start=weight, tolerance=PATH_TOLERANCE, labels=labels[going]
         )
         score = cross_validation_score(residual(goal, weight, product), (weight != 0).sum(0), design.count)
         better = score < best[going]

@@ -28,6 +28,8 @@ LEAST_TILE, MOST_TILE = 16, 4096  # rows of unpacked masks
 HELD_SHARE = 0.25  # of the limit that packed masks may take; more are read from the run for every product
 VECTORS = 14  # float32 numbers per component and example, in addition to the basis
 SPARSE_VECTORS = 36  # the same of the lasso
+APART_VECTORS = 10  # the same where the lasso solves example by example
+MOST_WORKING, WORKING_BYTES = 2_048, 28  # components of a working set, and bytes for each pair of them
 CORRECTION_VECTORS = 20  # the same of an informed fit's correction by masks
 DECOMPOSED_VECTORS, OF_RANK = 11, 13  # the same of a fit from one decomposition, and for each of its eigenvalues
 DECOMPOSED_SPARSE_VECTORS = 52  # the same of the lasso from one Gram matrix
@@ -90,15 +92,22 @@ def plan_fit(
     needed = _decomposed_bytes(method, masks, components, examples, chunk)
     if needed <= limit and device.type == "cpu":
         return FitPlan(method, "decomposed", device, limit, needed, chunk)
-    vectors, bases = (SPARSE_VECTORS, (0,)) if method == "lasso" else (VECTORS, (BASIS, BASIS // 2, LEAST_BASIS))
-    probes = probe_bytes(masks, components)
-    for basis in bases:
+    probes, lasso = probe_bytes(masks, components), method == "lasso"
+    working = min(MOST_WORKING, 2 * masks, components) if lasso else 0
+    for basis in (0,) if lasso else (BASIS, BASIS // 2, LEAST_BASIS):
         for way in _ways(method, masks, components, examples):
-            found = size.iteration(way, limit, FIXED, vectors=basis + vectors, beside=probes)
+            own = working if way == "packed" else 0
+            taken, vectors = FIXED, basis + (SPARSE_VECTORS if lasso else VECTORS)
+            if own:
+                taken, vectors = FIXED + _working_bytes(own, components), APART_VECTORS
+            found = size.iteration(way, limit, taken, vectors=vectors, beside=probes)
             if found is not None:
-                held, together, most = found.held, found.together, found.needed
-                return FitPlan(method, way, device, limit, most, together, tile=size.tile, basis=basis, held=held)
-    least = FIXED + size.least(vectors=bases[-1] + vectors, beside=probes)
+                plan = FitPlan(
+                    method, way, device, limit, found.needed, found.together, tile=size.tile, held=found.held
+                )
+                return replace(plan, basis=basis, working=own)
+    fewest = APART_VECTORS if lasso else LEAST_BASIS + VECTORS
+    least = FIXED + size.least(vectors=fewest, beside=probes) + (_working_bytes(working, components) if lasso else 0)
     least = min(least, needed) if device.type == "cpu" else least
     raise RegressionError(
         f"{method} on {components:,} components takes at least {readable(least)} for one block of {chunk} examples, "
@@ -310,6 +319,11 @@ def _decomposed_bytes(method: str, masks: int, components: int, examples: int, c
     decomposing, solving = (20, 20) if method == "lasso" else (40, 16)
     phases = _reading_bytes(masks, d, many), decomposing * d**2 + kept, solving * d**2 + kept + block
     return STARTED + max(phases)
+
+
+def _working_bytes(working: int, components: int) -> int:
+    """Return the bytes of solving one example of the lasso over a working set."""
+    return WORKING_BYTES * working**2 + 4 * SPARSE_VECTORS * components
 
 
 def _correction_bytes(masks: int, components: int, examples: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coar.regression.informed.prior import Prior, PriorWeights
-from coar.regression.ridge import PENALTIES, Spectrum, decompose_gram, decompose_kernel
+from coar.regression.ridge import PENALTIES, Spectrum, check_solvable, decompose_gram, decompose_kernel
 from coar.regression.sums import FitBlock, Gram, batches
 
 LEAST_FREEDOM = 0.5  # share of masks that are residual degrees of freedom; with less, noise is compared with noise
@@ -68,6 +68,9 @@ class DecomposedCorrection:
             prior: What mask gradients give.
             found: What it gives for these examples.
             gram: The sums over these masks, where there are more of them than components and the sums are known.
+
+        Raises:
+            RegressionError: When the masks are all alike.
         """
         run, rows, column = block.run, block.rows, prior.column.double()
         if len(rows) <= run.n_components:
@@ -78,6 +81,7 @@ class DecomposedCorrection:
         else:
             gram = gram or Gram.of(run, rows)
             spectrum, left = decompose_gram(gram.scaled(column)), torch.empty(0)
+        check_solvable(spectrum, "ridge")
         scores, variation, _ = cls(column, spectrum, left, gram, 0.0).scores(block, found.weights)
         return cls(column, spectrum, left, gram, _penalty(spectrum, scores, variation, found.spread))
 

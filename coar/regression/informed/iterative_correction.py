@@ -27,7 +27,7 @@ from coar.regression.fit_plan import FitPlan
 from coar.regression.informed.correction import LEAST_FREEDOM, loose_enough, penalty_scores
 from coar.regression.informed.prior import Prior, PriorWeights
 from coar.regression.iterative.operators import Scaled, operator_of
-from coar.regression.iterative.solver import CHECK, STEPS, TOLERANCE, require_converged
+from coar.regression.iterative.solver import CHECK, STEPS, TOLERANCE, require_converged, warn_at_edge
 from coar.regression.iterative.traces import Traces
 from coar.regression.krylov import Lanczos, conjugate_gradients
 from coar.regression.sums import FitBlock, Moments
@@ -161,7 +161,11 @@ def _choice(design: Scaled, traces: Traces, column: Tensor, block: FitBlock, fou
         own, settled = _settled(process, traces, moments, found.spread[part].to(design.device), trusted)
         scores += own
         trusted &= settled
-    return int(scores.where(trusted, torch.inf).argmin())
+    choice = int(scores.where(trusted, torch.inf).argmin())
+    considered = not traces.freedom[choice - 1] < LEAST_FREEDOM * design.count  # NaN where traces are not resolved
+    if choice and considered and not trusted[choice - 1]:
+        warn_at_edge("informed", "the correction by masks", plan)
+    return choice
 
 
 def _settled(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coar.errors import RegressionError
 from coar.regression.fit_plan import FitPlan
-from coar.regression.sums import Moments
+from coar.regression.sums import BATCH, Gram, Moments
 from coar.store.run import Run, pack
 
 READ_ROWS = 4096  # rows that are read together, at most
@@ -168,6 +168,17 @@ class PackedGram(GramOperator):
             sums += image.sum(1)
         return out.addr_(sums, mean, alpha=-1).T.contiguous()
 
+    def gram_of(self, components: Tensor) -> Gram:
+        """Return the sums over the complements of the masks of some components, by their numbers."""
+        product = torch.zeros(len(components), len(components), dtype=torch.float64, device=self.device)
+        parts: list[Tensor] = []
+        for tile in self.masks.tiles(torch.float32):
+            parts.append(tile[:, components])
+            if sum(map(len, parts)) >= BATCH:
+                _add_square(product, parts)
+        _add_square(product, parts)
+        return Gram(product, self.masks.total[components], self.count)
+
 
 class HeldGram(GramOperator):
     """Products with the centred Gram matrix, held in float32.
@@ -222,6 +233,14 @@ class Scaled(GramOperator):
     def squares(self) -> Tensor:
         """Return the (components,) diagonal of the scaled Gram matrix."""
         return self._design.squares() * self._factors.square()
+
+
+def _add_square(product: Tensor, parts: list[Tensor]) -> None:
+    """Add X'X of the rows in all parts, and remove these."""
+    if parts:
+        x = torch.cat(parts)
+        product += x.T @ x  # whole numbers below 2**24 are exact in float32
+        parts.clear()
 
 
 def operator_of(run: Run, rows: np.ndarray, plan: FitPlan) -> PackedGram | HeldGram:

@@ -1,9 +1,10 @@
-"""Ridge, least squares and the lasso by products with the masks' Gram matrix, without its decomposition.
+"""Ridge and least squares by products with the masks' Gram matrix, without its decomposition.
 
 For ridge, generalised cross-validation takes the squared error of each example at every penalty from its Lanczos
 process, and the degrees of freedom from traces (see `traces`), which all examples share.
 """
 
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,15 +12,17 @@ import torch
 from torch import Tensor
 
 from coar.errors import RegressionError
+from coar.forward.memory_limit import readable
 from coar.regression.fit_plan import FitPlan
 from coar.regression.iterative.operators import GramOperator, HeldGram, PackedGram, operator_of
 from coar.regression.iterative.traces import Traces
 from coar.regression.krylov import Lanczos, Ritz, conjugate_gradients, refined
-from coar.regression.lasso import MARGIN, SparseFit, solve_sparse
 from coar.regression.ridge import LinearFit
 from coar.regression.sums import FitBlock, Moments
 from coar.store.records import FitLearned
 from coar.store.run import Run
+
+log = logging.getLogger(__name__)
 
 CHECK = 4  # steps between checks
 TOLERANCE, EXACT = 1e-5, 1e-8  # length of what a solution leaves of the right-hand side, as a share
@@ -70,7 +73,7 @@ class Iterative:
         self._design = design = self._design or operator_of(block.run, block.rows, self.plan)
         moments = design.moments(block.examples)
         right = moments.centred(design.total)
-        choice, residual, weight, left = self._by_lanczos(design, right, moments)
+        choice, residual, weight, left = self._by_lanczos(design, right, moments, block)
         penalty = self.traces.grid[choice].float()
         if self.method == "ols":  # without a penalty, small eigenvalues magnify what is left
             weight, left = refined(design.times, right, start=weight.double(), tolerance=EXACT, steps=STEPS)
@@ -86,7 +89,7 @@ class Iterative:
         return self._fit(design, moments, residual, choice, weight.float())
 
     def _by_lanczos(
-        self, design: GramOperator, right: Tensor, moments: Moments
+        self, design: GramOperator, right: Tensor, moments: Moments, block: FitBlock
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return each example's choice, its squared error, the weights, and what these leave of the moments."""
         process, choice = Lanczos(design.times, right.float(), min(self.plan.basis, len(right))), right.new_empty(0)
@@ -98,6 +101,7 @@ class Iterative:
             residual, choice = self._choose(ritz, moments)
             short, left = ritz.solution(self.traces.grid[choice])
             if process.full or (choice.equal(before) and bool((left <= TOLERANCE).all())):
+                self._warn_at_edge(ritz, moments, choice, block)
                 return choice, residual.gather(1, choice[:, None])[:, 0], process.combine(short), left
 
     def _choose(self, ritz: Ritz, moments: Moments) -> tuple[Tensor, Tensor]:
@@ -105,6 +109,14 @@ class Iterative:
         residual, trusted = self.traces.errors(ritz, moments)
         score = residual / self.traces.freedom**2
         return residual, score.where(trusted, torch.inf).argmin(1)
+
+    def _warn_at_edge(self, ritz: Ritz, moments: Moments, choice: Tensor, block: FitBlock) -> None:
+        """Log how many examples have the least penalty that is resolved, so that a lower one might be better."""
+        _, trusted = self.traces.errors(ritz, moments)
+        below = trusted.gather(1, (choice - 1).clamp_min(0)[:, None])[:, 0]
+        edge = int(((choice > 0) & ~below).sum())
+        if edge:
+            warn_at_edge(self.method, f"{edge} of the examples from {block.examples.start} on", self.plan)
 
     def _fit(
         self, design: GramOperator, moments: Moments, residual: Tensor, choice: Tensor, weight: Tensor
@@ -120,6 +132,17 @@ class Iterative:
         return LinearFit(weight.cpu(), intercept.cpu(), spread.float().cpu(), penalty.cpu())
 
 
+def warn_at_edge(method: str, which: str, plan: FitPlan) -> None:
+    """Log that a penalty is the least of those that could be compared."""
+    log.warning(
+        "%s: the penalty of %s is the least that conjugate gradients resolve, and a lower one might predict better; "
+        "collect more masks, or decompose them, which takes a memory limit above %s",
+        method,
+        which,
+        readable(plan.limit),
+    )
+
+
 def require_converged(method: str, left: Tensor, block: FitBlock) -> None:
     """Raise `RegressionError` when solutions leave too much of their (examples,) right-hand sides, as shares."""
     worst = int(left.argmax())
@@ -129,65 +152,3 @@ def require_converged(method: str, left: Tensor, block: FitBlock) -> None:
             f"{method} did not converge for example {number} on {len(block.rows)} masks "
             f"({float(left[worst]):.1e} of its moments are left); collect more masks, or use ridge"
         )
-
-
-@dataclass(frozen=True)
-class CovarianceOperator:
-    """The masks' covariance matrix as the lasso uses it.
-
-    Attributes:
-        design: The masks.
-        largest: An upper bound of its largest eigenvalue.
-    """
-
-    design: GramOperator
-    largest: float
-
-    @property
-    def total(self) -> Tensor:
-        """(components,) numbers of masks that keep each component."""
-        return self.design.total
-
-    @property
-    def count(self) -> int:
-        """Number of masks."""
-        return self.design.count
-
-    def image(self, values: Tensor) -> Tensor:
-        """Return the covariance matrix times (components, columns) values."""
-        return self.design.times(values) / self.count
-
-
-@dataclass
-class IterativeSparse:
-    """The lasso by products with the masks; the masks are read again where the solver was sent.
-
-    Attributes:
-        plan: How to compute.
-        largest: An upper bound of the largest eigenvalue of the masks' covariance.
-    """
-
-    plan: FitPlan
-    largest: float
-    _design: PackedGram | HeldGram | None = field(default=None, repr=False)
-
-    @classmethod
-    def of(cls, run: Run, rows: np.ndarray, plan: FitPlan) -> "IterativeSparse":
-        """Read the masks and bound their largest eigenvalue; raises as `operator_of` does."""
-        design = operator_of(run, rows, plan)
-        return cls(plan, Traces.of(design, "lasso").largest * MARGIN / design.count, design)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_design": None}
-
-    def learned(self) -> FitLearned:
-        """Return an empty record."""
-        return FitLearned()
-
-    def solve(self, block: FitBlock) -> SparseFit:
-        """Fit a block of examples; raise `RegressionError` when one does not converge."""
-        self._design = design = self._design or operator_of(block.run, block.rows, self.plan)
-        covariance = CovarianceOperator(design, self.largest)
-        with design.device:
-            found = solve_sparse(covariance, design.moments(block.examples), first=block.examples.start)
-        return SparseFit(found.weight.cpu(), found.intercept.cpu(), found.penalty.cpu())

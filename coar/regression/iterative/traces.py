@@ -31,7 +31,7 @@ class Traces:
     Attributes:
         grid: (penalties,) penalties.
         freedom: (penalties,) residual degrees of freedom: masks - 1 - the sum of L / (L + penalty); NaN for penalties
-            so small that the processes have not reached the eigenvalues that matter.
+            so small that the processes have not reached the eigenvalues that matter, if they are considered.
         spread: (penalties,) sums of L / (L + penalty)^2.
         largest: The largest eigenvalue, from below.
         rank: Number of eigenvalues above zero.
@@ -87,7 +87,7 @@ class Traces:
                 f"{design.count} masks are so few for least squares on {number} components that its errors are all "
                 f"noise; collect {max(design.count, 3 * number // 2)} or more, or use ridge"
             )
-        freedom[unresolved] = torch.nan
+        freedom[unresolved & (freedom >= least)] = torch.nan
         return cls(grid, freedom, spread, float(ritz.values.max()), rank)
 
     def errors(self, ritz: Ritz, moments: Moments) -> tuple[Tensor, Tensor]:
