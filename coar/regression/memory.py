@@ -92,7 +92,8 @@ def plan_fit(
     needed = _decomposed_bytes(method, masks, components, examples, chunk)
     if needed <= limit and device.type == "cpu":
         return FitPlan(method, "decomposed", device, limit, needed, chunk)
-    probes, lasso = probe_bytes(masks, components), method == "lasso"
+    lasso = method == "lasso"
+    probes = probe_bytes(masks, components, 0) if lasso else probe_bytes(masks, components)
     working = min(MOST_WORKING, 2 * masks, components) if lasso else 0
     for basis in (0,) if lasso else (BASIS, BASIS // 2, LEAST_BASIS):
         for way in _ways(method, masks, components, examples):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coar.regression.fit_plan import FitPlan
 from coar.regression.iterative.operators import GramOperator, HeldGram, PackedGram, operator_of
-from coar.regression.iterative.traces import Traces
+from coar.regression.iterative.traces import largest_eigenvalue
 from coar.regression.lasso import MARGIN, Covariance, Design, SparseFit, duality_gap, minimise, solve_sparse
 from coar.regression.sums import FitBlock
 from coar.store.records import FitLearned
@@ -114,7 +114,7 @@ class IterativeSparse:
     def of(cls, run: Run, rows: np.ndarray, plan: FitPlan) -> "IterativeSparse":
         """Read the masks and bound their largest eigenvalue; raises as `operator_of` does."""
         design = operator_of(run, rows, plan)
-        return cls(plan, Traces.of(design, "lasso").largest * MARGIN / design.count, design)
+        return cls(plan, largest_eigenvalue(design) * MARGIN / design.count, design)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_design": None}

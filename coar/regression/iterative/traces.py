@@ -15,8 +15,8 @@ from coar.regression.krylov import Lanczos, Ritz
 from coar.regression.ridge import PENALTIES
 from coar.regression.sums import Moments
 
-PROBE_STEPS, PROBE_CHECK = 96, 32  # of the Lanczos processes of random signs, and those between checks
-LOOSE_CHECK = 8  # steps between checks where small penalties are not considered
+PROBE_STEPS, PROBE_CHECK = 96, 8  # of the Lanczos processes of random signs, and those between checks
+LARGEST_STEPS = 64  # which give the largest eigenvalue to less than 1 %
 ROUNDING = 1e-4  # share of a variance below which a difference of two is not trusted
 RESOLVED = 0.02  # what a solution may leave of its right-hand side where a penalty is compared with others
 PROBE_NUMBERS, LEAST_PROBES, MOST_PROBES = 2**18, 8, 128  # components x random signs, and columns of them
@@ -55,21 +55,14 @@ class Traces:
         Raises:
             RegressionError: When masks are so close to the number of components that least squares is all noise.
         """
-        live = (design.total > 0) & (design.total < design.count)
-        number = int(live.sum())
+        number = int(_live(design).sum())
         rank = min(design.count - 1, number)
         mean = float(design.squares().sum()) / rank
         grid = (PENALTIES.new_zeros(1) if method == "ols" else PENALTIES * mean).to(design.device)
-        numbers = LOOSE_NUMBERS if least else PROBE_NUMBERS
-        if design.count > number:
-            start = _signs(len(live), numbers, design.device) * live[:, None]
-            process = Lanczos(design.times, start, min(PROBE_STEPS, number))
-        else:
-            start = _signs(design.count, numbers, design.device)
-            process = Lanczos(design.kernel_times, start - start.mean(0), min(PROBE_STEPS, rank))
+        process = _processes(design, LOOSE_NUMBERS if least else PROBE_NUMBERS, PROBE_STEPS)
         while True:
             process.step()
-            if process.steps % (LOOSE_CHECK if least else PROBE_CHECK) and not process.full:
+            if process.steps % PROBE_CHECK and not process.full:
                 continue
             ritz = process.ritz()
             values = ritz.values[..., None]
@@ -109,6 +102,29 @@ class Traces:
             residual = residual.where(~rounded, direct)
             trusted &= ~rounded | (ritz.left(torch.zeros_like(grid[:1])) <= RESOLVED)
         return residual.clamp_min(0), trusted
+
+
+def largest_eigenvalue(design: GramOperator) -> float:
+    """Return the largest eigenvalue of the centred Gram matrix, from below, from Lanczos processes of random signs."""
+    process = _processes(design, 0, LARGEST_STEPS)
+    while not process.full:
+        process.step()
+    return float(process.ritz().values.max())
+
+
+def _live(design: GramOperator) -> Tensor:
+    """Return (components,) whether masks differ in a component."""
+    return (design.total > 0) & (design.total < design.count)
+
+
+def _processes(design: GramOperator, numbers: int, steps: int) -> Lanczos:
+    """Return Lanczos processes of random signs in the smaller of the two spaces of Xc."""
+    live = _live(design)
+    number = int(live.sum())
+    if design.count > number:
+        return Lanczos(design.times, _signs(len(live), numbers, design.device) * live[:, None], min(steps, number))
+    start = _signs(design.count, numbers, design.device)
+    return Lanczos(design.kernel_times, start - start.mean(0), min(steps, design.count - 1, number))
 
 
 def _signs(size: int, numbers: int, device: torch.device) -> Tensor:
