@@ -13,6 +13,7 @@ import torch
 import coar
 from coar.errors import RegressionError, SettingsError
 from coar.regression import memory
+from coar.regression.iterative import traces
 from coar.regression.iterative.operators import PackedGram
 from coar.regression.memory import plan_fit
 from coar.store.fits import BegunFit, rows_of_chunk
@@ -107,6 +108,16 @@ def test_the_lasso_leaves_out_no_component_that_has_a_weight(run, monkeypatch):
     x, y = x - x.mean(0), y - y.mean(0)
     slopes = np.abs(x.T @ (y - x @ found.weights().astype(float).T)) / len(x)  # (components, examples)
     assert (slopes <= found.penalty * (1 + 1e-3) + 1e-9).all()
+
+
+def test_a_penalty_below_which_none_is_resolved_is_said(run, caplog, monkeypatch):
+    iterative_fit(run, method="ridge", masks=900, name="resolved")
+    assert "the least that conjugate gradients resolve" not in caplog.text
+    monkeypatch.setattr(traces, "RESOLVED", 1e-7)  # of what few steps leave
+    monkeypatch.setattr(memory, "BASIS", memory.LEAST_BASIS)
+    iterative_fit(run, method="ridge", masks=900, name="unresolved")
+    assert "ridge: the penalty of" in caplog.text
+    assert "the least that conjugate gradients resolve" in caplog.text
 
 
 @pytest.mark.parametrize("masks", [250, 900])
