@@ -83,8 +83,8 @@ class Design(Covariance):
         return (values.T.contiguous() @ matrix).T.contiguous()  # it is symmetric, and few columns are slow on a CPU
 
     @classmethod
-    def of(cls, gram: Gram) -> "Design":
-        """Centre the Gram matrix and find its largest eigenvalue.
+    def of(cls, gram: Gram, *, largest: float | None = None) -> "Design":
+        """Centre the Gram matrix and find its largest eigenvalue, unless an upper bound of it is given.
 
         Raises:
             RegressionError: When all masks are alike.
@@ -97,7 +97,7 @@ class Design(Covariance):
                 f"the {gram.count} masks are all alike, so no effect can be fitted; collect more, or ablate more"
             )
         single = covariance.float()
-        return cls(covariance, single, largest_eigenvalue(single), gram.total, gram.count)
+        return cls(covariance, single, largest or largest_eigenvalue(single), gram.total, gram.count)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 Few weights of an example are not zero. With packed masks the problems of an example are therefore solved over a
 working set of components, from the matrix of their covariances. Components outside whose covariance with the residual
-comes near the penalty join the set, until the duality gap over all components is within the tolerance (as in celer:
+exceeds the penalty join the set, until the duality gap over all components is within the tolerance (as in celer:
 Massias, Gramfort and Salmon 2018). So a problem takes a few products with all masks, however many steps it takes.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from coar.regression.sums import FitBlock
 from coar.store.records import FitLearned
 from coar.store.run import Run
 
-NEAR = 0.7  # share of the penalty from which on a covariance with the residual lets a component into the set
+NEAR = 0.7  # share of the penalty from which on a covariance with the residual lets a component in, if there is room
 SHARE = 0.95  # of the duality gap that components in the set may take
 ROUNDS = 20  # of one problem, at most
 
@@ -65,8 +65,7 @@ class WorkingSet(CovarianceOperator):
         for _ in range(ROUNDS):
             if (duality_gap(target, weight, product, penalty) <= tolerance).all():
                 return weight, product
-            near = (weight != 0) | ((target - product).abs() >= NEAR * penalty)
-            small = self._grown(near[:, 0])
+            small = self._chosen(weight[:, 0] != 0, (target - product)[:, 0].abs() / penalty)
             if small is None:
                 break
             part, before = target[self._some], weight[self._some]
@@ -84,16 +83,22 @@ class WorkingSet(CovarianceOperator):
         exact[some] = self._small.refined(target[some], weight=weight[some], product=product[some], penalty=penalty)
         return exact
 
-    def _grown(self, near: Tensor) -> Design | None:
-        """Add components to the set; return their covariances, or None when there are none or too many."""
-        if self._some is not None:
-            near[self._some] = True
-        some = near.nonzero()[:, 0]
-        if not 0 < len(some) <= self._most:
+    def _chosen(self, there: Tensor, slope: Tensor) -> Design | None:
+        """Choose the set; return its covariances, or None where it would be empty or has no room for others.
+
+        Args:
+            there: (components,) which components have weights.
+            slope: (components,) sizes of their covariances with the residual, as shares of the penalty.
+        """
+        needed = there | (slope >= 1)
+        if self._some is not None and needed.sum() == needed[self._some].sum():
+            return self._small
+        if not needed.any() or there.sum() >= self._most:
             return None
-        if self._some is None or len(some) > len(self._some):
-            self._some = some
-            self._small = replace(Design.of(self._packed.gram_of(some)), largest=self.largest)  # the same steps
+        order = torch.where(there, torch.inf, slope)
+        many = min(int((order >= NEAR).sum()), self._most)
+        self._some = order.topk(many).indices.sort().values
+        self._small = Design.of(self._packed.gram_of(self._some), largest=self.largest)  # for steps of the same length
         return self._small
 
 
