@@ -214,7 +214,7 @@ def test_disk_and_passes_are_those_of_a_run_of_that_plan(digits, tmp_path, plan)
     assert found.passes == pytest.approx(masks + plan.get("gradients", 0) * ratio)
     taken = (found.passes + bool(masks)) * found.seconds_per_mask  # with a pass of the unablated model
     assert found.hours == pytest.approx((found.seconds_to_prepare + taken) / 3600)
-    assert min(found.seconds_to_prepare, found.fit_bytes - 2**26) > 0
+    assert min(found.seconds_to_prepare, found.fit_bytes - 2**25) > 0
 
 
 def test_estimate_has_a_pilot_and_is_described_in_words(digits):
