@@ -98,25 +98,24 @@ class Iterative:
             if process.steps % CHECK and not process.full:
                 continue
             ritz, before = process.ritz(), choice
-            residual, choice = self._choose(ritz, moments)
+            residual, choice, edge = self._choose(ritz, moments)
             short, left = ritz.solution(self.traces.grid[choice])
             if process.full or (choice.equal(before) and bool((left <= TOLERANCE).all())):
-                self._warn_at_edge(ritz, moments, choice, block)
+                if edge.any():
+                    which = f"{int(edge.sum())} of the examples from {block.examples.start} on"
+                    warn_at_edge(self.method, which, self.plan)
                 return choice, residual.gather(1, choice[:, None])[:, 0], process.combine(short), left
 
-    def _choose(self, ritz: Ritz, moments: Moments) -> tuple[Tensor, Tensor]:
-        """Return (examples, penalties) squared errors, and the (examples,) penalties of the lowest scores."""
+    def _choose(self, ritz: Ritz, moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (examples, penalties) squared errors, and (examples,) penalties of the lowest scores, and their edges.
+
+        A penalty is at the edge if the next lower one is not resolved, so that it might be better.
+        """
         residual, trusted = self.traces.errors(ritz, moments)
         score = residual / self.traces.freedom**2
-        return residual, score.where(trusted, torch.inf).argmin(1)
-
-    def _warn_at_edge(self, ritz: Ritz, moments: Moments, choice: Tensor, block: FitBlock) -> None:
-        """Log how many examples have the least penalty that is resolved, so that a lower one might be better."""
-        _, trusted = self.traces.errors(ritz, moments)
+        choice = score.where(trusted, torch.inf).argmin(1)
         below = trusted.gather(1, (choice - 1).clamp_min(0)[:, None])[:, 0]
-        edge = int(((choice > 0) & ~below).sum())
-        if edge:
-            warn_at_edge(self.method, f"{edge} of the examples from {block.examples.start} on", self.plan)
+        return residual, choice, (choice > 0) & ~below
 
     def _fit(
         self, design: GramOperator, moments: Moments, residual: Tensor, choice: Tensor, weight: Tensor
