@@ -11,8 +11,8 @@ from coar.store.run import Run
 Way = Literal["decomposed", "gram", "packed"]
 WORDS: dict[Way, str] = {
     "decomposed": "from one decomposition of the masks",
-    "gram": "by conjugate gradients, from the masks' Gram matrix in float32",
-    "packed": "by conjugate gradients, from masks of one bit per component",
+    "gram": "iteratively, from the masks' Gram matrix in float32",
+    "packed": "iteratively, from masks of one bit per component",
 }
 
 
@@ -23,8 +23,7 @@ class FitPlan:
     Attributes:
         method: `ridge`, `ols`, `lasso` or `informed`.
         way: `decomposed`: all examples share one decomposition, or one Gram matrix in float64; `gram` and `packed`:
-            examples are solved together by conjugate gradients, with the masks' Gram matrix in float32 or with packed
-            masks.
+            iterative solvers of products with the masks' Gram matrix in float32, or with packed masks.
         device: Where the products are computed.
         limit: Most bytes that the fit may take.
         needed: Bytes that it is expected to take at its peak, above those of the process before.

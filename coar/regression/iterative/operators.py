@@ -7,6 +7,7 @@ Vectors are the rows of a product's left factor, (columns, components) in memory
 products are then several times faster than with vectors in columns.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import numpy as np
@@ -113,7 +114,7 @@ class Masks:
             yield part, space
 
 
-class GramOperator:
+class GramOperator(ABC):
     """The centred masks of a fit: sums over them, and products with their Gram matrix.
 
     Args:
@@ -131,9 +132,9 @@ class GramOperator:
         self.masks, self.device, self.count = masks, device, len(masks)
         self.total = self.count - masks.total
 
+    @abstractmethod
     def times(self, values: Tensor) -> Tensor:
         """Return the centred Gram matrix times (components, columns) values."""
-        raise NotImplementedError
 
     def kernel_times(self, values: Tensor) -> Tensor:
         """Return the centred kernel matrix times (masks, columns) values."""
