@@ -31,7 +31,7 @@ class FitPlan:
         tile: Rows of masks that are unpacked together; 0 where none are.
         basis: Vectors that the Lanczos process keeps per example; 0 where there is none.
         held: Whether packed masks stay in memory.
-        working: Components in the working set of the lasso with packed masks, at most; 0 for other fits.
+        working: Components in the working set of the lasso with packed masks on a CPU, at most; 0 for other fits.
         learning: Examples that an informed fit learns from, at most; 0 for other methods.
         choosing: Examples whose Lanczos processes run together where an informed fit chooses its penalty; 0 where
             there are none.

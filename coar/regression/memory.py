@@ -94,7 +94,8 @@ def plan_fit(
         return FitPlan(method, "decomposed", device, limit, needed, chunk)
     lasso = method == "lasso"
     probes = probe_bytes(masks, components, 0) if lasso else probe_bytes(masks, components)
-    working = min(MOST_WORKING, 2 * masks, components) if lasso else 0
+    apart = lasso and device.type == "cpu"  # many small problems in turn would leave another device idle
+    working = min(MOST_WORKING, 2 * masks, components) if apart else 0
     for basis in (0,) if lasso else (BASIS, BASIS // 2, LEAST_BASIS):
         for way in _ways(method, masks, components, examples):
             own = working if way == "packed" else 0
@@ -107,8 +108,8 @@ def plan_fit(
                     method, way, device, limit, found.needed, found.together, tile=size.tile, held=found.held
                 )
                 return replace(plan, basis=basis, working=own)
-    fewest = APART_VECTORS if lasso else LEAST_BASIS + VECTORS
-    least = FIXED + size.least(vectors=fewest, beside=probes) + (_working_bytes(working, components) if lasso else 0)
+    fewest = APART_VECTORS if apart else SPARSE_VECTORS if lasso else LEAST_BASIS + VECTORS
+    least = FIXED + size.least(vectors=fewest, beside=probes) + (_working_bytes(working, components) if apart else 0)
     least = min(least, needed) if device.type == "cpu" else least
     raise RegressionError(
         f"{method} on {components:,} components takes at least {readable(least)} for one block of {chunk} examples, "

@@ -1,7 +1,7 @@
 """The lasso by products with the masks, without the matrix of all their covariances.
 
-Few weights of an example are not zero. With packed masks the problems of an example are therefore solved over a
-working set of components, from the matrix of their covariances. Components outside whose covariance with the residual
+Few weights of an example are not zero. On a CPU the problems of an example with packed masks are therefore solved over
+a working set of components, from the matrix of their covariances. Components outside whose covariance with the residual
 exceeds the penalty join the set, until the duality gap over all components is within the tolerance (as in celer:
 Massias, Gramfort and Salmon 2018). So a problem takes a few products with all masks, however many steps it takes.
 """
@@ -133,7 +133,7 @@ class IterativeSparse:
         self._design = design = self._design or operator_of(block.run, block.rows, self.plan)
         with design.device:
             moments, first = design.moments(block.examples), block.examples.start
-            if isinstance(design, HeldGram):
+            if isinstance(design, HeldGram) or not self.plan.working:
                 parts = [solve_sparse(CovarianceOperator(design, self.largest), moments, first=first)]
             else:
                 parts = [
