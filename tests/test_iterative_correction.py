@@ -61,6 +61,16 @@ def difference(one, other):
     return (np.abs(one.weights() - other.weights()) / np.abs(other.weights()).max(1, keepdims=True)).max()
 
 
+@pytest.mark.parametrize("fitted", [fit, iterative_fit])
+@pytest.mark.parametrize("masks", [30, 300])  # both sides of the number of components
+def test_masks_that_are_all_alike_are_refused(tmp_path, fitted, masks):
+    truth = pairwise(N, D, pairs=0.03)
+    made = make(tmp_path / "r.zarr", truth.outputs, components=D, masks=masks, blocks=(64, N), ablated_fraction=1e-9)
+    alike = add_gradients(made, truth, GRADIENTS)
+    with pytest.raises(RegressionError, match=f"the {masks} masks are all alike"):
+        fitted(alike, method="informed")
+
+
 @pytest.mark.parametrize("masks", [2, 60, 190, 210, 900])  # both sides of the number of components
 @pytest.mark.parametrize("way", ["packed", "gram"])
 def test_it_is_that_of_the_decomposition(run, monkeypatch, caplog, masks, way):
